@@ -1,0 +1,165 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The layout of one extent's index and KV for one retrieval layer and one KV head
+ * (a "pair"), and the views through which backends read them.
+ *
+ * Offline, loci_pair_build turns K and V of up to LOCI_EXTENT_TOKENS_MAX tokens in
+ * position order into one self-contained, relocatable byte string, the pair blob:
+ *
+ *   header | roots | leaves | value means | codes and slots | KV hashes | KV |
+ *   position hashes | position codes
+ *
+ * Every section begins at a multiple of LOCI_BLOCK_ALIGN from the blob's start. Keys
+ * are clustered into leaves of about 16 (at most LOCI_LEAF_TOKENS_MAX), leaves into
+ * roots of about 32 (at most LOCI_ROOT_LEAVES_MAX). Tokens stand in "slots": leaf by
+ * leaf, root by root. Nodes carry an int8 centroid and variance, so that the
+ * attention mass of a node is estimated as
+ *
+ *   log(size) + q.c + (q*q).var / 2        (q already scaled by 1/sqrt(head_dim))
+ *
+ * which is the logarithm of size * E[exp(q.k)] for normally distributed k.
+ *
+ * Integrity: a tree of hashes (XXH3, 64 bits). The owner of the blob keeps the hash of
+ * the header; the header holds the hash of the root section, each root that of its
+ * leaf nodes, each leaf those of its codes and of its tokens' KV hashes, one of which
+ * covers the K and V of one token. A reader verifies each part before use, so a damaged
+ * byte is either never read or named, and no more is read than is used.
+ *
+ * All integers are little-endian. memory/FORMAT.md states the bytes.
+ */
+#ifndef LOCI_ATTENTION_INDEX_H
+#define LOCI_ATTENTION_INDEX_H
+
+#include "attention/backend.h"
+
+#define LOCI_BLOCK_ALIGN 128u
+#define LOCI_EXTENT_TOKENS_MAX 32768u
+#define LOCI_LEAF_TOKENS 16u     /* mean size aimed at */
+#define LOCI_LEAF_TOKENS_MAX 32u /* larger clusters are split */
+#define LOCI_ROOT_LEAVES 32u     /* mean number of leaves of a root */
+#define LOCI_ROOT_LEAVES_MAX 64u
+#define LOCI_PAIR_MAGIC 0x5250434cu /* "LCPR" */
+#define LOCI_PAIR_VERSION 1u
+
+/* One node, root or leaf. Followed directly by int8_t centroid[head_dim] and
+ * uint8_t variance[head_dim]; the stride is sizeof(loci_node) + 2 * head_dim.
+ * Key channel i is about mean[i] + centroid_scale * centroid[i], its variance
+ * variance_scale * variance[i]. */
+typedef struct loci_node {
+    float centroid_scale;
+    float variance_scale;
+    uint32_t begin;  /* root: index of its first leaf; leaf: its first slot */
+    uint32_t count;  /* root: number of leaves; leaf: number of tokens */
+    uint32_t tokens; /* tokens below the node */
+    uint32_t reserved;
+    uint64_t hash_index; /* root: of its leaf nodes; leaf: of its codes and slots */
+    uint64_t hash_kv;    /* leaf: of its tokens' KV hashes; root: of its leaves' value means */
+} loci_node;
+
+typedef struct loci_pair_header {
+    uint32_t magic, version;
+    uint32_t head_dim, tokens, leaves, roots;
+    uint32_t kv_dtype; /* loci_dtype: BF16 in version 1 */
+    uint32_t order;    /* 0 = cluster order; 1 = position order (landmark blocks) */
+    uint64_t blob_bytes;
+    uint64_t roots_at, leaves_at, value_means_at, codes_at, kv_hashes_at, kv_at;
+    uint64_t position_hashes_at, position_codes_at; /* 0 = no position codes */
+    uint64_t hash_roots;                            /* of the root nodes */
+    uint64_t hash_root_values;                      /* of the roots' value means */
+    uint64_t hash_position_hashes;                  /* of the position hashes */
+    /* followed by float mean[head_dim], float code_scale[head_dim] */
+} loci_pair_header;
+
+/* Value means: bf16 [roots + leaves][head_dim], first the roots', then the leaves'.
+ *
+ * Codes and slots: the leaf with first slot b and n tokens holds, at
+ * codes_at + b * (head_dim / 2 + 4), n codes and then n slot-map words.
+ * A code has 4 bits a channel, two channels a byte (even channel in the low nibble),
+ * head_dim / 2 bytes a token. key[i] is about mean[i] + code_scale[i] * (code - 7.5).
+ * A slot-map word is a uint32_t: segment index in the extent << 16 | position of the
+ * token in its segment. */
+#define LOCI_SLOT_SEGMENT(slot) ((slot) >> 16)
+#define LOCI_SLOT_OFFSET(slot) ((slot)&0xffffu)
+
+/* KV: slot s holds, at kv_at + s * 4 * head_dim, its K row and then its V row, each of
+ * head_dim bf16 values. KV hashes: uint64_t for each slot, of those 4 * head_dim bytes. */
+
+/* Position codes: the codes once more, position after position, head_dim / 2 bytes each.
+ * Position hashes: uint64_t for each block of LOCI_POSITION_BLOCK positions, of its codes. */
+#define LOCI_POSITION_BLOCK 256u
+
+/* One live extent as a backend sees it. `pairs` are offsets of pair blobs in `buffer`,
+ * indexed [retrieval_layer * kv_heads + kv_head]; pair_hash holds the expected hash of each
+ * pair's header with its mean and scales. live, or NULL when every segment is live: for each
+ * pair a bitmap over slots. All memory is owned by whoever made the view and outlives it. */
+typedef struct loci_extent_view {
+    loci_buffer *buffer;
+    const uint64_t *pair_at;
+    const uint64_t *pair_hash;
+    const uint64_t *const *live;
+    const uint32_t *segment_begin; /* position of each segment's first token in the extent;
+                                      segments + 1 entries */
+    const uint8_t *segment_dead;   /* one byte a segment; NULL = none dead */
+    uint32_t tokens, segments;
+    uint32_t segment_base; /* number of the first segment among the view's segments */
+    uint64_t id;           /* for messages and caches */
+} loci_extent_view;
+
+/* A corpus revision as a backend sees it.
+ * flat_k, flat_v: the live tokens of the open extent in position order, for each retrieval
+ * layer a buffer of bf16 [flat_tokens][kv_heads][head_dim]; scanned exactly.
+ * sink_k, sink_v: K and V of the shared prefix token, f32 [retrieval_layers][kv_heads][head_dim];
+ * it stands for live_segments identical rows. has_sink is false for models without one. */
+typedef struct loci_corpus_view {
+    uint32_t retrieval_layers, kv_heads, head_dim;
+    uint32_t extent_count;
+    const loci_extent_view *extents;
+    loci_buffer *const *flat_k, *const *flat_v;
+    const uint32_t *flat_segment_begin; /* flat_segments + 1 entries */
+    uint32_t flat_tokens, flat_segments;
+    uint32_t flat_segment_base; /* equals the number of segments in extents */
+    loci_ref sink_k, sink_v;
+    bool has_sink;
+    uint64_t live_segments; /* multiplicity of the sink */
+    uint64_t tokens;        /* live tokens, sinks not counted */
+    uint64_t revision;
+} loci_corpus_view;
+
+typedef struct loci_pair_build_options {
+    uint64_t seed;
+    uint32_t iterations; /* K-means rounds of each level; 0 = default (10) */
+    bool position_codes; /* store the codes once more in position order (ranking layer) */
+} loci_pair_build_options;
+
+/* Builds the blob of one pair. k and v: bf16 [tokens][head_dim], position order; slots_of_position:
+ * for each position its slot-map word (segment << 16 | offset). The bytes appended to *out
+ * depend only on the arguments, not on threads. Returns LOCI_E_INVAL for zero or too many
+ * tokens or non-finite keys (named). The hash of the header goes to *header_hash.
+ * pool may be NULL (serial). */
+LOCI_MUST_CHECK loci_status loci_pair_build(const uint16_t *k, const uint16_t *v,
+                                            const uint32_t *slots_of_position, uint32_t tokens,
+                                            uint32_t head_dim,
+                                            const loci_pair_build_options *options,
+                                            struct loci_pool *pool, loci_buf *out,
+                                            uint64_t *header_hash, loci_error *err);
+
+/* Checks everything about a blob that can be checked without reading codes and KV:
+ * magic, version, sizes, offsets inside `bytes`, header hash, root hash, that roots and
+ * leaves cover their ranges exactly. LOCI_E_CORRUPT names what is wrong. */
+LOCI_MUST_CHECK loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes,
+                                                 uint64_t header_hash, loci_error *err);
+
+/* Reads K and V back in position order (bf16 [tokens][head_dim]), verifying every leaf.
+ * segment_begin: position of the first token of each of `segments`. */
+LOCI_MUST_CHECK loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
+                                                     const uint32_t *segment_begin,
+                                                     uint32_t segments, uint16_t *k, uint16_t *v,
+                                                     loci_error *err);
+
+/* Sets in bitmap, (tokens + 63) / 64 words, the bit of every slot whose segment is live:
+ * segment_dead holds one byte for each of `segments`. Verifies all codes and slots. */
+LOCI_MUST_CHECK loci_status loci_pair_live(const uint8_t *blob, uint64_t bytes,
+                                           const uint8_t *segment_dead, uint32_t segments,
+                                           uint64_t *bitmap, loci_error *err);
+
+#endif

@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The registration pipeline: one background thread that turns stored documents into extents.
+ *
+ *   stored document -> split into segments -> encode (model) -> builder (<= 32k tokens)
+ *     -> sealed extent file -> manifest (one atomic RocksDB write) -> SEARCHABLE
+ *
+ * Rules (they make the final manifest a function of the documents' order alone):
+ * - A full extent is sealed when the next segment would not fit in LOCI_EXTENT_TOKENS_MAX.
+ * - When no document is pending, or 60 s after the last commit, or soon after small documents
+ *   arrived (they must be searchable within a second), the rest of the builder is committed as flat
+ *   open segments in RocksDB: searchable at once, scanned exactly.
+ * - Canonical tail: when the corpus has been idle for a moment or a Register stream asks for it
+ *   (loci_ingest_settle), a tail of at least LOCI_TAIL_SEAL_TOKENS is sealed into one partial
+ * extent, which replaces the previous partial extent (its K and V are read back in position order);
+ *   a smaller tail stays flat. So at rest a corpus is: full extents, then at most one
+ *   partial extent or flat segments.
+ * - An extent with at least a quarter of its tokens dead is rewritten.
+ * - Work never holds more than the builder and one encode batch in memory.
+ */
+#ifndef LOCI_MEMORY_INGEST_H
+#define LOCI_MEMORY_INGEST_H
+
+#include "memory/store.h"
+
+#define LOCI_TAIL_SEAL_TOKENS 4096u
+
+/* Segments of a document: tokens with the shared prefix token first if the model has one. */
+typedef struct loci_split {
+    uint32_t *tokens;      /* of all segments, one after another */
+    uint32_t *begin;       /* segments + 1 offsets into tokens */
+    uint64_t *start, *end; /* byte range of each segment in the document */
+    uint32_t segments;
+    uint64_t next; /* where to go on; equals the text's length at the end */
+} loci_split;
+
+/* What the pipeline needs from a model; given by services/. */
+typedef struct loci_encoder {
+    void *ctx;
+    loci_geometry geometry;
+    /* Cuts text from byte `from` (a segment border) into at most segments_max segments.
+     * Deterministic: the cuts do not depend on segments_max. The arrays belong to the encoder and
+     * stay valid until its next call. Whitespace-only text gives no segments. */
+    loci_status (*split)(void *ctx, loci_slice text, uint64_t from, uint32_t segments_max,
+                         const loci_split **out, loci_error *err);
+    /* K and V (bf16) of the retrieval layers, for pair = layer * kv_heads + head host arrays
+     * [tokens][head_dim], prefix tokens included (the pipeline drops the first row of each
+     * segment when geometry.has_sink). */
+    loci_status (*encode)(void *ctx, const uint32_t *tokens, const uint32_t *begin,
+                          uint32_t segments, uint16_t *const *k, uint16_t *const *v,
+                          const loci_cancel *cancel, loci_error *err);
+} loci_encoder;
+
+typedef struct loci_ingest loci_ingest;
+
+typedef struct loci_ingest_progress {
+    uint64_t stored_sequence;                /* last committed document of the corpus */
+    uint64_t searchable_sequence;            /* every document up to it is searchable */
+    uint64_t tokens_encoded, tokens_indexed; /* since the process started, this corpus */
+    uint64_t segments_indexed;
+    double tokens_per_s; /* recent */
+    const char *stage;   /* "idle", "encoding", "indexing"; static string */
+    uint64_t revision;
+    loci_error failure; /* status OK, or why indexing of this corpus stands still (retried) */
+} loci_ingest_progress;
+
+/* Starts the thread; unfinished work of earlier runs goes on by itself. pool is for index building.
+ */
+LOCI_MUST_CHECK loci_status loci_ingest_start(loci_store *store, const loci_encoder *encoder,
+                                              struct loci_pool *pool, loci_ingest **out,
+                                              loci_error *err);
+/* Stops at the next step (builder contents are committed flat if that is quick, else encoded
+ * again). */
+void loci_ingest_stop(loci_ingest *ingest);
+/* Tells the thread that documents were committed. */
+void loci_ingest_wake(loci_ingest *ingest);
+LOCI_MUST_CHECK loci_status loci_ingest_progress_of(loci_ingest *ingest, const char *corpus,
+                                                    loci_ingest_progress *out, loci_error *err);
+/* Waits until something changed for the corpus since *out was last filled, or timeout_ms. */
+LOCI_MUST_CHECK loci_status loci_ingest_wait(loci_ingest *ingest, const char *corpus,
+                                             unsigned timeout_ms, loci_ingest_progress *in_out,
+                                             loci_error *err);
+/* Asks for the canonical tail as soon as nothing is pending; loci_ingest_settled tells when. */
+void loci_ingest_settle(loci_ingest *ingest, const char *corpus);
+bool loci_ingest_settled(loci_ingest *ingest, const char *corpus);
+uint64_t loci_ingest_pending(loci_ingest *ingest); /* documents, all corpora */
+
+#endif

@@ -1,0 +1,149 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The durable side of Loci: corpora, documents, manifests and extents in one data directory.
+ *
+ *   DIR/LOCK             held by the one process that uses the directory
+ *   DIR/db/              RocksDB: catalogue, manifests, documents (zstd), open segments
+ *   DIR/extents/UID/ID   immutable extent files, memory-mapped (memory/FORMAT.md)
+ *
+ * RocksDB holds whatever changes; an extent never changes after its file was written, fsynced
+ * and named in a manifest by one atomic write. A file that no manifest names is removed at open.
+ *
+ * Durability: loci_document_commit makes a document part of its corpus; it is STORED (survives kill
+ * -9 and power loss) once loci_store_sync returned after that. Documents are indexed in the order
+ * of their sequence numbers; the manifest of a corpus depends only on that order and on deletions,
+ * not on interruptions.
+ *
+ * Threading: every function may be called from any thread. Snapshots are reference-counted.
+ */
+#ifndef LOCI_MEMORY_STORE_H
+#define LOCI_MEMORY_STORE_H
+
+#include "attention/index.h"
+#include "base/cancel.h"
+
+#define LOCI_NAME_MAX 63
+#define LOCI_DOCUMENT_ID_MAX 512
+#define LOCI_METADATA_MAX 65536
+#define LOCI_FINGERPRINT_LEN 32
+
+typedef struct loci_store loci_store;
+typedef struct loci_snapshot loci_snapshot;
+typedef struct loci_document_writer loci_document_writer;
+
+/* The shape of what a model keeps of a token; fixed for a corpus at creation. */
+typedef struct loci_geometry {
+    char fingerprint[LOCI_FINGERPRINT_LEN + 1];
+    uint32_t retrieval_layers, kv_heads, head_dim;
+    uint32_t ranking_layer;  /* retrieval index whose codes are kept in position order too */
+    uint32_t segment_tokens; /* most tokens of a segment, shared prefix not counted */
+    bool has_sink;
+} loci_geometry;
+
+typedef struct loci_store_options {
+    uint64_t document_bytes_max; /* default 64 MiB */
+    uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
+} loci_store_options;
+
+void loci_store_options_default(loci_store_options *options);
+LOCI_MUST_CHECK loci_status loci_store_open(const char *dir, const loci_store_options *options,
+                                            loci_backend *backend, loci_store **out,
+                                            loci_error *err);
+/* All snapshots, writers and the ingest must be gone. */
+void loci_store_close(loci_store *store);
+/* Everything written so far survives power loss after this returns (group commit). */
+LOCI_MUST_CHECK loci_status loci_store_sync(loci_store *store, loci_error *err);
+
+/* --- Corpora -------------------------------------------------------------------------- */
+typedef struct loci_corpus_info {
+    char name[LOCI_NAME_MAX + 1];
+    loci_geometry geometry;
+    uint64_t uid; /* never reused */
+    int64_t created;
+    uint64_t revision;
+    uint64_t documents, pending_documents, segments, tokens;
+    uint64_t bytes;         /* of live documents as registered */
+    uint64_t bytes_on_disk; /* extent files and open segments */
+    uint64_t extents;
+} loci_corpus_info;
+
+/* Names: [a-z0-9][a-z0-9_-]{0,62}. sink_k, sink_v: f32 [layers][kv_heads][head_dim], NULL without
+ * sink. LOCI_E_EXISTS, with *out filled, when there is one of this name. */
+LOCI_MUST_CHECK loci_status loci_corpus_create(loci_store *store, const char *name,
+                                               const loci_geometry *geometry, const float *sink_k,
+                                               const float *sink_v, loci_corpus_info *out,
+                                               loci_error *err);
+LOCI_MUST_CHECK loci_status loci_corpus_get(loci_store *store, const char *name,
+                                            loci_corpus_info *out, loci_error *err);
+/* Names in order, the first strictly after `after` ("" = from the start); *count <= limit. */
+LOCI_MUST_CHECK loci_status loci_corpus_list(loci_store *store, const char *after, size_t limit,
+                                             loci_corpus_info *out, size_t *count, loci_error *err);
+/* Gone at once for new calls; files go when the last snapshot is released. */
+LOCI_MUST_CHECK loci_status loci_corpus_delete(loci_store *store, const char *name,
+                                               loci_error *err);
+
+/* --- Documents -------------------------------------------------------------------------- */
+typedef struct loci_document_info {
+    char id[LOCI_DOCUMENT_ID_MAX + 1];
+    uint64_t sequence; /* order of registration in the corpus, from 1 */
+    uint64_t bytes;
+    char content_hash[33];
+    int64_t created;
+    bool searchable;
+    uint64_t tokens, segments; /* 0 while not searchable */
+} loci_document_info;
+
+/* A document arrives in pieces; nothing is visible before commit; abort or a crash leaves nothing.
+ * Ids: 1-512 bytes of UTF-8 without control characters. Errors: LOCI_E_NOTFOUND (corpus),
+ * LOCI_E_INVAL (id, empty document, metadata), LOCI_E_LIMIT (too large). */
+LOCI_MUST_CHECK loci_status loci_document_begin(loci_store *store, const char *corpus,
+                                                const char *id, loci_slice metadata,
+                                                loci_document_writer **out, loci_error *err);
+LOCI_MUST_CHECK loci_status loci_document_append(loci_document_writer *writer, loci_slice data,
+                                                 loci_error *err);
+/* Ends the writer in any case. *unchanged: the same id with the same content was there; nothing was
+ * written. Another content replaces the old document (its segments die when this is committed). */
+LOCI_MUST_CHECK loci_status loci_document_commit(loci_document_writer *writer,
+                                                 loci_document_info *out, bool *unchanged,
+                                                 loci_error *err);
+void loci_document_abort(loci_document_writer *writer); /* NULL allowed */
+
+/* metadata may be NULL, else it is appended. */
+LOCI_MUST_CHECK loci_status loci_document_get(loci_store *store, const char *corpus, const char *id,
+                                              loci_document_info *out, loci_buf *metadata,
+                                              loci_error *err);
+LOCI_MUST_CHECK loci_status loci_document_list(loci_store *store, const char *corpus,
+                                               const char *after, size_t limit,
+                                               loci_document_info *out, size_t *count,
+                                               loci_error *err);
+/* Appends bytes [start, end) of the document; end is clipped to its size. */
+LOCI_MUST_CHECK loci_status loci_document_read(loci_store *store, const char *corpus,
+                                               const char *id, uint64_t start, uint64_t end,
+                                               loci_buf *out, loci_error *err);
+/* The document and its segments are gone from the revision returned on. */
+LOCI_MUST_CHECK loci_status loci_document_delete(loci_store *store, const char *corpus,
+                                                 const char *id, uint64_t *revision,
+                                                 loci_error *err);
+
+/* --- Snapshots: one revision of a corpus, pinned ------------------------------------------ */
+typedef struct loci_segment_info {
+    const char *document; /* id; valid while the snapshot is held */
+    uint64_t start, end;  /* byte range in the document */
+    uint32_t tokens;
+} loci_segment_info;
+
+LOCI_MUST_CHECK loci_status loci_snapshot_acquire(loci_store *store, const char *corpus,
+                                                  loci_snapshot **out, loci_error *err);
+void loci_snapshot_release(loci_snapshot *snapshot); /* NULL allowed */
+const loci_corpus_view *loci_snapshot_view(const loci_snapshot *snapshot);
+const loci_corpus_info *loci_snapshot_info(const loci_snapshot *snapshot);
+uint32_t loci_snapshot_segments(const loci_snapshot *snapshot); /* dead ones included */
+bool loci_snapshot_segment_live(const loci_snapshot *snapshot, uint32_t segment);
+LOCI_MUST_CHECK loci_status loci_snapshot_segment(const loci_snapshot *snapshot, uint32_t segment,
+                                                  loci_segment_info *out, loci_error *err);
+/* Bytes of a document as of this snapshot, even if it was deleted or replaced since. */
+LOCI_MUST_CHECK loci_status loci_snapshot_read(const loci_snapshot *snapshot, uint32_t segment,
+                                               uint64_t start, uint64_t end, loci_buf *out,
+                                               loci_error *err);
+
+#endif

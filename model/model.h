@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A decoder language model from a Hugging Face folder, run on a backend.
+ *
+ * Opening reads config.json, tokenizer.json and the weights; whatever cannot be run is
+ * refused by name. A model is immutable after open and may be shared by threads; each
+ * forward pass runs on a loci_sequence or in a loci_encode call of its own.
+ */
+#ifndef LOCI_MODEL_MODEL_H
+#define LOCI_MODEL_MODEL_H
+
+#include "attention/backend.h"
+#include "base/cancel.h"
+#include "model/tokenizer.h"
+
+#define LOCI_LAYERS_MAX 256
+
+/* One layer's attention. window 0 = full. rope false = no positions (NoPE). */
+typedef struct loci_layer_config {
+    uint32_t window;
+    bool rope;
+    bool retrieval; /* its queries reach the corpus */
+} loci_layer_config;
+
+typedef struct loci_model_config {
+    char architecture[64];
+    uint32_t vocab, hidden, intermediate, layers, q_heads, kv_heads, head_dim;
+    uint32_t positions_max;
+    float rms_eps, rope_theta;
+    bool tied_embeddings;
+    uint32_t eos_id;
+    loci_layer_config layer[LOCI_LAYERS_MAX];
+    uint32_t retrieval_count;
+    uint32_t retrieval_layer[LOCI_LAYERS_MAX]; /* layer numbers of the retrieval layers */
+} loci_model_config;
+
+/* The special tokens by which the built-in family reads text (shared notes: "how it sees
+ * text"); UINT32_MAX where the tokenizer has none. */
+typedef struct loci_special_tokens {
+    uint32_t doc, question, evidence, answer, none, eos, bos;
+} loci_special_tokens;
+
+typedef struct loci_model loci_model;
+
+LOCI_MUST_CHECK loci_status loci_model_open(const char *dir, loci_backend *backend,
+                                            loci_dtype precision, loci_model **out,
+                                            loci_error *err);
+void loci_model_close(loci_model *model);
+const loci_model_config *loci_model_config_of(const loci_model *model);
+const loci_tokenizer *loci_model_tokenizer(const loci_model *model);
+const loci_special_tokens *loci_model_specials(const loci_model *model);
+loci_backend *loci_model_backend(const loci_model *model);
+/* 32 lower-case hexadecimal digits: hash of config, tokenizer and weights (bytes), independent of
+ * file names and sharding. Precision is not part of it. */
+const char *loci_model_fingerprint(const loci_model *model);
+
+/* --- Encoding context segments -------------------------------------------------------
+ * Packs segments in one batch, none attending to another (Prepacking, arXiv 2404.09529), and
+ * returns K and V of the retrieval layers. tokens: all segments one after another; begin:
+ * segments + 1 offsets. Positions count from 0 in each segment.
+ * k, v: bf16, for pair p = retrieval_index * kv_heads + kv_head a host array of
+ * [total tokens][head_dim]. The result of a segment does not depend on what it is packed with. */
+typedef struct loci_encode_out {
+    uint16_t *const *k;
+    uint16_t *const *v;
+} loci_encode_out;
+
+LOCI_MUST_CHECK loci_status loci_model_encode(loci_model *model, const uint32_t *tokens,
+                                              const uint32_t *begin, uint32_t segments,
+                                              const loci_encode_out *out, const loci_cancel *cancel,
+                                              loci_error *err);
+
+/* --- Sequences: a question and its answer ----------------------------------------------
+ * A sequence keeps its own KV in every layer. In retrieval layers `attend` (if set) is called after
+ * the sequence's own attention was enqueued, to merge in the corpus's part. */
+typedef struct loci_attend_call {
+    loci_stream *stream;
+    uint32_t retrieval_index; /* which retrieval layer, from 0 */
+    uint32_t rows;            /* tokens of this step */
+    uint32_t row_position;    /* position of the first of them in the sequence */
+    uint32_t q_heads, head_dim;
+    loci_ref q; /* f32 [rows][q_heads][head_dim], stride q_stride */
+    uint32_t q_stride;
+    float scale;
+    /* The sequence's own attention; to be replaced by the merge with the corpus's part. */
+    loci_ref out; /* f32 [rows][q_heads][head_dim], stride out_stride */
+    uint32_t out_stride;
+    loci_ref lse; /* f32 [rows][q_heads] */
+} loci_attend_call;
+
+/* Returns LOCI_OK after enqueueing its work; may sync the stream. */
+typedef loci_status (*loci_attend_fn)(void *ctx, const loci_attend_call *call, loci_error *err);
+
+typedef struct loci_sequence loci_sequence;
+LOCI_MUST_CHECK loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max,
+                                               loci_sequence **out, loci_error *err);
+void loci_sequence_close(loci_sequence *sequence);
+void loci_sequence_set_attend(loci_sequence *sequence, loci_attend_fn attend, void *ctx);
+/* Forgets all tokens; keeps memory. */
+void loci_sequence_reset(loci_sequence *sequence);
+uint32_t loci_sequence_length(const loci_sequence *sequence);
+/* Runs the tokens. logits_rows: how many of the last rows get logits (0 = none: then with
+ * stop_after_retrieval = r >= 0 the pass ends after the attend call of retrieval layer r).
+ * LOCI_E_LIMIT when tokens_max would be exceeded. */
+LOCI_MUST_CHECK loci_status loci_sequence_append(loci_sequence *sequence, const uint32_t *tokens,
+                                                 uint32_t count, uint32_t logits_rows,
+                                                 int stop_after_retrieval,
+                                                 const loci_cancel *cancel, loci_error *err);
+/* Host copy of the logits of the last append: f32 [logits_rows][vocab]; valid until the next call.
+ */
+const float *loci_sequence_logits(loci_sequence *sequence);
+/* Samples from the last row of logits; also its log-probability. */
+LOCI_MUST_CHECK loci_status loci_sequence_sample(loci_sequence *sequence,
+                                                 const loci_sample_params *params,
+                                                 const uint32_t *banned, uint32_t banned_count,
+                                                 const uint32_t *recent, uint32_t recent_count,
+                                                 uint32_t *id, float *logprob, loci_error *err);
+loci_stream *loci_sequence_stream(loci_sequence *sequence);
+
+#endif

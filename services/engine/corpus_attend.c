@@ -1,0 +1,248 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Attention over a corpus in one retrieval layer: the shared prefix (sink) with multiplicity, the
+ * flat open segments, and the extents through the index, merged into the sequence's own attention
+ * by log-sum-exp. Counts bytes and attention mass on the way.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "services/engine/query.h"
+
+loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows, uint32_t heads,
+                           uint32_t head_dim, uint32_t extra_rows, loci_ref *out, loci_ref *lse,
+                           loci_error *err) {
+    loci_backend *backend = engine->backend;
+    size_t out_bytes = (size_t)rows * heads * head_dim * sizeof(float);
+    size_t bytes = out_bytes + (size_t)(rows + extra_rows) * heads * sizeof(float);
+    if (bytes > slot->part_bytes) {
+        backend->ops->free(backend, slot->part);
+        slot->part = NULL;
+        slot->part_bytes = 0;
+        LOCI_TRY(backend->ops->alloc(backend, bytes, &slot->part, err));
+        slot->part_bytes = bytes;
+    }
+    *out = loci_ref_at(slot->part, 0);
+    *lse = loci_ref_at(slot->part, out_bytes);
+    return LOCI_OK;
+}
+
+loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err) {
+    loci_slot *slot = query->slot;
+    loci_backend *backend = query->engine->backend;
+    size_t bytes = ((size_t)loci_snapshot_segments(query->snapshot) + 1) * sizeof(float);
+    /* alloc zero-fills; the buffer is as long as the corpus has segments, 4 bytes each. */
+    backend->ops->free(backend, slot->mass);
+    slot->mass = NULL;
+    LOCI_TRY(backend->ops->alloc(backend, bytes, &slot->mass, err));
+    slot->mass_bytes = bytes;
+    query->sink_mass = query->segment_mass = query->rows_mass = 0;
+    free(query->flat_mass);
+    query->flat_mass = calloc((size_t)query->view->flat_segments + 1, sizeof(float));
+    if (!query->flat_mass) return loci_fail(err, LOCI_E_NOMEM, "no memory for attention masses");
+    return LOCI_OK;
+}
+
+/* Everything one step needs on the host until sync. */
+typedef struct step {
+    loci_attend_span span;
+    loci_attend_dense args;
+    loci_lookup_stats stats;
+    float *lse; /* [parts][rows][heads]: sink, flat segments, total */
+} step;
+
+static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus_view *view,
+                        loci_ref k, loci_ref v, loci_dtype dtype, uint32_t begin, uint32_t count,
+                        float bias, loci_ref out, loci_ref lse) {
+    s->span = (loci_attend_span){0, call->rows, begin, count};
+    s->args = (loci_attend_dense){
+        .q = call->q,
+        .k = k,
+        .v = v,
+        .out = out,
+        .lse = lse,
+        .q_stride = call->q_stride,
+        .kv_stride = view->kv_heads * view->head_dim,
+        .out_stride = call->q_heads * call->head_dim,
+        .q_heads = call->q_heads,
+        .kv_heads = view->kv_heads,
+        .head_dim = call->head_dim,
+        .kv_dtype = dtype,
+        .scale = call->scale,
+        .first_key_bias = bias,
+        .spans = &s->span,
+        .span_count = 1,
+    };
+}
+
+static void merge_part(const loci_backend *backend, const loci_attend_call *call, loci_ref out,
+                       loci_ref lse) {
+    backend->ops->merge(call->stream, call->out, call->out_stride, call->lse, out,
+                        call->q_heads * call->head_dim, lse, call->rows, call->q_heads,
+                        call->head_dim);
+}
+
+/* The sink as one row that stands for live_segments identical ones. */
+static loci_status attend_sink(loci_query *query, const loci_attend_call *call, step *s,
+                               loci_ref out, loci_ref lse, loci_error *err) {
+    const loci_corpus_view *view = query->view;
+    const loci_backend *backend = query->engine->backend;
+    if (!view->has_sink || view->live_segments == 0) return LOCI_OK;
+    size_t row = (size_t)view->kv_heads * view->head_dim * sizeof(float);
+    loci_ref k = view->sink_k, v = view->sink_v;
+    k.offset += call->retrieval_index * row;
+    v.offset += call->retrieval_index * row;
+    attend_rows(s, call, view, k, v, LOCI_F32, 0, 1, logf((float)view->live_segments), out, lse);
+    backend->ops->attend_dense(call->stream, &s->args);
+    merge_part(backend, call, out, lse);
+    backend->ops->download(call->stream, s->lse, lse,
+                           (size_t)call->rows * call->q_heads * sizeof(float));
+    return backend->ops->sync(call->stream, err);
+}
+
+/* The open segments, exactly. Their shares come from one pass for each segment. */
+static loci_status attend_flat(loci_query *query, const loci_attend_call *call, step *s,
+                               loci_ref out, loci_ref lse, loci_error *err) {
+    const loci_corpus_view *view = query->view;
+    const loci_backend *backend = query->engine->backend;
+    if (view->flat_tokens == 0) return LOCI_OK;
+    loci_ref k = loci_ref_at(view->flat_k[call->retrieval_index], 0);
+    loci_ref v = loci_ref_at(view->flat_v[call->retrieval_index], 0);
+    size_t lse_count = (size_t)call->rows * call->q_heads;
+    for (uint32_t f = 0; f < view->flat_segments; f++) {
+        uint32_t begin = view->flat_segment_begin[f], end = view->flat_segment_begin[f + 1];
+        if (begin == end) continue;
+        attend_rows(s, call, view, k, v, LOCI_BF16, begin, end - begin, 0, out, lse);
+        backend->ops->attend_dense(call->stream, &s->args);
+        backend->ops->download(call->stream, s->lse + (1 + f) * lse_count, lse,
+                               lse_count * sizeof(float));
+        LOCI_TRY(backend->ops->sync(call->stream, err));
+    }
+    attend_rows(s, call, view, k, v, LOCI_BF16, 0, view->flat_tokens, 0, out, lse);
+    backend->ops->attend_dense(call->stream, &s->args);
+    merge_part(backend, call, out, lse);
+    LOCI_TRY(backend->ops->sync(call->stream, err));
+    uint64_t bytes = (uint64_t)view->flat_tokens * view->kv_heads * view->head_dim * 4u;
+    query->usage.kv_read_bytes += bytes;
+    query->usage.kv_dense_bytes += bytes;
+    query->step_bytes += bytes;
+    return LOCI_OK;
+}
+
+static loci_status attend_extents(loci_query *query, const loci_attend_call *call, step *s,
+                                  uint32_t row_begin, loci_ref out, loci_ref lse, loci_error *err) {
+    const loci_corpus_view *view = query->view;
+    const loci_backend *backend = query->engine->backend;
+    const loci_backend_ops *ops = backend->ops;
+    if (view->extent_count == 0) return LOCI_OK;
+    uint64_t begun = loci_now_ns();
+    loci_lookup *lookup = query->slot->lookups[call->retrieval_index];
+    ops->lookup_begin(call->stream, lookup, view, call->retrieval_index, call->q, call->q_stride,
+                      call->rows, call->q_heads, call->scale, call->lse, &query->params);
+    ops->score_nodes(call->stream, lookup);
+    ops->score_codes(call->stream, lookup);
+    ops->select(call->stream, lookup);
+    ops->attend_sparse(call->stream, lookup, out, call->q_heads * call->head_dim, lse);
+    merge_part(backend, call, out, lse);
+    ops->attribute(call->stream, lookup, call->lse, row_begin, loci_ref_at(query->slot->mass, 0));
+    ops->lookup_stats(call->stream, lookup, &s->stats);
+    LOCI_TRY(ops->sync(call->stream, err));
+    uint64_t index = s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes;
+    query->usage.index_read_bytes += index;
+    query->usage.kv_read_bytes += s->stats.kv_bytes + s->stats.tail_bytes;
+    query->usage.kv_dense_bytes += s->stats.dense_kv_bytes;
+    query->usage.fetched_bytes += index + s->stats.kv_leaf_bytes;
+    query->step_bytes += index + s->stats.kv_bytes + s->stats.tail_bytes;
+    query->usage.lookup_ms += (double)(loci_now_ns() - begun) / 1e6;
+    return LOCI_OK;
+}
+
+/* Adds up exp(part lse - total lse) over rows and heads. */
+static void add_masses(loci_query *query, const loci_attend_call *call, const step *s,
+                       uint32_t row_begin, const float *total) {
+    const loci_corpus_view *view = query->view;
+    size_t count = (size_t)call->rows * call->q_heads, first = (size_t)row_begin * call->q_heads;
+    query->rows_mass += (double)(count - first);
+    for (size_t i = first; i < count; i++) {
+        if (view->has_sink) query->sink_mass += exp((double)s->lse[i] - (double)total[i]);
+        for (uint32_t f = 0; f < view->flat_segments; f++) {
+            if (view->flat_segment_begin[f] == view->flat_segment_begin[f + 1]) continue;
+            query->flat_mass[f] += expf(s->lse[(1 + f) * count + i] - total[i]);
+        }
+    }
+}
+
+loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
+    loci_query *query = ctx;
+    const loci_backend *backend = query->engine->backend;
+    const loci_corpus_view *view = query->view;
+    LOCI_TRY(loci_cancel_check(query->cancel));
+    uint32_t row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
+    size_t lse_count = (size_t)call->rows * call->q_heads;
+    step s = {0};
+    s.lse = calloc((view->flat_segments + 2) * lse_count, sizeof(float));
+    if (!s.lse) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
+    loci_ref out, lse;
+    loci_status status;
+    LOCI_TRY_GOTO(loci_slot_part(query->engine, query->slot, call->rows, call->q_heads,
+                                 call->head_dim, 0, &out, &lse, err),
+                  out);
+    LOCI_TRY_GOTO(attend_sink(query, call, &s, out, lse, err), out);
+    LOCI_TRY_GOTO(attend_flat(query, call, &s, out, lse, err), out);
+    LOCI_TRY_GOTO(attend_extents(query, call, &s, row_begin, out, lse, err), out);
+    float *total = s.lse + (view->flat_segments + 1) * lse_count;
+    backend->ops->download(call->stream, total, call->lse, lse_count * sizeof(float));
+    LOCI_TRY_GOTO(backend->ops->sync(call->stream, err), out);
+    add_masses(query, call, &s, row_begin, total);
+out:
+    free(s.lse);
+    return status;
+}
+
+/* Keeps the `limit` best in `out`, best first; ties by segment number. */
+static void keep_best(loci_ranked *out, uint32_t *count, uint32_t limit, loci_ranked item) {
+    uint32_t at = *count;
+    if (at == limit) {
+        if (item.score <= out[at - 1].score) return;
+        at--;
+    } else {
+        (*count)++;
+    }
+    while (at > 0 && out[at - 1].score < item.score) {
+        out[at] = out[at - 1];
+        at--;
+    }
+    out[at] = item;
+}
+
+loci_status loci_corpus_attend_best(loci_query *query, uint32_t limit, loci_ranked *out,
+                                    uint32_t *count, loci_error *err) {
+    const loci_corpus_view *view = query->view;
+    loci_backend *backend = query->engine->backend;
+    loci_stream *stream = loci_sequence_stream(query->slot->sequence);
+    uint32_t segments = loci_snapshot_segments(query->snapshot);
+    *count = 0;
+    float *mass = calloc((size_t)segments + 1, sizeof *mass);
+    if (!mass) return loci_fail(err, LOCI_E_NOMEM, "no memory for attention masses");
+    backend->ops->download(stream, mass, loci_ref_at(query->slot->mass, 0),
+                           (size_t)segments * sizeof *mass);
+    loci_status status = backend->ops->sync(stream, err);
+    if (status == LOCI_OK) {
+        for (uint32_t f = 0; f < view->flat_segments; f++)
+            mass[view->flat_segment_base + f] += query->flat_mass[f];
+        query->segment_mass = 0;
+        for (uint32_t s = 0; s < segments; s++) {
+            query->segment_mass += (double)mass[s];
+            if (mass[s] > 0) keep_best(out, count, limit, (loci_ranked){s, (double)mass[s]});
+        }
+        double all = query->sink_mass + query->segment_mass;
+        for (uint32_t i = 0; i < *count && all > 0; i++) out[i].score /= all;
+        query->usage.share_sink = all > 0 ? query->sink_mass / all : 0;
+        double shown = query->usage.share_sink;
+        for (uint32_t i = 0; i < *count; i++) shown += out[i].score;
+        query->usage.share_unattributed = all > 0 && shown < 1 ? 1 - shown : 0;
+    }
+    free(mass);
+    return status;
+}

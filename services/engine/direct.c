@@ -1,0 +1,98 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Answering through the corpus's attention alone: the question and each token of the answer
+ * attend to the corpus in every retrieval layer.
+ */
+#include <stdlib.h>
+
+#include "services/engine/query.h"
+
+typedef struct direct_state {
+    loci_query *query;
+    loci_event_fn on_event;
+    void *ctx;
+    bool first_sent;
+} direct_state;
+
+static loci_status on_piece(void *ctx, const char *text, loci_error *err) {
+    direct_state *state = ctx;
+    if (!state->first_sent) {
+        state->query->usage.first_token_ms = loci_query_elapsed_ms(state->query);
+        state->first_sent = true;
+    }
+    loci_event event = {.kind = LOCI_EVENT_DELTA, .text = text};
+    return state->on_event(state->ctx, &event, err);
+}
+
+/* The passages with most attention so far. */
+static loci_status load_evidence(loci_query *query, uint32_t limit, loci_buf *bytes,
+                                 loci_passage *passages, uint32_t *count, loci_error *err) {
+    loci_ranked ranked[LOCI_EVIDENCE_MAX];
+    bytes->len = 0;
+    LOCI_TRY(loci_corpus_attend_best(query, limit, ranked, count, err));
+    for (uint32_t i = 0; i < *count; i++)
+        LOCI_TRY(loci_passage_load(query, &ranked[i], bytes, &passages[i], err));
+    loci_passages_bind(passages, *count, bytes);
+    return LOCI_OK;
+}
+
+static loci_status ask_question(loci_query *query, loci_error *err) {
+    loci_tokens prompt = {0};
+    loci_sequence *sequence = query->slot->sequence;
+    loci_sequence_reset(sequence);
+    loci_sequence_set_attend(sequence, loci_corpus_attend, query);
+    loci_status status = loci_query_prompt(query, &prompt, err);
+    if (status == LOCI_OK)
+        status = loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,
+                                      query->cancel, err);
+    loci_tokens_fini(&prompt);
+    query->usage.question_read_bytes = query->step_bytes;
+    query->step_bytes = 0;
+    return status;
+}
+
+static loci_status finish(loci_query *query, const loci_generation *answer,
+                          const loci_passage *passages, uint32_t count, loci_event_fn on_event,
+                          void *ctx, loci_error *err) {
+    query->usage.decode_read_bytes = query->step_bytes;
+    query->usage.answer_tokens = answer->tokens;
+    query->usage.total_ms = loci_query_elapsed_ms(query);
+    loci_event event = {.kind = LOCI_EVENT_USAGE, .usage = &query->usage};
+    LOCI_TRY(on_event(ctx, &event, err));
+    bool found = answer->text.len > 0 && query->view->live_segments > 0;
+    event = (loci_event){.kind = LOCI_EVENT_FINISHED,
+                         .text = (const char *)answer->text.data,
+                         .found = found,
+                         .stop = found ? answer->stop : "not_found",
+                         .passages = passages,
+                         .passage_count = count};
+    return on_event(ctx, &event, err);
+}
+
+loci_status loci_answer_direct(loci_query *query, const loci_answer_request *request,
+                               loci_event_fn on_event, void *ctx, loci_error *err) {
+    uint32_t limit = request->evidence_count ? request->evidence_count : 4, count = 0;
+    loci_passage passages[LOCI_EVIDENCE_MAX];
+    loci_buf bytes = LOCI_BUF_INIT;
+    loci_generation answer = {.text = LOCI_BUF_INIT};
+    direct_state state = {query, on_event, ctx, false};
+    loci_status status;
+    loci_event event = {.kind = LOCI_EVENT_PROGRESS, .stage = "question", .total = 1};
+    LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    LOCI_TRY_GOTO(loci_corpus_attend_begin(query, err), out);
+    LOCI_TRY_GOTO(ask_question(query, err), out);
+    LOCI_TRY_GOTO(load_evidence(query, limit, &bytes, passages, &count, err), out);
+    event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};
+    LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    uint64_t begun = loci_now_ns();
+    LOCI_TRY_GOTO(loci_generate(query, request, &answer, on_piece, &state, err), out);
+    double seconds = (double)(loci_now_ns() - begun) / 1e9;
+    query->usage.decode_steps = answer.tokens;
+    if (seconds > 0) query->usage.decode_tokens_per_s = (double)answer.tokens / seconds;
+    LOCI_TRY_GOTO(load_evidence(query, limit, &bytes, passages, &count, err), out);
+    status = finish(query, &answer, passages, count, on_event, ctx, err);
+out:
+    loci_buf_fini(&answer.text);
+    loci_buf_fini(&bytes);
+    return status;
+}

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine of one node: a model on a backend, a store, and the registration pipeline, joined to
+ * answer questions. It knows nothing of RPC; handlers in services/locid translate.
+ *
+ * Threading: one engine serves any number of threads; at most options.queries_max questions run
+ * at once, others wait for a place (bounded by their cancel) or get LOCI_E_LIMIT when more than
+ * options.queries_waiting_max wait.
+ */
+#ifndef LOCI_SERVICES_ENGINE_ENGINE_H
+#define LOCI_SERVICES_ENGINE_ENGINE_H
+
+#include "base/cancel.h"
+#include "memory/ingest.h"
+#include "memory/store.h"
+#include "model/model.h"
+
+typedef struct loci_engine loci_engine;
+
+typedef struct loci_engine_options {
+    const char *data;             /* data directory, made if missing */
+    const char *model;            /* model folder */
+    const char *backend;          /* "cpu" */
+    const char *precision;        /* "auto" (bf16 where the CPU has it), "f32", "bf16" */
+    uint64_t memory_bytes;        /* 0 = half of RAM */
+    unsigned threads;             /* 0 = one per CPU */
+    unsigned queries_max;         /* 0 = 2 */
+    unsigned queries_waiting_max; /* 0 = 64 */
+} loci_engine_options;
+
+LOCI_MUST_CHECK loci_status loci_engine_open(const loci_engine_options *options, loci_engine **out,
+                                             loci_error *err);
+void loci_engine_close(loci_engine *engine);
+loci_store *loci_engine_store(loci_engine *engine);
+loci_ingest *loci_engine_ingest(loci_engine *engine);
+loci_model *loci_engine_model(loci_engine *engine);
+const char *loci_engine_backend_name(loci_engine *engine); /* describe() of the backend */
+
+typedef struct loci_engine_status {
+    uint64_t memory_budget_bytes, memory_used_bytes, cache_bytes, cache_hits, cache_misses;
+    unsigned queries_running, queries_waiting;
+} loci_engine_status;
+void loci_engine_status_of(loci_engine *engine, loci_engine_status *out);
+
+/* Creates a corpus for the engine's model (computes the sink). */
+LOCI_MUST_CHECK loci_status loci_engine_create_corpus(loci_engine *engine, const char *name,
+                                                      loci_corpus_info *out, loci_error *err);
+
+typedef struct loci_passage {
+    const char *document; /* id */
+    uint64_t start, end;
+    loci_slice quote; /* exactly those bytes */
+    double share;     /* or the score, in hits */
+} loci_passage;
+
+typedef struct loci_usage {
+    uint64_t corpus_tokens, question_tokens, answer_tokens, decode_steps;
+    uint64_t kv_read_bytes, index_read_bytes, kv_dense_bytes, fetched_bytes;
+    uint64_t question_read_bytes, decode_read_bytes;
+    double first_token_ms, decode_tokens_per_s, total_ms, lookup_ms, read_twice_ms;
+    double share_sink, share_unattributed;
+} loci_usage;
+
+typedef enum loci_event_kind {
+    LOCI_EVENT_STARTED,
+    LOCI_EVENT_PROGRESS,
+    LOCI_EVENT_EVIDENCE,
+    LOCI_EVENT_CANDIDATE,
+    LOCI_EVENT_DELTA,
+    LOCI_EVENT_USAGE,
+    LOCI_EVENT_FINISHED
+} loci_event_kind;
+
+/* Pointers are valid during the callback only. */
+typedef struct loci_event {
+    loci_event_kind kind;
+    uint64_t revision; /* STARTED */
+    loci_mode mode;    /* STARTED */
+    bool read_twice;   /* STARTED */
+    const char *stage; /* PROGRESS: "question", "rank", "read", "decode" */
+    uint64_t done, total;
+    const loci_passage *passages; /* EVIDENCE, FINISHED; CANDIDATE: the one passage */
+    size_t passage_count;
+    const char *text; /* CANDIDATE, FINISHED: the answer; DELTA: the next piece (valid UTF-8) */
+    bool found;       /* CANDIDATE, FINISHED */
+    double score;     /* CANDIDATE */
+    const char *stop; /* FINISHED: "eos", "length", "repetition", "not_found" */
+    const loci_usage *usage; /* USAGE */
+} loci_event;
+
+/* An error returned by the callback ends the answer with it (the client went away). */
+typedef loci_status (*loci_event_fn)(void *ctx, const loci_event *event, loci_error *err);
+
+typedef struct loci_answer_request {
+    const char *corpus, *question;
+    int mode;        /* loci_mode, or -1 = default (hierarchical) */
+    double top_p;    /* 0 = default */
+    uint32_t budget; /* 0 = default */
+    bool no_budget;
+    int read_twice;      /* 1 on, 0 off, -1 = default: on for models that know <ev> and <none> */
+    uint32_t max_tokens; /* 0 = default (32) */
+    double temperature;
+    uint64_t seed;
+    double sparsity; /* squeezed; 0 = 0.9 */
+    uint64_t min_revision;
+    uint32_t evidence_count; /* 0 = 4; at most 16 */
+} loci_answer_request;
+
+/* Events in order: STARTED, PROGRESS..., EVIDENCE, (CANDIDATE...), DELTA..., USAGE, FINISHED. */
+LOCI_MUST_CHECK loci_status loci_engine_answer(loci_engine *engine,
+                                               const loci_answer_request *request,
+                                               const loci_cancel *cancel, loci_event_fn on_event,
+                                               void *ctx, loci_error *err);
+
+typedef loci_status (*loci_hits_fn)(void *ctx, const loci_passage *hits, size_t count,
+                                    const loci_usage *usage, uint64_t revision, loci_error *err);
+/* The k best passages; k in 1..100, 0 = 5. The callback runs once. */
+LOCI_MUST_CHECK loci_status loci_engine_retrieve(loci_engine *engine, const char *corpus,
+                                                 const char *question, uint32_t k,
+                                                 uint64_t min_revision, const loci_cancel *cancel,
+                                                 loci_hits_fn on_hits, void *ctx, loci_error *err);
+
+#endif

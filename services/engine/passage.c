@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Passages: segments with their document, byte range and exact bytes.
+ */
+#include "services/engine/query.h"
+
+loci_status loci_passage_load(loci_query *query, const loci_ranked *ranked, loci_buf *bytes,
+                              loci_passage *out, loci_error *err) {
+    loci_segment_info info;
+    LOCI_TRY(loci_snapshot_segment(query->snapshot, ranked->segment, &info, err));
+    size_t before = bytes->len;
+    LOCI_TRY(
+        loci_snapshot_read(query->snapshot, ranked->segment, info.start, info.end, bytes, err));
+    if (bytes->len - before != info.end - info.start)
+        return loci_fail(err, LOCI_E_CORRUPT, "document %s is shorter than its passage at %llu",
+                         info.document, (unsigned long long)info.start);
+    query->usage.fetched_bytes += bytes->len - before;
+    *out = (loci_passage){.document = info.document,
+                          .start = info.start,
+                          .end = info.end,
+                          .quote = {NULL, bytes->len - before},
+                          .share = ranked->score};
+    return LOCI_OK;
+}
+
+void loci_passages_bind(loci_passage *passages, size_t count, const loci_buf *bytes) {
+    size_t at = 0;
+    for (size_t i = 0; i < count; i++) {
+        passages[i].quote.data = bytes->data + at;
+        at += passages[i].quote.len;
+    }
+}

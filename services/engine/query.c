@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Admission of questions and what they hold; see query.h.
+ */
+#include "services/engine/query.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+static loci_slot *find_free(loci_engine *engine) {
+    for (unsigned i = 0; i < engine->slot_count; i++) {
+        if (!engine->slots[i].busy) return &engine->slots[i];
+    }
+    return NULL;
+}
+
+/* Waits for a slot, looking at the cancel flag every 20 ms. */
+static loci_status take_slot(loci_engine *engine, const loci_cancel *cancel, loci_slot **out,
+                             loci_error *err) {
+    loci_status status = LOCI_OK;
+    pthread_mutex_lock(&engine->lock);
+    loci_slot *slot = find_free(engine);
+    if (!slot && engine->waiting >= engine->waiting_max) {
+        status =
+            loci_fail_reason(err, LOCI_E_LIMIT, "TOO_MANY_QUESTIONS",
+                             "%u questions are waiting already; try again later", engine->waiting);
+    } else {
+        engine->waiting++;
+        while (!(slot = find_free(engine)) && status == LOCI_OK) {
+            struct timespec until;
+            clock_gettime(CLOCK_REALTIME, &until);
+            until.tv_nsec += 20000000;
+            if (until.tv_nsec >= 1000000000) {
+                until.tv_nsec -= 1000000000;
+                until.tv_sec++;
+            }
+            pthread_cond_timedwait(&engine->slot_free, &engine->lock, &until);
+            status = loci_cancel_check(cancel);
+        }
+        engine->waiting--;
+        if (status == LOCI_OK) slot->busy = true;
+    }
+    pthread_mutex_unlock(&engine->lock);
+    *out = status == LOCI_OK ? slot : NULL;
+    if (status == LOCI_E_CANCELLED || status == LOCI_E_TIMEOUT)
+        return loci_fail(err, status, "the question ended while it waited for its turn");
+    return status;
+}
+
+static void give_slot(loci_engine *engine, loci_slot *slot) {
+    pthread_mutex_lock(&engine->lock);
+    slot->busy = false;
+    pthread_cond_signal(&engine->slot_free);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+static loci_status tokenize_question(loci_query *query, const char *question, loci_error *err) {
+    loci_slice text = loci_slice_text(question);
+    loci_buf normal = LOCI_BUF_INIT;
+    loci_passage_text(text, &normal);
+    loci_status status = loci_buf_status(&normal);
+    if (status == LOCI_OK && normal.len <= 1)
+        status = loci_fail_reason(err, LOCI_E_INVAL, "EMPTY_QUESTION", "the question is empty");
+    if (status == LOCI_OK)
+        status = loci_tokenizer_encode(loci_model_tokenizer(query->engine->model),
+                                       loci_slice_of(normal.data, normal.len), false,
+                                       &query->question, err);
+    if (status == LOCI_OK && query->question.count > LOCI_QUESTION_TOKENS_MAX)
+        status = loci_fail_reason(err, LOCI_E_INVAL, "QUESTION_TOO_LONG",
+                                  "the question has %zu tokens; at most %u are allowed",
+                                  query->question.count, LOCI_QUESTION_TOKENS_MAX);
+    loci_buf_fini(&normal);
+    return status;
+}
+
+loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *corpus,
+                            const char *question, uint64_t min_revision, const loci_cancel *cancel,
+                            loci_error *err) {
+    *query = (loci_query){.engine = engine, .cancel = cancel, .started_ns = loci_now_ns()};
+    loci_select_defaults(&query->params);
+    LOCI_TRY(tokenize_question(query, question, err));
+    LOCI_TRY(loci_snapshot_acquire(engine->store, corpus, &query->snapshot, err));
+    const loci_corpus_info *info = loci_snapshot_info(query->snapshot);
+    if (info->revision < min_revision)
+        return loci_fail_reason(err, LOCI_E_PRECONDITION, "REVISION_NOT_REACHED",
+                                "corpus %s is at revision %llu, %llu was asked for", corpus,
+                                (unsigned long long)info->revision,
+                                (unsigned long long)min_revision);
+    if (strcmp(info->geometry.fingerprint, engine->geometry.fingerprint) != 0)
+        return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
+                                "corpus %s was encoded by model %s, the daemon runs model %s",
+                                corpus, info->geometry.fingerprint, engine->geometry.fingerprint);
+    query->view = loci_snapshot_view(query->snapshot);
+    query->usage.corpus_tokens = query->view->tokens;
+    query->usage.question_tokens = query->question.count;
+    LOCI_TRY(take_slot(engine, cancel, &query->slot, err));
+    loci_sequence_reset(query->slot->sequence);
+    loci_sequence_set_attend(query->slot->sequence, NULL, NULL);
+    return LOCI_OK;
+}
+
+void loci_query_fini(loci_query *query) {
+    if (query->slot) give_slot(query->engine, query->slot);
+    loci_snapshot_release(query->snapshot);
+    loci_tokens_fini(&query->question);
+    free(query->flat_mass);
+    *query = (loci_query){0};
+}
+
+double loci_query_elapsed_ms(const loci_query *query) {
+    return (double)(loci_now_ns() - query->started_ns) / 1e6;
+}
+
+loci_status loci_query_prompt(const loci_query *query, loci_tokens *out, loci_error *err) {
+    const loci_special_tokens *special = loci_model_specials(query->engine->model);
+    loci_status status = LOCI_OK;
+    if (special->question != UINT32_MAX) status = loci_tokens_push(out, special->question, 0);
+    for (size_t i = 0; i < query->question.count && status == LOCI_OK; i++)
+        status = loci_tokens_push(out, query->question.ids[i], 0);
+    if (special->answer != UINT32_MAX && status == LOCI_OK)
+        status = loci_tokens_push(out, special->answer, 0);
+    return status == LOCI_OK ? LOCI_OK : loci_fail(err, status, "no memory for the question");
+}

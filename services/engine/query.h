@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Internals of the engine: what one running question holds.
+ *
+ * A slot is the reusable working memory of a question (sequence, look-ups, device buffers); the
+ * engine has queries_max of them and a question owns one from admission to its end. All of a slot
+ * is touched by the question's thread only.
+ */
+#ifndef LOCI_SERVICES_ENGINE_QUERY_H
+#define LOCI_SERVICES_ENGINE_QUERY_H
+
+#include <pthread.h>
+
+#include "services/engine/engine.h"
+#include "services/engine/split.h"
+
+#define LOCI_QUESTION_TOKENS_MAX 256u
+#define LOCI_ANSWER_TOKENS_MAX 512u
+#define LOCI_RETRIEVE_MAX 100u
+#define LOCI_EVIDENCE_MAX 16u
+
+typedef struct loci_slot {
+    bool busy;
+    loci_sequence *sequence;
+    loci_lookup **lookups; /* one for each retrieval layer */
+    loci_buffer *part;     /* out and lse of one part of the attention; grown on demand */
+    size_t part_bytes;
+    loci_buffer *mass; /* f32, one for each segment of the view */
+    size_t mass_bytes;
+} loci_slot;
+
+struct loci_engine {
+    loci_backend *backend;
+    loci_model *model;
+    loci_store *store;
+    loci_ingest *ingest;
+    loci_splitter *splitter; /* of the ingest thread */
+    loci_geometry geometry;
+    float *sink_k, *sink_v;
+    uint64_t memory_budget_bytes;
+    pthread_mutex_t lock;
+    pthread_cond_t slot_free;
+    loci_slot *slots;
+    unsigned slot_count, waiting, waiting_max;
+    /* Thresholds of squeezed mode, for the last corpus revision asked for; under lock. */
+    uint64_t squeezed_uid, squeezed_revision;
+    double squeezed_sparsity;
+    float squeezed_threshold[2];
+};
+
+/* The state of one running question. */
+typedef struct loci_query {
+    loci_engine *engine;
+    loci_slot *slot;
+    loci_snapshot *snapshot;
+    const loci_corpus_view *view;
+    const loci_cancel *cancel;
+    loci_select_params params;
+    loci_tokens question; /* ids of " question" */
+    loci_usage usage;
+    uint64_t started_ns;
+    /* Attention mass on the corpus so far, summed over layers, rows and heads. */
+    double sink_mass, segment_mass, rows_mass;
+    float *flat_mass; /* one for each flat segment */
+    bool question_step;
+    uint64_t step_bytes;
+} loci_query;
+
+/* query.c: takes a slot and a snapshot, tokenises the question; fini releases all. */
+LOCI_MUST_CHECK loci_status loci_query_init(loci_query *query, loci_engine *engine,
+                                            const char *corpus, const char *question,
+                                            uint64_t min_revision, const loci_cancel *cancel,
+                                            loci_error *err);
+void loci_query_fini(loci_query *query);
+double loci_query_elapsed_ms(const loci_query *query);
+/* [<q>] question [<a>] into *out. */
+LOCI_MUST_CHECK loci_status loci_query_prompt(const loci_query *query, loci_tokens *out,
+                                              loci_error *err);
+
+/* corpus_attend.c: the hook that adds the corpus's part in a retrieval layer (loci_attend_fn). */
+loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err);
+/* Clears the masses; before the first step of an attributed pass. */
+LOCI_MUST_CHECK loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err);
+/* The `count` segments with most mass, best first; share of each of the corpus's mass. */
+typedef struct loci_ranked {
+    uint32_t segment;
+    double score;
+} loci_ranked;
+LOCI_MUST_CHECK loci_status loci_corpus_attend_best(loci_query *query, uint32_t limit,
+                                                    loci_ranked *out, uint32_t *count,
+                                                    loci_error *err);
+/* Out and lse of a part of `rows` rows (grown if needed). */
+LOCI_MUST_CHECK loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows,
+                                           uint32_t heads, uint32_t head_dim, uint32_t extra_rows,
+                                           loci_ref *out, loci_ref *lse, loci_error *err);
+
+/* rank.c: the best passages for the question by late interaction, best first. */
+LOCI_MUST_CHECK loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out,
+                                            uint32_t *count, loci_error *err);
+
+/* passage.c: a segment as a passage; its bytes are appended to *bytes and quote.len set, quote.data
+ * left NULL until loci_passages_bind (the buffer may move while it grows). */
+LOCI_MUST_CHECK loci_status loci_passage_load(loci_query *query, const loci_ranked *ranked,
+                                              loci_buf *bytes, loci_passage *out, loci_error *err);
+void loci_passages_bind(loci_passage *passages, size_t count, const loci_buf *bytes);
+
+/* generate.c: one answer, token by token. */
+typedef struct loci_generation {
+    loci_buf text;       /* of the answer, without its leading space */
+    uint32_t tokens;     /* steps taken, the end not counted */
+    double logprob;      /* sum over the answer's tokens and the end */
+    double none_logprob; /* of <none> as the first token */
+    bool says_none;      /* <none> was the likeliest first token */
+    const char *stop;
+} loci_generation;
+typedef loci_status (*loci_piece_fn)(void *ctx, const char *text, loci_error *err);
+LOCI_MUST_CHECK loci_status loci_generate(loci_query *query, const loci_answer_request *request,
+                                          loci_generation *out, loci_piece_fn on_piece, void *ctx,
+                                          loci_error *err);
+
+/* reader.c: read twice. direct.c: over the corpus's attention. Both emit all events after STARTED.
+ */
+LOCI_MUST_CHECK loci_status loci_answer_read_twice(loci_query *query,
+                                                   const loci_answer_request *request,
+                                                   loci_event_fn on_event, void *ctx,
+                                                   loci_error *err);
+LOCI_MUST_CHECK loci_status loci_answer_direct(loci_query *query,
+                                               const loci_answer_request *request,
+                                               loci_event_fn on_event, void *ctx, loci_error *err);
+
+/* squeezed.c: sets params.squeezed_threshold for the query's corpus revision. */
+LOCI_MUST_CHECK loci_status loci_query_squeezed_threshold(loci_query *query, double sparsity,
+                                                          loci_error *err);
+
+#endif

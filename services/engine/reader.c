@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Read twice (Just Read Twice, arXiv 2407.05483): the best passages are read again after the
+ * question, one at a time and without the rest of the corpus, and the likeliest answer is chosen by
+ *
+ *   log p(answer) + log(1 - p(<none>)) + RANK_WEIGHT * rank score
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "services/engine/query.h"
+
+#define RANK_WEIGHT 0.3 /* temperature of the ranking loss that trained the score */
+
+typedef struct reading {
+    loci_generation answer;
+    double score;
+} reading;
+
+static loci_status push_all(loci_tokens *out, const loci_tokens *tokens) {
+    for (size_t i = 0; i < tokens->count; i++) LOCI_TRY(loci_tokens_push(out, tokens->ids[i], 0));
+    return LOCI_OK;
+}
+
+/* <q> question <ev> passage <q> question <a> */
+static loci_status reading_prompt(loci_query *query, const loci_passage *passage, loci_tokens *out,
+                                  loci_error *err) {
+    const loci_special_tokens *special = loci_model_specials(query->engine->model);
+    loci_buf text = LOCI_BUF_INIT;
+    loci_tokens words = {0};
+    loci_status status;
+    loci_passage_text(passage->quote, &text);
+    LOCI_TRY_GOTO(loci_buf_status(&text), out);
+    LOCI_TRY_GOTO(loci_tokenizer_encode(loci_model_tokenizer(query->engine->model),
+                                        loci_slice_of(text.data, text.len), false, &words, err),
+                  out);
+    LOCI_TRY_GOTO(loci_tokens_push(out, special->question, 0), out);
+    LOCI_TRY_GOTO(push_all(out, &query->question), out);
+    LOCI_TRY_GOTO(loci_tokens_push(out, special->evidence, 0), out);
+    LOCI_TRY_GOTO(push_all(out, &words), out);
+    LOCI_TRY_GOTO(loci_tokens_push(out, special->question, 0), out);
+    LOCI_TRY_GOTO(push_all(out, &query->question), out);
+    LOCI_TRY_GOTO(loci_tokens_push(out, special->answer, 0), out);
+out:
+    loci_buf_fini(&text);
+    loci_tokens_fini(&words);
+    if (status != LOCI_OK && err && err->status == LOCI_OK)
+        return loci_fail(err, status, "no memory to read a passage");
+    return status;
+}
+
+static loci_status read_passage(loci_query *query, const loci_answer_request *request,
+                                const loci_passage *passage, double rank, reading *out,
+                                loci_error *err) {
+    loci_sequence *sequence = query->slot->sequence;
+    loci_tokens prompt = {0};
+    loci_sequence_reset(sequence);
+    loci_sequence_set_attend(sequence, NULL, NULL);
+    loci_status status = reading_prompt(query, passage, &prompt, err);
+    if (status == LOCI_OK)
+        status = loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,
+                                      query->cancel, err);
+    loci_tokens_fini(&prompt);
+    LOCI_TRY(status);
+    LOCI_TRY(loci_generate(query, request, &out->answer, NULL, NULL, err));
+    double some = 1 - exp(out->answer.none_logprob);
+    out->score = out->answer.logprob + log(some > 1e-4 ? some : 1e-4) + RANK_WEIGHT * rank;
+    return LOCI_OK;
+}
+
+static loci_status emit_candidate(const reading *read, const loci_passage *passage,
+                                  loci_event_fn on_event, void *ctx, loci_error *err) {
+    loci_event event = {.kind = LOCI_EVENT_CANDIDATE,
+                        .text = (const char *)read->answer.text.data,
+                        .found = !read->answer.says_none,
+                        .score = read->score,
+                        .passages = passage,
+                        .passage_count = 1};
+    return on_event(ctx, &event, err);
+}
+
+/* Shares among the passages read: softmax of the scores; the rest of the corpus was not read. */
+static void share_scores(loci_passage *passages, const double *scores, uint32_t count) {
+    double most = -INFINITY, sum = 0;
+    for (uint32_t i = 0; i < count; i++) most = scores[i] > most ? scores[i] : most;
+    for (uint32_t i = 0; i < count; i++) sum += exp(scores[i] - most);
+    for (uint32_t i = 0; i < count; i++) passages[i].share = exp(scores[i] - most) / sum;
+}
+
+static int by_share(const void *a, const void *b) {
+    const loci_passage *x = a, *y = b;
+    return x->share > y->share ? -1 : x->share < y->share;
+}
+
+static uint32_t choose(const reading *readings, uint32_t count, bool *found) {
+    uint32_t best = 0;
+    *found = false;
+    for (uint32_t i = 0; i < count; i++) {
+        bool some = !readings[i].answer.says_none;
+        if ((some && !*found) || (some == *found && readings[i].score > readings[best].score))
+            best = i;
+        *found = *found || some;
+    }
+    return best;
+}
+
+static loci_status finish(loci_query *query, reading *readings, loci_passage *passages,
+                          uint32_t count, loci_event_fn on_event, void *ctx, loci_error *err) {
+    bool found;
+    uint32_t best = choose(readings, count, &found);
+    double scores[LOCI_EVIDENCE_MAX];
+    for (uint32_t i = 0; i < count; i++) scores[i] = readings[i].score;
+    loci_usage *usage = &query->usage;
+    usage->first_token_ms = usage->total_ms = loci_query_elapsed_ms(query);
+    const char *text = "";
+    if (count > 0 && found) {
+        text = (const char *)readings[best].answer.text.data;
+        usage->answer_tokens = readings[best].answer.tokens;
+        loci_event delta = {.kind = LOCI_EVENT_DELTA, .text = text};
+        LOCI_TRY(on_event(ctx, &delta, err));
+    }
+    share_scores(passages, scores, count);
+    if (count > 0) { /* the chosen passage first, then by share */
+        loci_passage chosen = passages[best];
+        passages[best] = passages[0];
+        passages[0] = chosen;
+        if (count > 1) qsort(passages + 1, count - 1, sizeof *passages, by_share);
+    }
+    loci_event event = {.kind = LOCI_EVENT_USAGE, .usage = usage};
+    LOCI_TRY(on_event(ctx, &event, err));
+    event = (loci_event){.kind = LOCI_EVENT_FINISHED,
+                         .text = text,
+                         .found = found,
+                         .stop = found ? readings[best].answer.stop : "not_found",
+                         .passages = passages,
+                         .passage_count = found ? count : 0};
+    return on_event(ctx, &event, err);
+}
+
+static loci_status load_best(loci_query *query, uint32_t limit, loci_ranked *ranked,
+                             uint32_t *count, loci_buf *bytes, loci_passage *passages,
+                             loci_error *err) {
+    LOCI_TRY(loci_query_rank(query, limit, ranked, count, err));
+    for (uint32_t i = 0; i < *count; i++)
+        LOCI_TRY(loci_passage_load(query, &ranked[i], bytes, &passages[i], err));
+    loci_passages_bind(passages, *count, bytes);
+    double scores[LOCI_EVIDENCE_MAX];
+    for (uint32_t i = 0; i < *count; i++) scores[i] = RANK_WEIGHT * ranked[i].score;
+    share_scores(passages, scores, *count);
+    return LOCI_OK;
+}
+
+loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request *request,
+                                   loci_event_fn on_event, void *ctx, loci_error *err) {
+    uint32_t limit = request->evidence_count ? request->evidence_count : 4, count = 0;
+    loci_ranked ranked[LOCI_EVIDENCE_MAX];
+    loci_passage passages[LOCI_EVIDENCE_MAX];
+    reading readings[LOCI_EVIDENCE_MAX] = {0};
+    loci_buf bytes = LOCI_BUF_INIT;
+    loci_status status;
+    loci_event event = {.kind = LOCI_EVENT_PROGRESS, .stage = "rank", .total = 1};
+    LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    query->question_step = true;
+    LOCI_TRY_GOTO(load_best(query, limit, ranked, &count, &bytes, passages, err), out);
+    query->usage.question_read_bytes = query->usage.index_read_bytes + query->usage.kv_read_bytes;
+    event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};
+    LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    uint64_t begun = loci_now_ns();
+    for (uint32_t i = 0; i < count; i++) {
+        LOCI_TRY_GOTO(
+            read_passage(query, request, &passages[i], ranked[i].score, &readings[i], err), out);
+        LOCI_TRY_GOTO(emit_candidate(&readings[i], &passages[i], on_event, ctx, err), out);
+        query->usage.decode_steps += readings[i].answer.tokens;
+        event = (loci_event){
+            .kind = LOCI_EVENT_PROGRESS, .stage = "read", .done = i + 1, .total = count};
+        LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    }
+    query->usage.read_twice_ms = (double)(loci_now_ns() - begun) / 1e6;
+    if (query->usage.read_twice_ms > 0)
+        query->usage.decode_tokens_per_s =
+            (double)query->usage.decode_steps * 1e3 / query->usage.read_twice_ms;
+    status = finish(query, readings, passages, count, on_event, ctx, err);
+out:
+    for (uint32_t i = 0; i < count; i++) loci_buf_fini(&readings[i].answer.text);
+    loci_buf_fini(&bytes);
+    return status;
+}
