@@ -23,7 +23,7 @@
 
 #include "memory/store.h"
 
-#define LOCI_TAIL_SEAL_TOKENS 4096u
+#define LOCI_TAIL_SEAL_TOKENS 4096u /* at most half an extent: loci_tail_seal_tokens */
 
 /* Segments of a document: tokens with the shared prefix token first if the model has one. */
 typedef struct loci_split {

@@ -3,6 +3,7 @@
  * The durable side of Loci: corpora, documents, manifests and extents in one data directory.
  *
  *   DIR/LOCK             held by the one process that uses the directory
+ *   DIR/LAYOUT           the layout version; a newer one is refused
  *   DIR/db/              RocksDB: catalogue, manifests, documents (zstd), open segments
  *   DIR/extents/UID/ID   immutable extent files, memory-mapped (memory/FORMAT.md)
  *
@@ -43,7 +44,11 @@ typedef struct loci_geometry {
 typedef struct loci_store_options {
     uint64_t document_bytes_max; /* default 64 MiB */
     uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
+    uint32_t extent_tokens;      /* most tokens of an extent; default (and most) 32768 */
 } loci_store_options;
+
+/* Names of all kill points (base/failpoint.h) of this module, NULL at the end. */
+extern const char *const loci_failpoints[];
 
 void loci_store_options_default(loci_store_options *options);
 LOCI_MUST_CHECK loci_status loci_store_open(const char *dir, const loci_store_options *options,
@@ -78,6 +83,9 @@ LOCI_MUST_CHECK loci_status loci_corpus_get(loci_store *store, const char *name,
 /* Names in order, the first strictly after `after` ("" = from the start); *count <= limit. */
 LOCI_MUST_CHECK loci_status loci_corpus_list(loci_store *store, const char *after, size_t limit,
                                              loci_corpus_info *out, size_t *count, loci_error *err);
+/* LOCI_E_PRECONDITION, reason MODEL_MISMATCH, unless the corpus is of the model `fingerprint`. */
+LOCI_MUST_CHECK loci_status loci_corpus_check_model(const loci_corpus_info *info,
+                                                    const char *fingerprint, loci_error *err);
 /* Gone at once for new calls; files go when the last snapshot is released. */
 LOCI_MUST_CHECK loci_status loci_corpus_delete(loci_store *store, const char *name,
                                                loci_error *err);
@@ -102,7 +110,8 @@ LOCI_MUST_CHECK loci_status loci_document_begin(loci_store *store, const char *c
 LOCI_MUST_CHECK loci_status loci_document_append(loci_document_writer *writer, loci_slice data,
                                                  loci_error *err);
 /* Ends the writer in any case. *unchanged: the same id with the same content was there; nothing was
- * written. Another content replaces the old document (its segments die when this is committed). */
+ * written. Another content replaces the old document: the old one stays searchable until the new
+ * one is, and its segments die in that same revision. */
 LOCI_MUST_CHECK loci_status loci_document_commit(loci_document_writer *writer,
                                                  loci_document_info *out, bool *unchanged,
                                                  loci_error *err);

@@ -37,10 +37,7 @@ loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err) {
     slot->mass = NULL;
     LOCI_TRY(backend->ops->alloc(backend, bytes, &slot->mass, err));
     slot->mass_bytes = bytes;
-    query->sink_mass = query->segment_mass = query->rows_mass = 0;
-    free(query->flat_mass);
-    query->flat_mass = calloc((size_t)query->view->flat_segments + 1, sizeof(float));
-    if (!query->flat_mass) return loci_fail(err, LOCI_E_NOMEM, "no memory for attention masses");
+    query->sink_mass = 0;
     return LOCI_OK;
 }
 
@@ -49,7 +46,7 @@ typedef struct step {
     loci_attend_span span;
     loci_attend_dense args;
     loci_lookup_stats stats;
-    float *lse; /* [parts][rows][heads]: sink, flat segments, total */
+    float *lse; /* [2][rows][heads]: sink, total */
 } step;
 
 static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus_view *view,
@@ -101,7 +98,7 @@ static loci_status attend_sink(loci_query *query, const loci_attend_call *call, 
     return backend->ops->sync(call->stream, err);
 }
 
-/* The open segments, exactly. Their shares come from one pass for each segment. */
+/* The open segments, exactly. */
 static loci_status attend_flat(loci_query *query, const loci_attend_call *call, step *s,
                                loci_ref out, loci_ref lse, loci_error *err) {
     const loci_corpus_view *view = query->view;
@@ -109,16 +106,6 @@ static loci_status attend_flat(loci_query *query, const loci_attend_call *call, 
     if (view->flat_tokens == 0) return LOCI_OK;
     loci_ref k = loci_ref_at(view->flat_k[call->retrieval_index], 0);
     loci_ref v = loci_ref_at(view->flat_v[call->retrieval_index], 0);
-    size_t lse_count = (size_t)call->rows * call->q_heads;
-    for (uint32_t f = 0; f < view->flat_segments; f++) {
-        uint32_t begin = view->flat_segment_begin[f], end = view->flat_segment_begin[f + 1];
-        if (begin == end) continue;
-        attend_rows(s, call, view, k, v, LOCI_BF16, begin, end - begin, 0, out, lse);
-        backend->ops->attend_dense(call->stream, &s->args);
-        backend->ops->download(call->stream, s->lse + (1 + f) * lse_count, lse,
-                               lse_count * sizeof(float));
-        LOCI_TRY(backend->ops->sync(call->stream, err));
-    }
     attend_rows(s, call, view, k, v, LOCI_BF16, 0, view->flat_tokens, 0, out, lse);
     backend->ops->attend_dense(call->stream, &s->args);
     merge_part(backend, call, out, lse);
@@ -135,7 +122,6 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
     const loci_backend_ops *ops = backend->ops;
-    if (view->extent_count == 0) return LOCI_OK;
     uint64_t begun = loci_now_ns();
     loci_lookup *lookup = query->slot->lookups[call->retrieval_index];
     ops->lookup_begin(call->stream, lookup, view, call->retrieval_index, call->q, call->q_stride,
@@ -158,30 +144,23 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
     return LOCI_OK;
 }
 
-/* Adds up exp(part lse - total lse) over rows and heads. */
-static void add_masses(loci_query *query, const loci_attend_call *call, const step *s,
-                       uint32_t row_begin, const float *total) {
-    const loci_corpus_view *view = query->view;
-    size_t count = (size_t)call->rows * call->q_heads, first = (size_t)row_begin * call->q_heads;
-    query->rows_mass += (double)(count - first);
-    for (size_t i = first; i < count; i++) {
-        if (view->has_sink) query->sink_mass += exp((double)s->lse[i] - (double)total[i]);
-        for (uint32_t f = 0; f < view->flat_segments; f++) {
-            if (view->flat_segment_begin[f] == view->flat_segment_begin[f + 1]) continue;
-            query->flat_mass[f] += expf(s->lse[(1 + f) * count + i] - total[i]);
-        }
-    }
+/* Adds up the sink's weight, exp(part lse - total lse), over rows and heads. */
+static void add_sink_mass(loci_query *query, const loci_attend_call *call, const step *s,
+                          uint32_t row_begin) {
+    size_t count = (size_t)call->rows * call->q_heads;
+    const float *total = s->lse + count;
+    for (size_t i = (size_t)row_begin * call->q_heads; i < count && query->view->has_sink; i++)
+        query->sink_mass += exp((double)s->lse[i] - (double)total[i]);
 }
 
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
     loci_query *query = ctx;
     const loci_backend *backend = query->engine->backend;
-    const loci_corpus_view *view = query->view;
     LOCI_TRY(loci_cancel_check(query->cancel));
     uint32_t row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
     size_t lse_count = (size_t)call->rows * call->q_heads;
     step s = {0};
-    s.lse = calloc((view->flat_segments + 2) * lse_count, sizeof(float));
+    s.lse = calloc(2 * lse_count, sizeof(float));
     if (!s.lse) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
     loci_ref out, lse;
     loci_status status;
@@ -191,10 +170,9 @@ loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_err
     LOCI_TRY_GOTO(attend_sink(query, call, &s, out, lse, err), out);
     LOCI_TRY_GOTO(attend_flat(query, call, &s, out, lse, err), out);
     LOCI_TRY_GOTO(attend_extents(query, call, &s, row_begin, out, lse, err), out);
-    float *total = s.lse + (view->flat_segments + 1) * lse_count;
-    backend->ops->download(call->stream, total, call->lse, lse_count * sizeof(float));
+    backend->ops->download(call->stream, s.lse + lse_count, call->lse, lse_count * sizeof(float));
     LOCI_TRY_GOTO(backend->ops->sync(call->stream, err), out);
-    add_masses(query, call, &s, row_begin, total);
+    add_sink_mass(query, call, &s, row_begin);
 out:
     free(s.lse);
     return status;
@@ -218,7 +196,6 @@ static void keep_best(loci_ranked *out, uint32_t *count, uint32_t limit, loci_ra
 
 loci_status loci_corpus_attend_best(loci_query *query, uint32_t limit, loci_ranked *out,
                                     uint32_t *count, loci_error *err) {
-    const loci_corpus_view *view = query->view;
     loci_backend *backend = query->engine->backend;
     loci_stream *stream = loci_sequence_stream(query->slot->sequence);
     uint32_t segments = loci_snapshot_segments(query->snapshot);
@@ -229,14 +206,12 @@ loci_status loci_corpus_attend_best(loci_query *query, uint32_t limit, loci_rank
                            (size_t)segments * sizeof *mass);
     loci_status status = backend->ops->sync(stream, err);
     if (status == LOCI_OK) {
-        for (uint32_t f = 0; f < view->flat_segments; f++)
-            mass[view->flat_segment_base + f] += query->flat_mass[f];
-        query->segment_mass = 0;
+        double corpus_mass = 0;
         for (uint32_t s = 0; s < segments; s++) {
-            query->segment_mass += (double)mass[s];
+            corpus_mass += (double)mass[s];
             if (mass[s] > 0) keep_best(out, count, limit, (loci_ranked){s, (double)mass[s]});
         }
-        double all = query->sink_mass + query->segment_mass;
+        double all = query->sink_mass + corpus_mass;
         for (uint32_t i = 0; i < *count && all > 0; i++) out[i].score /= all;
         query->usage.share_sink = all > 0 ? query->sink_mass / all : 0;
         double shown = query->usage.share_sink;

@@ -105,7 +105,6 @@ void loci_query_fini(loci_query *query) {
     if (query->slot) give_slot(query->engine, query->slot);
     loci_snapshot_release(query->snapshot);
     loci_tokens_fini(&query->question);
-    free(query->flat_mass);
     *query = (loci_query){0};
 }
 

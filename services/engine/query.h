@@ -59,11 +59,9 @@ typedef struct loci_query {
     loci_tokens question; /* ids of " question" */
     loci_usage usage;
     uint64_t started_ns;
-    /* Attention mass on the corpus so far, summed over layers, rows and heads. */
-    double sink_mass, segment_mass, rows_mass;
-    float *flat_mass; /* one for each flat segment */
-    bool question_step;
-    uint64_t step_bytes;
+    double
+        sink_mass; /* attention on the shared prefix so far, summed over layers, rows and heads */
+    uint64_t step_bytes; /* read since it was last set to 0 */
 } loci_query;
 
 /* query.c: takes a slot and a snapshot, tokenises the question; fini releases all. */

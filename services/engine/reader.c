@@ -161,7 +161,6 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     loci_status status;
     loci_event event = {.kind = LOCI_EVENT_PROGRESS, .stage = "rank", .total = 1};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
-    query->question_step = true;
     LOCI_TRY_GOTO(load_best(query, limit, ranked, &count, &bytes, passages, err), out);
     query->usage.question_read_bytes = query->usage.index_read_bytes + query->usage.kv_read_bytes;
     event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};

@@ -59,7 +59,7 @@ class Daemon:
         sys.exit(f"locid did not start; see {log.name}")
 
     def run(self, *args, check=True, text=None):
-        done = subprocess.run([self.cli, "--address", self.address, *args], input=text,
+        done = subprocess.run([self.cli, *args, "--address", self.address], input=text,
                               capture_output=True, text=True)
         if check and done.returncode != 0:
             raise RuntimeError(f"loci {' '.join(args)}: {done.stderr.strip()}")
@@ -110,15 +110,21 @@ def run_qa(options):
         ranks.append(documents.index(f"p{gold}") if f"p{gold}" in documents else 1000)
     emit(row="search", questions=len(ranks), seed=options.seed,
          **{f"recall@{k}": round(100 * sum(r < k for r in ranks) / len(ranks), 1) for k in (1, 4, 8)})
-    scores, exact, found, times = [], [], [], []
+    if options.search_only:
+        return daemon.close()
+    scores, forced, exact, found, times = [], [], [], [], []
     for _, question, gold in questions:
-        answer = daemon.last("ask", "qa", question)
+        events = [json.loads(line) for line in daemon.run("ask", "qa", question, "--json").stdout.splitlines()]
+        answer = events[-1]
+        readings = [e for e in events[:-1] if "score" in e]
+        best = max(readings, key=lambda e: e["score"])["answer"] if readings else ""
         scores.append(f1(answer["answer"], gold))
+        forced.append(f1(best, gold))  # the likeliest reading, whether or not it was believed
         exact.append(normalize(answer["answer"]) == normalize(gold))
         found.append(answer["found"])
         times.append(answer["usage"]["total_ms"])
     emit(row="read_twice", questions=len(scores), f1=round(100 * sum(scores) / len(scores), 2),
-         exact=round(100 * sum(exact) / len(exact), 2),
+         f1_forced=round(100 * sum(forced) / len(forced), 2), exact=round(100 * sum(exact) / len(exact), 2),
          found=round(100 * sum(found) / len(found), 1), median_ms=round(median(times)))
     daemon.close()
 
@@ -239,6 +245,7 @@ def main():
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 131072, 1000000])
     parser.add_argument("--modes", nargs="*", default=["hierarchical", "dense"])
+    parser.add_argument("--search-only", action="store_true", help="qa: no answers")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     if options.count is None:

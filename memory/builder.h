@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Segments with their K and V in memory, in position order: what an extent or flat segments are
+ * made of. Owned by one thread.
+ */
+#ifndef LOCI_MEMORY_BUILDER_H
+#define LOCI_MEMORY_BUILDER_H
+
+#include "memory/ingest.h"
+#include "memory/manifest.h"
+
+/* KV of an extent is at most this much, so that models with large KV stay within bounds too. */
+#define LOCI_EXTENT_KV_BYTES_MAX (256u << 20)
+
+typedef struct loci_built_segment {
+    uint64_t sequence, start, end;
+    uint8_t content[LOCI_CONTENT_HASH_BYTES];
+    uint32_t tokens;
+} loci_built_segment;
+
+typedef struct loci_builder {
+    loci_geometry geometry;
+    uint32_t pairs;
+    loci_built_segment *segments;
+    uint32_t segment_count, segment_capacity;
+    uint32_t tokens, token_capacity;
+    uint16_t **k, **v; /* [pairs]: bf16 [token_capacity][head_dim] */
+} loci_builder;
+
+/* Bytes of K and V of one token over all pairs. */
+static inline uint64_t loci_geometry_kv_bytes(const loci_geometry *geometry) {
+    return 4u * (uint64_t)geometry->retrieval_layers * geometry->kv_heads * geometry->head_dim;
+}
+
+/* Most tokens of an extent when the store's option is `limit`. */
+uint32_t loci_extent_tokens_max(const loci_geometry *geometry, uint32_t limit);
+/* Fewest tokens of the tail that are worth a partial extent, where a full one has `most`. */
+uint32_t loci_tail_seal_tokens(uint32_t most);
+
+LOCI_MUST_CHECK loci_status loci_builder_create(const loci_geometry *geometry, loci_builder **out,
+                                                loci_error *err);
+void loci_builder_destroy(loci_builder *builder); /* NULL allowed */
+/* Empties it and keeps the memory. */
+void loci_builder_clear(loci_builder *builder);
+/* Adds a segment and makes room for its rows: the caller fills rows [*row, *row + tokens) of
+ * every pair. */
+LOCI_MUST_CHECK loci_status loci_builder_add(loci_builder *builder,
+                                             const loci_built_segment *segment, uint32_t *row,
+                                             loci_error *err);
+/* Adds all segments of another builder of the same geometry. */
+LOCI_MUST_CHECK loci_status loci_builder_add_all(loci_builder *builder, const loci_builder *from,
+                                                 loci_error *err);
+
+/* The payload of the flat value of a segment, appended to *out (FORMAT.md, kind LCfl). */
+void loci_flat_encode(const loci_builder *builder, uint32_t first_row, uint32_t tokens,
+                      loci_buf *out);
+/* Checks the payload's head and returns where pair 0's K begins; pair p's K and V are
+ * tokens * head_dim * 2 bytes each, one after the other. */
+LOCI_MUST_CHECK loci_status loci_flat_check(loci_slice payload, const loci_geometry *geometry,
+                                            uint32_t tokens, const char *name, const uint8_t **data,
+                                            loci_error *err);
+
+#endif

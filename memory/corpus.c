@@ -1,0 +1,679 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The catalogue of corpora: creating, finding, listing, deleting, and reading all of them when
+ * the store opens. A damaged catalogue value makes its corpus unusable and nothing else.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "memory/internal.h"
+
+#define UPLOADS_RESERVED 4096u /* numbers taken from the catalogue at a time */
+
+static loci_key key_next(void) {
+    loci_key key = {.len = 0};
+    loci_key_u8(&key, 'n');
+    return key;
+}
+
+/* --- The corpus object ------------------------------------------------------------------ */
+
+static loci_corpus *corpus_alloc(loci_store *store, uint64_t uid) {
+    loci_corpus *corpus = calloc(1, sizeof *corpus);
+    size_t len = strlen(store->dir) + 40;
+    char *dir = malloc(len);
+    if (!corpus || !dir) {
+        free(corpus);
+        free(dir);
+        return NULL;
+    }
+    snprintf(dir, len, "%s/extents/%016llx", store->dir, (unsigned long long)uid);
+    corpus->extents_dir = dir;
+    corpus->store = store;
+    corpus->uid = uid;
+    atomic_init(&corpus->refs, 1);
+    pthread_mutex_init(&corpus->build_lock, NULL);
+    pthread_mutex_init(&corpus->lock, NULL);
+    return corpus;
+}
+
+static void corpus_free(loci_corpus *corpus) {
+    LOCI_ASSERT(!corpus->snapshots && !corpus->current && !corpus->building);
+    for (size_t i = 0; i < corpus->opened_count; i++) loci_extent_unref(corpus->opened[i]);
+    if (corpus->sink_buffer)
+        corpus->store->backend->ops->free(corpus->store->backend, corpus->sink_buffer);
+    loci_manifest_unref(corpus->manifest);
+    pthread_mutex_destroy(&corpus->lock);
+    pthread_mutex_destroy(&corpus->build_lock);
+    free(corpus->opened);
+    free(corpus->superseded.ids);
+    free(corpus->graves);
+    free(corpus->pending);
+    free(corpus->sinks);
+    free(corpus->extents_dir);
+    free(corpus);
+}
+
+/* Removes every file in dir that manifest (NULL = none) does not name. */
+static void clean_directory(const char *dir, const loci_manifest *manifest) {
+    DIR *listing = opendir(dir);
+    if (!listing) return;
+    for (struct dirent *entry; (entry = readdir(listing));) {
+        if (entry->d_name[0] == '.') continue;
+        bool named = false;
+        for (uint32_t i = 0; manifest && !named && i < manifest->extent_count; i++) {
+            char name[LOCI_EXTENT_NAME_BYTES];
+            loci_extent_name(manifest->extents[i].id, name);
+            named = strcmp(name, entry->d_name) == 0;
+        }
+        if (named) continue;
+        LOCI_FAILPOINT("unlink");
+        if (unlinkat(dirfd(listing), entry->d_name, 0) != 0)
+            loci_log_warn("cannot remove %s/%s: %s", dir, entry->d_name, strerror(errno));
+    }
+    closedir(listing);
+}
+
+/* Files first, then values: an interruption is finished at the next open. */
+static loci_status erase_corpus(loci_corpus *corpus, loci_error *err) {
+    clean_directory(corpus->extents_dir, NULL);
+    if (rmdir(corpus->extents_dir) != 0 && errno != ENOENT)
+        loci_log_warn("cannot remove %s: %s", corpus->extents_dir, strerror(errno));
+    loci_batch *batch = loci_batch_create(corpus->store->rocks);
+    loci_key prefix = loci_key_uid(corpus->uid);
+    loci_batch_delete_prefix(batch, LOCI_CF_DOCUMENT, &prefix);
+    loci_batch_delete_prefix(batch, LOCI_CF_NAME, &prefix);
+    loci_batch_delete_prefix(batch, LOCI_CF_CHUNK, &prefix);
+    loci_batch_delete_prefix(batch, LOCI_CF_FLAT, &prefix);
+    static const char kinds[] = {'c', 's', 'm', 'g', 'u'};
+    for (size_t i = 0; i < sizeof kinds; i++) {
+        prefix = loci_key_catalog(kinds[i], corpus->uid);
+        loci_batch_delete_prefix(batch, LOCI_CF_CATALOG, &prefix);
+    }
+    loci_status status = loci_batch_write(batch, true, err);
+    loci_batch_destroy(batch);
+    return status;
+}
+
+void loci_corpus_release(loci_corpus *corpus) {
+    if (!corpus || atomic_fetch_sub(&corpus->refs, 1) != 1) return;
+    loci_error err;
+    if (corpus->deleted && erase_corpus(corpus, &err) != LOCI_OK)
+        loci_log_warn("the data of deleted corpus %s goes at the next start: %s", corpus->name,
+                      err.text);
+    corpus_free(corpus);
+}
+
+/* Caller holds store->lock. The place of name in the table, or where it would stand. */
+static size_t find_place(const loci_store *store, const char *name, bool *found) {
+    size_t low = 0, high = store->corpus_count;
+    *found = false;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        int order = strcmp(store->corpora[middle]->name, name);
+        if (order == 0) {
+            *found = true;
+            return middle;
+        }
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* Caller holds store->lock (or opens the store). Takes over the reference. */
+static bool insert_corpus(loci_store *store, size_t place, loci_corpus *corpus) {
+    loci_corpus **grown = realloc(store->corpora, (store->corpus_count + 1) * sizeof *grown);
+    if (!grown) return false;
+    store->corpora = grown;
+    memmove(&grown[place + 1], &grown[place], (store->corpus_count - place) * sizeof *grown);
+    grown[place] = corpus;
+    store->corpus_count++;
+    return true;
+}
+
+static loci_corpus *corpus_ref(loci_corpus *corpus) {
+    atomic_fetch_add(&corpus->refs, 1);
+    return corpus;
+}
+
+/* Also damaged ones. */
+static loci_status acquire_any(loci_store *store, const char *name, loci_corpus **out,
+                               loci_error *err) {
+    pthread_mutex_lock(&store->lock);
+    bool found;
+    size_t place = find_place(store, name, &found);
+    *out = found ? corpus_ref(store->corpora[place]) : NULL;
+    pthread_mutex_unlock(&store->lock);
+    if (*out) return LOCI_OK;
+    return loci_fail(err, LOCI_E_NOTFOUND, "there is no corpus \"%.*s\"", LOCI_NAME_MAX, name);
+}
+
+loci_status loci_corpus_acquire(loci_store *store, const char *name, loci_corpus **out,
+                                loci_error *err) {
+    loci_corpus *corpus = NULL;
+    LOCI_TRY(acquire_any(store, name, &corpus, err));
+    if (corpus->damage.status != LOCI_OK) {
+        if (err) *err = corpus->damage;
+        loci_status status = corpus->damage.status;
+        loci_corpus_release(corpus);
+        return status;
+    }
+    *out = corpus;
+    return LOCI_OK;
+}
+
+loci_corpus *loci_corpus_next(loci_store *store, uint64_t after) {
+    pthread_mutex_lock(&store->lock);
+    loci_corpus *best = NULL;
+    for (size_t i = 0; i < store->corpus_count; i++) {
+        loci_corpus *corpus = store->corpora[i];
+        if (corpus->uid > after && corpus->damage.status == LOCI_OK &&
+            (!best || corpus->uid < best->uid))
+            best = corpus;
+    }
+    if (best) corpus_ref(best);
+    pthread_mutex_unlock(&store->lock);
+    return best;
+}
+
+void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
+    memset(out, 0, sizeof *out);
+    memcpy(out->name, corpus->name, sizeof out->name);
+    out->geometry = corpus->geometry;
+    out->uid = corpus->uid;
+    out->created = corpus->created;
+    out->documents = corpus->documents;
+    out->bytes = corpus->bytes;
+    out->pending_documents = corpus->pending_end - corpus->pending_first;
+    const loci_manifest *manifest = corpus->manifest;
+    if (!manifest) return; /* damaged */
+    out->revision = manifest->revision;
+    out->segments = manifest->live_segments;
+    out->tokens = manifest->live_tokens;
+    out->extents = manifest->extent_count;
+    out->bytes_on_disk =
+        manifest->file_bytes + manifest->flat_tokens * loci_geometry_kv_bytes(&corpus->geometry);
+}
+
+/* --- Catalogue values --------------------------------------------------------------------- */
+
+static void encode_corpus(const loci_corpus *corpus, bool deleted, loci_buf *out) {
+    const loci_geometry *geometry = &corpus->geometry;
+    loci_buf_bytes(out, corpus->name, strlen(corpus->name));
+    loci_buf_u64(out, (uint64_t)corpus->created);
+    loci_buf_u8(out, deleted);
+    loci_buf_append(out, geometry->fingerprint, LOCI_FINGERPRINT_LEN);
+    loci_buf_u32(out, geometry->retrieval_layers);
+    loci_buf_u32(out, geometry->kv_heads);
+    loci_buf_u32(out, geometry->head_dim);
+    loci_buf_u32(out, geometry->ranking_layer);
+    loci_buf_u32(out, geometry->segment_tokens);
+    loci_buf_u8(out, geometry->has_sink);
+    loci_buf_u32(out, (uint32_t)(corpus->sink_floats / 2));
+    loci_buf_append(out, corpus->sinks, corpus->sink_floats * sizeof(float));
+}
+
+static bool geometry_valid(const loci_geometry *geometry) {
+    return strlen(geometry->fingerprint) == LOCI_FINGERPRINT_LEN &&
+           geometry->retrieval_layers >= 1 && geometry->retrieval_layers <= 1024 &&
+           geometry->kv_heads >= 1 && geometry->kv_heads <= 1024 && geometry->head_dim >= 16 &&
+           geometry->head_dim <= 256 && geometry->head_dim % 16 == 0 &&
+           geometry->ranking_layer < geometry->retrieval_layers && geometry->segment_tokens >= 1 &&
+           geometry->segment_tokens <= LOCI_EXTENT_TOKENS_MAX;
+}
+
+static size_t sink_floats_of(const loci_geometry *geometry) {
+    if (!geometry->has_sink) return 0;
+    return 2u * (size_t)geometry->retrieval_layers * geometry->kv_heads * geometry->head_dim;
+}
+
+static loci_status decode_corpus(loci_corpus *corpus, loci_slice payload, loci_error *err) {
+    loci_reader reader = loci_reader_of(payload);
+    loci_geometry *geometry = &corpus->geometry;
+    loci_slice name = loci_read_bytes(&reader);
+    corpus->created = (int64_t)loci_read_u64(&reader);
+    corpus->deleted = loci_read_u8(&reader) != 0;
+    for (size_t i = 0; i < LOCI_FINGERPRINT_LEN; i++)
+        geometry->fingerprint[i] = (char)loci_read_u8(&reader);
+    geometry->retrieval_layers = loci_read_u32(&reader);
+    geometry->kv_heads = loci_read_u32(&reader);
+    geometry->head_dim = loci_read_u32(&reader);
+    geometry->ranking_layer = loci_read_u32(&reader);
+    geometry->segment_tokens = loci_read_u32(&reader);
+    geometry->has_sink = loci_read_u8(&reader) != 0;
+    size_t floats = 2u * (size_t)loci_read_u32(&reader);
+    if (reader.failed || name.len == 0 || name.len > LOCI_NAME_MAX || !geometry_valid(geometry) ||
+        floats != sink_floats_of(geometry) || reader.len - reader.at != floats * sizeof(float))
+        return loci_fail(err, LOCI_E_CORRUPT, "the catalogue entry of corpus %016llx is damaged",
+                         (unsigned long long)corpus->uid);
+    memcpy(corpus->name, name.data, name.len);
+    corpus->sink_floats = floats;
+    if (floats == 0) return LOCI_OK;
+    corpus->sinks = malloc(floats * sizeof(float));
+    if (!corpus->sinks) return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
+    memcpy(corpus->sinks, reader.data + reader.at, floats * sizeof(float));
+    return LOCI_OK;
+}
+
+/* What follows from the geometry. */
+static loci_status prepare(loci_corpus *corpus, loci_error *err) {
+    corpus->extent_tokens_max =
+        loci_extent_tokens_max(&corpus->geometry, corpus->store->options.extent_tokens);
+    if (corpus->sink_floats == 0) return LOCI_OK;
+    loci_backend *backend = corpus->store->backend;
+    return backend->ops->wrap(backend, corpus->sinks, corpus->sink_floats * sizeof(float),
+                              &corpus->sink_buffer, err);
+}
+
+static loci_status store_next(uint64_t next_uid, uint64_t upload_limit, loci_batch *batch) {
+    loci_buf payload = LOCI_BUF_INIT;
+    loci_buf_u64(&payload, next_uid);
+    loci_buf_u64(&payload, upload_limit);
+    loci_status status = loci_buf_status(&payload);
+    loci_key key = key_next();
+    if (status == LOCI_OK)
+        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_NEXT,
+                       loci_slice_of(payload.data, payload.len));
+    loci_buf_fini(&payload);
+    return status;
+}
+
+loci_status loci_upload_number(loci_store *store, uint64_t *out, loci_error *err) {
+    loci_status status = LOCI_OK;
+    pthread_mutex_lock(&store->lock);
+    if (store->next_upload == store->upload_limit) {
+        loci_batch *batch = loci_batch_create(store->rocks);
+        uint64_t limit = store->upload_limit + UPLOADS_RESERVED;
+        status = store_next(store->next_uid, limit, batch);
+        if (status == LOCI_OK)
+            status = loci_batch_write(batch, false, err);
+        else
+            loci_fail(err, status, "no memory for an upload");
+        loci_batch_destroy(batch);
+        if (status == LOCI_OK) store->upload_limit = limit;
+    }
+    if (status == LOCI_OK) *out = store->next_upload++;
+    pthread_mutex_unlock(&store->lock);
+    return status;
+}
+
+/* --- Loading ---------------------------------------------------------------------------- */
+
+static loci_status load_state(loci_corpus *corpus, loci_error *err) {
+    loci_buf payload = LOCI_BUF_INIT;
+    loci_key key = loci_key_catalog('s', corpus->uid);
+    loci_status status = loci_rocks_get(corpus->store->rocks, NULL, LOCI_CF_CATALOG, &key,
+                                        LOCI_KIND_STATE, &payload, err);
+    if (status == LOCI_OK) {
+        loci_reader reader = loci_reader_of(loci_slice_of(payload.data, payload.len));
+        corpus->last_sequence = loci_read_u64(&reader);
+        corpus->documents = loci_read_u64(&reader);
+        corpus->bytes = loci_read_u64(&reader);
+        if (!loci_reader_done(&reader))
+            status = loci_fail(err, LOCI_E_CORRUPT, "the counters have another size");
+    }
+    loci_buf_fini(&payload);
+    return status;
+}
+
+static loci_status load_manifest(loci_corpus *corpus, loci_error *err) {
+    loci_buf payload = LOCI_BUF_INIT;
+    loci_key key = loci_key_catalog('m', corpus->uid);
+    loci_status status = loci_rocks_get(corpus->store->rocks, NULL, LOCI_CF_CATALOG, &key,
+                                        LOCI_KIND_MANIFEST, &payload, err);
+    if (status == LOCI_OK)
+        status = loci_manifest_decode(loci_slice_of(payload.data, payload.len),
+                                      corpus->geometry.fingerprint, corpus->name, &corpus->manifest,
+                                      err);
+    loci_buf_fini(&payload);
+    return status;
+}
+
+/* Documents at or after the cursor that are the newest of their id. */
+static loci_status load_pending(loci_corpus *corpus, loci_error *err) {
+    loci_key prefix = loci_key_uid(corpus->uid);
+    loci_key from = loci_key_pair(corpus->uid, corpus->manifest->cursor.sequence);
+    loci_scan *scan = loci_scan_open(corpus->store->rocks, NULL, LOCI_CF_DOCUMENT, &prefix, &from);
+    loci_status status = LOCI_OK;
+    loci_slice key;
+    while (status == LOCI_OK && loci_scan_next(scan, &key)) {
+        if (key.len != 16) continue; /* metadata */
+        loci_document document;
+        uint64_t newest = 0;
+        uint64_t sequence = loci_key_read_u64(key.data + 8);
+        status = loci_document_load(corpus, NULL, sequence, &document, err);
+        if (status != LOCI_OK || document.dead) continue;
+        status = loci_document_find(corpus, NULL, document.id, &newest, err);
+        if (status == LOCI_OK && newest == sequence && !loci_pending_push(corpus, sequence))
+            status = loci_fail(err, LOCI_E_NOMEM, "no memory for the pending documents");
+    }
+    loci_status closed = loci_scan_close(scan, status == LOCI_OK ? err : NULL);
+    return status != LOCI_OK ? status : closed;
+}
+
+/* All graves are due: no snapshot outlives the process. */
+static loci_status load_graves(loci_corpus *corpus, loci_error *err) {
+    loci_key prefix = loci_key_catalog('g', corpus->uid);
+    loci_scan *scan = loci_scan_open(corpus->store->rocks, NULL, LOCI_CF_CATALOG, &prefix, NULL);
+    loci_status status = LOCI_OK;
+    loci_slice key;
+    while (status == LOCI_OK && loci_scan_next(scan, &key)) {
+        loci_slice payload;
+        LOCI_TRY_GOTO(loci_scan_payload(scan, LOCI_KIND_GRAVE, &payload, err), out);
+        loci_reader reader = loci_reader_of(payload);
+        loci_grave grave = {.sequence = loci_key_read_u64(key.data + 9)};
+        grave.upload = loci_read_u64(&reader);
+        grave.chunks = loci_read_u32(&reader);
+        if (corpus->grave_count == corpus->grave_capacity) {
+            size_t capacity = corpus->grave_capacity ? 2 * corpus->grave_capacity : 64;
+            loci_grave *grown = realloc(corpus->graves, capacity * sizeof *grown);
+            if (!grown) {
+                status = loci_fail(err, LOCI_E_NOMEM, "no memory for the graves");
+                goto out;
+            }
+            corpus->graves = grown;
+            corpus->grave_capacity = capacity;
+        }
+        corpus->graves[corpus->grave_count++] = grave;
+    }
+out:;
+    loci_status closed = loci_scan_close(scan, status == LOCI_OK ? err : NULL);
+    return status != LOCI_OK ? status : closed;
+}
+
+/* Flat values that were written and then not named by a manifest. */
+static loci_status clean_flats(loci_corpus *corpus, loci_error *err) {
+    loci_key prefix = loci_key_uid(corpus->uid);
+    loci_key from = loci_key_pair(corpus->uid, corpus->manifest->next_flat);
+    loci_scan *scan = loci_scan_open(corpus->store->rocks, NULL, LOCI_CF_FLAT, &prefix, &from);
+    loci_batch *batch = loci_batch_create(corpus->store->rocks);
+    loci_slice found;
+    while (loci_scan_next(scan, &found)) {
+        if (found.len != 16) continue;
+        loci_key key = loci_key_pair(corpus->uid, loci_key_read_u64(found.data + 8));
+        loci_batch_delete(batch, LOCI_CF_FLAT, &key);
+    }
+    loci_status status = loci_scan_close(scan, err);
+    if (status == LOCI_OK) status = loci_batch_write(batch, false, err);
+    loci_batch_destroy(batch);
+    return status;
+}
+
+static loci_status load_contents(loci_corpus *corpus, loci_error *err) {
+    LOCI_TRY(prepare(corpus, err));
+    LOCI_TRY(load_state(corpus, err));
+    LOCI_TRY(load_manifest(corpus, err));
+    LOCI_TRY(load_pending(corpus, err));
+    LOCI_TRY(load_graves(corpus, err));
+    LOCI_TRY(loci_document_clean(corpus, err));
+    LOCI_TRY(clean_flats(corpus, err));
+    clean_directory(corpus->extents_dir, corpus->manifest);
+    loci_corpus_purge(corpus);
+    return LOCI_OK;
+}
+
+/* One corpus of the catalogue. Damage is logged and kept in the object, not returned. */
+static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan, loci_error *err) {
+    loci_error damage = {0};
+    loci_slice payload = {0};
+    loci_corpus *corpus = corpus_alloc(store, uid);
+    if (!corpus) return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
+    loci_status status = loci_scan_payload(scan, LOCI_KIND_CORPUS, &payload, &damage);
+    if (status == LOCI_OK) status = decode_corpus(corpus, payload, &damage);
+    bool found = false;
+    size_t place = 0;
+    if (status == LOCI_OK && !corpus->deleted) {
+        place = find_place(store, corpus->name, &found);
+        if (found)
+            status = loci_fail(&damage, LOCI_E_CORRUPT, "two corpora are named %s", corpus->name);
+    }
+    if (status != LOCI_OK) {
+        loci_log_error("corpus %016llx is unusable: %s", (unsigned long long)uid, damage.text);
+        corpus_free(corpus);
+        return LOCI_OK;
+    }
+    if (corpus->deleted) {
+        loci_corpus_release(corpus);
+        return LOCI_OK;
+    }
+    status = load_contents(corpus, &damage);
+    if (status != LOCI_OK) {
+        if (status == LOCI_E_NOTFOUND) status = LOCI_E_CORRUPT; /* a value that must be there */
+        loci_fail_prefix(&damage, status, "corpus %s is damaged", corpus->name);
+        damage.status = status;
+        loci_log_error("%s", damage.text);
+        corpus->damage = damage;
+    }
+    if (insert_corpus(store, place, corpus)) return LOCI_OK;
+    corpus_free(corpus);
+    return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
+}
+
+static loci_status load_next(loci_store *store, loci_error *err) {
+    loci_buf payload = LOCI_BUF_INIT;
+    loci_key key = key_next();
+    loci_status status =
+        loci_rocks_get(store->rocks, NULL, LOCI_CF_CATALOG, &key, LOCI_KIND_NEXT, &payload, err);
+    store->next_uid = store->next_upload = store->upload_limit = 1;
+    if (status == LOCI_E_NOTFOUND) {
+        status = LOCI_OK; /* a new store */
+    } else if (status == LOCI_OK) {
+        loci_reader reader = loci_reader_of(loci_slice_of(payload.data, payload.len));
+        store->next_uid = loci_read_u64(&reader);
+        store->next_upload = store->upload_limit = loci_read_u64(&reader);
+        if (!loci_reader_done(&reader))
+            status = loci_fail(err, LOCI_E_CORRUPT, "the store's counters are damaged");
+    }
+    loci_buf_fini(&payload);
+    return status;
+}
+
+loci_status loci_corpora_load(loci_store *store, loci_error *err) {
+    LOCI_TRY(load_next(store, err));
+    loci_key prefix = {.len = 0};
+    loci_key_u8(&prefix, 'c');
+    loci_scan *scan = loci_scan_open(store->rocks, NULL, LOCI_CF_CATALOG, &prefix, NULL);
+    loci_status status = LOCI_OK;
+    loci_slice key;
+    while (status == LOCI_OK && loci_scan_next(scan, &key)) {
+        if (key.len != 9) continue;
+        status = load_corpus(store, loci_key_read_u64(key.data + 1), scan, err);
+    }
+    loci_status closed = loci_scan_close(scan, status == LOCI_OK ? err : NULL);
+    return status != LOCI_OK ? status : closed;
+}
+
+/* --- Public ----------------------------------------------------------------------------- */
+
+static bool name_valid(const char *name) {
+    size_t len = strlen(name);
+    if (len == 0 || len > LOCI_NAME_MAX) return false;
+    for (size_t i = 0; i < len; i++) {
+        char c = name[i];
+        bool letter = (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9');
+        if (!letter && (i == 0 || (c != '-' && c != '_'))) return false;
+    }
+    return true;
+}
+
+static loci_status write_new(loci_corpus *corpus, loci_error *err) {
+    loci_store *store = corpus->store;
+    loci_buf record = LOCI_BUF_INIT, manifest = LOCI_BUF_INIT;
+    encode_corpus(corpus, false, &record);
+    loci_manifest_encode(corpus->manifest, &manifest);
+    loci_batch *batch = loci_batch_create(store->rocks);
+    loci_status status = LOCI_E_NOMEM;
+    if (!record.failed && !manifest.failed) {
+        loci_key key = loci_key_catalog('c', corpus->uid);
+        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
+                       loci_slice_of(record.data, record.len));
+        key = loci_key_catalog('m', corpus->uid);
+        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_MANIFEST,
+                       loci_slice_of(manifest.data, manifest.len));
+        loci_state_store(corpus, 0, 0, 0, batch);
+        status = store_next(corpus->uid + 1, store->upload_limit, batch);
+    }
+    if (status == LOCI_OK)
+        status = loci_batch_write(batch, true, err);
+    else
+        loci_fail(err, status, "no memory for corpus %s", corpus->name);
+    loci_batch_destroy(batch);
+    loci_buf_fini(&record);
+    loci_buf_fini(&manifest);
+    return status;
+}
+
+static loci_status create_at(loci_store *store, size_t place, const char *name,
+                             const loci_geometry *geometry, const float *sink_k,
+                             const float *sink_v, loci_corpus_info *out, loci_error *err) {
+    loci_corpus *corpus = corpus_alloc(store, store->next_uid);
+    loci_status status = LOCI_E_NOMEM;
+    if (!corpus) return loci_fail(err, status, "no memory for corpus %s", name);
+    memcpy(corpus->name, name, strlen(name) + 1);
+    corpus->geometry = *geometry;
+    corpus->created = loci_wall_seconds();
+    corpus->manifest = loci_manifest_create(geometry->fingerprint);
+    corpus->sink_floats = sink_floats_of(geometry);
+    if (corpus->sink_floats) corpus->sinks = malloc(corpus->sink_floats * sizeof(float));
+    if (!corpus->manifest || (corpus->sink_floats && !corpus->sinks)) {
+        loci_fail(err, status, "no memory for corpus %s", name);
+        goto fail;
+    }
+    if (corpus->sinks) {
+        size_t half = corpus->sink_floats / 2;
+        memcpy(corpus->sinks, sink_k, half * sizeof(float));
+        memcpy(corpus->sinks + half, sink_v, half * sizeof(float));
+    }
+    LOCI_TRY_GOTO(prepare(corpus, err), fail);
+    LOCI_TRY_GOTO(write_new(corpus, err), fail);
+    store->next_uid = corpus->uid + 1;
+    loci_corpus_fill_info(corpus, out);
+    if (insert_corpus(store, place, corpus)) return LOCI_OK;
+    status = loci_fail(err, LOCI_E_NOMEM, "no memory for corpus %s", name);
+fail:
+    corpus_free(corpus);
+    return status;
+}
+
+loci_status loci_corpus_create(loci_store *store, const char *name, const loci_geometry *geometry,
+                               const float *sink_k, const float *sink_v, loci_corpus_info *out,
+                               loci_error *err) {
+    if (!name_valid(name))
+        return loci_fail(err, LOCI_E_INVAL,
+                         "\"%.*s\" is not a corpus name: 1 to %d of a-z 0-9 - _, the first a "
+                         "letter or digit",
+                         LOCI_NAME_MAX + 1, name, LOCI_NAME_MAX);
+    if (!geometry_valid(geometry) || geometry->has_sink != (sink_k && sink_v))
+        return loci_fail(err, LOCI_E_INVAL, "corpus %s: the model's geometry is out of range",
+                         name);
+    pthread_mutex_lock(&store->lock);
+    bool found;
+    loci_status status;
+    size_t place = find_place(store, name, &found);
+    if (found) {
+        loci_corpus *corpus = store->corpora[place];
+        pthread_mutex_lock(&corpus->lock);
+        loci_corpus_fill_info(corpus, out);
+        pthread_mutex_unlock(&corpus->lock);
+        status = loci_fail(err, LOCI_E_EXISTS, "there is already a corpus %s", name);
+    } else {
+        status = create_at(store, place, name, geometry, sink_k, sink_v, out, err);
+    }
+    pthread_mutex_unlock(&store->lock);
+    return status;
+}
+
+loci_status loci_corpus_get(loci_store *store, const char *name, loci_corpus_info *out,
+                            loci_error *err) {
+    loci_corpus *corpus = NULL;
+    LOCI_TRY(loci_corpus_acquire(store, name, &corpus, err));
+    pthread_mutex_lock(&corpus->lock);
+    loci_corpus_fill_info(corpus, out);
+    pthread_mutex_unlock(&corpus->lock);
+    loci_corpus_release(corpus);
+    return LOCI_OK;
+}
+
+loci_status loci_corpus_list(loci_store *store, const char *after, size_t limit,
+                             loci_corpus_info *out, size_t *count, loci_error *err) {
+    (void)err;
+    pthread_mutex_lock(&store->lock);
+    bool found;
+    size_t place = find_place(store, after, &found);
+    if (found) place++;
+    *count = 0;
+    for (; place < store->corpus_count && *count < limit; place++) {
+        loci_corpus *corpus = store->corpora[place];
+        pthread_mutex_lock(&corpus->lock);
+        loci_corpus_fill_info(corpus, &out[(*count)++]);
+        pthread_mutex_unlock(&corpus->lock);
+    }
+    pthread_mutex_unlock(&store->lock);
+    return LOCI_OK;
+}
+
+loci_status loci_corpus_check_model(const loci_corpus_info *info, const char *fingerprint,
+                                    loci_error *err) {
+    if (strcmp(info->geometry.fingerprint, fingerprint) == 0) return LOCI_OK;
+    return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
+                            "corpus %s was made with model %s and cannot be used with model %s",
+                            info->name, info->geometry.fingerprint, fingerprint);
+}
+
+/* Marks the corpus deleted on disk and in memory; caller holds store->lock. */
+static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current, loci_error *err) {
+    loci_buf record = LOCI_BUF_INIT;
+    encode_corpus(corpus, true, &record);
+    loci_status status = loci_buf_status(&record);
+    if (status != LOCI_OK) return loci_fail(err, status, "no memory to delete %s", corpus->name);
+    loci_batch *batch = loci_batch_create(corpus->store->rocks);
+    loci_key key = loci_key_catalog('c', corpus->uid);
+    loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
+                   loci_slice_of(record.data, record.len));
+    pthread_mutex_lock(&corpus->lock);
+    LOCI_FAILPOINT("delete_commit");
+    status = loci_batch_write(batch, true, err);
+    LOCI_FAILPOINT("delete_commit");
+    if (status == LOCI_OK) {
+        corpus->deleted = true;
+        *current = corpus->current;
+        corpus->current = NULL;
+    }
+    pthread_mutex_unlock(&corpus->lock);
+    loci_batch_destroy(batch);
+    loci_buf_fini(&record);
+    return status;
+}
+
+loci_status loci_corpus_delete(loci_store *store, const char *name, loci_error *err) {
+    loci_corpus *corpus = NULL;
+    loci_snapshot *current = NULL;
+    LOCI_TRY(acquire_any(store, name, &corpus, err));
+    pthread_mutex_lock(&store->lock);
+    bool found;
+    size_t place = find_place(store, name, &found);
+    loci_status status = LOCI_E_NOTFOUND;
+    if (found && store->corpora[place] == corpus)
+        status = mark_deleted(corpus, &current, err);
+    else
+        loci_fail(err, status, "there is no corpus \"%s\"", name);
+    if (status == LOCI_OK) {
+        store->corpus_count--;
+        memmove(&store->corpora[place], &store->corpora[place + 1],
+                (store->corpus_count - place) * sizeof *store->corpora);
+    }
+    pthread_mutex_unlock(&store->lock);
+    loci_snapshot_release(current);
+    if (status == LOCI_OK) loci_corpus_release(corpus); /* the table's */
+    loci_corpus_release(corpus);
+    return status;
+}

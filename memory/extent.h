@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Extent files: writing them once, opening them verified. FORMAT.md section 4 states the bytes.
+ * An open extent is immutable and reference-counted; it may be used by any thread.
+ */
+#ifndef LOCI_MEMORY_EXTENT_H
+#define LOCI_MEMORY_EXTENT_H
+
+#include "memory/builder.h"
+#include "memory/manifest.h"
+
+#define LOCI_LAYOUT_VERSION 1u
+#define LOCI_EXTENT_NAME_BYTES (2u * LOCI_EXTENT_ID_BYTES + 1u)
+
+typedef struct loci_extent {
+    atomic_uint refs;
+    uint8_t id[LOCI_EXTENT_ID_BYTES];
+    char name[LOCI_EXTENT_NAME_BYTES];
+    loci_backend *backend;
+    const uint8_t *map;
+    uint64_t bytes, header_hash;
+    loci_buffer *buffer; /* map, as the backend sees it */
+    uint32_t tokens, segments, pairs, head_dim;
+    const uint8_t *table;    /* the segment table */
+    uint64_t *pair_at;       /* [pairs] */
+    uint64_t *pair_bytes;    /* [pairs] */
+    uint64_t *pair_hash;     /* [pairs] */
+    uint32_t *segment_begin; /* [segments + 1] */
+} loci_extent;
+
+typedef struct loci_extent_segment {
+    const uint8_t *content; /* LOCI_CONTENT_HASH_BYTES */
+    uint64_t start, end;
+    uint32_t tokens;
+} loci_extent_segment;
+
+/* The identity of the extent that the builder's segments make. */
+void loci_extent_identify(const loci_builder *builder, uint8_t id[LOCI_EXTENT_ID_BYTES]);
+void loci_extent_name(const uint8_t id[LOCI_EXTENT_ID_BYTES], char name[LOCI_EXTENT_NAME_BYTES]);
+
+/* Writes the builder's segments as an extent into directory dir (made if it is missing) and
+ * fills *out but for runs and partial. The file is on disk when this returns. A file of the same
+ * name is replaced. */
+LOCI_MUST_CHECK loci_status loci_extent_write(const char *dir, const loci_builder *builder,
+                                              struct loci_pool *pool, const loci_cancel *cancel,
+                                              loci_manifest_extent *out, loci_error *err);
+
+/* Opens and verifies all but codes and KV. */
+LOCI_MUST_CHECK loci_status loci_extent_open(const char *dir, const loci_geometry *geometry,
+                                             const loci_manifest_extent *expected,
+                                             loci_backend *backend, loci_extent **out,
+                                             loci_error *err);
+loci_extent *loci_extent_ref(loci_extent *extent);
+void loci_extent_unref(loci_extent *extent); /* NULL allowed */
+
+loci_extent_segment loci_extent_segment_at(const loci_extent *extent, uint32_t segment);
+/* K and V of a pair in position order, verified. */
+LOCI_MUST_CHECK loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair,
+                                                  uint16_t *k, uint16_t *v, loci_error *err);
+/* The bitmap of live slots of a pair, [(tokens + 63) / 64] words. */
+LOCI_MUST_CHECK loci_status loci_extent_live(const loci_extent *extent, uint32_t pair,
+                                             const uint8_t *segment_dead, uint64_t *bitmap,
+                                             loci_error *err);
+
+#endif

@@ -1,0 +1,246 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the files of memory/ share: the store, the corpus object and changes to a corpus.
+ *
+ * Locks, in the order in which they may be taken:
+ *   corpus.build_lock   making a snapshot of the corpus (slow: opens files)
+ *   store.lock          the table of corpora
+ *   corpus.lock         everything that changes in a corpus; held over small RocksDB reads and over
+ *                       the write that commits a change, so that changes of a corpus are ordered
+ * A corpus object lives while somebody holds a reference; the last release of a deleted corpus
+ * removes its data.
+ *
+ * Documents die in two steps. First a change buries them: the record is marked dead, a grave is
+ * written, their segments go dead in the manifest, all in one write. Then, when no snapshot of an
+ * older revision is left, the record and the text are removed.
+ */
+#ifndef LOCI_MEMORY_INTERNAL_H
+#define LOCI_MEMORY_INTERNAL_H
+
+#include <pthread.h>
+
+#include "base/failpoint.h"
+#include "memory/extent.h"
+#include "memory/manifest.h"
+#include "memory/rocks.h"
+#include "memory/store.h"
+
+#define LOCI_CHUNK_BYTES 262144u
+#define LOCI_PATH_BYTES 4096u
+
+typedef struct loci_corpus loci_corpus;
+
+struct loci_store {
+    char *dir;
+    int lock_fd;
+    loci_store_options options;
+    loci_backend *backend;
+    loci_rocks *rocks;
+    pthread_mutex_t lock;
+    loci_corpus **corpora; /* by name; each holds one reference */
+    size_t corpus_count;
+    uint64_t next_uid;
+    uint64_t next_upload, upload_limit; /* limit: stored, no upload number reaches it */
+    /* Group commit: a sync asked for after the running one began waits for the next. */
+    pthread_mutex_t sync_lock;
+    pthread_cond_t sync_done;
+    uint64_t sync_wanted, sync_reached;
+    bool sync_running;
+};
+
+typedef struct loci_grave {
+    uint64_t sequence, upload, revision; /* dead from this revision on */
+    uint32_t chunks;
+} loci_grave;
+
+typedef struct loci_id_list {
+    uint8_t (*ids)[LOCI_EXTENT_ID_BYTES];
+    size_t count;
+} loci_id_list;
+
+struct loci_corpus {
+    loci_store *store;
+    atomic_uint refs;
+    /* Fixed. */
+    char name[LOCI_NAME_MAX + 1];
+    loci_geometry geometry;
+    uint64_t uid;
+    int64_t created;
+    uint32_t extent_tokens_max;
+    float *sinks; /* K, then V; NULL without sink */
+    size_t sink_floats;
+    loci_buffer *sink_buffer;
+    char *extents_dir;
+    loci_error damage; /* status OK unless a catalogue value could not be read */
+
+    pthread_mutex_t build_lock;
+    pthread_mutex_t lock; /* guards what follows */
+    bool deleted;
+    uint64_t last_sequence, documents, bytes;
+    loci_manifest *manifest;
+    /* Live documents to be indexed, ascending: pending[pending_first .. pending_end). */
+    uint64_t *pending;
+    size_t pending_first, pending_end, pending_capacity;
+    uint64_t burials; /* counts documents buried since the process started */
+    loci_grave *graves;
+    size_t grave_count, grave_capacity;
+    loci_extent **opened; /* each holds one reference */
+    size_t opened_count;
+    loci_id_list superseded; /* files to unlink when nobody needs them */
+    uint8_t building_id[LOCI_EXTENT_ID_BYTES];
+    bool building;                    /* building_id is being written */
+    loci_manifest *snapshot_manifest; /* of the snapshot being made */
+    loci_snapshot *snapshots;         /* all live ones */
+    loci_snapshot *current;           /* holds one reference; of the newest revision */
+};
+
+/* --- Keys (FORMAT.md section 2) ------------------------------------------------------------ */
+static inline loci_key loci_key_uid(uint64_t uid) { /* a prefix */
+    loci_key key = {.len = 0};
+    loci_key_u64(&key, uid);
+    return key;
+}
+
+/* Families document and flat; a prefix in chunk. */
+static inline loci_key loci_key_pair(uint64_t uid, uint64_t second) {
+    loci_key key = loci_key_uid(uid);
+    loci_key_u64(&key, second);
+    return key;
+}
+
+static inline loci_key loci_key_catalog(char kind, uint64_t uid) {
+    loci_key key = {.len = 0};
+    loci_key_u8(&key, (uint8_t)kind);
+    loci_key_u64(&key, uid);
+    return key;
+}
+
+static inline loci_key loci_key_catalog2(char kind, uint64_t uid, uint64_t second) {
+    loci_key key = loci_key_catalog(kind, uid);
+    loci_key_u64(&key, second);
+    return key;
+}
+
+/* --- Documents -------------------------------------------------------------------------- */
+typedef struct loci_document {
+    bool dead;
+    char id[LOCI_DOCUMENT_ID_MAX + 1];
+    uint64_t sequence, upload, bytes, replaces, tokens;
+    uint32_t chunks, segments;
+    uint8_t content[LOCI_CONTENT_HASH_BYTES];
+    int64_t created;
+} loci_document;
+
+LOCI_MUST_CHECK loci_status loci_document_load(const loci_corpus *corpus, const loci_view *view,
+                                               uint64_t sequence, loci_document *out,
+                                               loci_error *err);
+void loci_document_store(const loci_corpus *corpus, const loci_document *document,
+                         loci_batch *batch);
+/* Sequence of the newest document of that id. */
+LOCI_MUST_CHECK loci_status loci_document_find(const loci_corpus *corpus, const loci_view *view,
+                                               const char *id, uint64_t *sequence, loci_error *err);
+/* Appends bytes [start, end) of the text; end <= document->bytes. */
+LOCI_MUST_CHECK loci_status loci_document_text(const loci_corpus *corpus, const loci_view *view,
+                                               const loci_document *document, uint64_t start,
+                                               uint64_t end, loci_buf *out, loci_error *err);
+/* A number for chunk keys that was never used before. */
+LOCI_MUST_CHECK loci_status loci_upload_number(loci_store *store, uint64_t *out, loci_error *err);
+void loci_state_store(const loci_corpus *corpus, uint64_t last_sequence, uint64_t documents,
+                      uint64_t bytes, loci_batch *batch);
+/* Caller holds corpus->lock. */
+void loci_document_fill_info(const loci_corpus *corpus, const loci_document *document,
+                             loci_document_info *out);
+/* Removes the chunks of uploads that were never committed. At open. */
+LOCI_MUST_CHECK loci_status loci_document_clean(loci_corpus *corpus, loci_error *err);
+
+/* --- Corpora ---------------------------------------------------------------------------- */
+/* Reads all corpora of the catalogue into the store, finishes interrupted deletions. */
+LOCI_MUST_CHECK loci_status loci_corpora_load(loci_store *store, loci_error *err);
+/* With a reference. LOCI_E_NOTFOUND; LOCI_E_CORRUPT when its catalogue values are damaged. */
+LOCI_MUST_CHECK loci_status loci_corpus_acquire(loci_store *store, const char *name,
+                                                loci_corpus **out, loci_error *err);
+/* The corpus with the smallest uid above `after`, with a reference; NULL at the end. Damaged
+ * ones are left out. */
+loci_corpus *loci_corpus_next(loci_store *store, uint64_t after);
+void loci_corpus_release(loci_corpus *corpus); /* NULL allowed */
+/* Caller holds the lock. */
+void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out);
+bool loci_pending_push(loci_corpus *corpus, uint64_t sequence); /* false: no memory */
+void loci_pending_erase(loci_corpus *corpus, uint64_t sequence);
+bool loci_pending_has(const loci_corpus *corpus, uint64_t sequence);
+/* The first pending sequence >= from; 0 when there is none. */
+uint64_t loci_pending_next(const loci_corpus *corpus, uint64_t from);
+/* An open extent, with a reference. Takes the lock. */
+LOCI_MUST_CHECK loci_status loci_corpus_extent(loci_corpus *corpus,
+                                               const loci_manifest_extent *entry, loci_extent **out,
+                                               loci_error *err);
+/* Removes files and dead documents that nobody needs any more. Takes the lock. */
+void loci_corpus_purge(loci_corpus *corpus);
+
+/* --- Changes ---------------------------------------------------------------------------- */
+/* One new revision being made: begin, edit next and batch, then commit or abort. The caller
+ * holds corpus->lock from begin to the end; then calls loci_change_after without it. */
+typedef struct loci_change {
+    loci_corpus *corpus;
+    loci_batch *batch;
+    loci_manifest *next;
+    loci_grave *buried;
+    size_t buried_count;
+    uint64_t *done; /* sequences that are pending no more */
+    size_t done_count;
+    loci_snapshot *stale;
+} loci_change;
+
+LOCI_MUST_CHECK loci_status loci_change_begin(loci_corpus *corpus, loci_change *out,
+                                              loci_error *err);
+/* Buries a document and those it replaces; unknown sequences are fine. */
+LOCI_MUST_CHECK loci_status loci_change_bury(loci_change *change, uint64_t sequence,
+                                             loci_error *err);
+LOCI_MUST_CHECK loci_status loci_change_done(loci_change *change, uint64_t sequence,
+                                             loci_error *err);
+/* Writes and makes it current; durable on return. Ends the change in any case. */
+LOCI_MUST_CHECK loci_status loci_change_commit(loci_change *change, const char *failpoint,
+                                               loci_error *err);
+void loci_change_abort(loci_change *change);
+/* After a commit, without the lock: drops what the change made stale. */
+void loci_change_after(loci_change *change);
+
+/* --- Rebuilding (rebuild.c), all on the one ingest thread ------------------------------------ */
+typedef struct loci_indexed_document {
+    uint64_t sequence, tokens;
+    uint32_t segments;
+} loci_indexed_document;
+
+/* What the pipeline has encoded since the last commit. */
+typedef struct loci_fresh {
+    const loci_builder *builder; /* may be empty */
+    loci_cursor cursor;          /* after its last segment */
+    const loci_indexed_document *documents;
+    size_t document_count; /* those below cursor.sequence are complete */
+} loci_fresh;
+
+/* Which part of a corpus is made anew. */
+typedef struct loci_rebuild_plan {
+    uint32_t first, last; /* entries of the manifest */
+    bool tail;            /* and all flat segments */
+    bool rewrite;         /* because of dead segments; for failpoints and progress */
+} loci_rebuild_plan;
+
+/* False when nothing is due. settle: the canonical tail is asked for. */
+bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max, bool settle,
+                      loci_rebuild_plan *out);
+/* The partial extent, if there is one, and all flat segments. */
+loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest);
+/* Tokens that the next full extent would already hold. */
+uint32_t loci_tail_tokens(const loci_manifest *manifest);
+/* Commits fresh segments as flat ones. */
+LOCI_MUST_CHECK loci_status loci_commit_flat(loci_corpus *corpus, const loci_fresh *fresh,
+                                             loci_error *err);
+/* Gathers the live segments of the plan and the fresh ones (NULL = none) and commits them as one
+ * extent, or as flat segments where the tail is small; full: always as a full extent.
+ * LOCI_E_ABORTED: a document was buried meanwhile; to be tried again. */
+LOCI_MUST_CHECK loci_status loci_rebuild(loci_corpus *corpus, const loci_rebuild_plan *plan,
+                                         const loci_fresh *fresh, bool full, struct loci_pool *pool,
+                                         const loci_cancel *cancel, loci_error *err);
+
+#endif

@@ -1,0 +1,427 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Splitting, encoding and gathering of one corpus's documents; see pipeline.h.
+ *
+ * Three cursors: the manifest's (committed), `cursor` (after the last segment in the builder) and
+ * `ahead` (after the last segment in the batch). Each segment of a batch carries the cursor that
+ * holds after it, so that a commit may fall between any two.
+ */
+#include "memory/pipeline.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Encoding works best on thousands of tokens at once; KV of a batch is bounded as well. */
+#define BATCH_TOKENS 4096u
+#define BATCH_KV_BYTES (64u << 20)
+
+typedef struct batch_segment {
+    loci_built_segment built;
+    loci_cursor after;
+} batch_segment;
+
+typedef struct encode_batch {
+    uint32_t *tokens;
+    size_t token_count, token_capacity;
+    uint32_t *begin; /* count + 1 */
+    batch_segment *segments;
+    size_t count, capacity;
+    bool encoded;
+} encode_batch;
+
+struct loci_pipeline {
+    loci_corpus *corpus;
+    const loci_encoder *encoder;
+    struct loci_pool *pool;
+    const loci_cancel *cancel;
+    uint32_t sink_tokens; /* 1 when every segment begins with the shared prefix */
+    uint32_t batch_tokens;
+
+    loci_cursor cursor, ahead;
+    loci_builder *builder;
+    loci_indexed_document *documents; /* complete, not committed; ascending */
+    size_t document_count, document_capacity;
+
+    bool open; /* `document` and `text` are those of ahead.sequence */
+    loci_document document;
+    loci_buf text;
+    encode_batch batch;
+    uint16_t **k, **v; /* [pairs]: encoded rows of the batch */
+    size_t row_capacity;
+    loci_pipeline_counts counts;
+};
+
+/* --- Open and close --------------------------------------------------------------------- */
+
+static loci_status check_model(const loci_corpus *corpus, const loci_encoder *encoder,
+                               loci_error *err) {
+    const loci_geometry *a = &corpus->geometry, *b = &encoder->geometry;
+    loci_corpus_info info = {.geometry = *a};
+    memcpy(info.name, corpus->name, sizeof info.name);
+    LOCI_TRY(loci_corpus_check_model(&info, b->fingerprint, err));
+    if (a->retrieval_layers == b->retrieval_layers && a->kv_heads == b->kv_heads &&
+        a->head_dim == b->head_dim && a->ranking_layer == b->ranking_layer &&
+        a->segment_tokens == b->segment_tokens && a->has_sink == b->has_sink)
+        return LOCI_OK;
+    return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
+                            "corpus %s was made with another geometry of its model", corpus->name);
+}
+
+loci_status loci_pipeline_open(loci_corpus *corpus, const loci_encoder *encoder,
+                               struct loci_pool *pool, const loci_cancel *cancel,
+                               loci_pipeline **out, loci_error *err) {
+    LOCI_TRY(check_model(corpus, encoder, err));
+    loci_pipeline *pipeline = calloc(1, sizeof *pipeline);
+    if (!pipeline) return loci_fail(err, LOCI_E_NOMEM, "no memory for the pipeline");
+    atomic_fetch_add(&corpus->refs, 1);
+    pipeline->corpus = corpus;
+    pipeline->encoder = encoder;
+    pipeline->pool = pool;
+    pipeline->cancel = cancel;
+    pipeline->sink_tokens = corpus->geometry.has_sink ? 1 : 0;
+    uint64_t most = BATCH_KV_BYTES / loci_geometry_kv_bytes(&corpus->geometry);
+    pipeline->batch_tokens = most < BATCH_TOKENS ? (uint32_t)most : BATCH_TOKENS;
+    uint32_t pairs = corpus->geometry.retrieval_layers * corpus->geometry.kv_heads;
+    pipeline->k = calloc(pairs, sizeof *pipeline->k);
+    pipeline->v = calloc(pairs, sizeof *pipeline->v);
+    loci_status status = LOCI_E_NOMEM;
+    if (pipeline->k && pipeline->v)
+        status = loci_builder_create(&corpus->geometry, &pipeline->builder, err);
+    else
+        loci_fail(err, status, "no memory for the pipeline");
+    if (status != LOCI_OK) {
+        loci_pipeline_close(pipeline);
+        return status;
+    }
+    pthread_mutex_lock(&corpus->lock);
+    pipeline->cursor = pipeline->ahead = corpus->manifest->cursor;
+    pthread_mutex_unlock(&corpus->lock);
+    *out = pipeline;
+    return LOCI_OK;
+}
+
+void loci_pipeline_close(loci_pipeline *pipeline) {
+    if (!pipeline) return;
+    const loci_geometry *geometry = &pipeline->corpus->geometry;
+    for (uint32_t p = 0; p < geometry->retrieval_layers * geometry->kv_heads; p++) {
+        if (pipeline->k) free(pipeline->k[p]);
+        if (pipeline->v) free(pipeline->v[p]);
+    }
+    free(pipeline->k);
+    free(pipeline->v);
+    free(pipeline->batch.tokens);
+    free(pipeline->batch.begin);
+    free(pipeline->batch.segments);
+    free(pipeline->documents);
+    loci_buf_fini(&pipeline->text);
+    loci_builder_destroy(pipeline->builder);
+    loci_corpus_release(pipeline->corpus);
+    free(pipeline);
+}
+
+loci_pipeline_counts loci_pipeline_count(const loci_pipeline *pipeline) {
+    return pipeline->counts;
+}
+
+size_t loci_pipeline_documents(const loci_pipeline *pipeline) {
+    return pipeline->document_count;
+}
+
+bool loci_pipeline_dirty(const loci_pipeline *pipeline) {
+    return pipeline->builder->segment_count > 0 || pipeline->document_count > 0;
+}
+
+/* --- Splitting -------------------------------------------------------------------------- */
+
+static loci_status no_memory(const loci_pipeline *pipeline, loci_error *err) {
+    return loci_fail(err, LOCI_E_NOMEM, "no memory to index corpus %s", pipeline->corpus->name);
+}
+
+static void skip_document(loci_pipeline *pipeline) {
+    pipeline->ahead = (loci_cursor){.sequence = pipeline->ahead.sequence + 1};
+    pipeline->open = false;
+}
+
+/* Loads the document at `ahead` or the first pending one after it; *found false: none. */
+static loci_status open_document(loci_pipeline *pipeline, bool *found, loci_error *err) {
+    loci_corpus *corpus = pipeline->corpus;
+    for (;;) {
+        pthread_mutex_lock(&corpus->lock);
+        uint64_t sequence = loci_pending_next(corpus, pipeline->ahead.sequence);
+        pthread_mutex_unlock(&corpus->lock);
+        *found = sequence != 0;
+        if (!*found) return LOCI_OK;
+        if (sequence != pipeline->ahead.sequence)
+            pipeline->ahead = (loci_cursor){.sequence = sequence};
+        loci_buf_clear(&pipeline->text);
+        loci_document *document = &pipeline->document;
+        /* One view, since the document may be deleted while it is read. */
+        loci_view *view = loci_view_open(corpus->store->rocks);
+        loci_status status = loci_document_load(corpus, view, sequence, document, err);
+        bool gone = status == LOCI_E_NOTFOUND || (status == LOCI_OK && document->dead);
+        if (status == LOCI_OK && !gone)
+            status = loci_document_text(corpus, view, document, 0, document->bytes, &pipeline->text,
+                                        err);
+        loci_view_close(view);
+        if (!gone) {
+            pipeline->open = status == LOCI_OK;
+            return status;
+        }
+        skip_document(pipeline);
+    }
+}
+
+/* What an encoder must keep to; a violation is its bug, named, and not our crash. */
+static loci_status check_split(const loci_pipeline *pipeline, const loci_split *split,
+                               uint32_t most, loci_error *err) {
+    uint64_t len = pipeline->text.len, at = pipeline->ahead.byte;
+    bool good = split->segments <= most && split->next > at && split->next <= len;
+    for (uint32_t i = 0; good && i < split->segments; i++) {
+        uint32_t tokens = split->begin[i + 1] - split->begin[i];
+        good = split->begin[i + 1] >= split->begin[i] && tokens > pipeline->sink_tokens &&
+               tokens - pipeline->sink_tokens <= pipeline->corpus->geometry.segment_tokens &&
+               split->start[i] >= at && split->end[i] > split->start[i] &&
+               split->end[i] <= split->next;
+        at = split->end[i];
+    }
+    if (good) return LOCI_OK;
+    return loci_fail(err, LOCI_E_INTERNAL,
+                     "the encoder cut document \"%.100s\" of corpus %s against its contract",
+                     pipeline->document.id, pipeline->corpus->name);
+}
+
+static bool reserve_batch(encode_batch *batch, size_t tokens, size_t segments) {
+    size_t need = batch->token_count + tokens;
+    if (need > batch->token_capacity) {
+        uint32_t *grown = realloc(batch->tokens, need * sizeof *grown);
+        if (!grown) return false;
+        batch->tokens = grown;
+        batch->token_capacity = need;
+    }
+    need = batch->count + segments;
+    if (need <= batch->capacity) return true;
+    batch_segment *grown = realloc(batch->segments, need * sizeof *grown);
+    if (grown) batch->segments = grown;
+    uint32_t *begin = realloc(batch->begin, (need + 1) * sizeof *begin);
+    if (begin) batch->begin = begin;
+    if (!grown || !begin) return false;
+    batch->capacity = need;
+    return true;
+}
+
+static loci_status take_split(loci_pipeline *pipeline, const loci_split *split, loci_error *err) {
+    encode_batch *batch = &pipeline->batch;
+    loci_cursor *ahead = &pipeline->ahead;
+    uint32_t first = split->segments ? split->begin[0] : 0;
+    uint32_t tokens = split->segments ? split->begin[split->segments] - first : 0;
+    if (!reserve_batch(batch, tokens, split->segments)) return no_memory(pipeline, err);
+    if (tokens > 0)
+        memcpy(batch->tokens + batch->token_count, split->tokens + first,
+               tokens * sizeof *batch->tokens);
+    for (uint32_t i = 0; i < split->segments; i++) {
+        batch_segment *segment = &batch->segments[batch->count];
+        uint32_t own = split->begin[i + 1] - split->begin[i] - pipeline->sink_tokens;
+        segment->built =
+            (loci_built_segment){ahead->sequence, split->start[i], split->end[i], {0}, own};
+        memcpy(segment->built.content, pipeline->document.content, sizeof segment->built.content);
+        batch->begin[batch->count++] = (uint32_t)batch->token_count + split->begin[i] - first;
+        ahead->segments++;
+        ahead->tokens += own;
+        ahead->byte = i + 1 < split->segments ? split->start[i + 1] : split->next;
+        segment->after = *ahead;
+    }
+    batch->token_count += tokens;
+    if (batch->count > 0) batch->begin[batch->count] = (uint32_t)batch->token_count;
+    ahead->byte = split->next;
+    return LOCI_OK;
+}
+
+/* The document's last segment, if it has any, ends the batch so far: its cursor moves on to the
+ * next document. */
+static loci_status finish_document(loci_pipeline *pipeline, uint32_t last_segments,
+                                   loci_error *err) {
+    if (pipeline->document_count == pipeline->document_capacity) {
+        size_t capacity = pipeline->document_capacity ? 2 * pipeline->document_capacity : 64;
+        loci_indexed_document *grown = realloc(pipeline->documents, capacity * sizeof *grown);
+        if (!grown) return no_memory(pipeline, err);
+        pipeline->documents = grown;
+        pipeline->document_capacity = capacity;
+    }
+    const loci_cursor *ahead = &pipeline->ahead;
+    pipeline->documents[pipeline->document_count++] =
+        (loci_indexed_document){ahead->sequence, ahead->tokens, ahead->segments};
+    skip_document(pipeline);
+    if (last_segments > 0)
+        pipeline->batch.segments[pipeline->batch.count - 1].after = pipeline->ahead;
+    return LOCI_OK;
+}
+
+static loci_status gather_some(loci_pipeline *pipeline, loci_error *err) {
+    const loci_encoder *encoder = pipeline->encoder;
+    size_t room = pipeline->batch_tokens - pipeline->batch.token_count;
+    uint32_t most = (uint32_t)(room / encoder->geometry.segment_tokens);
+    if (most == 0) most = 1;
+    const loci_split *split;
+    loci_slice text = loci_slice_of(pipeline->text.data, pipeline->text.len);
+    loci_status status =
+        encoder->split(encoder->ctx, text, pipeline->ahead.byte, most, &split, err);
+    if (status != LOCI_OK)
+        return loci_fail_prefix(err, status, "document \"%.100s\" of corpus %s",
+                                pipeline->document.id, pipeline->corpus->name);
+    LOCI_TRY(check_split(pipeline, split, most, err));
+    uint64_t next = split->next;
+    uint32_t segments = split->segments;
+    LOCI_TRY(take_split(pipeline, split, err));
+    if (next < pipeline->text.len) return LOCI_OK;
+    return finish_document(pipeline, segments, err);
+}
+
+loci_status loci_pipeline_gather(loci_pipeline *pipeline, bool *more, loci_error *err) {
+    encode_batch *batch = &pipeline->batch;
+    batch->count = batch->token_count = 0;
+    batch->encoded = false;
+    size_t documents = pipeline->document_count;
+    while (batch->token_count < pipeline->batch_tokens) {
+        if (pipeline->open) {
+            pthread_mutex_lock(&pipeline->corpus->lock);
+            bool pending = loci_pending_has(pipeline->corpus, pipeline->ahead.sequence);
+            pthread_mutex_unlock(&pipeline->corpus->lock);
+            if (!pending) skip_document(pipeline); /* deleted or replaced */
+        }
+        if (!pipeline->open) {
+            bool found;
+            LOCI_TRY(open_document(pipeline, &found, err));
+            if (!found) break;
+        }
+        LOCI_TRY(gather_some(pipeline, err));
+    }
+    *more = batch->count > 0 || pipeline->document_count > documents;
+    return LOCI_OK;
+}
+
+/* --- Encoding --------------------------------------------------------------------------- */
+
+static bool reserve_rows(loci_pipeline *pipeline, size_t rows) {
+    if (rows <= pipeline->row_capacity) return true;
+    const loci_geometry *geometry = &pipeline->corpus->geometry;
+    size_t bytes = rows * geometry->head_dim * sizeof(uint16_t);
+    pipeline->row_capacity = 0;
+    for (uint32_t p = 0; p < geometry->retrieval_layers * geometry->kv_heads; p++) {
+        free(pipeline->k[p]);
+        free(pipeline->v[p]);
+        pipeline->k[p] = malloc(bytes);
+        pipeline->v[p] = malloc(bytes);
+        if (!pipeline->k[p] || !pipeline->v[p]) return false;
+    }
+    pipeline->row_capacity = rows;
+    return true;
+}
+
+loci_status loci_pipeline_encode(loci_pipeline *pipeline, loci_error *err) {
+    encode_batch *batch = &pipeline->batch;
+    if (batch->count == 0) {
+        batch->encoded = true;
+        return LOCI_OK;
+    }
+    if (!reserve_rows(pipeline, batch->token_count)) return no_memory(pipeline, err);
+    const loci_encoder *encoder = pipeline->encoder;
+    LOCI_FAILPOINT("encode");
+    loci_status status =
+        encoder->encode(encoder->ctx, batch->tokens, batch->begin, (uint32_t)batch->count,
+                        pipeline->k, pipeline->v, pipeline->cancel, err);
+    LOCI_FAILPOINT("encode");
+    if (status != LOCI_OK)
+        return loci_fail_prefix(err, status, "encoding documents of corpus %s",
+                                pipeline->corpus->name);
+    batch->encoded = true;
+    pipeline->counts.tokens_encoded += batch->token_count;
+    return LOCI_OK;
+}
+
+/* --- Taking in and committing ------------------------------------------------------------------
+ */
+
+/* Whether `more` further tokens fit in the extent that is being filled. */
+static bool fits(const loci_pipeline *pipeline, uint32_t more) {
+    loci_corpus *corpus = pipeline->corpus;
+    pthread_mutex_lock(&corpus->lock);
+    uint32_t tail = loci_tail_tokens(corpus->manifest);
+    pthread_mutex_unlock(&corpus->lock);
+    return tail + pipeline->builder->tokens + more <= corpus->extent_tokens_max;
+}
+
+bool loci_pipeline_will_seal(const loci_pipeline *pipeline) {
+    uint32_t tokens = 0;
+    for (size_t i = 0; i < pipeline->batch.count; i++)
+        tokens += pipeline->batch.segments[i].built.tokens;
+    return !fits(pipeline, tokens);
+}
+
+static loci_fresh fresh_of(const loci_pipeline *pipeline) {
+    return (loci_fresh){pipeline->builder, pipeline->cursor, pipeline->documents,
+                        pipeline->document_count};
+}
+
+static void committed(loci_pipeline *pipeline) {
+    pipeline->counts.tokens_indexed += pipeline->builder->tokens;
+    pipeline->counts.segments_indexed += pipeline->builder->segment_count;
+    loci_builder_clear(pipeline->builder);
+    size_t done = 0;
+    while (done < pipeline->document_count &&
+           pipeline->documents[done].sequence < pipeline->cursor.sequence)
+        done++;
+    if (done == 0) return;
+    pipeline->document_count -= done;
+    memmove(pipeline->documents, pipeline->documents + done,
+            pipeline->document_count * sizeof *pipeline->documents);
+}
+
+static loci_status seal_full(loci_pipeline *pipeline, loci_error *err) {
+    loci_corpus *corpus = pipeline->corpus;
+    loci_fresh fresh = fresh_of(pipeline);
+    loci_status status = LOCI_E_ABORTED;
+    while (status == LOCI_E_ABORTED) {
+        LOCI_TRY(loci_cancel_check(pipeline->cancel));
+        pthread_mutex_lock(&corpus->lock);
+        loci_rebuild_plan plan = loci_tail_plan(corpus->manifest);
+        pthread_mutex_unlock(&corpus->lock);
+        status = loci_rebuild(corpus, &plan, &fresh, true, pipeline->pool, pipeline->cancel, err);
+    }
+    if (status == LOCI_OK) committed(pipeline);
+    return status;
+}
+
+static loci_status take_segment(loci_pipeline *pipeline, size_t index, loci_error *err) {
+    const encode_batch *batch = &pipeline->batch;
+    const batch_segment *segment = &batch->segments[index];
+    size_t dim = pipeline->corpus->geometry.head_dim;
+    uint32_t row;
+    LOCI_TRY(loci_builder_add(pipeline->builder, &segment->built, &row, err));
+    size_t from = (batch->begin[index] + pipeline->sink_tokens) * dim;
+    size_t bytes = segment->built.tokens * dim * sizeof(uint16_t);
+    for (uint32_t p = 0; p < pipeline->builder->pairs; p++) {
+        memcpy(pipeline->builder->k[p] + row * dim, pipeline->k[p] + from, bytes);
+        memcpy(pipeline->builder->v[p] + row * dim, pipeline->v[p] + from, bytes);
+    }
+    pipeline->cursor = segment->after;
+    return LOCI_OK;
+}
+
+loci_status loci_pipeline_append(loci_pipeline *pipeline, loci_error *err) {
+    const encode_batch *batch = &pipeline->batch;
+    LOCI_ASSERT(batch->encoded);
+    for (size_t i = 0; i < batch->count; i++) {
+        if (!fits(pipeline, batch->segments[i].built.tokens)) LOCI_TRY(seal_full(pipeline, err));
+        LOCI_TRY(take_segment(pipeline, i, err));
+    }
+    pipeline->cursor = pipeline->ahead;
+    return LOCI_OK;
+}
+
+loci_status loci_pipeline_flush(loci_pipeline *pipeline, loci_error *err) {
+    if (!loci_pipeline_dirty(pipeline)) return LOCI_OK;
+    loci_fresh fresh = fresh_of(pipeline);
+    LOCI_TRY(loci_commit_flat(pipeline->corpus, &fresh, err));
+    committed(pipeline);
+    return LOCI_OK;
+}

@@ -1,0 +1,308 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The data directory and the catalogue: creating, listing, deleting corpora, reopening, damage to
+ * catalogue values, the lock and the layout version.
+ */
+#include "support.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <rocksdb/c.h>
+
+#include "memory/rocks.h"
+
+static void test_create_get_list(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    fixture_open(f);
+    loci_geometry geometry = test_geometry();
+    geometry.has_sink = false;
+    loci_corpus_info info, again;
+    static const char *const names[] = {"m", "a", "z9_-", "b-1"};
+    for (size_t i = 0; i < 4; i++)
+        assert_ok(loci_corpus_create(f->store, names[i], &geometry, NULL, NULL, &info, &err));
+    assert_int_equal(loci_corpus_create(f->store, "a", &geometry, NULL, NULL, &again, &err),
+                     LOCI_E_EXISTS);
+    assert_string_equal(again.name, "a");
+    assert_int_equal(again.uid, 2);
+    static const char *const bad[] = {
+        "",         "A",
+        "-a",       "_a",
+        "a b",      "a/b",
+        "\xc3\xa9", "0123456789012345678901234567890123456789012345678901234567890123"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        assert_int_equal(loci_corpus_create(f->store, bad[i], &geometry, NULL, NULL, &info, &err),
+                         LOCI_E_INVAL);
+    geometry.head_dim = 17;
+    assert_int_equal(loci_corpus_create(f->store, "n", &geometry, NULL, NULL, &info, &err),
+                     LOCI_E_INVAL);
+    geometry = test_geometry(); /* wants a sink */
+    assert_int_equal(loci_corpus_create(f->store, "n", &geometry, NULL, NULL, &info, &err),
+                     LOCI_E_INVAL);
+    for (int reopened = 0; reopened < 2; reopened++) {
+        loci_corpus_info page[3];
+        size_t count;
+        assert_ok(loci_corpus_list(f->store, "", 3, page, &count, &err));
+        assert_int_equal(count, 3);
+        assert_string_equal(page[0].name, "a");
+        assert_string_equal(page[1].name, "b-1");
+        assert_string_equal(page[2].name, "m");
+        assert_ok(loci_corpus_list(f->store, page[2].name, 3, page, &count, &err));
+        assert_int_equal(count, 1);
+        assert_string_equal(page[0].name, "z9_-");
+        assert_ok(loci_corpus_list(f->store, "c", 1, page, &count, &err));
+        assert_string_equal(page[0].name, "m");
+        assert_string_equal(page[0].geometry.fingerprint, FINGERPRINT);
+        fixture_close(f);
+        fixture_open(f);
+    }
+    assert_int_equal(loci_corpus_get(f->store, "c", &info, &err), LOCI_E_NOTFOUND);
+    assert_non_null(strstr(err.text, "\"c\""));
+}
+
+static void test_delete_and_uids(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_corpus_info info;
+    fixture_open(f);
+    fixture_create(f, "a");
+    fixture_create(f, "b");
+    put_text(f, "b", "x", 1, 300000);
+    loci_document_writer *writer;
+    assert_ok(loci_document_begin(f->store, "b", "y", loci_slice_of(NULL, 0), &writer, &err));
+    char *text = make_text(1, 600000);
+    assert_ok(loci_document_append(writer, loci_slice_of(text, 600000), &err));
+    free(text);
+    assert_ok(loci_corpus_delete(f->store, "b", &err));
+    assert_int_equal(loci_corpus_delete(f->store, "b", &err), LOCI_E_NOTFOUND);
+    fixture_create(f, "b"); /* the name is free while the old one's writer still exists */
+    assert_ok(loci_corpus_get(f->store, "b", &info, &err));
+    assert_int_equal(info.uid, 3);
+    assert_int_equal(info.documents, 0);
+    loci_document_info document;
+    bool unchanged;
+    assert_int_equal(loci_document_commit(writer, &document, &unchanged, &err), LOCI_E_NOTFOUND);
+    assert_ok(loci_corpus_delete(f->store, "b", &err));
+    fixture_close(f);
+    fixture_open(f);
+    fixture_create(f, "c");
+    assert_ok(loci_corpus_get(f->store, "c", &info, &err));
+    assert_int_equal(info.uid, 4); /* never used again */
+    assert_int_equal(loci_corpus_get(f->store, "b", &info, &err), LOCI_E_NOTFOUND);
+}
+
+static void test_second_opener_is_told(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_store *second;
+    fixture_open(f);
+    assert_int_equal(loci_store_open(f->dir, &f->options, &f->backend, &second, &err),
+                     LOCI_E_PRECONDITION);
+    assert_string_equal(err.reason, "DATA_DIRECTORY_IN_USE");
+    assert_non_null(strstr(err.text, f->dir));
+    fixture_close(f);
+    fixture_open(f);
+}
+
+static void write_layout(fixture *f, const char *text) {
+    char path[128];
+    snprintf(path, sizeof path, "%s/LAYOUT", f->dir);
+    FILE *file = fopen(path, "w");
+    assert_non_null(file);
+    fputs(text, file);
+    fclose(file);
+}
+
+static void test_layout_version(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_store *store;
+    fixture_open(f);
+    fixture_create(f, "a");
+    fixture_close(f);
+    write_layout(f, "loci store layout 2\n");
+    assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_UNSUPPORTED);
+    assert_string_equal(err.reason, "LAYOUT_TOO_NEW");
+    static const char *const bad[] = {"", "loci store layout \n", "loci store layout 1", "x 1\n",
+                                      "loci store layout 1\nmore"};
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        write_layout(f, bad[i]);
+        assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_CORRUPT);
+    }
+    char path[128];
+    snprintf(path, sizeof path, "%s/LAYOUT", f->dir);
+    unlink(path);
+    assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_CORRUPT);
+    write_layout(f, "loci store layout 1\n");
+    fixture_open(f);
+}
+
+/* Replaces a catalogue value of corpus uid 1 by other bytes. */
+static void damage(fixture *f, char kind, uint32_t value_kind, const char *payload) {
+    loci_error err;
+    loci_rocks *rocks;
+    char path[128];
+    snprintf(path, sizeof path, "%s/db", f->dir);
+    assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
+    loci_key key = {.len = 0};
+    loci_key_u8(&key, (uint8_t)kind);
+    loci_key_u64(&key, 1);
+    loci_batch *batch = loci_batch_create(rocks);
+    loci_batch_put(batch, LOCI_CF_CATALOG, &key, value_kind, loci_slice_text(payload));
+    assert_ok(loci_batch_write(batch, true, &err));
+    loci_batch_destroy(batch);
+    loci_rocks_close(rocks);
+}
+
+static void test_damaged_catalogue(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_corpus_info info;
+    static const struct {
+        char kind;
+        uint32_t value_kind;
+    } cases[] = {{'m', LOCI_KIND_MANIFEST}, {'m', LOCI_KIND_STATE}, {'s', LOCI_KIND_STATE}};
+    fixture_open(f);
+    fixture_create(f, "bad");
+    fixture_create(f, "good");
+    fixture_start(f);
+    put_text(f, "good", "x", 1, 1500);
+    put_text(f, "bad", "x", 1, 1500);
+    wait_settled(f, "good");
+    wait_settled(f, "bad");
+    unsigned files = count_extents(f, "bad");
+    char extents[128];
+    snprintf(extents, sizeof extents, "%s/extents/0000000000000001", f->dir);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        fixture_close(f);
+        damage(f, cases[i].kind, cases[i].value_kind, "nonsense");
+        fixture_open(f);
+        assert_int_equal(loci_corpus_get(f->store, "bad", &info, &err), LOCI_E_CORRUPT);
+        assert_non_null(strstr(err.text, "bad"));
+        fixture_start(f);
+        wait_settled(f, "good");
+        check_snapshot(f, "good");
+        loci_corpus_info page[4];
+        size_t count;
+        assert_ok(loci_corpus_list(f->store, "", 4, page, &count, &err));
+        assert_int_equal(count, 2);
+        assert_int_equal(access(extents, F_OK), 0); /* its files are left alone */
+    }
+    assert_true(files > 0);
+    /* A damaged corpus can be deleted, and its name used again. */
+    assert_ok(loci_corpus_delete(f->store, "bad", &err));
+    assert_int_equal(access(extents, F_OK), -1);
+    fixture_create(f, "bad");
+    fixture_close(f);
+    damage(f, 'c', LOCI_KIND_CORPUS, "nonsense"); /* not even a name: logged, and not in the way */
+    fixture_open(f);
+    check_snapshot(f, "good");
+    assert_ok(loci_corpus_get(f->store, "bad", &info, &err));
+}
+
+/* Flips byte i of the value of key i of the flat family, behind the wrapper's back, and copies
+ * the value of the last key to the key after it. */
+static void damage_envelopes(const char *path, size_t count) {
+    static const char *const names[] = {"default", "catalog", "document", "name", "chunk", "flat"};
+    rocksdb_options_t *options = rocksdb_options_create();
+    const rocksdb_options_t *all[6] = {options, options, options, options, options, options};
+    rocksdb_column_family_handle_t *handles[6];
+    char *text = NULL;
+    rocksdb_t *db = rocksdb_open_column_families(options, path, 6, names, all, handles, &text);
+    assert_null(text);
+    rocksdb_readoptions_t *read = rocksdb_readoptions_create();
+    rocksdb_writeoptions_t *write = rocksdb_writeoptions_create();
+    for (size_t i = 0; i <= count; i++) {
+        loci_key key = {.len = 0}, to = {.len = 0};
+        loci_key_u64(&key, i);
+        loci_key_u64(&to, i < count ? i : i + 1);
+        size_t len;
+        char *value = rocksdb_get_cf(db, read, handles[5], (char *)key.data, 8, &len, &text);
+        assert_null(text);
+        assert_non_null(value);
+        if (i < count) value[i] ^= 1;
+        rocksdb_put_cf(db, write, handles[5], (char *)to.data, 8, value, len, &text);
+        assert_null(text);
+        rocksdb_free(value);
+    }
+    rocksdb_readoptions_destroy(read);
+    rocksdb_writeoptions_destroy(write);
+    for (int i = 0; i < 6; i++) rocksdb_column_family_handle_destroy(handles[i]);
+    rocksdb_close(db);
+    rocksdb_options_destroy(options);
+}
+
+static void test_envelope_damage(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_rocks *rocks;
+    loci_buf out = LOCI_BUF_INIT;
+    char path[128];
+    size_t count = LOCI_ENVELOPE_BYTES + 7;
+    snprintf(path, sizeof path, "%s/db", f->dir);
+    assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
+    loci_batch *batch = loci_batch_create(rocks);
+    for (size_t i = 0; i <= count; i++) {
+        loci_key key = {.len = 0};
+        loci_key_u64(&key, i);
+        loci_batch_put(batch, LOCI_CF_FLAT, &key, LOCI_KIND_FLAT, loci_slice_text("payload"));
+    }
+    assert_ok(loci_batch_write(batch, false, &err));
+    loci_batch_destroy(batch);
+    loci_rocks_close(rocks);
+    damage_envelopes(path, count);
+    assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
+    for (size_t i = 0; i <= count + 1; i++) {
+        loci_key key = {.len = 0};
+        loci_key_u64(&key, i);
+        assert_int_equal(
+            loci_rocks_get(rocks, NULL, LOCI_CF_FLAT, &key, LOCI_KIND_FLAT, &out, &err),
+            i == count ? LOCI_OK : LOCI_E_CORRUPT);
+        if (i != count) assert_non_null(strstr(err.text, "flat/"));
+    }
+    loci_buf_fini(&out);
+    loci_rocks_close(rocks);
+}
+
+/* Kinds and families are told apart; empty payloads are fine. */
+static void test_envelope(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_rocks *rocks;
+    loci_buf out = LOCI_BUF_INIT;
+    char path[128];
+    snprintf(path, sizeof path, "%s/db", f->dir);
+    assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
+    loci_key key = {.len = 0}, other = {.len = 0};
+    loci_key_u64(&key, 7);
+    loci_key_u64(&other, 8);
+    loci_batch *batch = loci_batch_create(rocks);
+    loci_batch_put(batch, LOCI_CF_FLAT, &key, LOCI_KIND_FLAT, loci_slice_text("payload"));
+    loci_batch_put(batch, LOCI_CF_FLAT, &other, LOCI_KIND_FLAT, loci_slice_of(NULL, 0));
+    assert_ok(loci_batch_write(batch, false, &err));
+    loci_batch_destroy(batch);
+    assert_ok(loci_rocks_get(rocks, NULL, LOCI_CF_FLAT, &key, LOCI_KIND_FLAT, &out, &err));
+    assert_int_equal(out.len, 7);
+    assert_ok(loci_rocks_get(rocks, NULL, LOCI_CF_FLAT, &other, LOCI_KIND_FLAT, &out, &err));
+    assert_int_equal(out.len, 7);
+    assert_int_equal(loci_rocks_get(rocks, NULL, LOCI_CF_FLAT, &key, LOCI_KIND_CHUNK, &out, &err),
+                     LOCI_E_CORRUPT);
+    assert_int_equal(loci_rocks_get(rocks, NULL, LOCI_CF_CHUNK, &key, LOCI_KIND_FLAT, &out, &err),
+                     LOCI_E_NOTFOUND);
+    loci_buf_fini(&out);
+    loci_rocks_close(rocks);
+}
+
+int main(void) {
+#define TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
+    const struct CMUnitTest tests[] = {
+        TEST(test_create_get_list), TEST(test_delete_and_uids),   TEST(test_second_opener_is_told),
+        TEST(test_layout_version),  TEST(test_damaged_catalogue), TEST(test_envelope),
+        TEST(test_envelope_damage),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
