@@ -28,6 +28,8 @@
 struct loci_pool;
 struct loci_corpus_view;
 
+#define LOCI_GEMM_STEADY_ROWS 32u
+
 typedef enum loci_dtype { LOCI_F32 = 0, LOCI_BF16 = 1, LOCI_F16 = 2, LOCI_I32 = 3 } loci_dtype;
 
 typedef struct loci_buffer loci_buffer;
@@ -151,7 +153,8 @@ typedef struct loci_backend_ops {
     void (*weight_free)(loci_backend *self, loci_weight *weight);
 
     /* Dense operations; all refs f32 unless said. */
-    /* y [rows][weight rows] (+)= x [rows][cols] W^T */
+    /* y [rows][weight rows] (+)= x [rows][cols] W^T. From LOCI_GEMM_STEADY_ROWS rows on, a row's
+     * result depends neither on the other rows nor on how many they are. */
     void (*gemm)(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
                  const loci_weight *weight, bool accumulate);
     /* y [rows][cols] = table[ids[row]]; ids i32 in range (checked by the caller) */
@@ -204,8 +207,9 @@ typedef struct loci_backend_ops {
     void (*attend_sparse)(loci_stream *stream, loci_lookup *lookup, loci_ref out,
                           uint32_t out_stride, loci_ref lse);
     /* mass f32 [segments of the view] += for each segment the attention weight of its selected
-     * tokens, exp(logit - total_lse), summed over rows [row_begin, rows) and query heads.
-     * total_lse f32 [rows][q_heads]: the merged log-sum-exp. After attend_sparse. */
+     * tokens, and of all tokens of flat segments, exp(logit - total_lse), summed over rows
+     * [row_begin, rows) and query heads. total_lse f32 [rows][q_heads]: the merged log-sum-exp.
+     * After attend_sparse. */
     void (*attribute)(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                       uint32_t row_begin, loci_ref mass);
     /* Late-interaction score of segments (ColBERT's PLAID, arXiv 2205.09707, section 4, with
@@ -227,6 +231,11 @@ typedef struct loci_backend_ops {
     void (*lookup_selected)(loci_stream *stream, loci_lookup *lookup, loci_selected *selected,
                             size_t capacity, size_t *count);
     void (*lookup_stats)(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats);
+    /* Mode squeezed, after score_nodes: S and live tokens of each live node of a level (0 = roots,
+     * 1 = leaves) over all KV heads; host arrays, *count is the true number. For calibrating
+     * thresholds. */
+    void (*lookup_squeezed)(loci_stream *stream, loci_lookup *lookup, unsigned level, float *scores,
+                            uint32_t *tokens, size_t capacity, size_t *count);
 } loci_backend_ops;
 
 struct loci_backend {

@@ -129,6 +129,7 @@ typedef struct loci_pair_build_options {
     uint64_t seed;
     uint32_t iterations; /* K-means rounds of each level; 0 = default (10) */
     bool position_codes; /* store the codes once more in position order (ranking layer) */
+    const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */
 } loci_pair_build_options;
 
 /* Builds the blob of one pair. k and v: bf16 [tokens][head_dim], position order; slots_of_position:

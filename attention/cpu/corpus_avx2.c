@@ -1,0 +1,179 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The kernels of corpus_kernels.h for AVX2 and FMA. Entered only after isa.c found them.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#include "attention/cpu/corpus_kernels.h"
+#include "attention/cpu/corpus_kernels_body.h"
+
+/* Adds to the eight lanes of *sum the products of four channels. vpmaddubsw would saturate for
+ * values above 128, so both sides are widened to 16 bits: word pairs (0, 1) and (2, 3) apart. */
+static inline __m256i dot_step(__m256i sum, __m256i x_even, __m256i x_odd, __m256i q_even,
+                               __m256i q_odd) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x_even, q_even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(x_odd, q_odd));
+}
+
+static inline void dot_block(__m256i sum[2], const uint8_t *x, uint32_t dim, const int8_t *q) {
+    const __m256i low = _mm256_set1_epi16(255);
+    sum[0] = sum[1] = _mm256_setzero_si256();
+    for (uint32_t i = 0; i < dim; i += 4) {
+        int32_t word;
+        memcpy(&word, x + i, sizeof word);
+        __m256i four = _mm256_set1_epi32(word);
+        __m256i x_even = _mm256_and_si256(four, low); /* channels 0 and 2 */
+        __m256i x_odd = _mm256_srli_epi16(four, 8);   /* channels 1 and 3 */
+        for (int half = 0; half < 2; half++) {
+            const int8_t *at = q + (size_t)i * LOCI_LANES + 32 * half;
+            __m256i lanes = _mm256_loadu_si256((const void *)at);
+            __m256i q_even = _mm256_srai_epi16(_mm256_slli_epi16(lanes, 8), 8);
+            __m256i q_odd = _mm256_srai_epi16(lanes, 8);
+            sum[half] = dot_step(sum[half], x_even, x_odd, q_even, q_odd);
+        }
+    }
+}
+
+/* Four rows at a time share the widening of q. */
+static inline void dot_rows(__m256i sum[4][2], const uint8_t *x, uint32_t dim, const int8_t *q) {
+    const __m256i low = _mm256_set1_epi16(255);
+    for (int r = 0; r < 4; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (uint32_t i = 0; i < dim; i += 4) {
+        const int8_t *at = q + (size_t)i * LOCI_LANES;
+        __m256i first = _mm256_loadu_si256((const void *)at);
+        __m256i second = _mm256_loadu_si256((const void *)(at + 32));
+        __m256i even[2] = {_mm256_srai_epi16(_mm256_slli_epi16(first, 8), 8),
+                           _mm256_srai_epi16(_mm256_slli_epi16(second, 8), 8)};
+        __m256i odd[2] = {_mm256_srai_epi16(first, 8), _mm256_srai_epi16(second, 8)};
+        for (int r = 0; r < 4; r++) {
+            int32_t word;
+            memcpy(&word, x + (size_t)r * dim + i, sizeof word);
+            __m256i four = _mm256_set1_epi32(word);
+            __m256i x_even = _mm256_and_si256(four, low);
+            __m256i x_odd = _mm256_srli_epi16(four, 8);
+            sum[r][0] = dot_step(sum[r][0], x_even, x_odd, even[0], odd[0]);
+            sum[r][1] = dot_step(sum[r][1], x_even, x_odd, even[1], odd[1]);
+        }
+    }
+}
+
+static void dot_u8(int32_t *out, const uint8_t *x, uint32_t n, uint32_t dim, const int8_t *q) {
+    uint32_t r = 0;
+    for (; r + 4 <= n; r += 4) {
+        __m256i sum[4][2];
+        dot_rows(sum, x + (size_t)r * dim, dim, q);
+        for (uint32_t j = 0; j < 4; j++) {
+            _mm256_storeu_si256((void *)(out + (size_t)(r + j) * LOCI_LANES), sum[j][0]);
+            _mm256_storeu_si256((void *)(out + (size_t)(r + j) * LOCI_LANES + 8), sum[j][1]);
+        }
+    }
+    for (; r < n; r++) {
+        __m256i sum[2];
+        dot_block(sum, x + (size_t)r * dim, dim, q);
+        _mm256_storeu_si256((void *)(out + (size_t)r * LOCI_LANES), sum[0]);
+        _mm256_storeu_si256((void *)(out + (size_t)r * LOCI_LANES + 8), sum[1]);
+    }
+}
+
+static void argmax_u8(uint32_t *best, int32_t *best_dot, const uint8_t *x, uint32_t n, uint32_t dim,
+                      const int8_t *q, const int32_t *bias, uint32_t blocks) {
+    for (uint32_t r = 0; r < n; r += 4) {
+        uint32_t rows = n - r < 4 ? n - r : 4;
+        int32_t value[4][LOCI_LANES];
+        uint32_t index[4][LOCI_LANES];
+        for (uint32_t j = 0; j < 4; j++) {
+            for (uint32_t l = 0; l < LOCI_LANES; l++) {
+                value[j][l] = INT32_MIN;
+                index[j][l] = 0;
+            }
+        }
+        for (uint32_t b = 0; b < blocks; b++) {
+            int32_t dot[4 * LOCI_LANES];
+            dot_u8(dot, x + (size_t)r * dim, rows, dim, q + (size_t)b * LOCI_LANES * dim);
+            for (uint32_t j = 0; j < rows; j++) {
+                for (uint32_t l = 0; l < LOCI_LANES; l++) {
+                    int32_t total = dot[j * LOCI_LANES + l] + bias[b * LOCI_LANES + l];
+                    uint32_t lane = b * LOCI_LANES + l;
+                    index[j][l] = total > value[j][l] ? lane : index[j][l];
+                    value[j][l] = total > value[j][l] ? total : value[j][l];
+                }
+            }
+        }
+        for (uint32_t j = 0; j < rows; j++) {
+            best[r + j] = index[j][0];
+            best_dot[r + j] = value[j][0];
+            for (uint32_t l = 1; l < LOCI_LANES; l++) {
+                bool better = value[j][l] > best_dot[r + j] ||
+                              (value[j][l] == best_dot[r + j] && index[j][l] < best[r + j]);
+                if (!better) continue;
+                best_dot[r + j] = value[j][l];
+                best[r + j] = index[j][l];
+            }
+        }
+    }
+}
+
+static void dot_f32(float *out, const float *x, uint32_t n, uint32_t dim, const float *q) {
+    uint32_t r = 0;
+    for (; r + 4 <= n; r += 4) {
+        const float *row = x + (size_t)r * dim;
+        __m256 sum[4][2];
+        for (int j = 0; j < 4; j++) sum[j][0] = sum[j][1] = _mm256_setzero_ps();
+        for (uint32_t i = 0; i < dim; i++) {
+            __m256 first = _mm256_loadu_ps(q + (size_t)i * LOCI_LANES);
+            __m256 second = _mm256_loadu_ps(q + (size_t)i * LOCI_LANES + 8);
+            for (int j = 0; j < 4; j++) {
+                __m256 value = _mm256_set1_ps(row[(size_t)j * dim + i]);
+                sum[j][0] = _mm256_fmadd_ps(value, first, sum[j][0]);
+                sum[j][1] = _mm256_fmadd_ps(value, second, sum[j][1]);
+            }
+        }
+        for (uint32_t j = 0; j < 4; j++) {
+            _mm256_storeu_ps(out + (size_t)(r + j) * LOCI_LANES, sum[j][0]);
+            _mm256_storeu_ps(out + (size_t)(r + j) * LOCI_LANES + 8, sum[j][1]);
+        }
+    }
+    for (; r < n; r++) {
+        __m256 first = _mm256_setzero_ps(), second = _mm256_setzero_ps();
+        for (uint32_t i = 0; i < dim; i++) {
+            __m256 value = _mm256_set1_ps(x[(size_t)r * dim + i]);
+            const float *lanes = q + (size_t)i * LOCI_LANES;
+            first = _mm256_fmadd_ps(value, _mm256_loadu_ps(lanes), first);
+            second = _mm256_fmadd_ps(value, _mm256_loadu_ps(lanes + 8), second);
+        }
+        _mm256_storeu_ps(out + (size_t)r * LOCI_LANES, first);
+        _mm256_storeu_ps(out + (size_t)r * LOCI_LANES + 8, second);
+    }
+}
+
+static void add_values(float *o, float keep, const float *weight, const float *v, uint32_t n,
+                       uint32_t dim) {
+    for (uint32_t i = 0; i < dim; i += 8) {
+        __m256 sum = _mm256_mul_ps(_mm256_loadu_ps(o + i), _mm256_set1_ps(keep));
+        for (uint32_t r = 0; r < n; r++)
+            sum = _mm256_fmadd_ps(_mm256_set1_ps(weight[(size_t)r * LOCI_LANES]),
+                                  _mm256_loadu_ps(v + (size_t)r * dim + i), sum);
+        _mm256_storeu_ps(o + i, sum);
+    }
+}
+
+const loci_corpus_kernels loci_corpus_kernels_avx2 = {
+    .dot_u8 = dot_u8,
+    .argmax_u8 = argmax_u8,
+    .unpack = body_unpack,
+    .node_scores = body_node_scores,
+    .code_scores = body_code_scores,
+    .softmax_lanes = body_softmax_lanes,
+    .exp_sub = body_exp_sub,
+    .sum = body_sum,
+    .max = body_max,
+    .axpy = body_axpy,
+    .widen = body_widen,
+    .dot_f32 = dot_f32,
+    .add_values = add_values,
+};
+#else
+typedef int loci_corpus_avx2_unused;
+#endif

@@ -1,0 +1,154 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The kernels of corpus_kernels.h for AVX-512 with VNNI. Entered only after isa.c found it.
+ */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <string.h>
+
+#include "attention/cpu/corpus_kernels.h"
+#include "attention/cpu/corpus_kernels_body.h"
+
+static inline __m512i broadcast4(const uint8_t *x) {
+    int32_t word;
+    memcpy(&word, x, sizeof word);
+    return _mm512_set1_epi32(word);
+}
+
+/* Eight rows at a time: eight independent chains hide the latency of vpdpbusd. */
+static inline void dot_rows(__m512i sum[8], const uint8_t *x, uint32_t dim, const int8_t *q) {
+    for (int r = 0; r < 8; r++) sum[r] = _mm512_setzero_si512();
+    for (uint32_t i = 0; i < dim; i += 4) {
+        __m512i lanes = _mm512_loadu_si512((const void *)(q + (size_t)i * LOCI_LANES));
+        for (int r = 0; r < 8; r++)
+            sum[r] = _mm512_dpbusd_epi32(sum[r], broadcast4(x + (size_t)r * dim + i), lanes);
+    }
+}
+
+static inline __m512i dot_row(const uint8_t *x, uint32_t dim, const int8_t *q) {
+    __m512i sum = _mm512_setzero_si512();
+    for (uint32_t i = 0; i < dim; i += 4) {
+        __m512i lanes = _mm512_loadu_si512((const void *)(q + (size_t)i * LOCI_LANES));
+        sum = _mm512_dpbusd_epi32(sum, broadcast4(x + i), lanes);
+    }
+    return sum;
+}
+
+static void dot_u8(int32_t *out, const uint8_t *x, uint32_t n, uint32_t dim, const int8_t *q) {
+    uint32_t r = 0;
+    for (; r + 8 <= n; r += 8) {
+        __m512i sum[8];
+        dot_rows(sum, x + (size_t)r * dim, dim, q);
+        for (uint32_t j = 0; j < 8; j++)
+            _mm512_storeu_si512((void *)(out + (size_t)(r + j) * LOCI_LANES), sum[j]);
+    }
+    for (; r < n; r++)
+        _mm512_storeu_si512((void *)(out + (size_t)r * LOCI_LANES),
+                            dot_row(x + (size_t)r * dim, dim, q));
+}
+
+/* The highest value, and among equals the lowest index. */
+static inline void reduce_best(__m512i value, __m512i index, uint32_t *best, int32_t *best_dot) {
+    int32_t top = _mm512_reduce_max_epi32(value);
+    __mmask16 equal = _mm512_cmpeq_epi32_mask(value, _mm512_set1_epi32(top));
+    *best = _mm512_mask_reduce_min_epu32(equal, index);
+    *best_dot = top;
+}
+
+static void argmax_u8(uint32_t *best, int32_t *best_dot, const uint8_t *x, uint32_t n, uint32_t dim,
+                      const int8_t *q, const int32_t *bias, uint32_t blocks) {
+    const __m512i iota = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (uint32_t r = 0; r < n; r += 8) {
+        uint32_t rows = n - r < 8 ? n - r : 8;
+        __m512i value[8], index[8];
+        for (int j = 0; j < 8; j++) {
+            value[j] = _mm512_set1_epi32(INT32_MIN);
+            index[j] = _mm512_setzero_si512();
+        }
+        for (uint32_t b = 0; b < blocks; b++) {
+            const int8_t *block = q + (size_t)b * LOCI_LANES * dim;
+            __m512i add = _mm512_loadu_si512((const void *)(bias + (size_t)b * LOCI_LANES));
+            __m512i lane = _mm512_add_epi32(iota, _mm512_set1_epi32((int32_t)(b * LOCI_LANES)));
+            __m512i sum[8];
+            if (rows == 8) {
+                dot_rows(sum, x + (size_t)r * dim, dim, block);
+            } else {
+                for (uint32_t j = 0; j < 8; j++)
+                    sum[j] = j < rows ? dot_row(x + (size_t)(r + j) * dim, dim, block)
+                                      : _mm512_setzero_si512();
+            }
+            for (int j = 0; j < 8; j++) {
+                __m512i total = _mm512_add_epi32(sum[j], add);
+                __mmask16 better = _mm512_cmpgt_epi32_mask(total, value[j]);
+                value[j] = _mm512_mask_mov_epi32(value[j], better, total);
+                index[j] = _mm512_mask_mov_epi32(index[j], better, lane);
+            }
+        }
+        for (uint32_t j = 0; j < rows; j++)
+            reduce_best(value[j], index[j], &best[r + j], &best_dot[r + j]);
+    }
+}
+
+static void unpack(uint8_t *out, const uint8_t *codes, size_t channels) {
+    const __m256i low = _mm256_set1_epi8(15);
+    size_t i = 0;
+    for (; i + 32 <= channels; i += 32) {
+        __m256i two = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(codes + i / 2)));
+        __m256i both = _mm256_or_si256(two, _mm256_slli_epi16(two, 4));
+        _mm256_storeu_si256((void *)(out + i), _mm256_and_si256(both, low));
+    }
+    if (i < channels) body_unpack(out + i, codes + i / 2, channels - i);
+}
+
+static void dot_f32(float *out, const float *x, uint32_t n, uint32_t dim, const float *q) {
+    uint32_t r = 0;
+    for (; r + 8 <= n; r += 8) {
+        const float *row = x + (size_t)r * dim;
+        __m512 sum[8];
+        for (int j = 0; j < 8; j++) sum[j] = _mm512_setzero_ps();
+        for (uint32_t i = 0; i < dim; i++) {
+            __m512 lanes = _mm512_loadu_ps(q + (size_t)i * LOCI_LANES);
+            for (int j = 0; j < 8; j++)
+                sum[j] = _mm512_fmadd_ps(_mm512_set1_ps(row[(size_t)j * dim + i]), lanes, sum[j]);
+        }
+        for (uint32_t j = 0; j < 8; j++)
+            _mm512_storeu_ps(out + (size_t)(r + j) * LOCI_LANES, sum[j]);
+    }
+    for (; r < n; r++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (uint32_t i = 0; i < dim; i++)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(x[(size_t)r * dim + i]),
+                                  _mm512_loadu_ps(q + (size_t)i * LOCI_LANES), sum);
+        _mm512_storeu_ps(out + (size_t)r * LOCI_LANES, sum);
+    }
+}
+
+static void add_values(float *o, float keep, const float *weight, const float *v, uint32_t n,
+                       uint32_t dim) {
+    for (uint32_t i = 0; i < dim; i += 16) {
+        __m512 sum = _mm512_mul_ps(_mm512_loadu_ps(o + i), _mm512_set1_ps(keep));
+        for (uint32_t r = 0; r < n; r++)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(weight[(size_t)r * LOCI_LANES]),
+                                  _mm512_loadu_ps(v + (size_t)r * dim + i), sum);
+        _mm512_storeu_ps(o + i, sum);
+    }
+}
+
+const loci_corpus_kernels loci_corpus_kernels_avx512 = {
+    .dot_u8 = dot_u8,
+    .argmax_u8 = argmax_u8,
+    .unpack = unpack,
+    .node_scores = body_node_scores,
+    .code_scores = body_code_scores,
+    .softmax_lanes = body_softmax_lanes,
+    .exp_sub = body_exp_sub,
+    .sum = body_sum,
+    .max = body_max,
+    .axpy = body_axpy,
+    .widen = body_widen,
+    .dot_f32 = dot_f32,
+    .add_values = add_values,
+};
+#else
+typedef int loci_corpus_avx512_unused;
+#endif

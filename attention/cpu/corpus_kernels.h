@@ -1,0 +1,108 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The inner loops of clustering, look-up and sparse attention, one table for each
+ * instruction set.
+ *
+ * Vectors (query rows x heads of one KV head's group, or centroids) stand in "lanes", 16 to a
+ * block, so that one loaded key serves 16 of them and sums run over channels or tokens in a
+ * fixed order without horizontal adds. Block b of an int8 operand is [dim / 4][16][4] bytes,
+ * of an f32 operand [dim][16] floats.
+ *
+ * Estimates (dot_u8, exp_sub, sum) give the same bits on every instruction set: integers, and
+ * elementwise f32 without contraction. Exact attention (dot_f32, add_values) uses fused
+ * multiply-add where there is one and agrees to rounding. Pure functions, no state.
+ */
+#ifndef LOCI_ATTENTION_CPU_CORPUS_KERNELS_H
+#define LOCI_ATTENTION_CPU_CORPUS_KERNELS_H
+
+#include "attention/cpu/cpu.h"
+
+#define LOCI_LANES 16u
+
+/* What turns the integer dots of one node into scores, for 16 lanes. */
+typedef struct loci_node_terms {
+    float centroid_scale, variance_scale, log_size;
+    const float *mean_terms, *q_scale, *qq_scale;
+    const int32_t *q_sum;
+} loci_node_terms;
+
+/* Online softmax of 16 lanes: maximum, sum of exponentials, and by what the sums so far shrink. */
+typedef struct loci_lane_softmax {
+    float max[LOCI_LANES], sum[LOCI_LANES], keep[LOCI_LANES];
+} loci_lane_softmax;
+
+typedef struct loci_corpus_kernels {
+    /* out[r * LOCI_LANES + lane] = sum over i of x[r * dim + i] * q[i / 4][lane][i % 4] */
+    void (*dot_u8)(int32_t *out, const uint8_t *x, uint32_t n, uint32_t dim, const int8_t *q);
+    /* For each row of x, over the lanes of `blocks` blocks of q (block stride 16 * dim bytes), the
+     * first lane (numbered through all blocks) with the highest dot + bias. */
+    void (*argmax_u8)(uint32_t *best, int32_t *best_dot, const uint8_t *x, uint32_t n, uint32_t dim,
+                      const int8_t *q, const int32_t *bias, uint32_t blocks);
+    /* out[lane] = log_size + mean term + q.c + (q * q).var / 2; centroid dots are of c + 128.
+     * variance_dot NULL: without the last term. */
+    void (*node_scores)(float *out, const int32_t *centroid_dot, const int32_t *variance_dot,
+                        const loci_node_terms *terms);
+    /* out[r][lane] = base + scale * (dot - 7.5 sum) */
+    void (*code_scores)(float *out, const int32_t *dot, uint32_t n, const float *base,
+                        const float *scale, const int32_t *sum);
+    /* logits [n][16] become weights exp(logit - new maximum); a lane of -INFINITY stays out. */
+    void (*softmax_lanes)(float *logits, uint32_t n, loci_lane_softmax *state);
+    /* Two channels a byte to one a byte; n rows of dim. */
+    void (*unpack)(uint8_t *out, const uint8_t *codes, size_t channels);
+    /* out[i] = exp(x[i] - sub); 0 below -87. out may be x. */
+    void (*exp_sub)(float *out, const float *x, size_t n, float sub);
+    /* Sum and maximum; sixteen partial results, joined in order. */
+    float (*sum)(const float *x, size_t n);
+    float (*max)(const float *x, size_t n);
+    /* y[i] += x[i] * factor */
+    void (*axpy)(float *y, const float *x, size_t n, float factor);
+    void (*widen)(float *out, const uint16_t *bf16, size_t n);
+    /* out[r * LOCI_LANES + lane] = sum over i of x[r * dim + i] * q[i * LOCI_LANES + lane] */
+    void (*dot_f32)(float *out, const float *x, uint32_t n, uint32_t dim, const float *q);
+    /* o[i] = o[i] * keep + sum over r < n of weight[r * LOCI_LANES] * v[r * dim + i] */
+    void (*add_values)(float *o, float keep, const float *weight, const float *v, uint32_t n,
+                       uint32_t dim);
+} loci_corpus_kernels;
+
+extern const loci_corpus_kernels loci_corpus_kernels_portable;
+#if defined(__x86_64__)
+extern const loci_corpus_kernels loci_corpus_kernels_avx2;
+extern const loci_corpus_kernels loci_corpus_kernels_avx512;
+#endif
+
+const loci_corpus_kernels *loci_corpus_kernels_of(loci_cpu_isa isa);
+
+/* Packs `count` f32 vectors (row stride `stride`) as int8 lanes: lane v = round(x / scale[v]),
+ * scale[v] = max |x| / 127 (0 for a zero vector, whose lanes are 0). Lanes from count up to the
+ * end of the last block are zero. sums[v] = sum over channels of the int8 values. */
+void loci_pack_lanes_i8(int8_t *q, float *scale, int32_t *sums, const float *x, size_t stride,
+                        uint32_t count, uint32_t dim);
+/* One lane of one block; the others are left as they are. */
+void loci_pack_lane_i8(int8_t *block, uint32_t lane, float *scale, int32_t *sum, const float *x,
+                       uint32_t dim);
+/* The same for f32 lanes. */
+void loci_pack_lanes_f32(float *q, const float *x, size_t stride, uint32_t count, uint32_t dim);
+
+/* Queries with the code scales of one pair folded in (codes.c). memory: loci_folded_bytes. */
+typedef struct loci_folded {
+    float *scale; /* [lanes] */
+    int32_t *sum; /* [lanes] */
+    int8_t *codes;
+} loci_folded;
+
+static inline size_t loci_folded_bytes(uint32_t lanes, uint32_t dim) {
+    return (size_t)lanes * (sizeof(float) + sizeof(int32_t) + dim);
+}
+
+void loci_fold_query(loci_folded *out, uint8_t *memory, const float *q, uint32_t vectors,
+                     uint32_t dim, const float *code_scale);
+/* Logits of n <= 32 tokens with unpacked codes, for one block of lanes: out [n][16]. */
+void loci_score_codes_tile(const loci_corpus_kernels *kernels, const loci_folded *folded,
+                           const float *mean_terms, const uint8_t *codes, uint32_t n, uint32_t dim,
+                           uint32_t block, float *out);
+
+static inline uint32_t loci_lane_blocks(uint32_t count) {
+    return (count + LOCI_LANES - 1) / LOCI_LANES;
+}
+
+#endif

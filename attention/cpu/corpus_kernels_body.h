@@ -1,0 +1,125 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The plain C kernels of corpus_kernels.h, compiled once for each instruction set by the file
+ * that includes this one. The compiler vectorises them; a file that has intrinsics for some
+ * of them names its own functions in the table instead.
+ */
+#ifndef LOCI_ATTENTION_CPU_CORPUS_KERNELS_BODY_H
+#define LOCI_ATTENTION_CPU_CORPUS_KERNELS_BODY_H
+
+#include <math.h>
+#include <string.h>
+
+#include "attention/cpu/corpus_kernels.h"
+
+static inline float exp_one(float x) {
+    /* 2^k e^r with |r| <= ln 2 / 2; ln 2 in two parts; minimax polynomial of degree 6 (relative
+     * error below 2e-7). k comes from adding 1.5 * 2^23, which rounds to nearest. */
+    float clamped = x < -87.0f ? -87.0f : x;
+    clamped = clamped > 88.0f ? 88.0f : clamped;
+    float shifted = clamped * 1.44269504f + 12582912.0f;
+    float k = shifted - 12582912.0f;
+    float r = clamped - k * 0.693359375f;
+    r = r - k * -2.12194440e-4f;
+    float y = 1.9875691500e-4f;
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    union {
+        float f;
+        uint32_t u;
+    } bits = {shifted}, power;
+    power.u = (bits.u - 0x4b400000u + 127u) << 23;
+    y = y * power.f;
+    return x < -87.0f ? 0.0f : y;
+}
+
+static void body_exp_sub(float *out, const float *x, size_t n, float sub) {
+    for (size_t i = 0; i < n; i++) out[i] = exp_one(x[i] - sub);
+}
+
+static float body_sum(const float *x, size_t n) {
+    float part[LOCI_LANES] = {0};
+    size_t whole = n / LOCI_LANES * LOCI_LANES;
+    for (size_t i = 0; i < whole; i += LOCI_LANES)
+        for (size_t l = 0; l < LOCI_LANES; l++) part[l] += x[i + l];
+    for (size_t i = whole; i < n; i++) part[i - whole] += x[i];
+    float total = 0.0f;
+    for (size_t l = 0; l < LOCI_LANES; l++) total += part[l];
+    return total;
+}
+
+static float body_max(const float *x, size_t n) {
+    float part[LOCI_LANES];
+    for (size_t l = 0; l < LOCI_LANES; l++) part[l] = -INFINITY;
+    size_t whole = n / LOCI_LANES * LOCI_LANES;
+    for (size_t i = 0; i < whole; i += LOCI_LANES)
+        for (size_t l = 0; l < LOCI_LANES; l++) part[l] = x[i + l] > part[l] ? x[i + l] : part[l];
+    for (size_t i = whole; i < n; i++)
+        part[i - whole] = x[i] > part[i - whole] ? x[i] : part[i - whole];
+    float best = -INFINITY;
+    for (size_t l = 0; l < LOCI_LANES; l++) best = part[l] > best ? part[l] : best;
+    return best;
+}
+
+static void body_node_scores(float *out, const int32_t *centroid_dot, const int32_t *variance_dot,
+                             const loci_node_terms *terms) {
+    for (size_t l = 0; l < LOCI_LANES; l++) {
+        float dot = (float)(centroid_dot[l] - 128 * terms->q_sum[l]);
+        out[l] = terms->mean_terms[l] + dot * (terms->centroid_scale * terms->q_scale[l]);
+    }
+    for (size_t l = 0; variance_dot && l < LOCI_LANES; l++)
+        out[l] += (float)variance_dot[l] * (terms->variance_scale * terms->qq_scale[l]);
+    for (size_t l = 0; l < LOCI_LANES; l++) out[l] += terms->log_size;
+}
+
+static void body_code_scores(float *out, const int32_t *dot, uint32_t n, const float *base,
+                             const float *scale, const int32_t *sum) {
+    for (size_t r = 0; r < n; r++)
+        for (size_t l = 0; l < LOCI_LANES; l++) {
+            float centred = (float)dot[r * LOCI_LANES + l] - 7.5f * (float)sum[l];
+            out[r * LOCI_LANES + l] = base[l] + scale[l] * centred;
+        }
+}
+
+static void body_softmax_lanes(float *logits, uint32_t n, loci_lane_softmax *state) {
+    float top[LOCI_LANES], base[LOCI_LANES], sum[LOCI_LANES] = {0};
+    memcpy(top, state->max, sizeof top);
+    for (size_t r = 0; r < n; r++)
+        for (size_t l = 0; l < LOCI_LANES; l++) {
+            float x = logits[r * LOCI_LANES + l];
+            top[l] = x > top[l] ? x : top[l];
+        }
+    for (size_t l = 0; l < LOCI_LANES; l++) {
+        base[l] = top[l] > -INFINITY ? top[l] : 0.0f;
+        state->keep[l] = exp_one(state->max[l] - base[l]);
+        state->max[l] = top[l];
+    }
+    for (size_t r = 0; r < n; r++)
+        for (size_t l = 0; l < LOCI_LANES; l++) {
+            float weight = exp_one(logits[r * LOCI_LANES + l] - base[l]);
+            logits[r * LOCI_LANES + l] = weight;
+            sum[l] += weight;
+        }
+    for (size_t l = 0; l < LOCI_LANES; l++) state->sum[l] = state->sum[l] * state->keep[l] + sum[l];
+}
+
+static void body_axpy(float *y, const float *x, size_t n, float factor) {
+    for (size_t i = 0; i < n; i++) y[i] += x[i] * factor;
+}
+
+static void body_widen(float *out, const uint16_t *bf16, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = loci_bf16_to_f32(bf16[i]);
+}
+
+static void body_unpack(uint8_t *out, const uint8_t *codes, size_t channels) {
+    for (size_t i = 0; i < channels / 2; i++) {
+        out[2 * i] = codes[i] & 15u;
+        out[2 * i + 1] = (uint8_t)(codes[i] >> 4);
+    }
+}
+
+#endif

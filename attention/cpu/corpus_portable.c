@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The portable kernels of corpus_kernels.h, the choice of a table, and lane packing.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "attention/cpu/corpus_kernels.h"
+#include "attention/cpu/corpus_kernels_body.h"
+
+static void dot_u8(int32_t *out, const uint8_t *x, uint32_t n, uint32_t dim, const int8_t *q) {
+    for (uint32_t r = 0; r < n; r++) {
+        int32_t sum[LOCI_LANES] = {0};
+        for (uint32_t i = 0; i < dim; i++) {
+            const int8_t *lane = q + (size_t)(i / 4) * 4 * LOCI_LANES + i % 4;
+            int32_t value = x[(size_t)r * dim + i];
+            for (uint32_t l = 0; l < LOCI_LANES; l++) sum[l] += value * lane[4 * l];
+        }
+        memcpy(out + (size_t)r * LOCI_LANES, sum, sizeof sum);
+    }
+}
+
+static void argmax_u8(uint32_t *best, int32_t *best_dot, const uint8_t *x, uint32_t n, uint32_t dim,
+                      const int8_t *q, const int32_t *bias, uint32_t blocks) {
+    for (uint32_t r = 0; r < n; r++) {
+        best[r] = 0;
+        best_dot[r] = INT32_MIN;
+        for (uint32_t b = 0; b < blocks; b++) {
+            int32_t dot[LOCI_LANES];
+            dot_u8(dot, x + (size_t)r * dim, 1, dim, q + (size_t)b * LOCI_LANES * dim);
+            for (uint32_t l = 0; l < LOCI_LANES; l++) {
+                int32_t value = dot[l] + bias[b * LOCI_LANES + l];
+                if (value <= best_dot[r]) continue;
+                best_dot[r] = value;
+                best[r] = b * LOCI_LANES + l;
+            }
+        }
+    }
+}
+
+static void dot_f32(float *out, const float *x, uint32_t n, uint32_t dim, const float *q) {
+    for (uint32_t r = 0; r < n; r++) {
+        float sum[LOCI_LANES] = {0};
+        for (uint32_t i = 0; i < dim; i++) {
+            float value = x[(size_t)r * dim + i];
+            for (uint32_t l = 0; l < LOCI_LANES; l++) sum[l] += value * q[i * LOCI_LANES + l];
+        }
+        memcpy(out + (size_t)r * LOCI_LANES, sum, sizeof sum);
+    }
+}
+
+static void add_values(float *o, float keep, const float *weight, const float *v, uint32_t n,
+                       uint32_t dim) {
+    for (uint32_t i = 0; i < dim; i++) o[i] *= keep;
+    for (uint32_t r = 0; r < n; r++) body_axpy(o, v + (size_t)r * dim, dim, weight[r * LOCI_LANES]);
+}
+
+const loci_corpus_kernels loci_corpus_kernels_portable = {
+    .dot_u8 = dot_u8,
+    .argmax_u8 = argmax_u8,
+    .unpack = body_unpack,
+    .node_scores = body_node_scores,
+    .code_scores = body_code_scores,
+    .softmax_lanes = body_softmax_lanes,
+    .exp_sub = body_exp_sub,
+    .sum = body_sum,
+    .max = body_max,
+    .axpy = body_axpy,
+    .widen = body_widen,
+    .dot_f32 = dot_f32,
+    .add_values = add_values,
+};
+
+const loci_corpus_kernels *loci_corpus_kernels_of(loci_cpu_isa isa) {
+#if defined(__x86_64__)
+    if (isa >= LOCI_ISA_AVX512) return &loci_corpus_kernels_avx512;
+    if (isa >= LOCI_ISA_AVX2) return &loci_corpus_kernels_avx2;
+#endif
+    (void)isa;
+    return &loci_corpus_kernels_portable;
+}
+
+void loci_pack_lane_i8(int8_t *block, uint32_t lane, float *scale, int32_t *sum, const float *x,
+                       uint32_t dim) {
+    float top = 0.0f;
+    for (uint32_t i = 0; i < dim; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+    *scale = 0.0f;
+    *sum = 0;
+    if (!(top > 0.0f) || !isfinite(top)) return;
+    float inverse = 127.0f / top;
+    *scale = top / 127.0f;
+    for (uint32_t i = 0; i < dim; i++) {
+        /* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even. */
+        float rounded = x[i] * inverse + 12582912.0f;
+        int32_t value = (int32_t)(rounded - 12582912.0f);
+        value = value > 127 ? 127 : value < -127 ? -127 : value;
+        block[(size_t)(i / 4) * 4 * LOCI_LANES + 4 * lane + i % 4] = (int8_t)value;
+        *sum += value;
+    }
+}
+
+void loci_pack_lanes_i8(int8_t *q, float *scale, int32_t *sums, const float *x, size_t stride,
+                        uint32_t count, uint32_t dim) {
+    uint32_t lanes = loci_lane_blocks(count) * LOCI_LANES;
+    memset(q, 0, (size_t)lanes * dim);
+    for (uint32_t v = 0; v < lanes; v++) {
+        scale[v] = 0.0f;
+        sums[v] = 0;
+        if (v < count)
+            loci_pack_lane_i8(q + (size_t)(v / LOCI_LANES) * LOCI_LANES * dim, v % LOCI_LANES,
+                              &scale[v], &sums[v], x + v * stride, dim);
+    }
+}
+
+void loci_pack_lanes_f32(float *q, const float *x, size_t stride, uint32_t count, uint32_t dim) {
+    uint32_t lanes = loci_lane_blocks(count) * LOCI_LANES;
+    memset(q, 0, (size_t)lanes * dim * sizeof *q);
+    for (uint32_t v = 0; v < count; v++) {
+        float *lane = q + (size_t)(v / LOCI_LANES) * LOCI_LANES * dim + v % LOCI_LANES;
+        for (uint32_t i = 0; i < dim; i++) lane[(size_t)i * LOCI_LANES] = x[v * stride + i];
+    }
+}

@@ -1,0 +1,146 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Online-softmax attention of a few packed query rows over tiles of keys (FlashAttention-2,
+ * arXiv 2307.08691, algorithm 1, without its split over heads). Included once by each
+ * kernels_*.c, after vec.h. head_dim is a multiple of VW.
+ *
+ * Tiles begin at multiples of LOCI_DENSE_KEYS of the span's own keys, and a masked key adds an
+ * exact zero, so a row's result does not depend on the rows beside it.
+ */
+#include "attention/cpu/kernels.h"
+
+typedef struct dense_tile {
+    const float *k, *v;
+    size_t stride;
+    uint32_t begin, count; /* keys of the span */
+} dense_tile;
+
+/* The keys [begin, begin + count) as floats: in place when they are already and the tile is
+ * full, else copied and filled up with zeros. */
+VINLINE dense_tile dense_load(const loci_dense_job *job, uint32_t begin, uint32_t count) {
+    dense_tile tile = {job->k_tile, job->v_tile, job->head_dim, begin, count};
+    size_t at = begin * job->kv_stride;
+    if (!job->kv_bf16 && count == LOCI_DENSE_KEYS) {
+        tile.k = (const float *)job->k + at;
+        tile.v = (const float *)job->v + at;
+        tile.stride = job->kv_stride;
+        return tile;
+    }
+    uint32_t dim = job->head_dim;
+    for (uint32_t j = 0; j < count; j++, at += job->kv_stride) {
+        float *k = job->k_tile + (size_t)j * dim, *v = job->v_tile + (size_t)j * dim;
+        for (uint32_t i = 0; i < dim; i += VW) {
+            v_store(k + i, job->kv_bf16 ? v_load_bf16((const uint16_t *)job->k + at + i)
+                                        : v_load((const float *)job->k + at + i));
+            v_store(v + i, job->kv_bf16 ? v_load_bf16((const uint16_t *)job->v + at + i)
+                                        : v_load((const float *)job->v + at + i));
+        }
+    }
+    size_t used = (size_t)count * dim, all = (size_t)LOCI_DENSE_KEYS * dim;
+    memset(job->k_tile + used, 0, (all - used) * sizeof(float));
+    memset(job->v_tile + used, 0, (all - used) * sizeof(float));
+    return tile;
+}
+
+/* logits[j] = q . k[j] for all keys of the tile: VW keys at once, each with a vector of partial
+ * sums, which are then added across in one go. */
+VINLINE void dense_logits(float *logits, const float *q, const dense_tile *tile, uint32_t dim) {
+    for (uint32_t j = 0; j < LOCI_DENSE_KEYS && j < tile->count; j += VW) {
+        vf sum[VW];
+        const float *k = tile->k + (size_t)j * tile->stride;
+        for (int i = 0; i < VW; i++) sum[i] = v_zero();
+        for (uint32_t d = 0; d < dim; d += VW) {
+            vf a = v_load(q + d);
+            for (int i = 0; i < VW; i++)
+                sum[i] = v_fma(a, v_load(k + (size_t)i * tile->stride + d), sum[i]);
+        }
+        v_store(logits + j, v_sum_rows(sum));
+    }
+}
+
+/* Masks one row of logits, turns it into weights relative to the new maximum and rescales what
+ * was summed before. */
+VINLINE void dense_softmax(const loci_dense_job *job, const dense_tile *tile, uint32_t row,
+                           float *logits) {
+    uint32_t first = job->first[row], last = job->last[row];
+    uint32_t begin = first > tile->begin ? first - tile->begin : 0;
+    uint32_t end = last > tile->begin ? last - tile->begin : 0;
+    if (end > tile->count) end = tile->count;
+    if (begin > end) begin = end;
+    bool has_first = tile->begin == 0 && tile->count > 0;
+    float first_logit = logits[0] + job->first_bias;
+    for (uint32_t j = 0; j < begin; j++) logits[j] = -INFINITY;
+    for (uint32_t j = end; j < LOCI_DENSE_KEYS; j++) logits[j] = -INFINITY;
+    if (has_first && (job->sink || (begin == 0 && end > 0))) logits[0] = first_logit;
+
+    vf top = v_set1(-INFINITY);
+    for (uint32_t j = 0; j < LOCI_DENSE_KEYS; j += VW) top = v_max(top, v_load(logits + j));
+    float before = job->max[row], max = v_reduce_max(top);
+    if (max < before) max = before;
+    if (max == -INFINITY) {
+        memset(logits, 0, LOCI_DENSE_KEYS * sizeof *logits);
+        return;
+    }
+    vf sum = v_zero(), shift = v_set1(max);
+    for (uint32_t j = 0; j < LOCI_DENSE_KEYS; j += VW) {
+        vf weight = v_exp(v_sub(v_load(logits + j), shift));
+        v_store(logits + j, weight);
+        sum = v_add(sum, weight);
+    }
+    float tile_sum = v_reduce_add(sum);
+    if (max > before) {
+        float shrink = before == -INFINITY ? 0.0f : expf(before - max);
+        float *out = job->out + (size_t)row * job->head_dim;
+        for (uint32_t d = 0; d < job->head_dim; d += VW)
+            v_store(out + d, v_mul(v_load(out + d), v_set1(shrink)));
+        job->sum[row] *= shrink;
+        job->max[row] = max;
+    }
+    job->sum[row] += tile_sum;
+}
+
+/* out[rows] += weights . v over the tile's keys, for `rows` rows and `vectors` vectors. */
+VINLINE void dense_values(const loci_dense_job *job, const dense_tile *tile, uint32_t row,
+                          uint32_t d, int rows, int vectors) {
+    vf sum[4][2];
+    float *out = job->out + (size_t)row * job->head_dim + d;
+    const float *weight = job->logits + (size_t)row * LOCI_DENSE_KEYS;
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            sum[r][v] = v_load(out + (size_t)r * job->head_dim + v * VW);
+    const float *value = tile->v + d;
+    for (uint32_t j = 0; j < tile->count; j++, value += tile->stride)
+        for (int r = 0; r < rows; r++) {
+            vf a = v_set1(weight[(size_t)r * LOCI_DENSE_KEYS + j]);
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = v_fma(a, v_load(value + v * VW), sum[r][v]);
+        }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            v_store(out + (size_t)r * job->head_dim + v * VW, sum[r][v]);
+}
+
+VINLINE void dense_values_rows(const loci_dense_job *job, const dense_tile *tile, uint32_t row,
+                               int rows) {
+    uint32_t d = 0;
+    for (; d + 2 * VW <= job->head_dim; d += 2 * VW) dense_values(job, tile, row, d, rows, 2);
+    for (; d < job->head_dim; d += VW) dense_values(job, tile, row, d, rows, 1);
+}
+
+static void dense(const loci_dense_job *job) {
+    uint32_t begin = job->key_begin / LOCI_DENSE_KEYS * LOCI_DENSE_KEYS;
+    if (job->sink) begin = 0;
+    for (; begin < job->key_end; begin += LOCI_DENSE_KEYS) {
+        if (job->sink && begin > 0 && begin + LOCI_DENSE_KEYS <= job->key_begin) continue;
+        uint32_t left = job->key_end - begin;
+        dense_tile tile = dense_load(job, begin, left < LOCI_DENSE_KEYS ? left : LOCI_DENSE_KEYS);
+        for (uint32_t row = 0; row < job->rows; row++) {
+            float *logits = job->logits + (size_t)row * LOCI_DENSE_KEYS;
+            dense_logits(logits, job->q + (size_t)row * job->head_dim, &tile, job->head_dim);
+            dense_softmax(job, &tile, row, logits);
+        }
+        uint32_t row = 0;
+        for (; row + 4 <= job->rows; row += 4) dense_values_rows(job, &tile, row, 4);
+        for (; row < job->rows; row++) dense_values_rows(job, &tile, row, 1);
+    }
+}

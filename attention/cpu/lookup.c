@@ -1,0 +1,522 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The stages of a look-up in order, its memory, and what it tells the host; see lookup.h.
+ */
+#include "attention/cpu/lookup.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHUNK_BYTES ((size_t)1 << 20)
+
+loci_status loci_cpu_lookup_create(loci_backend *self, loci_lookup **out, loci_error *err) {
+    loci_lookup *lookup = calloc(1, sizeof *lookup);
+    if (!lookup) return loci_fail(err, LOCI_E_NOMEM, "no memory for a look-up");
+    lookup->cpu = self->ctx;
+    lookup->kernels = loci_corpus_kernels_of(lookup->cpu->isa);
+    *out = lookup;
+    return LOCI_OK;
+}
+
+void loci_cpu_lookup_free(loci_backend *self, loci_lookup *lookup) {
+    (void)self;
+    if (!lookup) return;
+    for (size_t i = 0; i < lookup->arena.count; i++) free(lookup->arena.chunks[i].data);
+    free(lookup->arena.chunks);
+    free(lookup);
+}
+
+static bool arena_grow(lookup_arena *arena, size_t bytes) {
+    size_t size = arena->count ? arena->chunks[arena->count - 1].bytes : CHUNK_BYTES / 2;
+    size = size < (size_t)1 << 28 ? size * 2 : size;
+    if (size < bytes) size = bytes;
+    lookup_chunk *chunks = realloc(arena->chunks, (arena->count + 1) * sizeof *chunks);
+    if (!chunks) return false;
+    arena->chunks = chunks;
+    void *data = NULL;
+    if (posix_memalign(&data, 64, size) != 0) return false;
+    chunks[arena->count++] = (lookup_chunk){data, size};
+    return true;
+}
+
+void *lookup_alloc(loci_lookup *lookup, size_t bytes) {
+    lookup_arena *arena = &lookup->arena;
+    bytes = (bytes + 63) / 64 * 64 + 64; /* vector loads may reach past the end */
+    while (arena->current < arena->count &&
+           arena->chunks[arena->current].bytes - arena->used < bytes) {
+        arena->current++;
+        arena->used = 0;
+    }
+    if (arena->current == arena->count && !arena_grow(arena, bytes)) return NULL;
+    void *at = arena->chunks[arena->current].data + arena->used;
+    arena->used += bytes;
+    return at;
+}
+
+bool lookup_scratch(loci_lookup *lookup, size_t floats) {
+    unsigned threads = loci_pool_threads(lookup->cpu->pool);
+    lookup->scratch = lookup_alloc(lookup, threads * sizeof *lookup->scratch);
+    for (unsigned i = 0; lookup->scratch && i < threads; i++) {
+        lookup->scratch[i] = lookup_alloc(lookup, floats * sizeof(float));
+        if (!lookup->scratch[i]) return false;
+    }
+    return lookup->scratch != NULL;
+}
+
+void lookup_no_memory(loci_stream *stream, loci_lookup *lookup) {
+    lookup->ready = false;
+    loci_cpu_fail(stream, LOCI_E_NOMEM, "no memory for a look-up of %u rows", lookup->rows);
+}
+
+void lookup_fault(lookup_pair *pair, const char *part, uint32_t index) {
+    if (pair->error.status != LOCI_OK) return;
+    (void)loci_fail(&pair->error, LOCI_E_CORRUPT, "%s %u: wrong hash", part, index);
+}
+
+bool lookup_report(loci_stream *stream, loci_lookup *lookup) {
+    size_t count = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    for (size_t i = 0; i < count; i++) {
+        const lookup_pair *pair = &lookup->pairs[i];
+        if (pair->error.status == LOCI_OK) continue;
+        lookup->ready = false;
+        loci_cpu_fail(stream, pair->error.status, "extent %016llx, layer %u, KV head %u: %s",
+                      (unsigned long long)pair->extent->id, lookup->layer, pair->kv_head,
+                      pair->error.text);
+        return false;
+    }
+    return true;
+}
+
+void lookup_run_pairs(loci_stream *stream, loci_lookup *lookup, loci_pool_fn fn) {
+    size_t count = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    loci_pool_run(lookup->cpu->pool, count, fn, lookup);
+    (void)lookup_report(stream, lookup);
+}
+
+void lookup_run_rows(loci_lookup *lookup, loci_pool_fn fn) {
+    loci_pool_run(lookup->cpu->pool, (size_t)lookup->kv_heads * lookup->rows, fn, lookup);
+}
+
+size_t lookup_entry_of(const lookup_head *head, uint32_t root, uint32_t row) {
+    size_t low = head->entry_begin[root], high = head->entry_begin[root + 1];
+    while (high - low > 1) {
+        size_t middle = low + (high - low) / 2;
+        if (head->entry_row[middle] <= row)
+            low = middle;
+        else
+            high = middle;
+    }
+    LOCI_ASSERT(low < high && head->entry_row[low] == row);
+    return low;
+}
+
+void lookup_mean_terms(const loci_lookup *lookup, const lookup_pair *pair, float *out) {
+    const float *mean = loci_pair_mean(pair->blob);
+    const float *q = lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim;
+    for (uint32_t v = 0; v < lookup->blocks * LOCI_LANES; v++) {
+        float sum = 0.0f;
+        for (uint32_t i = 0; v < lookup->vectors && i < lookup->dim; i++)
+            sum += q[(size_t)v * lookup->dim + i] * mean[i];
+        out[v] = sum;
+    }
+}
+
+/* --- begin ----------------------------------------------------------------------------- */
+
+static bool alloc_queries(loci_lookup *lookup) {
+    size_t heads = lookup->kv_heads, lanes = (size_t)lookup->blocks * LOCI_LANES;
+    size_t vectors = lookup->vectors, dim = lookup->dim;
+    lookup->q = lookup_alloc(lookup, heads * vectors * dim * sizeof(float));
+    lookup->q_lanes = lookup_alloc(lookup, heads * lanes * dim * sizeof(float));
+    lookup->q_codes = lookup_alloc(lookup, heads * lanes * dim);
+    lookup->qq_codes = lookup_alloc(lookup, heads * lanes * dim);
+    lookup->q_scale = lookup_alloc(lookup, heads * lanes * sizeof(float));
+    lookup->qq_scale = lookup_alloc(lookup, heads * lanes * sizeof(float));
+    lookup->q_sum = lookup_alloc(lookup, heads * lanes * sizeof(int32_t));
+    lookup->qq_sum = lookup_alloc(lookup, heads * lanes * sizeof(int32_t));
+    lookup->steady = lookup_alloc(lookup, heads * vectors * sizeof(float));
+    return lookup->q && lookup->q_lanes && lookup->q_codes && lookup->qq_codes && lookup->q_scale &&
+           lookup->qq_scale && lookup->q_sum && lookup->qq_sum && lookup->steady;
+}
+
+/* Copies, scales and packs the queries of one KV head after another. */
+static bool load_queries(loci_lookup *lookup, loci_ref q, uint32_t q_stride, float scale,
+                         loci_ref steady_lse) {
+    uint32_t dim = lookup->dim, group = lookup->group, vectors = lookup->vectors;
+    size_t last = (size_t)(lookup->rows - 1) * q_stride + (size_t)lookup->q_heads * dim;
+    const float *in = loci_cpu_ptr(q, last * sizeof(float));
+    size_t steady_bytes = (size_t)lookup->rows * lookup->q_heads * sizeof(float);
+    const float *steady = steady_lse.buffer ? loci_cpu_ptr(steady_lse, steady_bytes) : NULL;
+    float *squares = lookup_alloc(lookup, (size_t)vectors * dim * sizeof *squares);
+    if (!alloc_queries(lookup) || !squares) return false;
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        float *out = lookup->q + (size_t)h * vectors * dim;
+        for (uint32_t v = 0; v < vectors; v++) {
+            uint32_t row = v / group, head = h * group + v % group;
+            const float *from = in + (size_t)row * q_stride + (size_t)head * dim;
+            for (uint32_t i = 0; i < dim; i++) {
+                float value = from[i] * scale;
+                out[(size_t)v * dim + i] = value;
+                squares[(size_t)v * dim + i] = value * value * 0.5f;
+            }
+            lookup->steady[h * vectors + v] =
+                steady ? steady[row * lookup->q_heads + head] : -INFINITY;
+        }
+        size_t lanes = (size_t)h * lookup->blocks * LOCI_LANES;
+        loci_pack_lanes_f32(lookup->q_lanes + lanes * dim, out, dim, vectors, dim);
+        loci_pack_lanes_i8(lookup->q_codes + lanes * dim, lookup->q_scale + lanes,
+                           lookup->q_sum + lanes, out, dim, vectors, dim);
+        loci_pack_lanes_i8(lookup->qq_codes + lanes * dim, lookup->qq_scale + lanes,
+                           lookup->qq_sum + lanes, squares, dim, vectors, dim);
+    }
+    return true;
+}
+
+/* Finds and checks the header of every pair and numbers the roots. */
+static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    for (uint32_t e = 0; e < corpus->extent_count; e++) {
+        for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+            const loci_extent_view *extent = &corpus->extents[e];
+            lookup_pair *pair = lookup_pair_at(lookup, e, h);
+            uint32_t index = lookup->layer * lookup->kv_heads + h;
+            *pair = (lookup_pair){.extent = extent, .kv_head = h};
+            pair->live = extent->live ? extent->live[index] : NULL;
+            pair->root_base = lookup->heads[h].roots;
+            uint64_t at = extent->pair_at[index], size = extent->buffer->bytes;
+            loci_error *err = &pair->error;
+            if (at > size || at % 8 != 0) {
+                (void)loci_fail(err, LOCI_E_CORRUPT, "pair lies outside its block");
+            } else {
+                pair->blob = extent->buffer->data + at;
+                err->status =
+                    loci_pair_check_header(pair->blob, size - at, extent->pair_hash[index], err);
+            }
+            const loci_pair_header *header = loci_pair_header_of(pair->blob);
+            if (err->status == LOCI_OK &&
+                (header->head_dim != lookup->dim || header->tokens != extent->tokens))
+                (void)loci_fail(err, LOCI_E_CORRUPT, "header: of another shape than its extent");
+            if (err->status != LOCI_OK) {
+                loci_cpu_fail(stream, err->status, "extent %016llx, layer %u, KV head %u: %s",
+                              (unsigned long long)extent->id, lookup->layer, h, err->text);
+                return false;
+            }
+            lookup->heads[h].roots += header->roots;
+        }
+    }
+    return true;
+}
+
+static bool alloc_heads(loci_lookup *lookup) {
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        lookup_head *head = &lookup->heads[h];
+        size_t roots = head->roots;
+        head->root_live = lookup_alloc(lookup, roots * sizeof *head->root_live);
+        head->root_first = lookup_alloc(lookup, roots * sizeof *head->root_first);
+        head->entry_begin = lookup_alloc(lookup, (roots + 1) * sizeof *head->entry_begin);
+        head->leaf_at = lookup_alloc(lookup, roots * sizeof *head->leaf_at);
+        head->rest = lookup_alloc(lookup, lookup->vectors * sizeof *head->rest);
+        if (!head->root_live || !head->root_first || !head->entry_begin || !head->leaf_at ||
+            !head->rest)
+            return false;
+        head->entry_begin[roots] = 0;
+    }
+    return true;
+}
+
+void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
+                           uint32_t retrieval_layer, loci_ref q, uint32_t q_stride, uint32_t rows,
+                           uint32_t q_heads, float scale, loci_ref steady_lse,
+                           const loci_select_params *params) {
+    lookup_arena arena = lookup->arena;
+    *lookup = (loci_lookup){
+        .cpu = lookup->cpu,
+        .kernels = lookup->kernels,
+        .corpus = corpus,
+        .params = *params,
+        .mode = params->mode,
+        .layer = retrieval_layer,
+        .rows = rows,
+        .q_heads = q_heads,
+        .kv_heads = corpus->kv_heads,
+        .group = q_heads / corpus->kv_heads,
+        .dim = corpus->head_dim,
+        .arena = arena,
+    };
+    lookup->arena.current = lookup->arena.used = 0;
+    LOCI_ASSERT(rows > 0 && q_heads % corpus->kv_heads == 0 && q_heads > 0);
+    if (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0)
+        lookup->mode = LOCI_MODE_DENSE;
+    if (lookup->dim == 0 || lookup->dim > LOCI_HEAD_DIM_MAX || lookup->dim % 16 != 0) {
+        loci_cpu_fail(stream, LOCI_E_UNSUPPORTED, "head_dim %u is not a multiple of 16 up to %u",
+                      lookup->dim, LOCI_HEAD_DIM_MAX);
+        return;
+    }
+    if (params->mode == LOCI_MODE_SQUEEZED &&
+        !(isfinite(params->squeezed_threshold[0]) && isfinite(params->squeezed_threshold[1]))) {
+        loci_cpu_fail(stream, LOCI_E_INVAL, "thresholds of mode squeezed are not finite");
+        return;
+    }
+    lookup->vectors = rows * lookup->group;
+    lookup->blocks = loci_lane_blocks(lookup->vectors);
+    size_t pairs = (size_t)corpus->extent_count * corpus->kv_heads;
+    lookup->pairs = lookup_alloc(lookup, pairs * sizeof *lookup->pairs);
+    lookup->heads = lookup_alloc(lookup, corpus->kv_heads * sizeof *lookup->heads);
+    lookup->task_terms = lookup_alloc(lookup, pairs * lookup->blocks * LOCI_LANES * sizeof(float));
+    if (!lookup->pairs || !lookup->heads || !lookup->task_terms ||
+        !load_queries(lookup, q, q_stride, scale, steady_lse)) {
+        lookup_no_memory(stream, lookup);
+        return;
+    }
+    memset(lookup->heads, 0, corpus->kv_heads * sizeof *lookup->heads);
+    if (!open_pairs(stream, lookup)) return;
+    if (!alloc_heads(lookup)) {
+        lookup_no_memory(stream, lookup);
+        return;
+    }
+    lookup->ready = true;
+}
+
+/* --- stages ---------------------------------------------------------------------------- */
+
+/* Numbers the entries of a head from root_kept, or one for each root where rows share one set. */
+static bool make_entries(loci_lookup *lookup, uint32_t kv_head) {
+    lookup_head *head = &lookup->heads[kv_head];
+    size_t entries = 0, leaves = 0, scores = 0;
+    bool shared = lookup_shared(lookup);
+    for (uint32_t r = 0; r < head->roots; r++) {
+        head->entry_begin[r] = entries;
+        if (shared) entries++;
+        for (uint32_t t = 0; !shared && t < lookup->rows; t++)
+            entries += head->root_kept[(size_t)t * head->roots + r];
+    }
+    head->entry_begin[head->roots] = entries;
+    head->entry_row = lookup_alloc(lookup, entries * sizeof *head->entry_row);
+    head->score_at = lookup_alloc(lookup, entries * sizeof *head->score_at);
+    head->leaf_mask = lookup_alloc(lookup, entries * sizeof *head->leaf_mask);
+    head->fill = lookup_alloc(lookup, entries * sizeof *head->fill);
+    if (!head->entry_row || !head->score_at || !head->leaf_mask || !head->fill) return false;
+    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
+        const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
+        for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
+            uint32_t r = pair->root_base + i, count = loci_pair_root(pair->blob, i)->count;
+            size_t entry = head->entry_begin[r];
+            head->leaf_at[r] = leaves;
+            if (entry < head->entry_begin[r + 1]) leaves += count;
+            for (uint32_t t = 0; entry < head->entry_begin[r + 1]; t++) {
+                if (!shared && !head->root_kept[(size_t)t * head->roots + r]) continue;
+                head->entry_row[entry] = t;
+                head->score_at[entry] = scores;
+                head->leaf_mask[entry++] = 0;
+                if (!shared) scores += (size_t)count * lookup->group;
+            }
+        }
+    }
+    head->leaves = leaves;
+    head->leaf_live = lookup_alloc(lookup, leaves);
+    head->leaf_score = lookup_alloc(lookup, scores * sizeof *head->leaf_score);
+    return head->leaf_live && head->leaf_score;
+}
+
+static bool make_all_entries(loci_stream *stream, loci_lookup *lookup) {
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        if (make_entries(lookup, h)) continue;
+        lookup_no_memory(stream, lookup);
+        return false;
+    }
+    return true;
+}
+
+/* The most leaves (or, with codes, tokens) that one row has to choose from. */
+static size_t most_choices(loci_lookup *lookup, bool tokens) {
+    size_t most = 0;
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        const lookup_head *head = &lookup->heads[h];
+        size_t *sums = lookup_alloc(lookup, lookup->rows * sizeof *sums);
+        if (!sums) return SIZE_MAX;
+        memset(sums, 0, lookup->rows * sizeof *sums);
+        for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
+            const lookup_pair *pair = lookup_pair_at(lookup, e, h);
+            for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
+                uint32_t r = pair->root_base + i;
+                for (size_t x = head->entry_begin[r]; x < head->entry_begin[r + 1]; x++)
+                    sums[head->entry_row[x]] +=
+                        tokens ? (head->token_at[x + 1] - head->token_at[x]) / lookup->group
+                               : loci_pair_root(pair->blob, i)->count;
+            }
+        }
+        for (uint32_t t = 0; t < lookup->rows; t++) most = sums[t] > most ? sums[t] : most;
+    }
+    return most;
+}
+
+/* Per choice: a score for each head of the group, a share, and a byte each of weight and mark. */
+static bool reserve_choices(loci_stream *stream, loci_lookup *lookup, size_t choices) {
+    size_t words = lookup->group + 3u;
+    if (choices < SIZE_MAX / 64 / words && lookup_scratch(lookup, words * (choices + 64)))
+        return true;
+    lookup_no_memory(stream, lookup);
+    return false;
+}
+
+static void count_live(loci_lookup *lookup) {
+    for (uint32_t h = 0; lookup->ready && h < lookup->kv_heads; h++) {
+        lookup_head *head = &lookup->heads[h];
+        for (uint32_t r = 0; r < head->roots; r++) head->live_tokens += head->root_live[r];
+    }
+}
+
+static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
+    uint32_t most_roots = 0;
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        lookup_head *head = &lookup->heads[h];
+        size_t roots = head->roots;
+        head->root_score = lookup_alloc(lookup, roots * lookup->vectors * sizeof(float));
+        head->root_kept = lookup_alloc(lookup, roots * lookup->rows);
+        if (!head->root_score || !head->root_kept) {
+            lookup_no_memory(stream, lookup);
+            return;
+        }
+        most_roots = head->roots > most_roots ? head->roots : most_roots;
+    }
+    lookup_run_pairs(stream, lookup, lookup_root_task);
+    count_live(lookup);
+    if (!lookup->ready || !reserve_choices(stream, lookup, most_roots)) return;
+    lookup_run_rows(lookup, lookup_keep_roots_task);
+    if (!make_all_entries(stream, lookup)) return;
+    lookup_run_pairs(stream, lookup, lookup_leaf_task);
+    if (!lookup->ready || !reserve_choices(stream, lookup, most_choices(lookup, false))) return;
+    lookup_run_rows(lookup, lookup_keep_leaves_task);
+}
+
+void loci_cpu_score_nodes(loci_stream *stream, loci_lookup *lookup) {
+    if (!lookup->ready) return;
+    if (lookup->mode == LOCI_MODE_HIERARCHICAL) {
+        score_hierarchical(stream, lookup);
+        return;
+    }
+    /* Dense and squeezed walk all roots and leaves. */
+    lookup_run_pairs(stream, lookup, lookup_root_task);
+    count_live(lookup);
+    if (!lookup->ready || !make_all_entries(stream, lookup)) return;
+    lookup_run_pairs(stream, lookup, lookup_leaf_task);
+    if (lookup->ready && lookup->mode == LOCI_MODE_SQUEEZED) lookup_squeeze(stream, lookup);
+}
+
+void loci_cpu_score_codes(loci_stream *stream, loci_lookup *lookup) {
+    if (!lookup->ready || !lookup_prepare_codes(stream, lookup)) return;
+    if (lookup->mode != LOCI_MODE_HIERARCHICAL) return;
+    lookup_run_pairs(stream, lookup, lookup_code_task);
+    lookup->tokens_scored = lookup->ready;
+}
+
+/* Every live token of every kept leaf. */
+static void select_whole_leaves(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    loci_lookup *lookup = arg;
+    const lookup_pair *pair = &lookup->pairs[index];
+    lookup_head *head = &lookup->heads[pair->kv_head];
+    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
+        const loci_node *root = loci_pair_root(pair->blob, i);
+        size_t entry = head->entry_begin[pair->root_base + i];
+        uint32_t *mask = head->token_mask + head->mask_at[entry];
+        for (uint32_t l = 0; l < root->count; l++) {
+            if (!(head->leaf_mask[entry] >> l & 1)) continue;
+            const loci_node *leaf = loci_pair_leaf(pair->blob, root->begin + l);
+            *mask++ = lookup_live_bits(pair->live, leaf->begin, leaf->count);
+        }
+    }
+}
+
+void loci_cpu_select(loci_stream *stream, loci_lookup *lookup) {
+    if (!lookup->ready) return;
+    if (lookup_shared(lookup)) {
+        lookup_run_pairs(stream, lookup, select_whole_leaves);
+    } else {
+        if (!reserve_choices(stream, lookup, most_choices(lookup, true))) return;
+        lookup_run_rows(lookup, lookup_select_task);
+    }
+    lookup->tokens_selected = lookup->ready;
+}
+
+/* --- what the host may see ------------------------------------------------------------- */
+
+static void add_selected(const lookup_pair *pair, uint32_t extent, uint32_t row, uint32_t first,
+                         uint32_t mask, loci_selected *selected, size_t capacity, size_t *count) {
+    for (uint32_t t = 0; t < LOCI_LEAF_TOKENS_MAX; t++) {
+        if (!(mask >> t & 1)) continue;
+        if (*count < capacity)
+            selected[*count] = (loci_selected){extent, pair->kv_head, row, first + t};
+        (*count)++;
+    }
+}
+
+static void add_row_selected(const loci_lookup *lookup, uint32_t extent, uint32_t kv_head,
+                             uint32_t row, loci_selected *selected, size_t capacity,
+                             size_t *count) {
+    const lookup_pair *pair = lookup_pair_at(lookup, extent, kv_head);
+    const lookup_head *head = &lookup->heads[kv_head];
+    bool shared = lookup_shared(lookup);
+    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
+        uint32_t r = pair->root_base + i;
+        if (!shared && !head->root_kept[(size_t)row * head->roots + r]) continue;
+        size_t entry = lookup_entry_of(head, r, shared ? 0 : row);
+        const loci_node *root = loci_pair_root(pair->blob, i);
+        const uint32_t *mask = head->token_mask + head->mask_at[entry];
+        for (uint32_t l = 0; l < root->count; l++) {
+            if (!(head->leaf_mask[entry] >> l & 1)) continue;
+            uint32_t first = loci_pair_leaf(pair->blob, root->begin + l)->begin;
+            add_selected(pair, extent, row, first, *mask++, selected, capacity, count);
+        }
+    }
+}
+
+void loci_cpu_lookup_selected(loci_stream *stream, loci_lookup *lookup, loci_selected *selected,
+                              size_t capacity, size_t *count) {
+    (void)stream;
+    *count = 0;
+    if (!lookup->tokens_selected) return;
+    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++)
+        for (uint32_t h = 0; h < lookup->kv_heads; h++)
+            for (uint32_t t = 0; t < lookup->rows; t++)
+                add_row_selected(lookup, e, h, t, selected, capacity, count);
+}
+
+void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats) {
+    (void)stream;
+    *stats = (loci_lookup_stats){0};
+    if (!lookup->ready) return;
+    for (size_t i = 0; i < (size_t)lookup->corpus->extent_count * lookup->kv_heads; i++) {
+        const lookup_pair *pair = &lookup->pairs[i];
+        stats->root_bytes += pair->stats.root_bytes;
+        stats->leaf_bytes += pair->stats.leaf_bytes;
+        stats->code_bytes += pair->stats.code_bytes;
+        stats->kv_bytes += pair->stats.kv_bytes;
+        stats->kv_leaf_bytes += pair->stats.kv_leaf_bytes;
+        stats->tail_bytes += pair->stats.tail_bytes;
+    }
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        const lookup_head *head = &lookup->heads[h];
+        uint64_t sharers = lookup_shared(lookup) ? lookup->rows : 1;
+        stats->dense_kv_bytes += head->live_tokens * 4u * lookup->dim;
+        if (lookup->tokens_scored)
+            stats->candidate_tokens += head->token_at[lookup_entries(head)] / lookup->group;
+        for (size_t i = 0; lookup->tokens_selected && i < head->mask_at[lookup_entries(head)]; i++)
+            stats->selected_tokens += lookup_count_bits(head->token_mask[i]) * sharers;
+    }
+}
+
+void loci_select_defaults(loci_select_params *params) {
+    *params = (loci_select_params){
+        .mode = LOCI_MODE_HIERARCHICAL,
+        .top_p = 0.98f,
+        .budget = 2048,
+        .root_cover = 0.999f,
+        .leaf_cover = 0.999f,
+        .root_share_max = 0.12f,
+        .roots_min = 64,
+        .leaf_tokens_share_max = 0.02f,
+        .leaf_tokens_min = 4096,
+    };
+}

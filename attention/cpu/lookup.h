@@ -1,0 +1,180 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The state of one look-up on the CPU, shared by lookup.c (begin, stages, export), nodes.c
+ * (scores of roots and leaves), codes.c (of tokens), select.c (what is kept), squeeze.c (the rule
+ * of Squeezed Attention), sparse.c (attention) and rank.c (segments).
+ *
+ * One lookup_head for each KV head. Its roots are numbered over all extents, extent by extent.
+ * An "entry" is a root kept by one row (or, where all rows share one set, by all of them, and then
+ * row 0 stands for them); entries stand root by root, rows ascending, so that work by block walks
+ * roots and work by row finds its entry in each root. All memory is the look-up's arena, which
+ * is reset by begin. Parallel tasks work on one (extent, KV head), a "pair", or on one (KV head,
+ * row), and write nothing that another one writes.
+ */
+#ifndef LOCI_ATTENTION_CPU_LOOKUP_H
+#define LOCI_ATTENTION_CPU_LOOKUP_H
+
+#include "attention/cpu/corpus_kernels.h"
+#include "attention/index_layout.h"
+
+typedef struct lookup_chunk {
+    uint8_t *data;
+    size_t bytes;
+} lookup_chunk;
+
+typedef struct lookup_arena {
+    lookup_chunk *chunks;
+    size_t count, current, used;
+} lookup_arena;
+
+typedef struct lookup_pair {
+    const loci_extent_view *extent;
+    const uint8_t *blob;
+    const uint64_t *live;
+    uint32_t kv_head;
+    uint32_t root_base; /* number of its first root among the head's */
+    loci_error error;   /* first failure of a task on this pair */
+    loci_lookup_stats stats;
+} lookup_pair;
+
+typedef struct lookup_head {
+    uint32_t roots;       /* over all extents */
+    float *root_score;    /* [vectors][roots]: log mass; in mode squeezed q.c */
+    uint32_t *root_live;  /* [roots] */
+    uint32_t *root_first; /* [roots] first slot in the root's pair */
+    uint64_t live_tokens;
+    uint8_t *root_kept;  /* [rows][roots]; absent where all rows share one set */
+    size_t *entry_begin; /* [roots + 1] */
+    uint32_t *entry_row; /* [entries] */
+    size_t *leaf_at;     /* [roots] where the leaves of a root with entries begin in leaf_live */
+    uint8_t *leaf_live;  /* live tokens of a leaf */
+    size_t *score_at;    /* [entries] in leaf_score: [group][leaves of the root] */
+    float *leaf_score;
+    uint64_t *leaf_mask; /* [entries] kept leaves, a bit each */
+    size_t *token_at;    /* [entries + 1] in token_score: [group][tokens of kept leaves] */
+    float *token_score;
+    size_t *mask_at;      /* [entries + 1] in token_mask: one word a kept leaf */
+    uint32_t *token_mask; /* selected tokens of the leaf, a bit each */
+    uint32_t *fill;       /* [entries] cursor of the task at work */
+    float *rest;          /* [vectors] log of the mass of unkept nodes */
+    float *squeezed[2];   /* mode squeezed: mean S of each root, of each leaf */
+    size_t leaves;        /* of roots with entries */
+} lookup_head;
+
+struct loci_lookup {
+    loci_cpu *cpu;
+    const loci_corpus_kernels *kernels;
+    const loci_corpus_view *corpus;
+    loci_select_params params;
+    loci_mode mode; /* dense where hierarchical would read everything */
+    bool ready;     /* the last stage succeeded */
+    bool tokens_scored, tokens_selected;
+    uint32_t layer, rows, q_heads, kv_heads, group, dim;
+    uint32_t vectors; /* of one KV head: rows * group; vector = row * group + head in group */
+    uint32_t blocks;  /* of lanes */
+    /* Of scaled queries, one KV head after another: rows [vectors][dim]; f32 lanes; int8 lanes of
+     * q and of q * q / 2 with their scales and sums. */
+    float *q, *q_lanes, *q_scale, *qq_scale;
+    int8_t *q_codes, *qq_codes;
+    int32_t *q_sum, *qq_sum;
+    float *steady;      /* [kv_heads][vectors] */
+    lookup_pair *pairs; /* [extents][kv_heads] */
+    lookup_head *heads; /* [kv_heads] */
+    float *task_terms;  /* [pairs][blocks * 16]: q.mean */
+    uint8_t *folded;    /* [threads][code_stride]: queries with a pair's code scales */
+    size_t code_stride;
+    float **scratch; /* [threads] */
+    lookup_arena arena;
+};
+
+/* 64-byte aligned, not initialised; NULL when memory is short. */
+void *lookup_alloc(loci_lookup *lookup, size_t bytes);
+/* One scratch of that many floats for each thread of the pool. */
+bool lookup_scratch(loci_lookup *lookup, size_t floats);
+
+static inline lookup_pair *lookup_pair_at(const loci_lookup *lookup, size_t extent, size_t head) {
+    return &lookup->pairs[extent * lookup->kv_heads + head];
+}
+
+static inline bool lookup_shared(const loci_lookup *lookup) {
+    return lookup->mode != LOCI_MODE_HIERARCHICAL;
+}
+
+static inline size_t lookup_entries(const lookup_head *head) {
+    return head->entry_begin[head->roots];
+}
+
+/* Lanes of a KV head in an operand with `unit` bytes or floats a lane and channel. */
+static inline size_t lookup_lane_at(const loci_lookup *lookup, uint32_t kv_head, uint32_t block) {
+    return ((size_t)kv_head * lookup->blocks + block) * LOCI_LANES * lookup->dim;
+}
+
+/* Bits [first, first + count) of the live bitmap, 1 <= count <= 32. */
+static inline uint32_t lookup_live_bits(const uint64_t *live, uint32_t first, uint32_t count) {
+    uint64_t all = (1ull << count) - 1;
+    if (!live) return (uint32_t)all;
+    uint64_t bits = live[first / 64] >> (first % 64);
+    if (first % 64 + count > 64) bits |= live[first / 64 + 1] << (64 - first % 64);
+    return (uint32_t)(bits & all);
+}
+
+static inline uint32_t lookup_count_bits(uint64_t bits) {
+    return (uint32_t)__builtin_popcountll(bits);
+}
+
+/* The entries among [begin, end) whose rows have a vector in `block`: [*first, *last). */
+static inline void lookup_block_entries(const loci_lookup *lookup, const lookup_head *head,
+                                        size_t begin, size_t end, uint32_t block, size_t *first,
+                                        size_t *last) {
+    uint32_t low = block * LOCI_LANES / lookup->group;
+    uint32_t high = (block * LOCI_LANES + LOCI_LANES - 1) / lookup->group;
+    while (begin < end && head->entry_row[begin] < low) begin++;
+    *first = begin;
+    while (begin < end && head->entry_row[begin] <= high) begin++;
+    *last = begin;
+}
+
+/* A row's entry in a root; it must be kept. */
+size_t lookup_entry_of(const lookup_head *head, uint32_t root, uint32_t row);
+
+/* q of a KV head times the mean of a pair: out [blocks * 16], 0 in unused lanes. */
+void lookup_mean_terms(const loci_lookup *lookup, const lookup_pair *pair, float *out);
+
+void lookup_fault(lookup_pair *pair, const char *part, uint32_t index);
+/* Puts the first error of a pair, in their order, in the stream; false if there is one. */
+bool lookup_report(loci_stream *stream, loci_lookup *lookup);
+/* Runs fn(lookup, extent * kv_heads + head) over the pool, then reports the first error. */
+void lookup_run_pairs(loci_stream *stream, loci_lookup *lookup, loci_pool_fn fn);
+/* Runs fn(lookup, head * rows + row). */
+void lookup_run_rows(loci_lookup *lookup, loci_pool_fn fn);
+void lookup_no_memory(loci_stream *stream, loci_lookup *lookup);
+
+/* nodes.c */
+void lookup_root_task(void *arg, size_t index, unsigned thread);
+void lookup_leaf_task(void *arg, size_t index, unsigned thread);
+/* Scores of nodes [0, count), count <= 64, for one block of lanes: out [count][16]. size NULL: q.c
+ * alone, without mass and variance. */
+void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const loci_node *first,
+                       uint32_t count, const uint32_t *size, const float *mean_terms,
+                       uint32_t block, float *out);
+/* codes.c */
+bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup);
+void lookup_code_task(void *arg, size_t index, unsigned thread);
+/* select.c */
+void lookup_keep_roots_task(void *arg, size_t index, unsigned thread);
+void lookup_keep_leaves_task(void *arg, size_t index, unsigned thread);
+void lookup_select_task(void *arg, size_t index, unsigned thread);
+/* squeeze.c: scores and keeps roots and leaves by the paper's rule. */
+void lookup_squeeze(loci_stream *stream, loci_lookup *lookup);
+
+/* Marks elements in descending value, ties by index, until `target` of value and weight_min of
+ * weight are reached, or weight reaches weight_max. An element of negative or NaN value is never
+ * taken. weight NULL: 1 each. */
+typedef struct lookup_cut {
+    double target;
+    uint64_t weight_min, weight_max;
+} lookup_cut;
+void lookup_choose(const float *value, const uint8_t *weight, size_t n, const lookup_cut *cut,
+                   uint8_t *taken);
+
+#endif

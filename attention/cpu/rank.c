@@ -1,0 +1,430 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Late-interaction scores of segments: exact ones from position-order codes (or, in the flat
+ * part, from the keys), and the choice of candidates from what a look-up has scored.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/cpu/lookup.h"
+
+#define TILE LOCI_LEAF_TOKENS_MAX
+#define FLOOR_BELOW 60.0f /* how far below a vector's best logit its floor is at least held */
+
+typedef struct rank_job {
+    loci_lookup *lookup;
+    loci_folded *folded; /* [pairs] */
+    const uint32_t *segments;
+    float *scores;
+    loci_error *errors; /* [count] */
+    /* candidates */
+    float *gain;  /* [kv_heads * rows][segments] */
+    uint32_t all; /* segments of the view's extents */
+} rank_job;
+
+/* --- scores of listed segments ----------------------------------------------------------- */
+
+static void score_tile(const loci_lookup *lookup, loci_lane_softmax *state, float *logits,
+                       uint32_t n) {
+    lookup->kernels->softmax_lanes(logits, n, state);
+}
+
+/* Logits of one block of vectors with the shared prefix, which every segment begins with; -INFINITY
+ * without one. It keeps words that attend to nothing from ranking by noise. */
+static void sink_logits(const loci_lookup *lookup, uint32_t kv_head, uint32_t block,
+                        float logits[LOCI_LANES]) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    for (uint32_t l = 0; l < LOCI_LANES; l++) logits[l] = -INFINITY;
+    if (!corpus->has_sink) return;
+    size_t row = (size_t)lookup->dim * sizeof(float);
+    loci_ref at = corpus->sink_k;
+    at.offset += ((size_t)lookup->layer * corpus->kv_heads + kv_head) * row;
+    lookup->kernels->dot_f32(logits, loci_cpu_ptr(at, row), 1, lookup->dim,
+                             lookup->q_lanes + lookup_lane_at(lookup, kv_head, block));
+}
+
+static void start(const loci_lookup *lookup, uint32_t kv_head, uint32_t block,
+                  loci_lane_softmax *state) {
+    sink_logits(lookup, kv_head, block, state->max);
+    for (uint32_t l = 0; l < LOCI_LANES; l++)
+        state->sum[l] = state->max[l] > -INFINITY ? 1.0f : 0.0f;
+}
+
+static double sum_logs(const loci_lookup *lookup, const loci_lane_softmax *state, uint32_t block) {
+    double sum = 0.0;
+    for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++)
+        sum += (double)state->max[l] + log((double)state->sum[l]);
+    return sum;
+}
+
+/* Positions [begin, end) of one pair, all lanes: sum over vectors of the log-sum-exp. */
+static double score_positions(const loci_lookup *lookup, const lookup_pair *pair,
+                              const loci_folded *folded, const float *terms, uint32_t begin,
+                              uint32_t end) {
+    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    uint8_t codes[TILE * LOCI_HEAD_DIM_MAX];
+    float logits[TILE * LOCI_LANES];
+    double total = 0.0;
+    for (uint32_t b = 0; b < lookup->blocks; b++) {
+        loci_lane_softmax state;
+        start(lookup, pair->kv_head, b, &state);
+        for (uint32_t at = begin; at < end; at += TILE) {
+            uint32_t n = end - at < TILE ? end - at : TILE;
+            lookup->kernels->unpack(
+                codes, pair->blob + header->position_codes_at + (size_t)at * (lookup->dim / 2),
+                (size_t)n * lookup->dim);
+            loci_score_codes_tile(lookup->kernels, folded, terms, codes, n, lookup->dim, b, logits);
+            score_tile(lookup, &state, logits, n);
+        }
+        total += sum_logs(lookup, &state, b);
+    }
+    return total;
+}
+
+/* The blocks of codes that positions [begin, end) touch. */
+static bool positions_ok(const lookup_pair *pair, uint32_t begin, uint32_t end, uint32_t *bad) {
+    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    const uint64_t *hashes = (const void *)(pair->blob + header->position_hashes_at);
+    for (uint32_t b = begin / LOCI_POSITION_BLOCK; b * LOCI_POSITION_BLOCK < end; b++) {
+        uint32_t from = b * LOCI_POSITION_BLOCK, left = header->tokens - from;
+        size_t bytes = (size_t)(left < LOCI_POSITION_BLOCK ? left : LOCI_POSITION_BLOCK) *
+                       (header->head_dim / 2);
+        *bad = b;
+        if (loci_hash_bytes(pair->blob + header->position_codes_at +
+                                (size_t)from * (header->head_dim / 2),
+                            bytes) != hashes[b])
+            return false;
+    }
+    return true;
+}
+
+static const loci_extent_view *extent_of(const loci_corpus_view *corpus, uint32_t segment,
+                                         uint32_t *extent) {
+    uint32_t low = 0, high = corpus->extent_count;
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (corpus->extents[middle].segment_base <= segment)
+            low = middle;
+        else
+            high = middle;
+    }
+    *extent = low;
+    return &corpus->extents[low];
+}
+
+static float score_extent_segment(const rank_job *job, uint32_t segment, loci_error *err) {
+    const loci_lookup *lookup = job->lookup;
+    uint32_t e = 0, bad = 0;
+    const loci_extent_view *extent = extent_of(lookup->corpus, segment, &e);
+    uint32_t s = segment - extent->segment_base;
+    uint32_t begin = extent->segment_begin[s], end = extent->segment_begin[s + 1];
+    if ((extent->segment_dead && extent->segment_dead[s]) || begin >= end) return -INFINITY;
+    double sum = 0.0;
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        size_t index = (size_t)e * lookup->kv_heads + h;
+        const lookup_pair *pair = &lookup->pairs[index];
+        if (end > loci_pair_header_of(pair->blob)->tokens ||
+            !positions_ok(pair, begin, end, &bad)) {
+            (void)loci_fail(err, LOCI_E_CORRUPT,
+                            "extent %016llx, layer %u, KV head %u: position codes of block %u: "
+                            "wrong hash",
+                            (unsigned long long)extent->id, lookup->layer, h, bad);
+            return -INFINITY;
+        }
+        sum +=
+            score_positions(lookup, pair, &job->folded[index],
+                            lookup->task_terms + index * lookup->blocks * LOCI_LANES, begin, end);
+    }
+    return (float)(sum / lookup->q_heads);
+}
+
+static float score_flat_segment(const loci_lookup *lookup, uint32_t segment) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    const uint16_t *keys = (const void *)corpus->flat_k[lookup->layer]->data;
+    uint32_t s = segment - corpus->flat_segment_base, dim = lookup->dim;
+    uint32_t begin = corpus->flat_segment_begin[s], end = corpus->flat_segment_begin[s + 1];
+    float k[TILE * LOCI_HEAD_DIM_MAX], logits[TILE * LOCI_LANES];
+    double sum = 0.0;
+    if (begin >= end) return -INFINITY;
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        for (uint32_t b = 0; b < lookup->blocks; b++) {
+            loci_lane_softmax state;
+            start(lookup, h, b, &state);
+            for (uint32_t at = begin; at < end; at += TILE) {
+                uint32_t n = end - at < TILE ? end - at : TILE;
+                for (uint32_t t = 0; t < n; t++)
+                    lookup->kernels->widen(k + (size_t)t * dim,
+                                           keys + ((size_t)(at + t) * lookup->kv_heads + h) * dim,
+                                           dim);
+                lookup->kernels->dot_f32(logits, k, n, dim,
+                                         lookup->q_lanes + lookup_lane_at(lookup, h, b));
+                score_tile(lookup, &state, logits, n);
+            }
+            sum += sum_logs(lookup, &state, b);
+        }
+    }
+    return (float)(sum / lookup->q_heads);
+}
+
+static void segment_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    rank_job *job = arg;
+    const loci_corpus_view *corpus = job->lookup->corpus;
+    uint32_t segment = job->segments[index];
+    if (segment >= corpus->flat_segment_base &&
+        segment < corpus->flat_segment_base + corpus->flat_segments)
+        job->scores[index] = score_flat_segment(job->lookup, segment);
+    else if (segment < corpus->flat_segment_base)
+        job->scores[index] = score_extent_segment(job, segment, &job->errors[index]);
+    else
+        job->scores[index] = -INFINITY;
+}
+
+/* Folds the queries for each pair and verifies its position hashes. */
+static void fold_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    rank_job *job = arg;
+    loci_lookup *lookup = job->lookup;
+    lookup_pair *pair = &lookup->pairs[index];
+    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    if (header->position_codes_at == 0) {
+        (void)loci_fail(&pair->error, LOCI_E_PRECONDITION, "it was built without position codes");
+        return;
+    }
+    size_t hashes = (header->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
+    if (loci_hash_bytes(pair->blob + header->position_hashes_at, hashes * sizeof(uint64_t)) !=
+        header->hash_position_hashes) {
+        (void)loci_fail(&pair->error, LOCI_E_CORRUPT, "position hashes: wrong hash");
+        return;
+    }
+    uint8_t *memory =
+        (uint8_t *)(job->folded + (size_t)lookup->corpus->extent_count * lookup->kv_heads);
+    memory += index * loci_folded_bytes(lookup->blocks * LOCI_LANES, lookup->dim);
+    loci_fold_query(&job->folded[index], memory,
+                    lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim,
+                    lookup->vectors, lookup->dim, loci_pair_code_scale(pair->blob));
+    lookup_mean_terms(lookup, pair, lookup->task_terms + index * lookup->blocks * LOCI_LANES);
+}
+
+/* On a look-up after begin. `codes`: some of the segments stand in extents. */
+static void score_listed(loci_stream *stream, loci_lookup *lookup, const uint32_t *segments,
+                         uint32_t count, float *scores, bool codes) {
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    size_t folded = loci_folded_bytes(lookup->blocks * LOCI_LANES, lookup->dim);
+    rank_job job = {.lookup = lookup, .segments = segments, .scores = scores};
+    job.folded = lookup_alloc(lookup, pairs * (sizeof *job.folded + folded));
+    job.errors = lookup_alloc(lookup, count * sizeof *job.errors);
+    if (!job.folded || !job.errors) {
+        lookup_no_memory(stream, lookup);
+        return;
+    }
+    memset(job.errors, 0, count * sizeof *job.errors);
+    if (codes) {
+        loci_pool_run(lookup->cpu->pool, pairs, fold_task, &job);
+        if (!lookup_report(stream, lookup)) return;
+    }
+    loci_pool_run(lookup->cpu->pool, count, segment_task, &job);
+    for (uint32_t i = 0; i < count; i++) {
+        if (job.errors[i].status == LOCI_OK) continue;
+        loci_cpu_fail(stream, job.errors[i].status, "%s", job.errors[i].text);
+        return;
+    }
+}
+
+void loci_cpu_score_segments(loci_stream *stream, const loci_corpus_view *corpus,
+                             uint32_t retrieval_layer, loci_ref q, uint32_t q_stride, uint32_t rows,
+                             uint32_t q_heads, float scale, const uint32_t *segments,
+                             uint32_t count, loci_ref scores) {
+    loci_backend self = {.ctx = stream->cpu};
+    loci_lookup *lookup = NULL;
+    loci_error err;
+    loci_select_params params = {.mode = LOCI_MODE_DENSE};
+    if (loci_cpu_lookup_create(&self, &lookup, &err) != LOCI_OK) {
+        loci_cpu_fail(stream, err.status, "%s", err.text);
+        return;
+    }
+    loci_cpu_lookup_begin(stream, lookup, corpus, retrieval_layer, q, q_stride, rows, q_heads,
+                          scale, loci_ref_at(NULL, 0), &params);
+    bool codes = false;
+    for (uint32_t i = 0; i < count; i++) codes = codes || segments[i] < corpus->flat_segment_base;
+    if (lookup->ready)
+        score_listed(stream, lookup, segments, count, loci_cpu_ptr(scores, count * sizeof(float)),
+                     codes);
+    loci_cpu_lookup_free(&self, lookup);
+}
+
+/* --- candidates ------------------------------------------------------------------------ */
+
+/* For one vector: the log of what an unscored token could about contribute at most, which is the
+ * highest mean mass a token of the unkept nodes. */
+static float floor_of(const loci_lookup *lookup, uint32_t kv_head, uint32_t vector) {
+    const lookup_head *head = &lookup->heads[kv_head];
+    uint32_t row = vector / lookup->group, j = vector % lookup->group;
+    float best = -INFINITY;
+    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
+        const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
+        for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
+            uint32_t r = pair->root_base + i, count = loci_pair_root(pair->blob, i)->count;
+            if (!head->root_kept[(size_t)row * head->roots + r]) {
+                if (!head->root_live[r]) continue;
+                float score = head->root_score[(size_t)vector * head->roots + r] -
+                              logf((float)head->root_live[r]);
+                best = score > best ? score : best;
+                continue;
+            }
+            size_t entry = lookup_entry_of(head, r, row);
+            const float *score = head->leaf_score + head->score_at[entry] + (size_t)j * count;
+            for (uint32_t l = 0; l < count; l++) {
+                uint32_t live = head->leaf_live[head->leaf_at[r] + l];
+                if (!live || head->leaf_mask[entry] >> l & 1) continue;
+                float mean = score[l] - logf((float)live);
+                best = mean > best ? mean : best;
+            }
+        }
+    }
+    return best;
+}
+
+/* Adds, for each token that this vector has scored, exp(logit - max) to its segment. */
+static void add_tokens(const loci_lookup *lookup, uint32_t kv_head, uint32_t vector, float max,
+                       float *sums) {
+    const lookup_head *head = &lookup->heads[kv_head];
+    uint32_t row = vector / lookup->group, j = vector % lookup->group;
+    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
+        const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
+        for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
+            uint32_t r = pair->root_base + i;
+            if (!head->root_kept[(size_t)row * head->roots + r]) continue;
+            size_t entry = lookup_entry_of(head, r, row);
+            size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
+            const loci_node *root = loci_pair_root(pair->blob, i);
+            const float *score = head->token_score + head->token_at[entry] + j * tokens;
+            for (uint32_t l = 0; l < root->count; l++) {
+                if (!(head->leaf_mask[entry] >> l & 1)) continue;
+                const loci_node *leaf = loci_pair_leaf(pair->blob, root->begin + l);
+                const uint32_t *slots = loci_leaf_slots(pair->blob, leaf);
+                float weight[LOCI_LEAF_TOKENS_MAX];
+                lookup->kernels->exp_sub(weight, score, leaf->count, max);
+                for (uint32_t t = 0; t < leaf->count; t++) {
+                    uint32_t segment = LOCI_SLOT_SEGMENT(slots[t]);
+                    if (segment < pair->extent->segments)
+                        sums[pair->extent->segment_base + segment] += weight[t];
+                }
+                score += leaf->count;
+            }
+        }
+    }
+}
+
+static float max_logit(const loci_lookup *lookup, uint32_t kv_head, uint32_t vector) {
+    const lookup_head *head = &lookup->heads[kv_head];
+    uint32_t row = vector / lookup->group, j = vector % lookup->group;
+    float best = -INFINITY;
+    for (uint32_t r = 0; r < head->roots; r++) {
+        if (!head->root_kept[(size_t)row * head->roots + r]) continue;
+        size_t entry = lookup_entry_of(head, r, row);
+        size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
+        float top =
+            lookup->kernels->max(head->token_score + head->token_at[entry] + j * tokens, tokens);
+        best = top > best ? top : best;
+    }
+    return best;
+}
+
+/* One row: gain[segment] = sum over heads of log(1 + sum / floor). */
+static void gain_task(void *arg, size_t index, unsigned thread) {
+    rank_job *job = arg;
+    loci_lookup *lookup = job->lookup;
+    uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
+    float *gain = job->gain + index * job->all, *sums = lookup->scratch[thread];
+    float sink[LOCI_LANES];
+    memset(gain, 0, job->all * sizeof *gain);
+    for (uint32_t j = 0; j < lookup->group; j++) {
+        uint32_t vector = row * lookup->group + j;
+        float max = max_logit(lookup, h, vector), floor = floor_of(lookup, h, vector);
+        if (max == -INFINITY) continue;
+        sink_logits(lookup, h, vector / LOCI_LANES, sink);
+        floor = sink[vector % LOCI_LANES] > floor ? sink[vector % LOCI_LANES] : floor;
+        floor = floor > max - FLOOR_BELOW ? floor : max - FLOOR_BELOW;
+        memset(sums, 0, job->all * sizeof *sums);
+        add_tokens(lookup, h, vector, max, sums);
+        float inverse = expf(max - floor);
+        for (uint32_t s = 0; s < job->all; s++)
+            if (sums[s] > 0.0f) gain[s] += log1pf(sums[s] * inverse);
+    }
+}
+
+typedef struct ranked {
+    float score;
+    uint32_t segment;
+} ranked;
+
+static int compare_ranked(const void *a, const void *b) {
+    const ranked *x = a, *y = b;
+    if (x->score != y->score) return x->score > y->score ? -1 : 1;
+    return x->segment < y->segment ? -1 : x->segment > y->segment;
+}
+
+/* Appends the best of n, those with a score above -INFINITY, up to `limit` in *count. */
+static void take_best(ranked *list, uint32_t n, uint32_t limit, uint32_t *segments,
+                      uint32_t *count) {
+    qsort(list, n, sizeof *list, compare_ranked);
+    for (uint32_t i = 0; i < n && *count < limit && list[i].score > -INFINITY; i++)
+        segments[(*count)++] = list[i].segment;
+}
+
+/* Scores segments [first, first + n) and appends the best. */
+static bool take_scored(loci_stream *stream, loci_lookup *lookup, uint32_t first, uint32_t n,
+                        uint32_t limit, bool codes, uint32_t *segments, uint32_t *count) {
+    uint32_t *numbers = lookup_alloc(lookup, n * sizeof *numbers);
+    float *scores = lookup_alloc(lookup, n * sizeof *scores);
+    ranked *list = lookup_alloc(lookup, n * sizeof *list);
+    if (!numbers || !scores || !list) {
+        lookup_no_memory(stream, lookup);
+        return false;
+    }
+    for (uint32_t i = 0; i < n; i++) numbers[i] = first + i;
+    score_listed(stream, lookup, numbers, n, scores, codes);
+    if (stream->error.status != LOCI_OK) return false;
+    for (uint32_t i = 0; i < n; i++) list[i] = (ranked){scores[i], first + i};
+    take_best(list, n, limit, segments, count);
+    return true;
+}
+
+static void take_gained(loci_stream *stream, loci_lookup *lookup, uint32_t limit,
+                        uint32_t *segments, uint32_t *count) {
+    uint32_t all = lookup->corpus->flat_segment_base, n = 0;
+    size_t tasks = (size_t)lookup->kv_heads * lookup->rows;
+    rank_job job = {.lookup = lookup, .all = all};
+    job.gain = lookup_alloc(lookup, tasks * all * sizeof *job.gain);
+    ranked *list = lookup_alloc(lookup, all * sizeof *list);
+    if (!job.gain || !list || !lookup_scratch(lookup, all)) {
+        lookup_no_memory(stream, lookup);
+        return;
+    }
+    loci_pool_run(lookup->cpu->pool, tasks, gain_task, &job);
+    for (uint32_t s = 0; s < all; s++) {
+        double sum = 0.0;
+        for (size_t i = 0; i < tasks; i++) sum += (double)job.gain[i * all + s];
+        if (sum > 0.0) list[n++] = (ranked){(float)sum, s};
+    }
+    take_best(list, n, limit, segments, count);
+}
+
+void loci_cpu_lookup_candidates(loci_stream *stream, loci_lookup *lookup, uint32_t limit,
+                                uint32_t *segments, uint32_t *count) {
+    *count = 0;
+    if (!lookup->ready || stream->error.status != LOCI_OK) return;
+    const loci_corpus_view *corpus = lookup->corpus;
+    uint32_t flat = corpus->flat_segments, flat_base = corpus->flat_segment_base;
+    if (flat < limit / 2) {
+        for (uint32_t i = 0; i < flat; i++) segments[(*count)++] = flat_base + i;
+    } else if (!take_scored(stream, lookup, flat_base, flat, limit / 2, false, segments, count)) {
+        return;
+    }
+    if (lookup->tokens_scored)
+        take_gained(stream, lookup, limit, segments, count);
+    else /* nothing was scored: dense and squeezed rank all segments */
+        (void)take_scored(stream, lookup, 0, flat_base, limit, true, segments, count);
+}

@@ -1,0 +1,448 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Exact attention over selected tokens, the estimated tail, and the share of segments.
+ *
+ * One task walks the selected leaves of one pair, each leaf once for all rows that need any of
+ * its tokens; what it has summed for each vector is merged over extents in their order.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "attention/cpu/lookup.h"
+
+#define TOKENS LOCI_LEAF_TOKENS_MAX
+
+/* Selected tokens of one leaf. */
+typedef struct leaf_work {
+    loci_lookup *lookup;
+    lookup_pair *pair;
+    const loci_node *leaf;
+    uint32_t root, bit;    /* number of the root among the head's; of the leaf in the root */
+    uint32_t n;            /* tokens that some row needs */
+    uint8_t index[TOKENS]; /* their places in the leaf */
+    float k[TOKENS * LOCI_HEAD_DIM_MAX], v[TOKENS * LOCI_HEAD_DIM_MAX];
+    float logits[TOKENS * LOCI_LANES];
+    uint32_t allowed[LOCI_LANES]; /* tokens of the leaf that a lane's row selected */
+} leaf_work;
+
+typedef struct partial {
+    loci_lane_softmax *state; /* [blocks] */
+    float *o;                 /* [vectors][dim] */
+} partial;
+
+typedef struct attend_job {
+    loci_lookup *lookup;
+    partial *partials; /* [pairs] */
+    float *out, *lse;
+    uint32_t out_stride;
+    const float *total_lse;
+    uint32_t row_begin;
+    double *mass; /* [segments of the view] */
+} attend_job;
+
+static partial partial_of(const attend_job *job, size_t index) {
+    return job->partials[index];
+}
+
+/* The mask words of a leaf: shared entries hold one for all rows. */
+static uint32_t mask_of(const lookup_head *head, size_t entry, uint32_t bit) {
+    uint64_t below = head->leaf_mask[entry] & ((1ull << bit) - 1);
+    return head->token_mask[head->mask_at[entry] + lookup_count_bits(below)];
+}
+
+/* Gathers, verifies and widens the tokens of `all`, a bit each. False when one is damaged. */
+static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
+    const uint8_t *blob = w->pair->blob;
+    uint32_t dim = w->lookup->dim;
+    if (!loci_leaf_check_kv_hashes(blob, w->leaf)) {
+        lookup_fault(w->pair, "KV hashes of the leaf at slot", w->leaf->begin);
+        return false;
+    }
+    const uint64_t *hashes = loci_leaf_kv_hashes(blob, w->leaf);
+    w->n = 0;
+    for (uint32_t t = 0; t < w->leaf->count; t++) {
+        if (!(all >> t & 1)) continue;
+        if (!loci_slot_check_kv(blob, w->leaf->begin + t, hashes[t])) {
+            lookup_fault(w->pair, "KV of slot", w->leaf->begin + t);
+            return false;
+        }
+        const uint16_t *row = loci_slot_kv(blob, w->leaf->begin + t);
+        w->lookup->kernels->widen(w->k + (size_t)w->n * dim, row, dim);
+        if (values) w->lookup->kernels->widen(w->v + (size_t)w->n * dim, row + dim, dim);
+        w->index[w->n++] = (uint8_t)t;
+    }
+    return true;
+}
+
+/* Which tokens each lane of a block selected; false if none did. */
+static bool set_allowed(leaf_work *w, uint32_t block, uint32_t shared_mask) {
+    const loci_lookup *lookup = w->lookup;
+    const lookup_head *head = &lookup->heads[w->pair->kv_head];
+    memset(w->allowed, 0, sizeof w->allowed);
+    if (lookup_shared(lookup)) {
+        for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++)
+            w->allowed[l] = shared_mask;
+        return shared_mask != 0;
+    }
+    size_t first, last;
+    uint32_t any = 0;
+    lookup_block_entries(lookup, head, head->entry_begin[w->root], head->entry_begin[w->root + 1],
+                         block, &first, &last);
+    for (size_t e = first; e < last; e++) {
+        if (!(head->leaf_mask[e] >> w->bit & 1)) continue;
+        uint32_t mask = mask_of(head, e, w->bit);
+        any |= mask;
+        for (uint32_t j = 0; j < lookup->group; j++) {
+            uint32_t vector = head->entry_row[e] * lookup->group + j;
+            if (vector / LOCI_LANES == block) w->allowed[vector % LOCI_LANES] = mask;
+        }
+    }
+    return any != 0;
+}
+
+/* Exact logits of a block's lanes, -INFINITY where a lane's row did not select the token. */
+static void score_block(leaf_work *w, uint32_t block) {
+    const loci_lookup *lookup = w->lookup;
+    lookup->kernels->dot_f32(w->logits, w->k, w->n, lookup->dim,
+                             lookup->q_lanes + lookup_lane_at(lookup, w->pair->kv_head, block));
+    for (uint32_t t = 0; t < w->n; t++)
+        for (uint32_t l = 0; l < LOCI_LANES; l++)
+            if (!(w->allowed[l] >> w->index[t] & 1)) w->logits[t * LOCI_LANES + l] = -INFINITY;
+}
+
+/* Adds n tokens (or means) with these logits and values to the partial results of a block.
+ * allowed, unless NULL, is 0 for the lanes that have none of them. */
+static void add_block(const loci_lookup *lookup, const partial *part, uint32_t block, float *logits,
+                      const float *v, uint32_t n, const uint32_t *allowed) {
+    loci_lane_softmax *state = &part->state[block];
+    lookup->kernels->softmax_lanes(logits, n, state);
+    for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++) {
+        if (state->max[l] == -INFINITY || (allowed && !allowed[l])) continue;
+        float *o = part->o + (size_t)(block * LOCI_LANES + l) * lookup->dim;
+        lookup->kernels->add_values(o, state->keep[l], logits + l, v, n, lookup->dim);
+    }
+}
+
+typedef void (*leaf_fn)(attend_job *job, leaf_work *work, uint32_t block, size_t index);
+
+/* Calls fn for each selected leaf of a pair and each block of lanes with a stake in it. */
+static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn) {
+    loci_lookup *lookup = job->lookup;
+    lookup_pair *pair = &lookup->pairs[index];
+    const lookup_head *head = &lookup->heads[pair->kv_head];
+    uint32_t roots = loci_pair_header_of(pair->blob)->roots;
+    leaf_work w;
+    w.lookup = lookup;
+    w.pair = pair;
+    for (uint32_t i = 0; i < roots; i++) {
+        const loci_node *root = loci_pair_root(pair->blob, i);
+        w.root = pair->root_base + i;
+        for (w.bit = 0; w.bit < root->count; w.bit++) {
+            uint32_t all = 0;
+            for (size_t e = head->entry_begin[w.root]; e < head->entry_begin[w.root + 1]; e++)
+                if (head->leaf_mask[e] >> w.bit & 1) all |= mask_of(head, e, w.bit);
+            if (!all) continue;
+            w.leaf = loci_pair_leaf(pair->blob, root->begin + w.bit);
+            if (!load_tokens(&w, all, values)) return;
+            if (values) {
+                size_t hashes = w.leaf->count * sizeof(uint64_t);
+                pair->stats.kv_bytes += w.n * 4u * lookup->dim + hashes;
+                pair->stats.kv_leaf_bytes += w.leaf->count * 4u * lookup->dim + hashes;
+            }
+            for (uint32_t b = 0; b < lookup->blocks; b++) {
+                if (!set_allowed(&w, b, all)) continue;
+                score_block(&w, b);
+                fn(job, &w, b, index);
+            }
+        }
+    }
+}
+
+static void attend_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
+    partial part = partial_of(job, index);
+    add_block(w->lookup, &part, block, w->logits, w->v, w->n, w->allowed);
+}
+
+/* --- the tail -------------------------------------------------------------------------- */
+
+static bool widen_means(lookup_pair *pair, const loci_lookup *lookup, uint32_t first,
+                        uint32_t count, uint64_t hash, float *out) {
+    const uint16_t *means = loci_pair_value_mean(pair->blob, first);
+    lookup->kernels->widen(out, means, (size_t)count * lookup->dim);
+    pair->stats.tail_bytes += (size_t)count * 2 * lookup->dim;
+    return !hash || loci_hash_bytes(means, (size_t)count * 2 * lookup->dim) == hash;
+}
+
+/* Roots that a row does not keep. */
+static void add_root_tail(attend_job *job, size_t index) {
+    const loci_lookup *lookup = job->lookup;
+    lookup_pair *pair = &job->lookup->pairs[index];
+    const lookup_head *head = &lookup->heads[pair->kv_head];
+    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    partial part = partial_of(job, index);
+    float means[TOKENS * LOCI_HEAD_DIM_MAX], logits[TOKENS * LOCI_LANES];
+    size_t bytes = (size_t)header->roots * 2 * lookup->dim;
+    if (loci_hash_bytes(loci_pair_value_mean(pair->blob, 0), bytes) != header->hash_root_values) {
+        lookup_fault(pair, "value means of roots from", 0);
+        return;
+    }
+    for (uint32_t i = 0; i < header->roots; i += TOKENS) {
+        uint32_t n = header->roots - i < TOKENS ? header->roots - i : TOKENS;
+        (void)widen_means(pair, lookup, i, n, 0, means);
+        for (uint32_t b = 0; b < lookup->blocks; b++) {
+            for (uint32_t t = 0; t < n; t++) {
+                size_t root = pair->root_base + i + t;
+                for (uint32_t l = 0; l < LOCI_LANES; l++) {
+                    uint32_t vector = b * LOCI_LANES + l;
+                    float score = -INFINITY;
+                    if (vector < lookup->vectors &&
+                        !head->root_kept[vector / lookup->group * (size_t)head->roots + root])
+                        score = head->root_score[(size_t)vector * head->roots + root];
+                    logits[t * LOCI_LANES + l] = score;
+                }
+            }
+            add_block(lookup, &part, b, logits, means, n, NULL);
+        }
+    }
+}
+
+/* The log of the estimated mass of a kept leaf's tokens that were not selected. */
+static float unselected_mass(const float *score, uint32_t count, uint32_t mask) {
+    float max = -INFINITY, sum = 0.0f;
+    for (uint32_t t = 0; t < count; t++)
+        if (!(mask >> t & 1) && score[t] > max) max = score[t];
+    if (max == -INFINITY) return max;
+    for (uint32_t t = 0; t < count; t++)
+        if (!(mask >> t & 1)) sum += expf(score[t] - max);
+    return max + logf(sum);
+}
+
+/* What the leaves of a root leave unread, for one entry and head: logits [leaf][16], lane set. */
+static void leaf_tail_logits(const lookup_head *head, const lookup_pair *pair,
+                             const loci_node *root, size_t entry, uint32_t j, uint32_t group,
+                             float *logits) {
+    const float *leaf_score = head->leaf_score + head->score_at[entry] + (size_t)j * root->count;
+    size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / group;
+    const float *score = head->token_score + head->token_at[entry] + j * tokens;
+    const uint32_t *mask = head->token_mask + head->mask_at[entry];
+    for (uint32_t l = 0; l < root->count; l++) {
+        if (!(head->leaf_mask[entry] >> l & 1)) {
+            logits[l * LOCI_LANES] = leaf_score[l];
+            continue;
+        }
+        uint32_t count = loci_pair_leaf(pair->blob, root->begin + l)->count;
+        logits[l * LOCI_LANES] = unselected_mass(score, count, *mask++);
+        score += count;
+    }
+}
+
+static void add_leaf_tail(attend_job *job, size_t index) {
+    const loci_lookup *lookup = job->lookup;
+    lookup_pair *pair = &job->lookup->pairs[index];
+    const lookup_head *head = &lookup->heads[pair->kv_head];
+    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    partial part = partial_of(job, index);
+    float means[LOCI_ROOT_LEAVES_MAX * LOCI_HEAD_DIM_MAX];
+    float logits[LOCI_ROOT_LEAVES_MAX * LOCI_LANES];
+    for (uint32_t i = 0; i < header->roots; i++) {
+        const loci_node *root = loci_pair_root(pair->blob, i);
+        size_t begin = head->entry_begin[pair->root_base + i];
+        size_t end = head->entry_begin[pair->root_base + i + 1];
+        if (begin == end) continue;
+        if (!widen_means(pair, lookup, header->roots + root->begin, root->count, root->hash_kv,
+                         means)) {
+            lookup_fault(pair, "value means of root", i);
+            return;
+        }
+        for (uint32_t b = 0; b < lookup->blocks; b++) {
+            size_t first, last;
+            lookup_block_entries(lookup, head, begin, end, b, &first, &last);
+            if (first == last) continue;
+            for (uint32_t x = 0; x < root->count * LOCI_LANES; x++) logits[x] = -INFINITY;
+            for (size_t e = first; e < last; e++) {
+                for (uint32_t j = 0; j < lookup->group; j++) {
+                    uint32_t vector = head->entry_row[e] * lookup->group + j;
+                    if (vector / LOCI_LANES == b)
+                        leaf_tail_logits(head, pair, root, e, j, lookup->group,
+                                         logits + vector % LOCI_LANES);
+                }
+            }
+            add_block(lookup, &part, b, logits, means, root->count, NULL);
+        }
+    }
+}
+
+/* --- attend ---------------------------------------------------------------------------- */
+
+static void attend_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    attend_job *job = arg;
+    loci_lookup *lookup = job->lookup;
+    partial part = partial_of(job, index);
+    for (uint32_t b = 0; b < lookup->blocks; b++) {
+        for (uint32_t l = 0; l < LOCI_LANES; l++) part.state[b].max[l] = -INFINITY;
+        memset(part.state[b].sum, 0, sizeof part.state[b].sum);
+    }
+    memset(part.o, 0, (size_t)lookup->vectors * lookup->dim * sizeof *part.o);
+    walk_selected(job, index, true, attend_leaf);
+    if (!lookup->params.estimate_tail || lookup->mode != LOCI_MODE_HIERARCHICAL) return;
+    add_root_tail(job, index);
+    add_leaf_tail(job, index);
+}
+
+/* Joins the extents' parts of one row of one KV head. */
+static void join_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    attend_job *job = arg;
+    const loci_lookup *lookup = job->lookup;
+    uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
+    uint32_t extents = lookup->corpus->extent_count, dim = lookup->dim;
+    for (uint32_t j = 0; j < lookup->group; j++) {
+        uint32_t vector = row * lookup->group + j, head = h * lookup->group + j;
+        float *out = job->out + (size_t)row * job->out_stride + (size_t)head * dim;
+        float max = -INFINITY, sum = 0.0f;
+        memset(out, 0, dim * sizeof *out);
+        for (uint32_t e = 0; e < extents; e++) {
+            partial part = partial_of(job, (size_t)e * lookup->kv_heads + h);
+            float other = part.state[vector / LOCI_LANES].max[vector % LOCI_LANES];
+            max = other > max ? other : max;
+        }
+        for (uint32_t e = 0; e < extents && max > -INFINITY; e++) {
+            partial part = partial_of(job, (size_t)e * lookup->kv_heads + h);
+            const loci_lane_softmax *state = &part.state[vector / LOCI_LANES];
+            float weight = expf(state->max[vector % LOCI_LANES] - max);
+            sum += state->sum[vector % LOCI_LANES] * weight;
+            lookup->kernels->axpy(out, part.o + (size_t)vector * dim, dim, weight);
+        }
+        for (uint32_t i = 0; i < dim && sum > 0.0f; i++) out[i] /= sum;
+        job->lse[(size_t)row * lookup->q_heads + head] = sum > 0.0f ? max + logf(sum) : -INFINITY;
+    }
+}
+
+/* The pool hands out one argument; tasks of this file need the job, not the look-up. */
+static void run_pairs(loci_stream *stream, attend_job *job, loci_pool_fn fn) {
+    loci_lookup *lookup = job->lookup;
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    loci_pool_run(lookup->cpu->pool, pairs, fn, job);
+    lookup_report(stream, lookup);
+}
+
+void loci_cpu_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
+                            uint32_t out_stride, loci_ref lse) {
+    if (!lookup->ready || !lookup->tokens_selected) return;
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    size_t last = (size_t)(lookup->rows - 1) * out_stride + (size_t)lookup->q_heads * lookup->dim;
+    attend_job job = {
+        .lookup = lookup,
+        .partials = lookup_alloc(lookup, pairs * sizeof *job.partials),
+        .out = loci_cpu_ptr(out, last * sizeof(float)),
+        .out_stride = out_stride,
+        .lse = loci_cpu_ptr(lse, (size_t)lookup->rows * lookup->q_heads * sizeof(float)),
+    };
+    bool ok = job.partials != NULL;
+    for (size_t i = 0; ok && i < pairs; i++) {
+        partial *part = &job.partials[i];
+        part->state = lookup_alloc(lookup, lookup->blocks * sizeof *part->state);
+        part->o = lookup_alloc(lookup, (size_t)lookup->vectors * lookup->dim * sizeof *part->o);
+        ok = part->state && part->o;
+    }
+    if (!ok) {
+        lookup_no_memory(stream, lookup);
+        return;
+    }
+    run_pairs(stream, &job, attend_task);
+    if (!lookup->ready) return;
+    loci_pool_run(lookup->cpu->pool, (size_t)lookup->kv_heads * lookup->rows, join_task, &job);
+}
+
+/* --- attribution ----------------------------------------------------------------------- */
+
+static void attribute_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
+    (void)index;
+    const loci_lookup *lookup = w->lookup;
+    const loci_extent_view *extent = w->pair->extent;
+    const uint32_t *slots = loci_leaf_slots(w->pair->blob, w->leaf);
+    for (uint32_t l = 0; l < LOCI_LANES; l++) {
+        uint32_t vector = block * LOCI_LANES + l, row = vector / lookup->group;
+        if (!w->allowed[l] || row < job->row_begin) continue;
+        uint32_t head = w->pair->kv_head * lookup->group + vector % lookup->group;
+        float total = job->total_lse[(size_t)row * lookup->q_heads + head];
+        for (uint32_t t = 0; t < w->n; t++) {
+            uint32_t segment = LOCI_SLOT_SEGMENT(slots[w->index[t]]);
+            if (segment >= extent->segments) continue;
+            float weight = expf(w->logits[t * LOCI_LANES + l] - total);
+            job->mass[extent->segment_base + segment] += (double)weight;
+        }
+    }
+}
+
+/* Verifies the slots (they stand with the codes) before they name a segment. */
+static void attribute_verified(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
+    if (!loci_leaf_check_codes(w->pair->blob, w->leaf)) {
+        lookup_fault(w->pair, "codes of the leaf at slot", w->leaf->begin);
+        return;
+    }
+    attribute_leaf(job, w, block, index);
+}
+
+/* All KV heads of one extent, in order: they add to the same segments. */
+static void attribute_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    attend_job *job = arg;
+    for (uint32_t h = 0; h < job->lookup->kv_heads; h++)
+        walk_selected(job, index * job->lookup->kv_heads + h, false, attribute_verified);
+}
+
+/* The flat part is always read whole; one flat segment. */
+static void attribute_flat_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    attend_job *job = arg;
+    const loci_lookup *lookup = job->lookup;
+    const loci_corpus_view *corpus = lookup->corpus;
+    const uint16_t *keys = (const void *)corpus->flat_k[lookup->layer]->data;
+    uint32_t dim = lookup->dim;
+    float k[LOCI_HEAD_DIM_MAX], logits[LOCI_LANES];
+    double sum = 0.0;
+    for (uint32_t t = corpus->flat_segment_begin[index]; t < corpus->flat_segment_begin[index + 1];
+         t++) {
+        for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+            lookup->kernels->widen(k, keys + ((size_t)t * lookup->kv_heads + h) * dim, dim);
+            for (uint32_t b = 0; b < lookup->blocks; b++) {
+                lookup->kernels->dot_f32(logits, k, 1, dim,
+                                         lookup->q_lanes + lookup_lane_at(lookup, h, b));
+                for (uint32_t l = 0; l < LOCI_LANES; l++) {
+                    uint32_t vector = b * LOCI_LANES + l, row = vector / lookup->group;
+                    if (vector >= lookup->vectors || row < job->row_begin) continue;
+                    uint32_t head = h * lookup->group + vector % lookup->group;
+                    float total = job->total_lse[(size_t)row * lookup->q_heads + head];
+                    sum += (double)expf(logits[l] - total);
+                }
+            }
+        }
+    }
+    job->mass[corpus->flat_segment_base + index] += sum;
+}
+
+void loci_cpu_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                        uint32_t row_begin, loci_ref mass) {
+    if (!lookup->ready || !lookup->tokens_selected) return;
+    const loci_corpus_view *corpus = lookup->corpus;
+    size_t segments = (size_t)corpus->flat_segment_base + corpus->flat_segments;
+    float *to = loci_cpu_ptr(mass, segments * sizeof *to);
+    attend_job job = {
+        .lookup = lookup,
+        .total_lse =
+            loci_cpu_ptr(total_lse, (size_t)lookup->rows * lookup->q_heads * sizeof(float)),
+        .row_begin = row_begin,
+        .mass = lookup_alloc(lookup, segments * sizeof *job.mass),
+    };
+    if (!job.mass) {
+        lookup_no_memory(stream, lookup);
+        return;
+    }
+    memset(job.mass, 0, segments * sizeof *job.mass);
+    loci_pool_run(lookup->cpu->pool, corpus->extent_count, attribute_task, &job);
+    if (!lookup_report(stream, lookup)) return;
+    loci_pool_run(lookup->cpu->pool, corpus->flat_segments, attribute_flat_task, &job);
+    for (size_t s = 0; s < segments; s++) to[s] += (float)job.mass[s];
+}

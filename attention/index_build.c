@@ -1,0 +1,389 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Builds the blob of one pair: keys -> roots -> leaves -> nodes, codes, hashes and KV.
+ *
+ * Top down: all keys are clustered into about tokens / 512 roots, the keys of each root into
+ * leaves of about 16; groups that are too large are cut in two. Everything parallel works on
+ * one root (or one block of positions) alone, so that bytes depend on the arguments only.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/index_layout.h"
+#include "attention/kmeans.h"
+#include "base/pool.h"
+
+#define KEY_LIMIT 1e15f /* far beyond any model's; keeps squares and sums finite in f32 */
+#define ROOT_TOKENS (LOCI_LEAF_TOKENS * LOCI_ROOT_LEAVES)
+#define ROOT_TOKENS_MAX (ROOT_TOKENS * 3 / 2) /* leaves room below LOCI_ROOT_LEAVES_MAX */
+#define ROUNDS_DEFAULT 10
+/* Codes reach 2.7 standard deviations: cutting the rare outliers costs less than the coarser
+ * steps that covering them would need. */
+#define CODE_REACH 2.7
+
+typedef struct build_root {
+    uint32_t begin, count;      /* ids */
+    uint32_t leaves, leaf_base; /* number, and index of the first */
+} build_root;
+
+typedef struct build {
+    const uint16_t *k, *v;
+    const uint32_t *slots;
+    uint32_t tokens, dim;
+    loci_pair_build_options options;
+    loci_pool *pool;
+    float *mean, *scale; /* [dim] */
+    float *x;            /* [tokens][dim] keys less mean */
+    loci_points points;
+    uint32_t *ids, *scratch; /* [tokens] */
+    uint32_t *leaf_ends;     /* [tokens]: ends of leaves, per root from its begin, relative to it */
+    build_root *roots;       /* [tokens] */
+    uint32_t root_count;
+    loci_error *root_error; /* [root_count] */
+    uint8_t *blob;
+} build;
+
+static void for_each(build *b, size_t count, loci_pool_fn fn) {
+    if (b->pool) {
+        loci_pool_run(b->pool, count, fn, b);
+    } else {
+        for (size_t i = 0; i < count; i++) fn(b, i, 0);
+    }
+}
+
+static loci_status check_input(const build *b, loci_error *err) {
+    if (b->tokens == 0 || b->tokens > LOCI_EXTENT_TOKENS_MAX)
+        return loci_fail(err, LOCI_E_INVAL, "an extent holds 1 to %u tokens, not %u",
+                         LOCI_EXTENT_TOKENS_MAX, b->tokens);
+    if (b->dim == 0 || b->dim > LOCI_HEAD_DIM_MAX || b->dim % 16 != 0)
+        return loci_fail(err, LOCI_E_INVAL, "head_dim %u is not a multiple of 16 up to %u", b->dim,
+                         LOCI_HEAD_DIM_MAX);
+    size_t values = (size_t)b->tokens * b->dim;
+    for (size_t i = 0; i < values; i++) {
+        /* Written so that NaN fails too. */
+        bool key = fabsf(loci_bf16_to_f32(b->k[i])) < KEY_LIMIT;
+        bool value = fabsf(loci_bf16_to_f32(b->v[i])) < KEY_LIMIT;
+        if (!key || !value)
+            return loci_fail(err, LOCI_E_INVAL, "%s of token %zu, channel %zu is not finite",
+                             key ? "value" : "key", i / b->dim, i % b->dim);
+    }
+    return LOCI_OK;
+}
+
+static loci_status alloc_all(build *b, uint8_t **code, float **length, loci_error *err) {
+    size_t n = b->tokens, values = n * b->dim;
+    b->mean = calloc(2 * b->dim, sizeof *b->mean);
+    b->scale = b->mean ? b->mean + b->dim : NULL;
+    b->x = malloc(values * sizeof *b->x);
+    *code = malloc(values);
+    *length = malloc(n * sizeof **length);
+    b->ids = malloc(2 * n * sizeof *b->ids);
+    b->scratch = malloc((2 * n + 2) * sizeof *b->scratch);
+    b->leaf_ends = malloc(n * sizeof *b->leaf_ends);
+    b->roots = calloc(n, sizeof *b->roots);
+    if (b->mean && b->x && *code && *length && b->ids && b->scratch && b->leaf_ends && b->roots)
+        return LOCI_OK;
+    return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
+}
+
+/* Mean and code scale of each channel, in double and in position order. */
+static void centre_keys(build *b) {
+    double sum[LOCI_HEAD_DIM_MAX] = {0}, squares[LOCI_HEAD_DIM_MAX] = {0};
+    float top[LOCI_HEAD_DIM_MAX] = {0};
+    size_t dim = b->dim;
+    for (size_t t = 0; t < b->tokens; t++)
+        for (size_t i = 0; i < dim; i++) sum[i] += (double)loci_bf16_to_f32(b->k[t * dim + i]);
+    for (size_t i = 0; i < dim; i++) b->mean[i] = (float)(sum[i] / b->tokens);
+    for (size_t t = 0; t < b->tokens; t++) {
+        for (size_t i = 0; i < dim; i++) {
+            float x = loci_bf16_to_f32(b->k[t * dim + i]) - b->mean[i];
+            b->x[t * dim + i] = x;
+            squares[i] += (double)x * (double)x;
+            top[i] = fabsf(x) > top[i] ? fabsf(x) : top[i];
+        }
+    }
+    for (size_t i = 0; i < dim; i++) {
+        float reach = (float)(CODE_REACH * sqrt(squares[i] / b->tokens));
+        b->scale[i] = (reach < top[i] ? reach : top[i]) / 7.5f;
+    }
+}
+
+/* Clusters all keys into roots. */
+static loci_status make_roots(build *b, loci_error *err) {
+    uint32_t n = b->tokens, *group = b->ids + n, *begin = b->scratch + n;
+    uint32_t k = (n + ROOT_TOKENS - 1) / ROOT_TOKENS, ends_count = 0;
+    for (uint32_t i = 0; i < n; i++) b->ids[i] = i;
+    LOCI_TRY(loci_kmeans(&b->points, b->ids, n, k, b->options.iterations, b->options.seed, b->pool,
+                         group, err));
+    loci_group(b->ids, group, n, k, begin, b->scratch);
+    uint32_t *ends = group; /* free again */
+    for (uint32_t c = 0; c < k; c++)
+        LOCI_TRY(loci_kmeans_cut(&b->points, b->ids + begin[c], begin[c + 1] - begin[c],
+                                 ROOT_TOKENS_MAX, b->options.seed + c, ends, &ends_count, err));
+    for (uint32_t i = 0; i < ends_count; i++) {
+        uint32_t from = i ? ends[i - 1] : 0;
+        b->roots[i] = (build_root){.begin = from, .count = ends[i] - from};
+    }
+    b->root_count = ends_count;
+    return LOCI_OK;
+}
+
+static int compare_ids(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Clusters the keys of one root into leaves; tokens of a leaf stand in position order. */
+static void make_leaves(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    build_root *root = &b->roots[index];
+    loci_error *err = &b->root_error[index];
+    uint32_t n = root->count, k = (n + LOCI_LEAF_TOKENS - 1) / LOCI_LEAF_TOKENS;
+    uint32_t *ids = b->ids + root->begin, *ends = b->leaf_ends + root->begin;
+    uint32_t *group = malloc((2 * (size_t)n + k + 1) * sizeof *group);
+    if (!group) {
+        (void)loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", n);
+        return;
+    }
+    uint32_t *scratch = group + n, *begin = group + 2 * (size_t)n;
+    uint64_t seed = b->options.seed + index;
+    loci_status status;
+    LOCI_TRY_GOTO(loci_kmeans(&b->points, ids, n, k, b->options.iterations, seed, NULL, group, err),
+                  out);
+    loci_group(ids, group, n, k, begin, scratch);
+    for (uint32_t c = 0; c < k; c++)
+        LOCI_TRY_GOTO(loci_kmeans_cut(&b->points, ids + begin[c], begin[c + 1] - begin[c],
+                                      LOCI_LEAF_TOKENS_MAX, seed + c, ends, &root->leaves, err),
+                      out);
+    for (uint32_t i = 0; i < root->leaves; i++) {
+        uint32_t from = i ? ends[i - 1] : 0;
+        qsort(ids + from, ends[i] - from, sizeof *ids, compare_ids);
+    }
+out:
+    free(group);
+}
+
+/* A root with more leaves than fit becomes several, in the order of its leaves. */
+static void cut_roots(build *b) {
+    uint32_t parts = 0;
+    for (uint32_t i = 0; i < b->root_count; i++)
+        parts += (b->roots[i].leaves + LOCI_ROOT_LEAVES_MAX - 1) / LOCI_ROOT_LEAVES_MAX;
+    uint32_t to = parts, leaves = 0;
+    for (uint32_t i = b->root_count; i-- > 0;) {
+        build_root root = b->roots[i];
+        uint32_t *ends = b->leaf_ends + root.begin;
+        uint32_t pieces = (root.leaves + LOCI_ROOT_LEAVES_MAX - 1) / LOCI_ROOT_LEAVES_MAX;
+        for (uint32_t p = pieces; p-- > 0;) {
+            uint32_t first = p * root.leaves / pieces, last = (p + 1) * root.leaves / pieces;
+            uint32_t from = first ? ends[first - 1] : 0;
+            build_root piece = {root.begin + from, ends[last - 1] - from, last - first, 0};
+            /* The ends move up to the piece's own beginning, last first; a piece has at least as
+             * many tokens as leaves, so later pieces, which are done, are not overwritten. */
+            for (uint32_t l = last; l-- > first;)
+                b->leaf_ends[piece.begin + l - first] = ends[l] - from;
+            b->roots[--to] = piece;
+        }
+    }
+    b->root_count = parts;
+    for (uint32_t i = 0; i < parts; i++) {
+        b->roots[i].leaf_base = leaves;
+        leaves += b->roots[i].leaves;
+    }
+}
+
+/* Centroid and variance of keys, and the mean of their values. */
+static void write_node(const build *b, const uint32_t *ids, uint32_t count, loci_node *node,
+                       uint16_t *value_mean) {
+    uint32_t dim = b->dim;
+    float centroid[LOCI_HEAD_DIM_MAX] = {0}, variance[LOCI_HEAD_DIM_MAX] = {0};
+    float value[LOCI_HEAD_DIM_MAX] = {0};
+    for (uint32_t t = 0; t < count; t++) {
+        for (uint32_t i = 0; i < dim; i++) {
+            centroid[i] += b->x[(size_t)ids[t] * dim + i];
+            value[i] += loci_bf16_to_f32(b->v[(size_t)ids[t] * dim + i]);
+        }
+    }
+    float share = 1.0f / (float)count, centroid_top = 0.0f, variance_top = 0.0f;
+    for (uint32_t i = 0; i < dim; i++) {
+        centroid[i] *= share;
+        value_mean[i] = loci_f32_to_bf16(value[i] * share);
+    }
+    for (uint32_t t = 0; t < count; t++) {
+        for (uint32_t i = 0; i < dim; i++) {
+            float off = b->x[(size_t)ids[t] * dim + i] - centroid[i];
+            variance[i] += off * off;
+        }
+    }
+    for (uint32_t i = 0; i < dim; i++) {
+        variance[i] *= share;
+        centroid_top = fabsf(centroid[i]) > centroid_top ? fabsf(centroid[i]) : centroid_top;
+        variance_top = variance[i] > variance_top ? variance[i] : variance_top;
+    }
+    node->centroid_scale = centroid_top / 127.0f;
+    node->variance_scale = variance_top / 255.0f;
+    node->tokens = count;
+    int8_t *c = (int8_t *)(node + 1);
+    uint8_t *s = (uint8_t *)(node + 1) + dim;
+    for (uint32_t i = 0; i < dim; i++) {
+        c[i] = (int8_t)(centroid_top > 0.0f ? rintf(centroid[i] / centroid_top * 127.0f) : 0.0f);
+        s[i] = (uint8_t)(variance_top > 0.0f ? rintf(variance[i] / variance_top * 255.0f) : 0.0f);
+    }
+}
+
+static void write_code(const build *b, uint32_t id, uint8_t *code) {
+    const float *x = b->x + (size_t)id * b->dim;
+    for (uint32_t i = 0; i < b->dim; i += 2) {
+        uint32_t pair = 0;
+        for (uint32_t j = 0; j < 2; j++) {
+            float scale = b->scale[i + j];
+            float level = scale > 0.0f ? floorf(x[i + j] / scale + 8.0f) : 8.0f;
+            uint32_t value = level < 0.0f ? 0u : level > 15.0f ? 15u : (uint32_t)level;
+            pair |= value << (4 * j);
+        }
+        code[i / 2] = (uint8_t)pair;
+    }
+}
+
+/* Nodes, codes, slots and KV of one leaf; ids are its tokens. */
+static void write_leaf(const build *b, uint32_t leaf_index, uint32_t first_slot,
+                       const uint32_t *ids, uint32_t count) {
+    const loci_pair_header *header = loci_pair_header_of(b->blob);
+    loci_node *leaf = (void *)(b->blob + header->leaves_at + leaf_index * loci_node_stride(b->dim));
+    uint16_t *mean = (void *)(b->blob + header->value_means_at +
+                              ((size_t)header->roots + leaf_index) * 2 * b->dim);
+    write_node(b, ids, count, leaf, mean);
+    leaf->begin = first_slot;
+    leaf->count = count;
+    uint8_t *codes = b->blob + header->codes_at + first_slot * loci_code_stride(b->dim);
+    uint32_t *slots = (void *)(codes + (size_t)count * (b->dim / 2));
+    uint64_t *hashes = (uint64_t *)(void *)(b->blob + header->kv_hashes_at) + first_slot;
+    for (uint32_t t = 0; t < count; t++) {
+        write_code(b, ids[t], codes + (size_t)t * (b->dim / 2));
+        slots[t] = b->slots[ids[t]];
+        uint16_t *row = (void *)(b->blob + header->kv_at + (size_t)(first_slot + t) * 4 * b->dim);
+        memcpy(row, b->k + (size_t)ids[t] * b->dim, b->dim * sizeof *row);
+        memcpy(row + b->dim, b->v + (size_t)ids[t] * b->dim, b->dim * sizeof *row);
+        hashes[t] = loci_hash_bytes(row, 2 * b->dim * sizeof *row);
+    }
+    leaf->hash_index = loci_hash_bytes(codes, count * loci_code_stride(b->dim));
+    leaf->hash_kv = loci_hash_bytes(hashes, count * sizeof *hashes);
+}
+
+static void write_root(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    const build_root *root = &b->roots[index];
+    const loci_pair_header *header = loci_pair_header_of(b->blob);
+    const uint32_t *ends = b->leaf_ends + root->begin;
+    for (uint32_t l = 0; l < root->leaves; l++) {
+        uint32_t from = root->begin + (l ? ends[l - 1] : 0);
+        write_leaf(b, root->leaf_base + l, from, b->ids + from, root->begin + ends[l] - from);
+    }
+    size_t stride = loci_node_stride(b->dim);
+    loci_node *node = (void *)(b->blob + header->roots_at + index * stride);
+    uint16_t *mean = (void *)(b->blob + header->value_means_at + index * 2 * b->dim);
+    write_node(b, b->ids + root->begin, root->count, node, mean);
+    node->begin = root->leaf_base;
+    node->count = root->leaves;
+    node->hash_index = loci_hash_bytes(b->blob + header->leaves_at + root->leaf_base * stride,
+                                       root->leaves * stride);
+    node->hash_kv = loci_hash_bytes(loci_pair_value_mean(b->blob, header->roots + root->leaf_base),
+                                    (size_t)root->leaves * 2 * b->dim);
+}
+
+static void write_positions(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    const loci_pair_header *header = loci_pair_header_of(b->blob);
+    uint32_t begin = (uint32_t)index * LOCI_POSITION_BLOCK;
+    uint32_t count =
+        b->tokens - begin < LOCI_POSITION_BLOCK ? b->tokens - begin : LOCI_POSITION_BLOCK;
+    uint8_t *codes = b->blob + header->position_codes_at + (size_t)begin * (b->dim / 2);
+    for (uint32_t t = 0; t < count; t++) write_code(b, begin + t, codes + (size_t)t * (b->dim / 2));
+    uint64_t *hashes = (void *)(b->blob + header->position_hashes_at);
+    hashes[index] = loci_hash_bytes(codes, (size_t)count * (b->dim / 2));
+}
+
+static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {
+    const build_root *last = &b->roots[b->root_count - 1];
+    loci_pair_shape shape = {b->dim, b->tokens, last->leaf_base + last->leaves, b->root_count,
+                             b->options.position_codes};
+    loci_pair_header header;
+    loci_pair_layout(&shape, &header);
+    /* Built apart and appended: the place in *out need not be aligned. */
+    b->blob = calloc(1, header.blob_bytes);
+    if (!b->blob)
+        return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
+    memcpy(b->blob, &header, sizeof header);
+    memcpy(b->blob + sizeof header, b->mean, 2 * b->dim * sizeof *b->mean);
+    for_each(b, b->root_count, write_root);
+    size_t blocks = (b->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
+    if (b->options.position_codes) {
+        for_each(b, blocks, write_positions);
+        header.hash_position_hashes =
+            loci_hash_bytes(b->blob + header.position_hashes_at, blocks * sizeof(uint64_t));
+    }
+    header.hash_roots =
+        loci_hash_bytes(b->blob + header.roots_at, header.roots * loci_node_stride(b->dim));
+    header.hash_root_values =
+        loci_hash_bytes(b->blob + header.value_means_at, (size_t)header.roots * 2 * b->dim);
+    memcpy(b->blob, &header, sizeof header);
+    *header_hash = loci_pair_header_hash(b->blob, b->dim);
+    loci_buf_append(out, b->blob, header.blob_bytes);
+    if (loci_buf_status(out) != LOCI_OK)
+        return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
+    return LOCI_OK;
+}
+
+loci_status loci_pair_build(const uint16_t *k, const uint16_t *v, const uint32_t *slots_of_position,
+                            uint32_t tokens, uint32_t head_dim,
+                            const loci_pair_build_options *options, loci_pool *pool, loci_buf *out,
+                            uint64_t *header_hash, loci_error *err) {
+    build b = {.k = k,
+               .v = v,
+               .slots = slots_of_position,
+               .tokens = tokens,
+               .dim = head_dim,
+               .options = *options,
+               .pool = pool};
+    if (b.options.iterations == 0) b.options.iterations = ROUNDS_DEFAULT;
+    uint8_t *code = NULL;
+    float *length = NULL;
+    loci_cpu_isa isa;
+    loci_status status;
+    LOCI_TRY(check_input(&b, err));
+    LOCI_TRY(loci_cpu_isa_detect(options->isa, &isa, err));
+    LOCI_TRY_GOTO(alloc_all(&b, &code, &length, err), out);
+    centre_keys(&b);
+    loci_points_quantise(b.x, tokens, head_dim, code, length);
+    b.points = (loci_points){b.x, code, length, head_dim, loci_corpus_kernels_of(isa)};
+    LOCI_TRY_GOTO(make_roots(&b, err), out);
+    b.root_error = calloc(b.root_count, sizeof *b.root_error);
+    if (!b.root_error) {
+        status = loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", tokens);
+        goto out;
+    }
+    for_each(&b, b.root_count, make_leaves);
+    for (uint32_t i = 0; i < b.root_count; i++) {
+        status = b.root_error[i].status;
+        if (status == LOCI_OK) continue;
+        if (err) *err = b.root_error[i];
+        goto out;
+    }
+    cut_roots(&b);
+    status = write_blob(&b, out, header_hash, err);
+out:
+    free(b.mean);
+    free(b.x);
+    free(code);
+    free(length);
+    free(b.ids);
+    free(b.scratch);
+    free(b.leaf_ends);
+    free(b.roots);
+    free(b.root_error);
+    free(b.blob);
+    return status;
+}

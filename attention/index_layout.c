@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Layout, checks and whole-blob readers of the pair blob; see index_layout.h and index.h.
+ */
+#include "attention/index_layout.h"
+
+#include <math.h>
+#include <string.h>
+#include <xxhash.h>
+
+_Static_assert(sizeof(loci_node) == 40, "the node is a format");
+_Static_assert(sizeof(loci_pair_header) == 128, "the header is a format");
+
+uint64_t loci_hash_bytes(const void *data, size_t bytes) {
+    return XXH3_64bits(data, bytes);
+}
+
+static size_t header_bytes(uint32_t head_dim) {
+    return sizeof(loci_pair_header) + 2u * sizeof(float) * (size_t)head_dim;
+}
+
+uint64_t loci_pair_header_hash(const uint8_t *blob, uint32_t head_dim) {
+    return loci_hash_bytes(blob, header_bytes(head_dim));
+}
+
+static uint64_t place(uint64_t *end, uint64_t bytes) {
+    uint64_t at = (*end + LOCI_BLOCK_ALIGN - 1) / LOCI_BLOCK_ALIGN * LOCI_BLOCK_ALIGN;
+    *end = at + bytes;
+    return at;
+}
+
+static uint32_t position_blocks(uint32_t tokens) {
+    return (tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
+}
+
+void loci_pair_layout(const loci_pair_shape *shape, loci_pair_header *out) {
+    uint64_t dim = shape->head_dim, tokens = shape->tokens;
+    uint64_t node = loci_node_stride(shape->head_dim);
+    uint64_t end = header_bytes(shape->head_dim);
+    *out = (loci_pair_header){
+        .magic = LOCI_PAIR_MAGIC,
+        .version = LOCI_PAIR_VERSION,
+        .head_dim = shape->head_dim,
+        .tokens = shape->tokens,
+        .leaves = shape->leaves,
+        .roots = shape->roots,
+        .kv_dtype = LOCI_BF16,
+        .order = 0,
+    };
+    out->roots_at = place(&end, shape->roots * node);
+    out->leaves_at = place(&end, shape->leaves * node);
+    out->value_means_at = place(&end, ((uint64_t)shape->roots + shape->leaves) * 2u * dim);
+    out->codes_at = place(&end, tokens * loci_code_stride(shape->head_dim));
+    out->kv_hashes_at = place(&end, tokens * sizeof(uint64_t));
+    out->kv_at = place(&end, tokens * 4u * dim);
+    if (shape->position_codes) {
+        out->position_hashes_at = place(&end, position_blocks(shape->tokens) * sizeof(uint64_t));
+        out->position_codes_at = place(&end, tokens * (dim / 2u));
+    }
+    out->blob_bytes = (end + LOCI_BLOCK_ALIGN - 1) / LOCI_BLOCK_ALIGN * LOCI_BLOCK_ALIGN;
+}
+
+loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes, uint64_t header_hash,
+                                   loci_error *err) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    if (bytes < sizeof *header || header->magic != LOCI_PAIR_MAGIC)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: not a pair blob");
+    if (header->version != LOCI_PAIR_VERSION)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: version %u is not known", header->version);
+    uint32_t dim = header->head_dim;
+    if (dim == 0 || dim > LOCI_HEAD_DIM_MAX || dim % 16 != 0 || bytes < header_bytes(dim))
+        return loci_fail(err, LOCI_E_CORRUPT, "header: head_dim %u", dim);
+    if (loci_pair_header_hash(blob, dim) != header_hash)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: wrong hash");
+    if (header->tokens == 0 || header->tokens > LOCI_EXTENT_TOKENS_MAX || header->leaves == 0 ||
+        header->leaves > header->tokens || header->roots == 0 || header->roots > header->leaves)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: %u tokens in %u leaves and %u roots",
+                         header->tokens, header->leaves, header->roots);
+    loci_pair_shape shape = {dim, header->tokens, header->leaves, header->roots,
+                             header->position_codes_at != 0};
+    loci_pair_header expected;
+    loci_pair_layout(&shape, &expected);
+    expected.hash_roots = header->hash_roots;
+    expected.hash_root_values = header->hash_root_values;
+    expected.hash_position_hashes = header->hash_position_hashes;
+    if (memcmp(&expected, header, sizeof expected) != 0)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: offsets do not follow from its counts");
+    if (header->blob_bytes > bytes)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: %llu bytes in a block of %llu",
+                         (unsigned long long)header->blob_bytes, (unsigned long long)bytes);
+    for (uint32_t i = 0; i < 2 * dim; i++) {
+        if (!isfinite(loci_pair_mean(blob)[i]))
+            return loci_fail(err, LOCI_E_CORRUPT, "header: mean or scale is not finite");
+    }
+    return LOCI_OK;
+}
+
+static bool node_scales_ok(const loci_node *node) {
+    return isfinite(node->centroid_scale) && isfinite(node->variance_scale) &&
+           node->variance_scale >= 0.0f;
+}
+
+loci_status loci_pair_check_roots(const uint8_t *blob, loci_error *err) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    size_t stride = loci_node_stride(header->head_dim);
+    if (loci_hash_bytes(blob + header->roots_at, header->roots * stride) != header->hash_roots)
+        return loci_fail(err, LOCI_E_CORRUPT, "roots: wrong hash");
+    uint32_t leaves = 0, tokens = 0;
+    for (uint32_t i = 0; i < header->roots; i++) {
+        const loci_node *root = loci_pair_root(blob, i);
+        bool ok = root->begin == leaves && root->count >= 1 &&
+                  root->count <= LOCI_ROOT_LEAVES_MAX && root->count <= header->leaves - leaves &&
+                  root->tokens >= root->count && root->tokens <= header->tokens - tokens &&
+                  node_scales_ok(root);
+        if (!ok) return loci_fail(err, LOCI_E_CORRUPT, "roots: root %u is out of range", i);
+        leaves += root->count;
+        tokens += root->tokens;
+    }
+    if (leaves != header->leaves || tokens != header->tokens)
+        return loci_fail(err, LOCI_E_CORRUPT, "roots: they cover %u of %u leaves", leaves,
+                         header->leaves);
+    return LOCI_OK;
+}
+
+loci_status loci_pair_check_leaves(const uint8_t *blob, uint32_t root_index, uint32_t first_slot,
+                                   loci_error *err) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    const loci_node *root = loci_pair_root(blob, root_index);
+    size_t stride = loci_node_stride(header->head_dim);
+    const uint8_t *nodes = blob + header->leaves_at + root->begin * stride;
+    if (loci_hash_bytes(nodes, root->count * stride) != root->hash_index)
+        return loci_fail(err, LOCI_E_CORRUPT, "leaves of root %u: wrong hash", root_index);
+    uint32_t at = first_slot, end = first_slot + root->tokens;
+    for (uint32_t i = root->begin; i < root->begin + root->count; i++) {
+        const loci_node *leaf = loci_pair_leaf(blob, i);
+        bool ok = leaf->begin == at && leaf->count >= 1 && leaf->count <= LOCI_LEAF_TOKENS_MAX &&
+                  leaf->count == leaf->tokens && leaf->count <= end - at && node_scales_ok(leaf);
+        if (!ok) return loci_fail(err, LOCI_E_CORRUPT, "leaves: leaf %u is out of range", i);
+        at += leaf->count;
+    }
+    if (at != end)
+        return loci_fail(err, LOCI_E_CORRUPT, "leaves of root %u do not cover its tokens",
+                         root_index);
+    return LOCI_OK;
+}
+
+bool loci_leaf_check_codes(const uint8_t *blob, const loci_node *leaf) {
+    size_t bytes = leaf->count * loci_code_stride(loci_pair_header_of(blob)->head_dim);
+    return loci_hash_bytes(loci_leaf_codes(blob, leaf), bytes) == leaf->hash_index;
+}
+
+bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_node *leaf) {
+    return loci_hash_bytes(loci_leaf_kv_hashes(blob, leaf), leaf->count * sizeof(uint64_t)) ==
+           leaf->hash_kv;
+}
+
+loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes, uint64_t header_hash,
+                                 loci_error *err) {
+    LOCI_TRY(loci_pair_check_header(blob, bytes, header_hash, err));
+    LOCI_TRY(loci_pair_check_roots(blob, err));
+    uint32_t slot = 0;
+    for (uint32_t i = 0; i < loci_pair_header_of(blob)->roots; i++) {
+        LOCI_TRY(loci_pair_check_leaves(blob, i, slot, err));
+        slot += loci_pair_root(blob, i)->tokens;
+    }
+    return LOCI_OK;
+}
+
+/* For readers that are given no header hash: the header vouches for itself, everything below
+ * it is checked against it. */
+static loci_status check_own_header(const uint8_t *blob, uint64_t bytes, loci_error *err) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    if (bytes < sizeof *header || header->head_dim > LOCI_HEAD_DIM_MAX ||
+        bytes < header_bytes(header->head_dim))
+        return loci_fail(err, LOCI_E_CORRUPT, "header: not a pair blob");
+    return loci_pair_open_check(blob, bytes, loci_pair_header_hash(blob, header->head_dim), err);
+}
+
+loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
+                                     const uint32_t *segment_begin, uint32_t segments, uint16_t *k,
+                                     uint16_t *v, loci_error *err) {
+    LOCI_TRY(check_own_header(blob, bytes, err));
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    uint32_t dim = header->head_dim;
+    for (uint32_t i = 0; i < header->leaves; i++) {
+        const loci_node *leaf = loci_pair_leaf(blob, i);
+        if (!loci_leaf_check_codes(blob, leaf))
+            return loci_fail(err, LOCI_E_CORRUPT, "codes of leaf %u: wrong hash", i);
+        if (!loci_leaf_check_kv_hashes(blob, leaf))
+            return loci_fail(err, LOCI_E_CORRUPT, "KV hashes of leaf %u: wrong hash", i);
+        for (uint32_t j = 0; j < leaf->count; j++) {
+            uint32_t slot = loci_leaf_slots(blob, leaf)[j];
+            uint32_t segment = LOCI_SLOT_SEGMENT(slot);
+            uint64_t at = segment < segments
+                              ? (uint64_t)segment_begin[segment] + LOCI_SLOT_OFFSET(slot)
+                              : UINT64_MAX;
+            if (at >= header->tokens)
+                return loci_fail(err, LOCI_E_CORRUPT, "slot %u: position %llu of %u",
+                                 leaf->begin + j, (unsigned long long)at, header->tokens);
+            if (!loci_slot_check_kv(blob, leaf->begin + j, loci_leaf_kv_hashes(blob, leaf)[j]))
+                return loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", leaf->begin + j);
+            const uint16_t *row = loci_slot_kv(blob, leaf->begin + j);
+            memcpy(k + at * dim, row, dim * sizeof *k);
+            memcpy(v + at * dim, row + dim, dim * sizeof *v);
+        }
+    }
+    return LOCI_OK;
+}
+
+loci_status loci_pair_live(const uint8_t *blob, uint64_t bytes, const uint8_t *segment_dead,
+                           uint32_t segments, uint64_t *bitmap, loci_error *err) {
+    LOCI_TRY(check_own_header(blob, bytes, err));
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    memset(bitmap, 0, (header->tokens + 63u) / 64u * sizeof *bitmap);
+    for (uint32_t i = 0; i < header->leaves; i++) {
+        const loci_node *leaf = loci_pair_leaf(blob, i);
+        if (!loci_leaf_check_codes(blob, leaf))
+            return loci_fail(err, LOCI_E_CORRUPT, "codes of leaf %u: wrong hash", i);
+        for (uint32_t j = 0; j < leaf->count; j++) {
+            uint32_t segment = LOCI_SLOT_SEGMENT(loci_leaf_slots(blob, leaf)[j]);
+            if (segment >= segments)
+                return loci_fail(err, LOCI_E_CORRUPT, "slot %u: segment %u of %u", leaf->begin + j,
+                                 segment, segments);
+            uint32_t slot = leaf->begin + j;
+            if (!segment_dead[segment]) bitmap[slot / 64] |= 1ull << (slot % 64);
+        }
+    }
+    return LOCI_OK;
+}

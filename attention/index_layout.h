@@ -1,0 +1,110 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Where things stand in a pair blob, and the checks that come before every use of them.
+ *
+ * The offsets of a blob follow from (head_dim, tokens, leaves, roots, position codes) alone;
+ * a header that says otherwise is refused, so that an accessor needs no bounds of its own once
+ * the header is checked. Nodes are checked level by level: loci_pair_check_roots gives ranges
+ * that loci_pair_check_leaves may trust, and so on. All functions are pure and thread-safe.
+ */
+#ifndef LOCI_ATTENTION_INDEX_LAYOUT_H
+#define LOCI_ATTENTION_INDEX_LAYOUT_H
+
+#include "attention/index.h"
+
+#define LOCI_HEAD_DIM_MAX 256u /* and a multiple of 16 */
+
+typedef struct loci_pair_shape {
+    uint32_t head_dim, tokens, leaves, roots;
+    bool position_codes;
+} loci_pair_shape;
+
+/* A header of that shape: magic, version and all offsets set, hashes zero. */
+void loci_pair_layout(const loci_pair_shape *shape, loci_pair_header *out);
+
+uint64_t loci_hash_bytes(const void *data, size_t bytes);
+uint64_t loci_pair_header_hash(const uint8_t *blob, uint32_t head_dim);
+
+static inline size_t loci_node_stride(uint32_t head_dim) {
+    return sizeof(loci_node) + 2u * (size_t)head_dim;
+}
+
+static inline size_t loci_code_stride(uint32_t head_dim) {
+    return head_dim / 2u + sizeof(uint32_t);
+}
+
+static inline const loci_pair_header *loci_pair_header_of(const uint8_t *blob) {
+    return (const void *)blob;
+}
+
+static inline const float *loci_pair_mean(const uint8_t *blob) {
+    return (const void *)(blob + sizeof(loci_pair_header));
+}
+
+static inline const float *loci_pair_code_scale(const uint8_t *blob) {
+    return loci_pair_mean(blob) + loci_pair_header_of(blob)->head_dim;
+}
+
+static inline const loci_node *loci_pair_root(const uint8_t *blob, uint32_t index) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    return (const void *)(blob + header->roots_at + index * loci_node_stride(header->head_dim));
+}
+
+static inline const loci_node *loci_pair_leaf(const uint8_t *blob, uint32_t index) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    return (const void *)(blob + header->leaves_at + index * loci_node_stride(header->head_dim));
+}
+
+static inline const int8_t *loci_node_centroid(const loci_node *node) {
+    return (const void *)(node + 1);
+}
+
+static inline const uint8_t *loci_node_variance(const loci_node *node, uint32_t head_dim) {
+    return (const uint8_t *)(node + 1) + head_dim;
+}
+
+static inline const uint8_t *loci_leaf_codes(const uint8_t *blob, const loci_node *leaf) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    return blob + header->codes_at + leaf->begin * loci_code_stride(header->head_dim);
+}
+
+static inline const uint32_t *loci_leaf_slots(const uint8_t *blob, const loci_node *leaf) {
+    size_t codes = (size_t)leaf->count * (loci_pair_header_of(blob)->head_dim / 2u);
+    return (const void *)(loci_leaf_codes(blob, leaf) + codes);
+}
+
+static inline const uint64_t *loci_leaf_kv_hashes(const uint8_t *blob, const loci_node *leaf) {
+    return (const uint64_t *)(const void *)(blob + loci_pair_header_of(blob)->kv_hashes_at) +
+           leaf->begin;
+}
+
+/* K row of a slot; its V row follows. */
+static inline const uint16_t *loci_slot_kv(const uint8_t *blob, uint32_t slot) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    return (const void *)(blob + header->kv_at + (size_t)slot * 4u * header->head_dim);
+}
+
+/* index < roots: a root's value mean; else of leaf index - roots. */
+static inline const uint16_t *loci_pair_value_mean(const uint8_t *blob, uint32_t index) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    return (const void *)(blob + header->value_means_at + (size_t)index * 2u * header->head_dim);
+}
+
+/* Magic, version, hash, shape and offsets; the blob must lie in `bytes` and be aligned to 8. */
+LOCI_MUST_CHECK loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes,
+                                                   uint64_t header_hash, loci_error *err);
+/* The roots' hash, and that they cover leaves and tokens in order. After check_header. */
+LOCI_MUST_CHECK loci_status loci_pair_check_roots(const uint8_t *blob, loci_error *err);
+/* The hash of the leaf nodes of one root, and that they cover its tokens in order from slot
+ * first_slot (the sum of the tokens of the roots before it). After check_roots. */
+LOCI_MUST_CHECK loci_status loci_pair_check_leaves(const uint8_t *blob, uint32_t root,
+                                                   uint32_t first_slot, loci_error *err);
+/* Single parts of a leaf that is already checked; false = damaged. */
+bool loci_leaf_check_codes(const uint8_t *blob, const loci_node *leaf);
+bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_node *leaf);
+static inline bool loci_slot_check_kv(const uint8_t *blob, uint32_t slot, uint64_t expected) {
+    size_t bytes = 4u * (size_t)loci_pair_header_of(blob)->head_dim;
+    return loci_hash_bytes(loci_slot_kv(blob, slot), bytes) == expected;
+}
+
+#endif

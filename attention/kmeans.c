@@ -1,0 +1,251 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Spherical K-means; see kmeans.h. Spherical because attention is an inner product: members of
+ * a group should point the same way (Squeezed Attention, arXiv 2411.09688, section 3.1).
+ */
+#include "attention/kmeans.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/pool.h"
+
+#define ASSIGN_CHUNK 512u /* points of one task */
+#define GATHER 64u        /* rows copied together before one kernel call */
+
+typedef struct kmeans_state {
+    const loci_points *points;
+    const uint32_t *ids;
+    uint32_t n, k;
+    uint32_t *group;
+    int32_t *best_dot; /* [n] */
+    float *centroid;   /* [k][dim] */
+    uint32_t *size;    /* [k] */
+    int8_t *lanes;     /* [blocks][dim / 4][16][4] */
+    int32_t *bias;     /* [blocks * 16] */
+} kmeans_state;
+
+void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t *code,
+                          float *length) {
+    for (uint32_t p = 0; p < count; p++) {
+        const float *row = x + (size_t)p * dim;
+        uint8_t *out = code + (size_t)p * dim;
+        float top = 0.0f;
+        for (uint32_t i = 0; i < dim; i++) top = fabsf(row[i]) > top ? fabsf(row[i]) : top;
+        float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+        int32_t squares = 0;
+        for (uint32_t i = 0; i < dim; i++) {
+            float rounded = row[i] * inverse + 12582912.0f; /* to nearest, ties to even */
+            int32_t value = (int32_t)(rounded - 12582912.0f);
+            out[i] = (uint8_t)(value + 128);
+            squares += value * value;
+        }
+        length[p] = sqrtf((float)squares);
+    }
+}
+
+static void assign_chunk(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    kmeans_state *state = arg;
+    uint32_t dim = state->points->dim;
+    uint8_t rows[GATHER * LOCI_HEAD_DIM_MAX];
+    uint32_t begin = (uint32_t)index * ASSIGN_CHUNK;
+    uint32_t end = state->n - begin < ASSIGN_CHUNK ? state->n : begin + ASSIGN_CHUNK;
+    for (uint32_t at = begin; at < end; at += GATHER) {
+        uint32_t count = end - at < GATHER ? end - at : GATHER;
+        for (uint32_t r = 0; r < count; r++)
+            memcpy(rows + (size_t)r * dim, state->points->code + (size_t)state->ids[at + r] * dim,
+                   dim);
+        state->points->kernels->argmax_u8(state->group + at, state->best_dot + at, rows, count, dim,
+                                          state->lanes, state->bias, loci_lane_blocks(state->k));
+    }
+}
+
+/* Unit centroids as int8 with one common scale, so that dots compare. A zero centroid (an empty
+ * group, or keys that cancel) keeps zero lanes and is never better than one that fits. */
+static void pack_centroids(kmeans_state *state) {
+    uint32_t dim = state->points->dim, lanes = loci_lane_blocks(state->k) * LOCI_LANES;
+    float top = 0.0f;
+    for (uint32_t c = 0; c < state->k; c++) {
+        float *row = state->centroid + (size_t)c * dim;
+        double squares = 0.0;
+        for (uint32_t i = 0; i < dim; i++) squares += (double)row[i] * (double)row[i];
+        float inverse = squares > 0.0 ? (float)(1.0 / sqrt(squares)) : 0.0f;
+        for (uint32_t i = 0; i < dim; i++) {
+            row[i] *= inverse;
+            top = fabsf(row[i]) > top ? fabsf(row[i]) : top;
+        }
+    }
+    float scale = top > 0.0f ? 127.0f / top : 0.0f;
+    memset(state->lanes, 0, (size_t)lanes * dim);
+    for (uint32_t c = 0; c < lanes; c++) {
+        state->bias[c] = INT32_MIN / 2;
+        if (c >= state->k || state->size[c] == 0) continue;
+        int8_t *lane =
+            state->lanes + (size_t)(c / LOCI_LANES) * LOCI_LANES * dim + c % LOCI_LANES * 4;
+        int32_t sum = 0;
+        for (uint32_t i = 0; i < dim; i++) {
+            float rounded = state->centroid[(size_t)c * dim + i] * scale + 12582912.0f;
+            int32_t value = (int32_t)(rounded - 12582912.0f);
+            lane[(size_t)(i / 4) * 4 * LOCI_LANES + i % 4] = (int8_t)value;
+            sum += value;
+        }
+        state->bias[c] = -128 * sum;
+    }
+}
+
+static void assign_all(kmeans_state *state, loci_pool *pool) {
+    size_t chunks = (state->n + ASSIGN_CHUNK - 1) / ASSIGN_CHUNK;
+    if (pool && chunks > 1) {
+        loci_pool_run(pool, chunks, assign_chunk, state);
+    } else {
+        for (size_t i = 0; i < chunks; i++) assign_chunk(state, i, 0);
+    }
+}
+
+/* The point of a group of two or more that lies farthest (by angle) from its centroid; n if none.
+ * It becomes a group of its own. */
+static uint32_t farthest_point(const kmeans_state *state) {
+    uint32_t worst = state->n;
+    float worst_cosine = INFINITY;
+    for (uint32_t i = 0; i < state->n; i++) {
+        if (state->size[state->group[i]] < 2) continue;
+        float length = state->points->length[state->ids[i]];
+        float cosine = length > 0.0f ? (float)state->best_dot[i] / length : 0.0f;
+        if (cosine >= worst_cosine) continue;
+        worst_cosine = cosine;
+        worst = i;
+    }
+    return worst;
+}
+
+static void update_centroids(kmeans_state *state) {
+    uint32_t dim = state->points->dim;
+    memset(state->size, 0, state->k * sizeof *state->size);
+    for (uint32_t i = 0; i < state->n; i++) state->size[state->group[i]]++;
+    for (uint32_t c = 0; c < state->k; c++) {
+        if (state->size[c] > 0) continue;
+        uint32_t point = farthest_point(state);
+        if (point == state->n) break;
+        state->size[state->group[point]]--;
+        state->group[point] = c;
+        state->size[c] = 1;
+    }
+    memset(state->centroid, 0, (size_t)state->k * dim * sizeof *state->centroid);
+    for (uint32_t i = 0; i < state->n; i++) {
+        float *sum = state->centroid + (size_t)state->group[i] * dim;
+        const float *row = state->points->x + (size_t)state->ids[i] * dim;
+        for (uint32_t j = 0; j < dim; j++) sum[j] += row[j];
+    }
+}
+
+static void seed_centroids(kmeans_state *state, uint64_t seed) {
+    uint32_t dim = state->points->dim;
+    uint64_t stride = state->n / state->k;
+    uint64_t shift = (seed * 0x9e3779b97f4a7c15ull >> 33) % (stride ? stride : 1);
+    for (uint32_t c = 0; c < state->k; c++) {
+        uint64_t at = ((uint64_t)c * state->n / state->k + shift) % state->n;
+        memcpy(state->centroid + (size_t)c * dim, state->points->x + (size_t)state->ids[at] * dim,
+               dim * sizeof(float));
+        state->size[c] = 1;
+    }
+}
+
+static loci_status state_alloc(kmeans_state *state, loci_error *err) {
+    uint32_t dim = state->points->dim, lanes = loci_lane_blocks(state->k) * LOCI_LANES;
+    state->best_dot = malloc(state->n * sizeof *state->best_dot);
+    state->centroid = malloc((size_t)state->k * dim * sizeof *state->centroid);
+    state->size = malloc(state->k * sizeof *state->size);
+    state->lanes = malloc((size_t)lanes * dim);
+    state->bias = malloc(lanes * sizeof *state->bias);
+    if (state->best_dot && state->centroid && state->size && state->lanes && state->bias)
+        return LOCI_OK;
+    return loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", state->n);
+}
+
+loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t n, uint32_t k,
+                        uint32_t rounds, uint64_t seed, loci_pool *pool, uint32_t *group,
+                        loci_error *err) {
+    LOCI_ASSERT(k > 0 && k <= n && points->dim <= LOCI_HEAD_DIM_MAX);
+    memset(group, 0, n * sizeof *group);
+    if (k == 1) return LOCI_OK;
+    kmeans_state state = {.points = points, .ids = ids, .n = n, .k = k, .group = group};
+    uint32_t *before = malloc(n * sizeof *before);
+    loci_status status = state_alloc(&state, err);
+    if (status == LOCI_OK && !before)
+        status = loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", n);
+    if (status != LOCI_OK) goto out;
+    seed_centroids(&state, seed);
+    for (uint32_t round = 0; round < rounds; round++) {
+        pack_centroids(&state);
+        memcpy(before, group, n * sizeof *before);
+        assign_all(&state, pool);
+        update_centroids(&state);
+        if (round > 0 && memcmp(before, group, n * sizeof *before) == 0) break;
+    }
+out:
+    free(before);
+    free(state.best_dot);
+    free(state.centroid);
+    free(state.size);
+    free(state.lanes);
+    free(state.bias);
+    return status;
+}
+
+void loci_group(uint32_t *ids, const uint32_t *group, uint32_t n, uint32_t k, uint32_t *begin,
+                uint32_t *scratch) {
+    memset(begin, 0, (k + 1) * sizeof *begin);
+    for (uint32_t i = 0; i < n; i++) begin[group[i] + 1]++;
+    for (uint32_t c = 0; c < k; c++) begin[c + 1] += begin[c];
+    memcpy(scratch, ids, n * sizeof *ids);
+    for (uint32_t i = 0; i < n; i++) ids[begin[group[i]]++] = scratch[i];
+    for (uint32_t c = k; c > 0; c--) begin[c] = begin[c - 1];
+    begin[0] = 0;
+}
+
+/* Halves ids: by two means, or in the middle of their order where that is too uneven (keys that
+ * coincide). Returns the length of the first half. */
+static loci_status halve(const loci_points *points, uint32_t *ids, uint32_t n, uint64_t seed,
+                         uint32_t *group, uint32_t *scratch, uint32_t *half, loci_error *err) {
+    LOCI_TRY(loci_kmeans(points, ids, n, 2, 4, seed, NULL, group, err));
+    uint32_t begin[3];
+    loci_group(ids, group, n, 2, begin, scratch);
+    *half = begin[1];
+    if (*half < n / 8 || *half > n - n / 8 || *half == 0 || *half == n) *half = n / 2;
+    return LOCI_OK;
+}
+
+loci_status loci_kmeans_cut(const loci_points *points, uint32_t *ids, uint32_t n, uint32_t cap,
+                            uint64_t seed, uint32_t *ends, uint32_t *count, loci_error *err) {
+    if (n == 0) return LOCI_OK;
+    uint32_t base = *count ? ends[*count - 1] : 0;
+    if (n <= cap) {
+        ends[(*count)++] = base + n;
+        return LOCI_OK;
+    }
+    /* A stack of the ends of runs still to be cut; the first is cut first. Each cut leaves at
+     * least an eighth, so the stack holds at most log(n) / log(8 / 7) + 1 < 96 entries. */
+    uint32_t stack[96], depth = 1, begin = 0;
+    stack[0] = n;
+    uint32_t *group = malloc(2 * (size_t)n * sizeof *group);
+    if (!group) return loci_fail(err, LOCI_E_NOMEM, "no memory to cut %u keys", n);
+    loci_status status = LOCI_OK;
+    while (depth > 0) {
+        uint32_t length = stack[depth - 1] - begin;
+        if (length <= cap) {
+            begin = stack[--depth];
+            ends[(*count)++] = base + begin;
+            continue;
+        }
+        uint32_t half = 0;
+        LOCI_TRY_GOTO(
+            halve(points, ids + begin, length, seed + begin, group, group + n, &half, err), out);
+        LOCI_ASSERT(depth < 96);
+        stack[depth++] = begin + half;
+    }
+out:
+    free(group);
+    return status;
+}
