@@ -1,0 +1,300 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Opening a model folder: configuration, tokenizer, weights, fingerprint.
+ *
+ * Weights are packed by the backend while the safetensors files are mapped; nothing of the
+ * files is kept afterwards.
+ */
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <xxhash.h>
+
+#include "model/config.h"
+#include "model/decoder.h"
+#include "model/safetensors.h"
+
+#define NAME_MAX_BYTES 128
+
+typedef struct loader {
+    loci_model *model;
+    const char *dir;
+    loci_safetensors *file;
+    loci_dtype precision;
+    loci_stream *stream;
+    size_t constants_at; /* fill level of the constants buffer */
+} loader;
+
+static void layer_name(char *out, uint32_t layer, const char *what) {
+    snprintf(out, NAME_MAX_BYTES, "model.layers.%u.%s.weight", layer, what);
+}
+
+/* A weight stacked of up to three tensors of one layer (layer UINT32_MAX: full names). */
+static loci_status load_weight(loader *l, uint32_t layer, const char *const *names,
+                               const uint32_t *rows, uint32_t parts, uint32_t cols,
+                               loci_weight **out, loci_error *err) {
+    const void *data[3];
+    loci_dtype dtype = LOCI_F32;
+    char name[NAME_MAX_BYTES];
+    for (uint32_t i = 0; i < parts; i++) {
+        uint64_t shape[2] = {rows[i], cols};
+        loci_tensor tensor;
+        if (layer == UINT32_MAX)
+            snprintf(name, sizeof name, "%s", names[i]);
+        else
+            layer_name(name, layer, names[i]);
+        LOCI_TRY(loci_safetensors_get(l->file, name, 2, shape, &tensor, err));
+        if (i > 0 && tensor.dtype != dtype)
+            return loci_fail(err, LOCI_E_UNSUPPORTED,
+                             "%s: tensor %s has another dtype than %s, beside which it is packed",
+                             l->dir, name, names[0]);
+        dtype = tensor.dtype;
+        data[i] = tensor.data;
+    }
+    loci_backend *backend = l->model->backend;
+    loci_status status = backend->ops->weight_create(backend, data, rows, parts, cols, dtype,
+                                                     l->precision, out, err);
+    return status == LOCI_OK ? status : loci_fail_prefix(err, status, "%s", name);
+}
+
+static float read_float(const loci_tensor *tensor, size_t at) {
+    if (tensor->dtype == LOCI_F32) return ((const float *)tensor->data)[at];
+    uint16_t bits = ((const uint16_t *)tensor->data)[at];
+    union {
+        uint32_t u;
+        float f;
+    } wide = {(uint32_t)bits << 16};
+    if (tensor->dtype == LOCI_BF16) return wide.f;
+    int exponent = (bits >> 10) & 31, fraction = bits & 1023;
+    float value =
+        exponent ? ldexpf((float)(fraction + 1024), exponent - 25) : ldexpf((float)fraction, -24);
+    if (exponent == 31) value = fraction ? NAN : INFINITY;
+    return bits & 0x8000u ? -value : value;
+}
+
+static loci_ref put_constants(loader *l, const float *values, uint32_t count) {
+    loci_ref ref = loci_ref_at(l->model->constants, l->constants_at);
+    loci_decoder_reserve(&l->constants_at, count * sizeof *values);
+    l->model->backend->ops->upload(l->stream, ref, values, count * sizeof *values);
+    return ref;
+}
+
+static loci_status load_gain(loader *l, const char *name, loci_ref *out, loci_error *err) {
+    uint32_t count = l->model->config.hidden;
+    uint64_t shape[1] = {count};
+    loci_tensor tensor;
+    LOCI_TRY(loci_safetensors_get(l->file, name, 1, shape, &tensor, err));
+    float *values = malloc(count * sizeof *values);
+    if (!values) return loci_fail(err, LOCI_E_NOMEM, "no memory to read %s", name);
+    for (uint32_t i = 0; i < count; i++) values[i] = read_float(&tensor, i);
+    *out = put_constants(l, values, count);
+    free(values);
+    return LOCI_OK;
+}
+
+static loci_status load_layer(loader *l, uint32_t index, loci_error *err) {
+    static const char *const qkv[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"};
+    static const char *const o[] = {"self_attn.o_proj"};
+    static const char *const gate_up[] = {"mlp.gate_proj", "mlp.up_proj"};
+    static const char *const down[] = {"mlp.down_proj"};
+    const loci_model_config *c = &l->model->config;
+    loci_decoder_layer *layer = &l->model->layer[index];
+    uint32_t q = c->q_heads * c->head_dim, kv = c->kv_heads * c->head_dim;
+    uint32_t qkv_rows[] = {q, kv, kv}, ff[] = {c->intermediate, c->intermediate};
+    char name[NAME_MAX_BYTES];
+    LOCI_TRY(load_weight(l, index, qkv, qkv_rows, 3, c->hidden, &layer->qkv, err));
+    LOCI_TRY(load_weight(l, index, o, &c->hidden, 1, q, &layer->o, err));
+    LOCI_TRY(load_weight(l, index, gate_up, ff, 2, c->hidden, &layer->gate_up, err));
+    LOCI_TRY(load_weight(l, index, down, &c->hidden, 1, c->intermediate, &layer->down, err));
+    layer_name(name, index, "input_layernorm");
+    LOCI_TRY(load_gain(l, name, &layer->attention_gain, err));
+    layer_name(name, index, "post_attention_layernorm");
+    return load_gain(l, name, &layer->mlp_gain, err);
+}
+
+static loci_status load_inv_freq(loader *l, loci_error *err) {
+    const loci_model_config *c = &l->model->config;
+    uint32_t half = c->head_dim / 2;
+    float *values = malloc(half * sizeof *values);
+    if (!values) return loci_fail(err, LOCI_E_NOMEM, "no memory for rotary frequencies");
+    for (uint32_t i = 0; i < half; i++)
+        values[i] = 1.0f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+    l->model->inv_freq = put_constants(l, values, half);
+    free(values);
+    return LOCI_OK;
+}
+
+static loci_status load_weights(loader *l, loci_error *err) {
+    static const char *const embedding[] = {"model.embed_tokens.weight"};
+    static const char *const head[] = {"lm_head.weight"};
+    loci_model *model = l->model;
+    const loci_model_config *c = &model->config;
+    loci_backend *backend = model->backend;
+    size_t bytes = (2 * (size_t)c->layers + 2) * (c->hidden * sizeof(float) + 64) +
+                   c->head_dim * sizeof(float) + 64;
+    LOCI_TRY(backend->ops->alloc(backend, bytes, &model->constants, err));
+    LOCI_TRY(backend->ops->stream_open(backend, &l->stream, err));
+    LOCI_TRY(
+        load_weight(l, UINT32_MAX, embedding, &c->vocab, 1, c->hidden, &model->embedding, err));
+    if (!c->tied_embeddings)
+        LOCI_TRY(load_weight(l, UINT32_MAX, head, &c->vocab, 1, c->hidden, &model->head, err));
+    for (uint32_t i = 0; i < c->layers; i++) LOCI_TRY(load_layer(l, i, err));
+    LOCI_TRY(load_gain(l, "model.norm.weight", &model->final_gain, err));
+    LOCI_TRY(load_inv_freq(l, err));
+    return backend->ops->sync(l->stream, err);
+}
+
+static void hash_config(XXH3_state_t *state, const loci_model_config *c) {
+    loci_buf buf = LOCI_BUF_INIT;
+    uint32_t eps, theta;
+    memcpy(&eps, &c->rms_eps, sizeof eps);
+    memcpy(&theta, &c->rope_theta, sizeof theta);
+    const uint32_t values[] = {c->vocab,   c->hidden,   c->intermediate,    c->layers,
+                               c->q_heads, c->kv_heads, c->head_dim,        c->positions_max,
+                               eps,        theta,       c->tied_embeddings, c->eos_id};
+    loci_buf_bytes(&buf, c->architecture, strlen(c->architecture));
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++) loci_buf_u32(&buf, values[i]);
+    for (uint32_t i = 0; i < c->layers; i++) {
+        loci_buf_u32(&buf, c->layer[i].window);
+        loci_buf_u8(&buf, c->layer[i].rope);
+        loci_buf_u8(&buf, c->layer[i].retrieval);
+    }
+    if (loci_buf_status(&buf) == LOCI_OK) XXH3_128bits_update(state, buf.data, buf.len);
+    loci_buf_fini(&buf);
+}
+
+static loci_status hash_file(XXH3_state_t *state, const char *path, loci_error *err) {
+    FILE *file = fopen(path, "rb");
+    if (!file) return loci_fail(err, LOCI_E_NOTFOUND, "%s: %s", path, strerror(errno));
+    char chunk[16384];
+    uint64_t total = 0;
+    for (size_t n; (n = fread(chunk, 1, sizeof chunk, file)) > 0; total += n)
+        XXH3_128bits_update(state, chunk, n);
+    bool failed = ferror(file) != 0;
+    fclose(file);
+    if (failed) return loci_fail(err, LOCI_E_IO, "%s: reading failed", path);
+    XXH3_128bits_update(state, &total, sizeof total);
+    return LOCI_OK;
+}
+
+static loci_status hash_tensors(XXH3_state_t *state, const loci_safetensors *file,
+                                loci_error *err) {
+    for (size_t i = 0; i < loci_safetensors_count(file); i++) {
+        const char *name = loci_safetensors_name(file, i);
+        loci_tensor tensor;
+        LOCI_TRY(loci_safetensors_get(file, name, 0, NULL, &tensor, err));
+        uint64_t head[3] = {strlen(name), (uint64_t)tensor.dtype, tensor.dims};
+        XXH3_128bits_update(state, head, sizeof head);
+        XXH3_128bits_update(state, name, strlen(name));
+        XXH3_128bits_update(state, tensor.shape, tensor.dims * sizeof *tensor.shape);
+        XXH3_128bits_update(state, tensor.data, tensor.bytes);
+    }
+    return LOCI_OK;
+}
+
+static loci_status make_fingerprint(const loader *l, const char *tokenizer_path, loci_error *err) {
+    XXH3_state_t *state = XXH3_createState();
+    if (!state) return loci_fail(err, LOCI_E_NOMEM, "no memory to hash the model");
+    XXH3_128bits_reset(state);
+    hash_config(state, &l->model->config);
+    loci_status status;
+    LOCI_TRY_GOTO(hash_file(state, tokenizer_path, err), out);
+    LOCI_TRY_GOTO(hash_tensors(state, l->file, err), out);
+    XXH128_canonical_t bytes;
+    XXH128_canonicalFromHash(&bytes, XXH3_128bits_digest(state));
+    for (size_t i = 0; i < sizeof bytes.digest; i++)
+        snprintf(l->model->fingerprint + 2 * i, 3, "%02x", bytes.digest[i]);
+out:
+    XXH3_freeState(state);
+    return status;
+}
+
+static void find_specials(loci_model *model) {
+    const loci_tokenizer *t = model->tokenizer;
+    model->specials = (loci_special_tokens){
+        .doc = loci_tokenizer_id(t, "<doc>"),
+        .question = loci_tokenizer_id(t, "<q>"),
+        .evidence = loci_tokenizer_id(t, "<ev>"),
+        .answer = loci_tokenizer_id(t, "<a>"),
+        .none = loci_tokenizer_id(t, "<none>"),
+        .eos = model->config.eos_id,
+        .bos = loci_tokenizer_id(t, "<bos>"),
+    };
+}
+
+/* More tokens than rows of the embedding would let text produce ids that cannot be embedded. */
+static loci_status check_vocabulary(const loci_model *model, const char *dir, loci_error *err) {
+    uint32_t size = loci_tokenizer_vocab_size(model->tokenizer);
+    if (size <= model->config.vocab) return LOCI_OK;
+    return loci_fail(err, LOCI_E_INVAL, "%s: the tokenizer has %u tokens, config.json says %u", dir,
+                     size, model->config.vocab);
+}
+
+loci_status loci_model_open(const char *dir, loci_backend *backend, loci_dtype precision,
+                            loci_model **out, loci_error *err) {
+    *out = NULL;
+    loci_model *model = calloc(1, sizeof *model);
+    if (!model) return loci_fail(err, LOCI_E_NOMEM, "no memory for a model");
+    model->backend = backend;
+    loader l = {.model = model, .dir = dir, .precision = precision};
+    loci_buf path = LOCI_BUF_INIT;
+    loci_buf_printf(&path, "%s/tokenizer.json", dir);
+    const char *tokenizer_path = loci_buf_text(&path);
+    loci_status status;
+    LOCI_TRY_GOTO(loci_buf_status(&path), out);
+    LOCI_TRY_GOTO(loci_model_config_load(dir, &model->config, err), out);
+    LOCI_TRY_GOTO(loci_tokenizer_open(tokenizer_path, &model->tokenizer, err), out);
+    LOCI_TRY_GOTO(check_vocabulary(model, dir, err), out);
+    find_specials(model);
+    LOCI_TRY_GOTO(loci_safetensors_open(dir, &l.file, err), out);
+    LOCI_TRY_GOTO(load_weights(&l, err), out);
+    LOCI_TRY_GOTO(make_fingerprint(&l, tokenizer_path, err), out);
+out:
+    if (l.stream) backend->ops->stream_close(backend, l.stream);
+    loci_safetensors_close(l.file);
+    loci_buf_fini(&path);
+    if (status == LOCI_OK)
+        *out = model;
+    else
+        loci_model_close(model);
+    return status;
+}
+
+void loci_model_close(loci_model *model) {
+    if (!model) return;
+    loci_backend *backend = model->backend;
+    backend->ops->weight_free(backend, model->embedding);
+    backend->ops->weight_free(backend, model->head);
+    for (uint32_t i = 0; i < model->config.layers && i < LOCI_LAYERS_MAX; i++) {
+        loci_decoder_layer *layer = &model->layer[i];
+        backend->ops->weight_free(backend, layer->qkv);
+        backend->ops->weight_free(backend, layer->o);
+        backend->ops->weight_free(backend, layer->gate_up);
+        backend->ops->weight_free(backend, layer->down);
+    }
+    backend->ops->free(backend, model->constants);
+    loci_tokenizer_close(model->tokenizer);
+    free(model);
+}
+
+const loci_model_config *loci_model_config_of(const loci_model *model) {
+    return &model->config;
+}
+
+const loci_tokenizer *loci_model_tokenizer(const loci_model *model) {
+    return model->tokenizer;
+}
+
+const loci_special_tokens *loci_model_specials(const loci_model *model) {
+    return &model->specials;
+}
+
+loci_backend *loci_model_backend(const loci_model *model) {
+    return model->backend;
+}
+
+const char *loci_model_fingerprint(const loci_model *model) {
+    return model->fingerprint;
+}

@@ -1,0 +1,287 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Sequences: tokens appended to a KV cache of their own, logits and sampling.
+ *
+ * Keys and values are kept as f32, for each layer K and V of [tokens_max][kv_heads][head_dim].
+ * Appended tokens run in chunks of at most CHUNK_ROWS rows; the stream is synced after each
+ * chunk, so host arguments live in the sequence and are reused by the next one. length
+ * moves only when a chunk has succeeded: a failed or cancelled append leaves the
+ * sequence as after its last whole chunk.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/decoder.h"
+
+#define CHUNK_ROWS 256u
+
+struct loci_sequence {
+    loci_model *model;
+    loci_stream *stream;
+    loci_decoder_scratch scratch;
+    loci_decoder_pass pass;
+    uint32_t tokens_max, length;
+    uint32_t layers_valid; /* layers whose cache holds all tokens: fewer after a stopped pass */
+    loci_buffer *cache;
+    size_t cache_bytes; /* of K or of V of one layer */
+    loci_buffer *lse;   /* f32 [rows][q_heads] */
+    loci_attend_fn attend;
+    void *attend_ctx;
+    int stop_after; /* retrieval layer of the append under way; -1 = none */
+    loci_attend_span span;
+    loci_attend_dense *attention; /* one for each layer: the stream reads them until sync */
+    int32_t positions[CHUNK_ROWS];
+    loci_buffer *logits; /* f32 [logits_capacity][vocab] */
+    float *host_logits;
+    uint32_t logits_capacity, logits_rows;
+    bool logits_on_host;
+    loci_buffer *sampled; /* i32 id, f32 logprob */
+};
+
+static loci_ref cache_at(const loci_sequence *s, uint32_t layer, bool value, uint32_t row) {
+    const loci_model_config *c = &s->model->config;
+    size_t at = (2 * (size_t)layer + value) * s->cache_bytes;
+    return loci_ref_at(s->cache, at + (size_t)row * c->kv_heads * c->head_dim * sizeof(float));
+}
+
+static loci_status reach_corpus(loci_sequence *s, uint32_t retrieval, loci_error *err) {
+    const loci_attend_dense *own = &s->attention[s->model->config.retrieval_layer[retrieval]];
+    loci_attend_call call = {
+        .stream = s->stream,
+        .retrieval_index = retrieval,
+        .rows = s->pass.rows,
+        .row_position = s->length,
+        .q_heads = own->q_heads,
+        .head_dim = own->head_dim,
+        .q = own->q,
+        .q_stride = own->q_stride,
+        .scale = own->scale,
+        .out = own->out,
+        .out_stride = own->out_stride,
+        .lse = own->lse,
+    };
+    return s->attend(s->attend_ctx, &call, err);
+}
+
+static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err) {
+    loci_sequence *s = ctx;
+    const loci_model_config *c = &s->model->config;
+    const loci_backend_ops *ops = s->model->backend->ops;
+    uint32_t width = c->kv_heads * c->head_dim;
+    for (uint32_t value = 0; value < 2; value++)
+        ops->convert(s->stream, cache_at(s, layer, value != 0, s->length), width, LOCI_F32,
+                     loci_decoder_heads(&s->pass, c->q_heads + value * c->kv_heads),
+                     loci_decoder_qkv_width(c), s->pass.rows, width);
+    loci_attend_dense *args = &s->attention[layer];
+    *args = loci_decoder_attention(&s->pass, layer);
+    args->k = cache_at(s, layer, false, 0);
+    args->v = cache_at(s, layer, true, 0);
+    args->kv_stride = width;
+    args->kv_dtype = LOCI_F32;
+    args->spans = &s->span;
+    args->span_count = 1;
+    bool reaches = c->layer[layer].retrieval && s->attend;
+    if (reaches) args->lse = loci_ref_at(s->lse, 0);
+    ops->attend_dense(s->stream, args);
+    if (!c->layer[layer].retrieval) return LOCI_OK;
+    uint32_t retrieval = 0;
+    while (c->retrieval_layer[retrieval] != layer) retrieval++;
+    if (reaches) LOCI_TRY(reach_corpus(s, retrieval, err));
+    *stop = s->stop_after == (int)retrieval;
+    return LOCI_OK;
+}
+
+loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max, loci_sequence **out,
+                               loci_error *err) {
+    *out = NULL;
+    const loci_model_config *c = &model->config;
+    loci_backend *backend = model->backend;
+    if (tokens_max == 0 || tokens_max > c->positions_max)
+        return loci_fail(err, LOCI_E_INVAL, "a sequence of %u tokens: the model has 1 to %u",
+                         tokens_max, c->positions_max);
+    loci_sequence *s = calloc(1, sizeof *s);
+    if (!s) return loci_fail(err, LOCI_E_NOMEM, "no memory for a sequence");
+    uint32_t rows = tokens_max < CHUNK_ROWS ? tokens_max : CHUNK_ROWS;
+    s->model = model;
+    s->tokens_max = tokens_max;
+    s->layers_valid = c->layers;
+    s->stop_after = -1;
+    s->cache_bytes = (size_t)tokens_max * c->kv_heads * c->head_dim * sizeof(float);
+    loci_status status;
+    LOCI_TRY_GOTO(backend->ops->stream_open(backend, &s->stream, err), fail);
+    LOCI_TRY_GOTO(loci_decoder_scratch_open(model, rows, &s->scratch, err), fail);
+    LOCI_TRY_GOTO(backend->ops->alloc(backend, 2 * c->layers * s->cache_bytes, &s->cache, err),
+                  fail);
+    LOCI_TRY_GOTO(
+        backend->ops->alloc(backend, (size_t)rows * c->q_heads * sizeof(float), &s->lse, err),
+        fail);
+    LOCI_TRY_GOTO(backend->ops->alloc(backend, 128, &s->sampled, err), fail);
+    s->attention = calloc(c->layers, sizeof *s->attention);
+    if (!s->attention) {
+        status = loci_fail(err, LOCI_E_NOMEM, "no memory for a sequence");
+        goto fail;
+    }
+    s->pass = (loci_decoder_pass){
+        .model = model,
+        .stream = s->stream,
+        .scratch = &s->scratch,
+        .attend = attend,
+        .ctx = s,
+    };
+    *out = s;
+    return LOCI_OK;
+fail:
+    loci_sequence_close(s);
+    return status;
+}
+
+void loci_sequence_close(loci_sequence *s) {
+    if (!s) return;
+    loci_backend *backend = s->model->backend;
+    if (s->stream) backend->ops->stream_close(backend, s->stream);
+    loci_decoder_scratch_close(&s->scratch);
+    backend->ops->free(backend, s->cache);
+    backend->ops->free(backend, s->lse);
+    backend->ops->free(backend, s->logits);
+    backend->ops->free(backend, s->sampled);
+    free(s->attention);
+    free(s->host_logits);
+    free(s);
+}
+
+void loci_sequence_set_attend(loci_sequence *s, loci_attend_fn fn, void *ctx) {
+    s->attend = fn;
+    s->attend_ctx = ctx;
+}
+
+void loci_sequence_reset(loci_sequence *s) {
+    s->length = 0;
+    s->layers_valid = s->model->config.layers;
+    s->logits_rows = 0;
+}
+
+uint32_t loci_sequence_length(const loci_sequence *s) {
+    return s->length;
+}
+
+loci_stream *loci_sequence_stream(loci_sequence *s) {
+    return s->stream;
+}
+
+/* Room for the logits of `rows` rows; grows seldom, since callers ask for the same few. */
+static loci_status reserve_logits(loci_sequence *s, uint32_t rows, loci_error *err) {
+    if (rows <= s->logits_capacity) return LOCI_OK;
+    loci_backend *backend = s->model->backend;
+    size_t bytes = (size_t)rows * s->model->config.vocab * sizeof(float);
+    loci_buffer *logits = NULL;
+    float *host = malloc(bytes);
+    if (!host) return loci_fail(err, LOCI_E_NOMEM, "no memory for logits of %u rows", rows);
+    loci_status status = backend->ops->alloc(backend, bytes, &logits, err);
+    if (status != LOCI_OK) {
+        free(host);
+        return status;
+    }
+    backend->ops->free(backend, s->logits);
+    free(s->host_logits);
+    s->logits = logits;
+    s->host_logits = host;
+    s->logits_capacity = rows;
+    return LOCI_OK;
+}
+
+/* Runs one chunk; its last logits_rows rows fill the logits from row logits_at on. */
+static loci_status run_chunk(loci_sequence *s, const uint32_t *tokens, uint32_t rows,
+                             uint32_t logits_rows, uint32_t logits_at, loci_error *err) {
+    const loci_backend_ops *ops = s->model->backend->ops;
+    for (uint32_t i = 0; i < rows; i++) s->positions[i] = (int32_t)(s->length + i);
+    s->span = (loci_attend_span){0, rows, 0, s->length + rows};
+    s->pass.rows = rows;
+    ops->upload(s->stream, s->scratch.ids, tokens, rows * sizeof *tokens);
+    ops->upload(s->stream, s->scratch.positions, s->positions, rows * sizeof *s->positions);
+    loci_status status = loci_decoder_run(&s->pass, err);
+    if (status == LOCI_OK && logits_rows > 0) {
+        size_t at = (size_t)logits_at * s->model->config.vocab * sizeof(float);
+        loci_decoder_logits(&s->pass, rows - logits_rows, logits_rows, loci_ref_at(s->logits, at));
+    }
+    loci_status synced = ops->sync(s->stream, status == LOCI_OK ? err : NULL);
+    if (status == LOCI_OK) status = synced;
+    if (status == LOCI_OK) s->length += rows;
+    return status;
+}
+
+static loci_status check_append(const loci_sequence *s, const uint32_t *tokens, uint32_t count,
+                                uint32_t logits_rows, int stop, uint32_t layers, loci_error *err) {
+    const loci_model_config *c = &s->model->config;
+    if (count == 0 || logits_rows > count)
+        return loci_fail(err, LOCI_E_INVAL, "append of %u tokens with logits of %u", count,
+                         logits_rows);
+    if (stop >= 0 && (logits_rows > 0 || (uint32_t)stop >= c->retrieval_count))
+        return loci_fail(err, LOCI_E_INVAL,
+                         "a pass cannot stop after retrieval layer %d of %u with logits of %u rows",
+                         stop, c->retrieval_count, logits_rows);
+    if (count > s->tokens_max - s->length)
+        return loci_fail(err, LOCI_E_LIMIT, "a sequence of %u tokens has no room for %u after %u",
+                         s->tokens_max, count, s->length);
+    if (layers > s->layers_valid)
+        return loci_fail(err, LOCI_E_PRECONDITION,
+                         "the sequence has keys in %u layers only, for a pass was stopped there: "
+                         "reset it first",
+                         s->layers_valid);
+    return loci_decoder_check_tokens(s->model, tokens, count, err);
+}
+
+loci_status loci_sequence_append(loci_sequence *s, const uint32_t *tokens, uint32_t count,
+                                 uint32_t logits_rows, int stop_after_retrieval,
+                                 const loci_cancel *cancel, loci_error *err) {
+    const loci_model_config *c = &s->model->config;
+    uint32_t layers = c->layers;
+    if (stop_after_retrieval >= 0 && (uint32_t)stop_after_retrieval < c->retrieval_count)
+        layers = c->retrieval_layer[stop_after_retrieval] + 1;
+    s->logits_rows = 0;
+    s->logits_on_host = false;
+    LOCI_TRY(check_append(s, tokens, count, logits_rows, stop_after_retrieval, layers, err));
+    LOCI_TRY(reserve_logits(s, logits_rows, err));
+    s->stop_after = stop_after_retrieval;
+    s->pass.cancel = cancel;
+    uint32_t quiet = count - logits_rows; /* rows without logits */
+    for (uint32_t done = 0; done < count;) {
+        uint32_t rows = count - done < s->scratch.rows ? count - done : s->scratch.rows;
+        uint32_t end = done + rows, before = done > quiet ? done - quiet : 0;
+        uint32_t wanted = end > quiet ? end - quiet - before : 0;
+        LOCI_TRY(run_chunk(s, tokens + done, rows, wanted, before, err));
+        s->layers_valid = layers;
+        done = end;
+    }
+    s->logits_rows = logits_rows;
+    return LOCI_OK;
+}
+
+const float *loci_sequence_logits(loci_sequence *s) {
+    if (s->logits_rows == 0) return NULL;
+    if (!s->logits_on_host) {
+        const loci_backend_ops *ops = s->model->backend->ops;
+        size_t bytes = (size_t)s->logits_rows * s->model->config.vocab * sizeof(float);
+        ops->download(s->stream, s->host_logits, loci_ref_at(s->logits, 0), bytes);
+        if (ops->sync(s->stream, NULL) != LOCI_OK) return NULL;
+        s->logits_on_host = true;
+    }
+    return s->host_logits;
+}
+
+loci_status loci_sequence_sample(loci_sequence *s, const loci_sample_params *params,
+                                 const uint32_t *banned, uint32_t banned_count,
+                                 const uint32_t *recent, uint32_t recent_count, uint32_t *id,
+                                 float *logprob, loci_error *err) {
+    if (s->logits_rows == 0)
+        return loci_fail(err, LOCI_E_PRECONDITION,
+                         "nothing to sample from: the last append had no logits");
+    const loci_backend_ops *ops = s->model->backend->ops;
+    uint32_t vocab = s->model->config.vocab;
+    size_t last = (size_t)(s->logits_rows - 1) * vocab * sizeof(float);
+    loci_ref id_ref = loci_ref_at(s->sampled, 0), logprob_ref = loci_ref_at(s->sampled, 64);
+    ops->sample(s->stream, id_ref, logprob_ref, loci_ref_at(s->logits, last), 1, vocab, params,
+                banned, banned_count, recent, recent_count);
+    ops->download(s->stream, id, id_ref, sizeof *id);
+    ops->download(s->stream, logprob, logprob_ref, sizeof *logprob);
+    return ops->sync(s->stream, err);
+}
