@@ -81,10 +81,12 @@ LOCI_MUST_CHECK loci_status loci_rpc_server_add(loci_rpc_server *server,
 LOCI_MUST_CHECK loci_status loci_rpc_server_listen(loci_rpc_server *server, const char *address,
                                                    int *port, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_rpc_server_start(loci_rpc_server *server, loci_error *err);
-/* Health of a service name ("" = the whole server); watchers are told. */
+/* Health of a service name ("" = the whole server); watchers are told. At the start "" and all
+ * added services become SERVING, unless this was called for them before. */
 void loci_rpc_server_set_serving(loci_rpc_server *server, const char *service, bool serving);
 /* Graceful: NOT_SERVING, GOAWAY, no new calls, waits up to drain_ms for the running ones, then
- * cancels them and waits until their handlers have returned. Idempotent; any thread. */
+ * cancels them and waits until their handlers have returned. Idempotent; any thread but a
+ * handler's. Afterwards the server can only be destroyed. */
 void loci_rpc_server_shutdown(loci_rpc_server *server);
 void loci_rpc_server_destroy(loci_rpc_server *server); /* after shutdown; NULL allowed */
 
@@ -100,13 +102,15 @@ loci_rpc_load loci_rpc_server_load(loci_rpc_server *server);
  * and server-stream methods call it once. */
 LOCI_MUST_CHECK loci_status loci_rpc_recv(loci_rpc_call *call, ProtobufCMessage **message,
                                           loci_error *err);
-/* Serialises and sends; the message may be reused after return. */
+/* Serialises and sends; the message may be reused after return. The one reply of a unary or
+ * client-stream method is kept and goes out with the status, or not at all when the handler then
+ * returns an error. LOCI_E_LIMIT when the message is over send_bytes_max. */
 LOCI_MUST_CHECK loci_status loci_rpc_send(loci_rpc_call *call, const ProtobufCMessage *message,
                                           loci_error *err);
 const loci_cancel *loci_rpc_cancel_of(const loci_rpc_call *call);
 /* The caller's x-request-id, or one made for the call; answered in trailing metadata. */
 const char *loci_rpc_request_id(const loci_rpc_call *call);
-/* First value of a request metadata key, or NULL. */
+/* First value of a request metadata key (copied into the call's arena), or NULL. */
 const char *loci_rpc_metadata(const loci_rpc_call *call, const char *key);
 /* Adds ErrorInfo metadata to the error that the handler is about to return; both strings are
  * copied. */
@@ -130,7 +134,9 @@ LOCI_MUST_CHECK loci_status loci_rpc_call_open(loci_rpc_channel *channel, const 
                                                const ProtobufCMessageDescriptor *response_type,
                                                unsigned timeout_ms, const volatile int *interrupt,
                                                loci_rpc_client_call **out, loci_error *err);
-/* send and read may be called from two threads at once, one each. */
+/* send and read may be called from two threads at once, one each. A send to a server that has ended
+ * the call fails with the call's status when it is known, else with LOCI_E_RPC, reason
+ * STREAM_ENDED: then read on to the end for the status, which may be OK. */
 LOCI_MUST_CHECK loci_status loci_rpc_call_send(loci_rpc_client_call *call,
                                                const ProtobufCMessage *message, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_rpc_call_half_close(loci_rpc_client_call *call, loci_error *err);

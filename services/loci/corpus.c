@@ -1,0 +1,185 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * loci corpus create | list | show | delete
+ */
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "services/common/text.h"
+#include "services/loci/cli.h"
+#include "services/loci/output.h"
+
+#define PAGE 1000
+
+static const char *corpus_id(const Loci__V1__Corpus *corpus) {
+    return corpus->name + sizeof(LOCI_PARENT "/corpora/") - 1;
+}
+
+static json_t *corpus_json(const Loci__V1__Corpus *c) {
+    return json_pack("{s:s,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:s,s:s,s:I,s:s}", "corpus",
+                     corpus_id(c), "documents", (json_int_t)c->documents, "pending_documents",
+                     (json_int_t)c->pending_documents, "segments", (json_int_t)c->segments,
+                     "tokens", (json_int_t)c->tokens, "bytes", (json_int_t)c->bytes,
+                     "bytes_on_disk", (json_int_t)c->bytes_on_disk, "extents",
+                     (json_int_t)c->extents, "revision", (json_int_t)c->revision, "encoding",
+                     c->encoding, "model_fingerprint", c->model_fingerprint, "create_time",
+                     (json_int_t)c->create_time, "name", c->name);
+}
+
+static void print_corpus(const Loci__V1__Corpus *c) {
+    char documents[32], tokens[32], segments[32], bytes[32], disk[32], created[40];
+    struct tm utc;
+    time_t when = (time_t)c->create_time;
+    gmtime_r(&when, &utc);
+    strftime(created, sizeof created, "%Y-%m-%d %H:%M:%S UTC", &utc);
+    printf("corpus     %s\n"
+           "documents  %s (%llu not yet searchable)\n"
+           "tokens     %s in %s segments, %llu extents\n"
+           "size       %s of text, %s on disk\n"
+           "revision   %llu\n"
+           "encoding   %s, model %s\n"
+           "created    %s\n",
+           corpus_id(c), loci_format_count(documents, c->documents),
+           (unsigned long long)c->pending_documents, loci_format_count(tokens, c->tokens),
+           loci_format_count(segments, c->segments), (unsigned long long)c->extents,
+           loci_format_size(bytes, c->bytes), loci_format_size(disk, c->bytes_on_disk),
+           (unsigned long long)c->revision, c->encoding, c->model_fingerprint, created);
+}
+
+/* Parses "NAME", connects. */
+static loci_status open_named(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                              char id[LOCI_NAME_MAX + 1], char name[LOCI_RESOURCE_MAX],
+                              loci_error *err) {
+    const char **args = calloc((size_t)argc, sizeof *args);
+    if (!args) return loci_fail(err, LOCI_E_NOMEM, "no memory for the command line");
+    size_t count = 0;
+    loci_status status = loci_cli_parse(cli, command, NULL, 0, argc, argv, args, &count, 1, 1, err);
+    if (status == LOCI_OK && !cli->help) {
+        status = loci_cli_corpus(cli, args[0], name, err);
+        if (status == LOCI_OK) {
+            snprintf(id, LOCI_NAME_MAX + 1, "%s", args[0]);
+            status = loci_cli_connect(cli, err);
+        }
+    }
+    free(args);
+    return status;
+}
+
+static loci_status run_create(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                              loci_error *err) {
+    char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
+    LOCI_TRY(open_named(cli, command, argc, argv, id, name, err));
+    if (cli->help) return LOCI_OK;
+    Loci__V1__CreateCorpusRequest request = LOCI__V1__CREATE_CORPUS_REQUEST__INIT;
+    request.parent = (char *)LOCI_PARENT;
+    request.corpus_id = id;
+    ProtobufCMessage *response = NULL;
+    LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/CreateCorpus", &request.base,
+                           &loci__v1__corpus__descriptor, &response, err));
+    if (cli->json)
+        loci_print_json(corpus_json((Loci__V1__Corpus *)response));
+    else
+        printf("created corpus %s\n", id);
+    protobuf_c_message_free_unpacked(response, NULL);
+    return LOCI_OK;
+}
+
+static loci_status run_show(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                            loci_error *err) {
+    char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
+    LOCI_TRY(open_named(cli, command, argc, argv, id, name, err));
+    if (cli->help) return LOCI_OK;
+    Loci__V1__GetCorpusRequest request = LOCI__V1__GET_CORPUS_REQUEST__INIT;
+    request.name = name;
+    ProtobufCMessage *response = NULL;
+    LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/GetCorpus", &request.base,
+                           &loci__v1__corpus__descriptor, &response, err));
+    if (cli->json)
+        loci_print_json(corpus_json((Loci__V1__Corpus *)response));
+    else
+        print_corpus((Loci__V1__Corpus *)response);
+    protobuf_c_message_free_unpacked(response, NULL);
+    return LOCI_OK;
+}
+
+static loci_status run_delete(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                              loci_error *err) {
+    char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
+    LOCI_TRY(open_named(cli, command, argc, argv, id, name, err));
+    if (cli->help) return LOCI_OK;
+    Loci__V1__DeleteCorpusRequest request = LOCI__V1__DELETE_CORPUS_REQUEST__INIT;
+    request.name = name;
+    ProtobufCMessage *response = NULL;
+    LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/DeleteCorpus", &request.base,
+                           &loci__v1__delete_corpus_response__descriptor, &response, err));
+    protobuf_c_message_free_unpacked(response, NULL);
+    if (cli->json)
+        loci_print_json(json_pack("{s:s,s:b}", "corpus", id, "deleted", 1));
+    else
+        printf("deleted corpus %s\n", id);
+    return LOCI_OK;
+}
+
+static void print_row(const Loci__V1__Corpus *c) {
+    char documents[32], tokens[32], disk[32];
+    printf("%-32s %12s %16s %10s\n", corpus_id(c), loci_format_count(documents, c->documents),
+           loci_format_count(tokens, c->tokens), loci_format_size(disk, c->bytes_on_disk));
+}
+
+/* One page; *token is replaced by the next page's (to be freed), NULL at the end. */
+static loci_status list_page(loci_cli *cli, char **token, json_t *rows, loci_error *err) {
+    Loci__V1__ListCorporaRequest request = LOCI__V1__LIST_CORPORA_REQUEST__INIT;
+    request.parent = (char *)LOCI_PARENT;
+    request.page_size = PAGE;
+    if (*token) request.page_token = *token;
+    ProtobufCMessage *response = NULL;
+    loci_status status =
+        loci_cli_call(cli, "/loci.v1.CorpusService/ListCorpora", &request.base,
+                      &loci__v1__list_corpora_response__descriptor, &response, err);
+    bool first = !*token;
+    free(*token);
+    *token = NULL;
+    if (status != LOCI_OK) return status;
+    if (first && !rows)
+        printf("%-32s %12s %16s %10s\n", "CORPUS", "DOCUMENTS", "TOKENS", "ON DISK");
+    const Loci__V1__ListCorporaResponse *page = (void *)response;
+    for (size_t i = 0; i < page->n_corpora; i++) {
+        if (rows)
+            json_array_append_new(rows, corpus_json(page->corpora[i]));
+        else
+            print_row(page->corpora[i]);
+    }
+    if (page->next_page_token[0] != '\0') *token = strdup(page->next_page_token);
+    protobuf_c_message_free_unpacked(response, NULL);
+    return LOCI_OK;
+}
+
+static loci_status run_list(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                            loci_error *err) {
+    const char **args = calloc((size_t)argc, sizeof *args);
+    if (!args) return loci_fail(err, LOCI_E_NOMEM, "no memory for the command line");
+    size_t count = 0;
+    loci_status status = loci_cli_parse(cli, command, NULL, 0, argc, argv, args, &count, 0, 0, err);
+    free(args);
+    if (status != LOCI_OK || cli->help) return status;
+    LOCI_TRY(loci_cli_connect(cli, err));
+    json_t *rows = cli->json ? json_array() : NULL;
+    char *token = NULL;
+    do status = list_page(cli, &token, rows, err);
+    while (status == LOCI_OK && token);
+    if (rows && status == LOCI_OK)
+        loci_print_json(json_pack("{s:o}", "corpora", rows));
+    else
+        json_decref(rows);
+    return status;
+}
+
+const loci_command loci_corpus_commands[4] = {
+    {"corpus create", "NAME", "make an empty corpus",
+     "\nNAME: lower-case letters, digits, _ and -; at most 63; begins with a letter or digit.\n",
+     run_create},
+    {"corpus list", "", "list the corpora", NULL, run_list},
+    {"corpus show", "NAME", "show a corpus", NULL, run_show},
+    {"corpus delete", "NAME", "delete a corpus and all its documents", NULL, run_delete},
+};

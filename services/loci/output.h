@@ -1,0 +1,31 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Output of the commands: JSON lines and text for people. Bytes that are not UTF-8 are shown
+ * as U+FFFD. Colours only on a terminal, and never when NO_COLOR is set.
+ */
+#ifndef LOCI_SERVICES_LOCI_OUTPUT_H
+#define LOCI_SERVICES_LOCI_OUTPUT_H
+
+#include <jansson.h>
+
+#include "base/buf.h"
+#include "loci/v1/loci.pb-c.h"
+
+/* Prints the object as one line and frees it; flushes. */
+void loci_print_json(json_t *object);
+json_t *loci_json_text(loci_slice text);
+/* {"document","start","end","quote",LAST,"name"} with LAST = "share" or "score" */
+json_t *loci_json_passage(const char *name, uint64_t start, uint64_t end, ProtobufCBinaryData quote,
+                          const char *last, double value);
+json_t *loci_json_usage(const Loci__V1__Usage *usage);
+
+bool loci_color(void); /* standard output takes colours */
+/* Appends one line of at most `width` characters from the quote: whitespace runs become one
+ * space, the part around `answer` is shown where it occurs (in bold if color), else the
+ * beginning; "..." marks what was cut. */
+void loci_clip_quote(loci_slice quote, const char *answer, size_t width, bool color, loci_buf *out);
+/* The passage as text: document:start-end, value, and the clipped quote below. */
+void loci_print_passage(const char *name, uint64_t start, uint64_t end, ProtobufCBinaryData quote,
+                        const char *value, const char *answer);
+
+#endif

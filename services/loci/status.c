@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * loci status: succeeds exactly when the daemon answers and serves, so it is also a health check.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "services/common/text.h"
+#include "services/loci/cli.h"
+#include "services/loci/output.h"
+
+#define STATUS_MS 10000
+
+static json_t *status_json(const Loci__V1__NodeStatus *s, const char *address) {
+    json_t *object =
+        json_pack("{s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:s,s:f}", "state", s->state, "address", address,
+                  "version", s->version, "backend", s->backend, "model", s->model,
+                  "model_fingerprint", s->model_fingerprint, "architecture", s->architecture,
+                  "data", s->data, "uptime_s", s->uptime_s);
+    const struct {
+        const char *name;
+        uint64_t value;
+    } counts[] = {{"memory_budget_bytes", s->memory_budget_bytes},
+                  {"memory_used_bytes", s->memory_used_bytes},
+                  {"cache_bytes", s->cache_bytes},
+                  {"cache_hits", s->cache_hits},
+                  {"cache_misses", s->cache_misses},
+                  {"corpora", s->corpora},
+                  {"tokens", s->tokens},
+                  {"pending_documents", s->pending_documents},
+                  {"active_calls", s->active_calls},
+                  {"queued_calls", s->queued_calls}};
+    for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++)
+        json_object_set_new(object, counts[i].name, json_integer((json_int_t)counts[i].value));
+    return object;
+}
+
+static void print_status(const Loci__V1__NodeStatus *s, const char *address) {
+    char used[32], budget[32], cache[32], tokens[32];
+    uint64_t looked = s->cache_hits + s->cache_misses;
+    printf("locid %s at %s: %s for %.0f s\n"
+           "backend   %s\n"
+           "model     %s, %s (%.12s)\n"
+           "data      %s\n"
+           "holds     %llu corpora, %s tokens, %llu documents not yet searchable\n"
+           "memory    %s used of %s, cache %s, %.0f%% hits\n"
+           "calls     %llu active, %llu queued\n",
+           s->version, address, s->state, s->uptime_s, s->backend, s->model, s->architecture,
+           s->model_fingerprint, s->data, (unsigned long long)s->corpora,
+           loci_format_count(tokens, s->tokens), (unsigned long long)s->pending_documents,
+           loci_format_size(used, s->memory_used_bytes),
+           loci_format_size(budget, s->memory_budget_bytes),
+           loci_format_size(cache, s->cache_bytes),
+           looked ? 100.0 * (double)s->cache_hits / (double)looked : 0.0,
+           (unsigned long long)s->active_calls, (unsigned long long)s->queued_calls);
+}
+
+static loci_status run_status(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                              loci_error *err) {
+    const char **args = calloc((size_t)argc, sizeof *args);
+    if (!args) return loci_fail(err, LOCI_E_NOMEM, "no memory for the command line");
+    size_t count = 0;
+    loci_status status = loci_cli_parse(cli, command, NULL, 0, argc, argv, args, &count, 0, 0, err);
+    free(args);
+    if (status != LOCI_OK || cli->help) return status;
+    LOCI_TRY(loci_cli_connect(cli, err));
+    Loci__V1__GetStatusRequest request = LOCI__V1__GET_STATUS_REQUEST__INIT;
+    ProtobufCMessage *response = NULL;
+    LOCI_TRY(loci_rpc_unary(cli->channel, "/loci.v1.NodeService/GetStatus", &request.base,
+                            &loci__v1__node_status__descriptor, STATUS_MS, &loci_interrupted,
+                            &response, err));
+    const Loci__V1__NodeStatus *node = (void *)response;
+    const char *address = cli->embedded.pid > 0 ? cli->embedded.address : cli->address;
+    if (cli->json)
+        loci_print_json(status_json(node, address));
+    else
+        print_status(node, address);
+    if (strcmp(node->state, "serving") != 0)
+        status = loci_fail(err, LOCI_E_UNAVAILABLE, "the daemon at %s is %s", address, node->state);
+    protobuf_c_message_free_unpacked(response, NULL);
+    return status;
+}
+
+const loci_command loci_status_command = {
+    "status", "", "show the daemon's state; fails when it does not serve", NULL, run_status};

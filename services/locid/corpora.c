@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * CorpusService. Create is idempotent by request id: the last REMEMBERED ids are kept in
+ * memory with the corpus that each one made, so that a client that lost the reply and asks
+ * again gets the same corpus instead of ALREADY_EXISTS.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "services/locid/node.h"
+#include "services/locid/page.h"
+
+#define REMEMBERED 256
+#define REQUEST_ID_MAX 128
+
+static struct {
+    pthread_mutex_t mutex;
+    char id[REMEMBERED][REQUEST_ID_MAX + 1];
+    uint64_t uid[REMEMBERED]; /* of the corpus made */
+    size_t next;
+} made = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+static void remember(const char *id, uint64_t uid) {
+    pthread_mutex_lock(&made.mutex);
+    snprintf(made.id[made.next], sizeof made.id[0], "%s", id);
+    made.uid[made.next] = uid;
+    made.next = (made.next + 1) % REMEMBERED;
+    pthread_mutex_unlock(&made.mutex);
+}
+
+static bool remembered(const char *id, uint64_t uid) {
+    bool found = false;
+    pthread_mutex_lock(&made.mutex);
+    for (size_t i = 0; i < REMEMBERED && !found; i++)
+        found = made.uid[i] == uid && strcmp(made.id[i], id) == 0;
+    pthread_mutex_unlock(&made.mutex);
+    return found;
+}
+
+/* name must outlive *out; so must info. */
+static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
+                        const loci_corpus_info *info) {
+    loci__v1__corpus__init(out);
+    loci_corpus_name_format(name, info->name);
+    out->name = name;
+    out->model_fingerprint = (char *)(uintptr_t)info->geometry.fingerprint;
+    out->encoding = (char *)"independent";
+    out->create_time = info->created;
+    out->revision = info->revision;
+    out->documents = info->documents;
+    out->pending_documents = info->pending_documents;
+    out->segments = info->segments;
+    out->tokens = info->tokens;
+    out->bytes = info->bytes;
+    out->bytes_on_disk = info->bytes_on_disk;
+    out->extents = info->extents;
+}
+
+static loci_status send_corpus(loci_rpc_call *call, const loci_corpus_info *info, loci_error *err) {
+    Loci__V1__Corpus reply;
+    char name[LOCI_RESOURCE_MAX];
+    fill_corpus(&reply, name, info);
+    return loci_rpc_send(call, &reply.base, err);
+}
+
+static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
+    loci_daemon *node = ctx;
+    ProtobufCMessage *message = NULL;
+    LOCI_TRY(loci_rpc_recv(call, &message, err));
+    const Loci__V1__CreateCorpusRequest *request = (void *)message;
+    LOCI_TRY(loci_parent_check(request->parent, "parent", err));
+    if (!loci_corpus_id_valid(request->corpus_id))
+        return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_CORPUS_ID",
+                                "field corpus_id: \"%.80s\" must match [a-z0-9][a-z0-9_-]{0,62}",
+                                request->corpus_id);
+    if (strlen(request->request_id) > REQUEST_ID_MAX)
+        return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_REQUEST_ID",
+                                "field request_id: longer than %d bytes", REQUEST_ID_MAX);
+    loci_rpc_error_metadata(call, "corpus", request->corpus_id);
+    loci_corpus_info info;
+    loci_status status = loci_engine_create_corpus(node->engine, request->corpus_id, &info, err);
+    bool named = request->request_id[0] != '\0';
+    if (status == LOCI_E_EXISTS && named && remembered(request->request_id, info.uid))
+        status = LOCI_OK;
+    if (status != LOCI_OK) return loci_daemon_reason(err, status, LOCI_E_EXISTS, "CORPUS_EXISTS");
+    if (named) remember(request->request_id, info.uid);
+    return send_corpus(call, &info, err);
+}
+
+static loci_status get_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
+    ProtobufCMessage *message = NULL;
+    LOCI_TRY(loci_rpc_recv(call, &message, err));
+    const Loci__V1__GetCorpusRequest *request = (void *)message;
+    char corpus[LOCI_NAME_MAX + 1];
+    LOCI_TRY(loci_corpus_name_parse(request->name, "name", corpus, err));
+    loci_corpus_info info;
+    LOCI_TRY(loci_daemon_corpus(ctx, call, corpus, &info, err));
+    return send_corpus(call, &info, err);
+}
+
+typedef struct listed_corpus {
+    Loci__V1__Corpus message;
+    loci_corpus_info info;
+    char name[LOCI_RESOURCE_MAX];
+} listed_corpus;
+
+static loci_status send_corpora(loci_rpc_call *call, const char *parent,
+                                const loci_corpus_info *infos, size_t count, bool more,
+                                loci_error *err) {
+    listed_corpus *items = calloc(count + 1, sizeof *items);
+    Loci__V1__Corpus **pointers = calloc(count + 1, sizeof *pointers);
+    loci_buf token = LOCI_BUF_INIT;
+    loci_status status = LOCI_OK;
+    if (!items || !pointers) {
+        status = loci_fail(err, LOCI_E_NOMEM, "no memory for a page of %zu corpora", count);
+        goto out;
+    }
+    Loci__V1__ListCorporaResponse reply = LOCI__V1__LIST_CORPORA_RESPONSE__INIT;
+    for (size_t i = 0; i < count; i++) {
+        fill_corpus(&items[i].message, items[i].name, &infos[i]);
+        pointers[i] = &items[i].message;
+    }
+    reply.n_corpora = count;
+    reply.corpora = pointers;
+    if (more) {
+        loci_page_token_make("ListCorpora", parent, infos[count - 1].name, &token);
+        reply.next_page_token = (char *)(uintptr_t)loci_buf_text(&token);
+        LOCI_TRY_GOTO(loci_buf_status(&token), out);
+    }
+    status = loci_rpc_send(call, &reply.base, err);
+out:
+    loci_buf_fini(&token);
+    free(pointers);
+    free(items);
+    return status;
+}
+
+static loci_status list_corpora(loci_rpc_call *call, void *ctx, loci_error *err) {
+    loci_daemon *node = ctx;
+    ProtobufCMessage *message = NULL;
+    LOCI_TRY(loci_rpc_recv(call, &message, err));
+    const Loci__V1__ListCorporaRequest *request = (void *)message;
+    LOCI_TRY(loci_parent_check(request->parent, "parent", err));
+    size_t size = 0;
+    LOCI_TRY(loci_page_size(request->page_size, &size, err));
+    char cursor[LOCI_CURSOR_MAX + 1];
+    LOCI_TRY(
+        loci_page_token_open("ListCorpora", request->parent, request->page_token, cursor, err));
+    /* One more than asked for tells whether there is a next page. */
+    loci_corpus_info *infos = calloc(size + 1, sizeof *infos);
+    if (!infos) return loci_fail(err, LOCI_E_NOMEM, "no memory for a page of %zu corpora", size);
+    size_t count = 0;
+    loci_status status =
+        loci_corpus_list(loci_engine_store(node->engine), cursor, size + 1, infos, &count, err);
+    bool more = count > size;
+    if (status == LOCI_OK)
+        status = send_corpora(call, request->parent, infos, more ? size : count, more, err);
+    free(infos);
+    return status;
+}
+
+static loci_status delete_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
+    loci_daemon *node = ctx;
+    ProtobufCMessage *message = NULL;
+    LOCI_TRY(loci_rpc_recv(call, &message, err));
+    const Loci__V1__DeleteCorpusRequest *request = (void *)message;
+    char corpus[LOCI_NAME_MAX + 1];
+    LOCI_TRY(loci_corpus_name_parse(request->name, "name", corpus, err));
+    loci_rpc_error_metadata(call, "corpus", corpus);
+    loci_status status = loci_corpus_delete(loci_engine_store(node->engine), corpus, err);
+    if (status == LOCI_OK) status = loci_store_sync(loci_engine_store(node->engine), err);
+    if (status != LOCI_OK)
+        return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
+    Loci__V1__DeleteCorpusResponse reply = LOCI__V1__DELETE_CORPUS_RESPONSE__INIT;
+    return loci_rpc_send(call, &reply.base, err);
+}
+
+const loci_rpc_method loci_corpus_methods[] = {
+    {"/loci.v1.CorpusService/CreateCorpus", LOCI_RPC_UNARY,
+     &loci__v1__create_corpus_request__descriptor, &loci__v1__corpus__descriptor, create_corpus,
+     false},
+    {"/loci.v1.CorpusService/GetCorpus", LOCI_RPC_UNARY, &loci__v1__get_corpus_request__descriptor,
+     &loci__v1__corpus__descriptor, get_corpus, false},
+    {"/loci.v1.CorpusService/ListCorpora", LOCI_RPC_UNARY,
+     &loci__v1__list_corpora_request__descriptor, &loci__v1__list_corpora_response__descriptor,
+     list_corpora, false},
+    {"/loci.v1.CorpusService/DeleteCorpus", LOCI_RPC_UNARY,
+     &loci__v1__delete_corpus_request__descriptor, &loci__v1__delete_corpus_response__descriptor,
+     delete_corpus, false},
+};
+const size_t loci_corpus_method_count = sizeof loci_corpus_methods / sizeof loci_corpus_methods[0];

@@ -1,0 +1,81 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * NodeService, and what all handlers share.
+ */
+#include "services/locid/node.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define COUNT_PAGE 64u
+
+loci_status loci_daemon_reason(loci_error *err, loci_status status, loci_status when,
+                               const char *reason) {
+    if (status == when && err && err->reason[0] == '\0')
+        snprintf(err->reason, sizeof err->reason, "%s", reason);
+    return status;
+}
+
+loci_status loci_daemon_corpus(loci_daemon *node, loci_rpc_call *call, const char *corpus,
+                               loci_corpus_info *out, loci_error *err) {
+    loci_rpc_error_metadata(call, "corpus", corpus);
+    loci_status status = loci_corpus_get(loci_engine_store(node->engine), corpus, out, err);
+    return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
+}
+
+/* Adds up what GetStatus tells about all corpora. */
+static loci_status count_corpora(loci_daemon *node, Loci__V1__NodeStatus *status, loci_error *err) {
+    loci_corpus_info *page = calloc(COUNT_PAGE, sizeof *page);
+    if (!page) return loci_fail(err, LOCI_E_NOMEM, "no memory to list corpora");
+    char after[LOCI_NAME_MAX + 1] = "";
+    loci_status result = LOCI_OK;
+    size_t count = 0;
+    do {
+        result =
+            loci_corpus_list(loci_engine_store(node->engine), after, COUNT_PAGE, page, &count, err);
+        for (size_t i = 0; result == LOCI_OK && i < count; i++) {
+            status->corpora++;
+            status->tokens += page[i].tokens;
+        }
+        if (result == LOCI_OK && count > 0) memcpy(after, page[count - 1].name, sizeof after);
+    } while (result == LOCI_OK && count == COUNT_PAGE);
+    free(page);
+    return result;
+}
+
+static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
+    loci_daemon *node = ctx;
+    ProtobufCMessage *request = NULL;
+    LOCI_TRY(loci_rpc_recv(call, &request, err));
+    loci_engine_status engine;
+    loci_engine_status_of(node->engine, &engine);
+    loci_rpc_load load = loci_rpc_server_load(node->server);
+    loci_model *model = loci_engine_model(node->engine);
+
+    Loci__V1__NodeStatus reply = LOCI__V1__NODE_STATUS__INIT;
+    reply.version = (char *)LOCI_VERSION;
+    reply.backend = (char *)(uintptr_t)loci_engine_backend_name(node->engine);
+    reply.model = (char *)(uintptr_t)node->model;
+    reply.model_fingerprint = (char *)(uintptr_t)loci_model_fingerprint(model);
+    reply.architecture = (char *)(uintptr_t)loci_model_config_of(model)->architecture;
+    reply.uptime_s = (double)(loci_now_ns() - node->started_ns) / 1e9;
+    reply.memory_budget_bytes = engine.memory_budget_bytes;
+    reply.memory_used_bytes = engine.memory_used_bytes;
+    reply.cache_bytes = engine.cache_bytes;
+    reply.cache_hits = engine.cache_hits;
+    reply.cache_misses = engine.cache_misses;
+    reply.active_calls = load.active > 0 ? load.active - 1 : 0; /* all but this one */
+    reply.queued_calls = load.queued;
+    reply.pending_documents = loci_ingest_pending(loci_engine_ingest(node->engine));
+    reply.state = atomic_load(&node->draining) ? "draining" : "serving";
+    reply.data = (char *)(uintptr_t)node->data;
+    LOCI_TRY(count_corpora(node, &reply, err));
+    return loci_rpc_send(call, &reply.base, err);
+}
+
+const loci_rpc_method loci_node_methods[] = {
+    {"/loci.v1.NodeService/GetStatus", LOCI_RPC_UNARY, &loci__v1__get_status_request__descriptor,
+     &loci__v1__node_status__descriptor, get_status, false},
+};
+const size_t loci_node_method_count = sizeof loci_node_methods / sizeof loci_node_methods[0];

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the handlers of the daemon share: the engine, the server, and the method tables.
+ * Handlers translate between messages and the engine; they hold no state of their own but
+ * the table of request ids (corpora.c).
+ */
+#ifndef LOCI_SERVICES_LOCID_NODE_H
+#define LOCI_SERVICES_LOCID_NODE_H
+
+#include <stdatomic.h>
+
+#include "loci/v1/loci.pb-c.h"
+#include "services/common/names.h"
+#include "services/engine/engine.h"
+#include "services/rpc/rpc.h"
+
+typedef struct loci_daemon {
+    loci_engine *engine;
+    loci_rpc_server *server;
+    const char *model; /* folder */
+    const char *data;
+    uint64_t started_ns;
+    atomic_bool draining; /* set before shutdown; long waits end */
+} loci_daemon;
+
+/* ctx of each is a loci_daemon. */
+extern const loci_rpc_method loci_corpus_methods[], loci_document_methods[], loci_query_methods[],
+    loci_node_methods[];
+extern const size_t loci_corpus_method_count, loci_document_method_count, loci_query_method_count,
+    loci_node_method_count;
+
+/* Register (register.c), listed in the table of documents.c. */
+loci_status loci_register_handler(loci_rpc_call *call, void *ctx, loci_error *err);
+
+/* Looks the corpus up; LOCI_E_NOTFOUND gets the reason CORPUS_NOT_FOUND and metadata. */
+LOCI_MUST_CHECK loci_status loci_daemon_corpus(loci_daemon *node, loci_rpc_call *call,
+                                               const char *corpus, loci_corpus_info *out,
+                                               loci_error *err);
+/* Gives an error without a reason the one named, when it has the status `when`. */
+loci_status loci_daemon_reason(loci_error *err, loci_status status, loci_status when,
+                               const char *reason);
+
+#endif

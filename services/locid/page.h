@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Page sizes and page tokens of the List methods (AIP-158).
+ *
+ * A token is base64url of: version byte, XXH3-64 of (method, parent, cursor), cursor. The
+ * cursor is the last name of the page before. A token made for other arguments, or changed,
+ * does not check out. Tokens hold nothing secret and do not expire.
+ */
+#ifndef LOCI_SERVICES_LOCID_PAGE_H
+#define LOCI_SERVICES_LOCID_PAGE_H
+
+#include "base/buf.h"
+
+#define LOCI_PAGE_DEFAULT 100
+#define LOCI_PAGE_MAX 1000
+#define LOCI_CURSOR_MAX 512
+
+/* 0 = default; too large = the largest; negative = LOCI_E_INVAL, reason INVALID_PAGE_SIZE. */
+LOCI_MUST_CHECK loci_status loci_page_size(int32_t asked, size_t *out, loci_error *err);
+/* Appends the token (not terminated). */
+void loci_page_token_make(const char *method, const char *parent, const char *cursor,
+                          loci_buf *out);
+/* An empty token gives the empty cursor. LOCI_E_INVAL, reason INVALID_PAGE_TOKEN. */
+LOCI_MUST_CHECK loci_status loci_page_token_open(const char *method, const char *parent,
+                                                 const char *token,
+                                                 char cursor[LOCI_CURSOR_MAX + 1], loci_error *err);
+
+#endif
