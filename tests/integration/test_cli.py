@@ -1,0 +1,312 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The command line end to end, in the order in which a user would meet it.
+
+  test_cli.py [BUILD_DIR]      (default build/release)
+
+Reads as documentation: each test is one thing that a user can do, or one mistake and what
+is said about it. The tests of class Journey build on one another.
+"""
+import json
+import os
+import tempfile
+import unittest
+
+from harness import BUILD, HANDBOOK, LOCI, LOCID, ROOT, Case, Daemon, clean_environment, run
+
+QUESTION = "When did the North Telescope see first light?"
+ANSWER = "3 October 1978"
+USAGE = {"corpus_tokens", "question_tokens", "answer_tokens", "kv_read_bytes", "index_read_bytes",
+         "kv_dense_bytes", "fetched_bytes", "first_token_ms", "decode_tokens_per_s", "total_ms"}
+
+
+class Journey(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon("--memory", "2G").start()
+        cls.folder = tempfile.mkdtemp(prefix="loci-test-", dir=cls.daemon.folder)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.daemon.close()
+
+    def write(self, name, text):
+        path = os.path.join(self.folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w" if isinstance(text, str) else "wb") as file:
+            file.write(text)
+        return path
+
+    def quoted(self, corpus, passages, last):
+        """Every passage is exactly the bytes that it claims to be."""
+        for passage in passages:
+            self.assertLessEqual({"document", "start", "end", "quote", last}, set(passage))
+            content = self.ok("document", "show", corpus, passage["document"], "--content")
+            part = content.encode()[passage["start"]:passage["end"]]
+            self.assertEqual(part.decode(), passage["quote"])
+
+    # --- A corpus is made and filled -----------------------------------------------------
+    def test_01_create(self):
+        self.assertEqual(self.result("corpus", "create", "notes")["corpus"], "notes")
+        self.refused("corpus", "create", "notes", says="notes")
+        self.assertEqual([c["corpus"] for c in self.result("corpus", "list")["corpora"]], ["notes"])
+        self.assertIn("notes", self.ok("corpus", "list"))
+
+    def test_02_register_a_folder(self):
+        done = self.result("register", "notes", HANDBOOK)
+        files = [f for f in os.listdir(HANDBOOK) if f.endswith(".md")]
+        self.assertEqual(done["documents"], len(files))
+        self.assertGreater(done["tokens"], 10000)
+        self.assertGreater(done["segments"], len(files))
+        self.assertGreater(done["bytes_on_disk"], 0)
+        self.assertGreater(done["seconds"], 0)
+        shown = self.result("corpus", "show", "notes")
+        self.assertEqual((shown["documents"], shown["tokens"], shown["pending_documents"]),
+                         (len(files), done["tokens"], 0))
+
+    def test_03_registering_again_changes_nothing(self):
+        before = self.result("corpus", "show", "notes")
+        done = self.result("register", "notes", HANDBOOK)
+        self.assertEqual(done["unchanged"], done["documents"])
+        after = self.result("corpus", "show", "notes")
+        self.assertEqual((before["tokens"], before["segments"], before["documents"]),
+                         (after["tokens"], after["segments"], after["documents"]))
+
+    def test_04_register_files_rows_and_standard_input(self):
+        path = self.write("sub/badge.txt", "The badge of Ottilie Crane has the number 5521.\n")
+        self.assertEqual(self.result("register", "notes", path)["documents"], 1)
+        rows = [{"id": "rows/1", "text": "The keel of the Halcyon was laid in Drumlin Bay.",
+                 "metadata": {"source": "logbook", "page": 7}},
+                {"id": "rows/2", "text": "The Halcyon carried 212 barrels of lamp oil."}]
+        jsonl = self.write("rows.jsonl", "\n".join(map(json.dumps, rows)) + "\n\n")
+        self.assertEqual(self.result("register", "notes", jsonl)["documents"], 2)
+        typed = "The ferry to Sallow Island leaves at 06:40.\n"
+        self.result("register", "notes", "-", "--id", "typed.txt", input=typed)
+        self.result("register", "notes", "-", "--jsonl",
+                    input=json.dumps({"id": "rows/3", "text": "The Halcyon sank in 1911."}))
+        listed = {d["document"]: d for d in self.result("document", "list", "notes")["documents"]}
+        for name in ("badge.txt", "rows/1", "rows/2", "rows/3", "typed.txt", "welcome.md"):
+            self.assertIn(name, listed)
+            self.assertEqual(listed[name]["state"], "searchable")
+        shown = self.result("document", "show", "notes", "rows/1")
+        self.assertEqual(shown["metadata"], rows[0]["metadata"])
+        self.assertEqual(shown["name"], "tenants/default/corpora/notes/documents/rows/1")
+        self.assertEqual(self.ok("document", "show", "notes", "typed.txt", "--content"), typed)
+
+    def test_05_events_come_before_the_result(self):
+        path = self.write("tide.txt", "High tide at Sallow Island is at noon.\n")
+        lines = [json.loads(line) for line in
+                 self.ok("register", "notes", path, "--json").splitlines()]
+        acks = [e["state"] for e in lines if e.get("event") == "ack"]
+        self.assertEqual(acks, ["stored", "searchable"])
+        self.assertNotIn("event", lines[-1])
+
+    def test_06_create_on_the_way(self):
+        path = self.write("a.txt", "Any text will do.\n")
+        line = self.refused("register", "other", path, says="no corpus other")
+        self.assertIn("loci corpus create other", line)
+        self.result("register", "other", path, "--create")
+        self.result("register", "other", path, "--create")
+        self.ok("corpus", "delete", "other")
+        self.refused("corpus", "show", "other", says="other")
+
+    # --- It is asked --------------------------------------------------------------------
+    def test_10_ask_in_all_modes(self):
+        for mode in ("hierarchical", "squeezed", "dense"):
+            for twice in ("--read-twice", "--no-read-twice"):
+                with self.subTest(mode=mode, twice=twice):
+                    done = self.result("ask", "notes", QUESTION, "--mode", mode, twice)
+                    self.assertEqual(done["answer"], ANSWER)
+                    self.assertIs(done["found"], True)
+                    self.assertIn(done["stop"], ("eos", "length", "repetition"))
+                    self.assertLessEqual(USAGE, set(done["usage"]))
+                    self.assertGreater(done["usage"]["kv_dense_bytes"], 0)
+                    best = done["evidence"][0]
+                    self.assertEqual(best["document"], "north-telescope.md")
+                    self.assertIn(ANSWER, best["quote"])
+                    self.quoted("notes", done["evidence"], "share")
+
+    def test_11_the_answer_streams(self):
+        lines = [json.loads(line) for line in
+                 self.ok("ask", "notes", QUESTION, "--json").splitlines()]
+        kinds = [line.get("event") for line in lines]
+        self.assertEqual(kinds[0], "started")
+        self.assertLess(kinds.index("evidence"), kinds.index("delta"))
+        deltas = "".join(line["text"] for line in lines if line.get("event") == "delta")
+        self.assertEqual(deltas.strip(), lines[-1]["answer"])
+
+    def test_12_text_for_people(self):
+        text = self.ok("ask", "notes", QUESTION)
+        self.assertTrue(text.startswith(ANSWER + "\n"), text)
+        self.assertIn("north-telescope.md:", text)
+        self.assertIn("first token", text)
+        self.assertNotIn("\x1b", text)  # no terminal, no colours
+
+    def test_13_nothing_answers(self):
+        with open(os.path.join(ROOT, "tests/data/handbook-unanswerable.jsonl")) as file:
+            question = json.loads(file.readline())["question"]
+        self.assertIs(self.result("ask", "notes", question)["found"], False)
+        self.assertIn("No answer found in this corpus.", self.ok("ask", "notes", question))
+
+    def test_14_the_same_seed_gives_the_same_answer(self):
+        command = ("ask", "notes", QUESTION, "--temperature", "1.5", "--seed", "7",
+                   "--no-read-twice")
+        self.assertEqual(self.result(*command)["answer"], self.result(*command)["answer"])
+
+    def test_15_search(self):
+        done = self.result("search", "notes", QUESTION, "-k", "3")
+        self.assertEqual(len(done["hits"]), 3)
+        self.assertIn("north-telescope.md", [hit["document"] for hit in done["hits"]])
+        scores = [hit["score"] for hit in done["hits"]]
+        self.assertEqual(scores, sorted(scores, reverse=True))
+        self.quoted("notes", done["hits"], "score")
+        self.assertIn("usage", done)
+        self.assertIn(".md:", self.ok("search", "notes", QUESTION))
+
+    def test_16_facts_just_registered(self):
+        for question, answer in (("What is the number of the badge of Ottilie Crane?", "5521"),
+                                 ("When does the ferry to Sallow Island leave?", "06:40")):
+            self.assertEqual(self.result("ask", "notes", question)["answer"], answer)
+
+    # --- It changes ----------------------------------------------------------------------
+    def test_20_replacing_a_document(self):
+        path = self.write("sub/badge.txt", "The badge of Ottilie Crane has the number 9073.\n")
+        self.result("register", "notes", path)
+        done = self.result("ask", "notes", "What is the number of the badge of Ottilie Crane?")
+        self.assertEqual(done["answer"], "9073")
+        self.assertNotIn("5521", json.dumps(done))
+
+    def test_21_deleting_a_document(self):
+        self.ok("document", "delete", "notes", "badge.txt")
+        self.refused("document", "show", "notes", "badge.txt", says="badge.txt")
+        self.refused("document", "delete", "notes", "badge.txt", says="badge.txt")
+        done = self.result("search", "notes", "badge of Ottilie Crane", "-k", "20")
+        self.assertNotIn("badge.txt", [hit["document"] for hit in done["hits"]])
+
+    def test_22_restart(self):
+        before = self.result("corpus", "show", "notes")
+        self.assertEqual(self.daemon.stop(), 0)
+        self.daemon.start()
+        self.assertEqual(self.result("corpus", "show", "notes"), before)
+        self.assertEqual(self.result("ask", "notes", QUESTION)["answer"], ANSWER)
+
+    # --- Mistakes --------------------------------------------------------------------------
+    def test_30_unknown_corpus_or_document(self):
+        for command in (("corpus", "show", "missing"), ("corpus", "delete", "missing"),
+                        ("document", "list", "missing"), ("document", "show", "missing", "a"),
+                        ("ask", "missing", "why?"), ("search", "missing", "why?")):
+            self.refused(*command, says="missing")
+
+    def test_31_bad_names(self):
+        self.refused("corpus", "create", "Bad Name", code=2, says="Bad Name")
+        self.refused("corpus", "create", "x" * 64, code=2)
+        self.refused("document", "show", "notes", "a\nb", code=2)
+
+    def test_32_wrong_usage(self):
+        for command, says in ((("ask", "notes"), "usage: loci ask"),
+                              (("ask", "notes", "q", "--colour"), "--colour"),
+                              (("ask", "notes", "q", "--mode", "fast"), "fast"),
+                              (("ask", "notes", "q", "--top-p", "2"), "--top-p"),
+                              (("search", "notes", "q", "-k", "0"), "--k"),
+                              (("frobnicate",), "frobnicate"), (("corpus", "frob"), "corpus")):
+            self.refused(*command, code=2, says=says)
+
+    def test_33_bad_documents(self):
+        empty = self.write("empty.txt", "")
+        self.refused("register", "notes", empty, says="empty")
+        self.refused("register", "notes", "-", input="", says="stdin")
+        self.refused("register", "notes", "/nowhere.txt", says="/nowhere.txt")
+        broken = self.write("broken.jsonl", '{"id": "good", "text": "fine"}\n{"id": 3}\n')
+        self.refused("register", "notes", broken, says="broken.jsonl:2")
+        huge = self.write("huge.txt", b"All work and no play. " * (100_000_000 // 22))
+        self.refused("register", "notes", huge, says="huge.txt")
+        self.refused("document", "show", "notes", "huge.txt")
+        odd = self.write("odd.txt", b"bytes \xff\xfe that are no UTF-8, and a NUL \x00 too\n")
+        self.result("register", "notes", odd)
+        self.assertEqual(self.result("ask", "notes", QUESTION)["answer"], ANSWER)
+
+    def test_34_bad_questions(self):
+        self.refused("ask", "notes", "  ", says="question")
+        self.refused("ask", "notes", "why? " * 2000, says="question")
+        self.refused("search", "notes", "", says="question")
+
+    def test_35_help_everywhere(self):
+        for command in (["corpus", c] for c in ("create", "list", "show", "delete")):
+            self.assertIn("usage: loci corpus", self.ok(*command, "--help"))
+        for command in ("register", "ask", "search", "status"):
+            self.assertIn(f"usage: loci {command}", self.ok(command, "--help"))
+        self.assertIn("loci register", self.ok("--help"))
+
+
+class Addresses(Case):
+    """Who can be reached, and who may listen."""
+
+    def test_nobody_there(self):
+        self.daemon = Daemon()
+        self.addCleanup(self.daemon.close)
+        line = self.refused("status", says="no daemon answers")
+        self.assertIn(self.daemon.address, line)
+
+    def test_only_loopback_without_insecure(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for address in ("0.0.0.0:0", "[::]:0"):
+                done = run(LOCID, "--data", folder, "--listen", address, env=clean_environment(),
+                           cwd=ROOT)
+                self.assertEqual(done.returncode, 2)
+                self.assertIn("--insecure", done.stderr)
+
+    def test_tcp(self):
+        self.daemon = Daemon("--listen", "127.0.0.1:0").start()
+        self.addCleanup(self.daemon.close)
+        port = self.daemon.log_text().split("address 127.0.0.1:")[1].split(",")[0]
+        self.ok("status", "--address", f"127.0.0.1:{port}")
+
+    def test_check_and_print_config(self):
+        done = run(LOCID, "--data", "/d", "--check-config", "--print-config", cwd=ROOT,
+                   env=clean_environment(LOCI_ENGINE_MEMORY="1G"))
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertIn("memory: 1073741824", done.stdout)
+        done = run(LOCID, "--data", "/d", "--memory", "100M", cwd=ROOT, env=clean_environment())
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("256 MiB", done.stderr)
+
+
+class Embedded(Case):
+    """loci --data DIR: no daemon has to be started."""
+
+    def setUp(self):
+        self.daemon = Daemon()
+        self.addCleanup(self.daemon.close)
+        self.data = ("--data", self.daemon.data)
+
+    def loci(self, *args):
+        """Nothing listens at the default address of the tests."""
+        done = run(LOCI, *args, env=clean_environment(TMPDIR=self.daemon.folder), cwd=ROOT)
+        return done
+
+    def test_register_and_ask(self):
+        path = os.path.join(self.daemon.folder, "fact.txt")
+        with open(path, "w") as file:
+            file.write("The password of the old tower is marzipan.\n")
+        done = self.loci("register", "small", path, "--create", *self.data)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        done = self.loci("ask", "small", "What is the password of the old tower?", "--json",
+                         *self.data)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual(json.loads(done.stdout.splitlines()[-1])["answer"], "marzipan")
+        left = [name for name in os.listdir(self.daemon.folder) if name.startswith("loci-")]
+        self.assertEqual(left, [])  # the private socket's folder is gone
+
+    def test_the_directory_is_taken(self):
+        self.daemon.start()
+        done = self.loci("corpus", "list", *self.data)
+        self.assertEqual(done.returncode, 1)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn(self.daemon.data, done.stderr)
+        # The daemon that has it is used when it is where we look.
+        self.ok("corpus", "list", *self.data)
+
+
+if __name__ == "__main__":
+    print("testing", BUILD)
+    unittest.main(verbosity=2)

@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Interrupts, shutdown and sudden death, seen from the command line.
+
+  test_signals.py [BUILD_DIR]
+"""
+import json
+import signal
+import subprocess
+import time
+import unittest
+
+from harness import HANDBOOK, Case, Daemon
+
+QUESTION = "When did the North Telescope see first light?"
+# Half a minute of work: every token is read, and at this temperature the text never ends.
+LONG = ("ask", "notes", QUESTION, "--mode", "dense", "--no-read-twice", "--temperature", "10",
+        "--max-tokens", "512", "--seed", "1")
+
+
+class Signals(Case):
+    def setUp(self):
+        self.daemon = Daemon("--memory", "2G", "--drain-seconds", "3").start()
+        self.addCleanup(self.daemon.close)
+        self.result("register", "notes", HANDBOOK, "--create")
+
+    def busy(self):
+        return self.daemon.status()["active_calls"]
+
+    def start_long(self):
+        asking = self.daemon.start_loci(*LONG)
+        self.addCleanup(asking.kill)
+        self.wait_for(lambda: self.busy() == 1, "the question is being worked on")
+        time.sleep(0.5)
+        return asking
+
+    def test_interrupt_stops_the_work_in_the_daemon(self):
+        asking = self.start_long()
+        asking.send_signal(signal.SIGINT)
+        asking.communicate(timeout=10)
+        self.assertEqual(asking.returncode, 130)
+        self.wait_for(lambda: self.busy() == 0, "the daemon has stopped working on it", 3)
+        self.assertTrue(self.result("ask", "notes", QUESTION)["found"])
+
+    def test_a_killed_client_stops_the_work_too(self):
+        asking = self.start_long()
+        asking.kill()
+        asking.communicate(timeout=10)
+        self.wait_for(lambda: self.busy() == 0, "the daemon has stopped working on it", 3)
+
+    def test_drain_lets_running_calls_end(self):
+        asking = self.daemon.start_loci("ask", "notes", QUESTION, "--json")
+        out, err = "", ""
+        first = asking.stdout.readline()  # it has begun
+        self.daemon.process.send_signal(signal.SIGTERM)
+        out, err = asking.communicate(timeout=20)
+        self.assertEqual(asking.returncode, 0, err)
+        self.assertIn("started", first)
+        self.assertTrue(json.loads(out.splitlines()[-1])["found"])
+        self.assertEqual(self.daemon.process.wait(20), 0)
+
+    def test_drain_is_bounded(self):
+        asking = self.start_long()
+        begun = time.monotonic()
+        self.assertEqual(self.daemon.stop(), 0)
+        self.assertLess(time.monotonic() - begun, 10)
+        _, err = asking.communicate(timeout=10)
+        self.assertEqual(asking.returncode, 1)
+        self.assertEqual(len(err.splitlines()), 1, err)
+
+    def test_a_second_signal_does_not_wait(self):
+        self.start_long()
+        begun = time.monotonic()
+        self.daemon.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        self.assertEqual(self.daemon.stop(), 1)
+        self.assertLess(time.monotonic() - begun, 2.5)
+
+    def test_nothing_acknowledged_is_lost(self):
+        """Killed without warning while a client is registering: STORED means stored."""
+        sending = self.daemon.start_loci("register", "notes", "-", "--jsonl", "--json",
+                                         stdin=subprocess.PIPE)
+        self.addCleanup(sending.kill)
+        for i in range(40):
+            sending.stdin.write(json.dumps({"id": f"row-{i}", "text": f"Row {i} says {i * 37}. "
+                                            "It stands here for itself. " * 20}) + "\n")
+        sending.stdin.flush()
+        stored = set()
+        for line in sending.stdout:
+            event = json.loads(line)
+            if event.get("event") == "ack" and event["state"] == "stored":
+                stored.add(event["document"])
+            if len(stored) >= 20:
+                break
+        self.daemon.stop(signal.SIGKILL)
+        sending.kill()
+        sending.communicate(timeout=10)
+        self.daemon.start()
+        listed = {d["document"] for d in self.result("document", "list", "notes")["documents"]}
+        self.assertLessEqual(stored, listed)
+        self.wait_for(lambda: self.daemon.status()["pending_documents"] == 0,
+                      "indexing goes on by itself")
+        self.assertEqual(self.result("ask", "notes", QUESTION)["answer"], "3 October 1978")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
