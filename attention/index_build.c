@@ -2,9 +2,10 @@
  *
  * Builds the blob of one pair: keys -> roots -> leaves -> nodes, codes, hashes and KV.
  *
- * Top down: all keys are clustered into about tokens / 512 roots, the keys of each root into
- * leaves of about 16; groups that are too large are cut in two. Everything parallel works on
- * one root (or one block of positions) alone, so that bytes depend on the arguments only.
+ * Bottom up: all keys are clustered into leaves of about 16, every key against every leaf
+ * (clustering into roots first is cheaper, but leaves a seventh more variance in the leaves), then
+ * the means of the leaves into roots; groups that are too large are cut in two. Writing is
+ * parallel by root or by block of positions. Bytes depend on the arguments only.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -15,16 +16,19 @@
 #include "base/pool.h"
 
 #define KEY_LIMIT 1e15f /* far beyond any model's; keeps squares and sums finite in f32 */
+/* Half more than a root's share: with leaves of 16 it stays below LOCI_ROOT_LEAVES_MAX leaves. */
 #define ROOT_TOKENS (LOCI_LEAF_TOKENS * LOCI_ROOT_LEAVES)
-#define ROOT_TOKENS_MAX (ROOT_TOKENS * 3 / 2) /* leaves room below LOCI_ROOT_LEAVES_MAX */
-#define ROUNDS_DEFAULT 10
+#define ROOT_TOKENS_MAX (ROOT_TOKENS * 3 / 2)
+#define ROOT_ROUNDS 10
+#define FIRST_ROUNDS 4
+#define ROUNDS_DEFAULT 4
 /* Codes reach 2.7 standard deviations: cutting the rare outliers costs less than the coarser
  * steps that covering them would need. */
 #define CODE_REACH 2.7
 
 typedef struct build_root {
     uint32_t begin, count;      /* ids */
-    uint32_t leaves, leaf_base; /* number, and index of the first */
+    uint32_t leaf_base, leaves; /* index of the first, and number */
 } build_root;
 
 typedef struct build {
@@ -36,11 +40,12 @@ typedef struct build {
     float *mean, *scale; /* [dim] */
     float *x;            /* [tokens][dim] keys less mean */
     loci_points points;
-    uint32_t *ids, *scratch; /* [tokens] */
-    uint32_t *leaf_ends;     /* [tokens]: ends of leaves, per root from its begin, relative to it */
-    build_root *roots;       /* [tokens] */
-    uint32_t root_count;
-    loci_error *root_error; /* [root_count] */
+    uint32_t *ids, *scratch;  /* [tokens] */
+    uint32_t *leaf_ends;      /* [leaf_count]: ends of leaves among ids */
+    uint32_t *group;          /* [tokens]: leaf of each of ids while clustering */
+    build_root *roots;        /* [root_count]; room for one a token */
+    loci_status *root_status; /* [root_count] of first_leaves */
+    uint32_t leaf_count, root_count;
     uint8_t *blob;
 } build;
 
@@ -81,13 +86,18 @@ static loci_status alloc_all(build *b, uint8_t **code, float **length, loci_erro
     b->ids = malloc(2 * n * sizeof *b->ids);
     b->scratch = malloc((2 * n + 2) * sizeof *b->scratch);
     b->leaf_ends = malloc(n * sizeof *b->leaf_ends);
-    b->roots = calloc(n, sizeof *b->roots);
+    b->roots = malloc(n * sizeof *b->roots);
     if (b->mean && b->x && *code && *length && b->ids && b->scratch && b->leaf_ends && b->roots)
         return LOCI_OK;
     return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
 }
 
 /* Mean and code scale of each channel, in double and in position order. */
+static int compare_ids(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return x < y ? -1 : x > y;
+}
+
 static void centre_keys(build *b) {
     double sum[LOCI_HEAD_DIM_MAX] = {0}, squares[LOCI_HEAD_DIM_MAX] = {0};
     float top[LOCI_HEAD_DIM_MAX] = {0};
@@ -110,87 +120,89 @@ static void centre_keys(build *b) {
 }
 
 /* Clusters all keys into roots. */
-static loci_status make_roots(build *b, loci_error *err) {
-    uint32_t n = b->tokens, *group = b->ids + n, *begin = b->scratch + n;
-    uint32_t k = (n + ROOT_TOKENS - 1) / ROOT_TOKENS, ends_count = 0;
+static loci_status make_roots(build *b, uint32_t *group, loci_error *err) {
+    uint32_t n = b->tokens, k = (n + ROOT_TOKENS - 1) / ROOT_TOKENS;
+    uint32_t *begin = b->scratch + n, *ends = group; /* ends: when group is done with */
     for (uint32_t i = 0; i < n; i++) b->ids[i] = i;
-    LOCI_TRY(loci_kmeans(&b->points, b->ids, n, k, b->options.iterations, b->options.seed, b->pool,
-                         group, err));
+    LOCI_TRY(loci_kmeans(&b->points, b->ids, n, k, ROOT_ROUNDS, false, b->pool, group, err));
     loci_group(b->ids, group, n, k, begin, b->scratch);
-    uint32_t *ends = group; /* free again */
     for (uint32_t c = 0; c < k; c++)
         LOCI_TRY(loci_kmeans_cut(&b->points, b->ids + begin[c], begin[c + 1] - begin[c],
-                                 ROOT_TOKENS_MAX, b->options.seed + c, ends, &ends_count, err));
-    for (uint32_t i = 0; i < ends_count; i++) {
-        uint32_t from = i ? ends[i - 1] : 0;
-        b->roots[i] = (build_root){.begin = from, .count = ends[i] - from};
+                                 ROOT_TOKENS_MAX, ends, &b->root_count, err));
+    for (uint32_t i = 0; i < b->root_count; i++) {
+        uint32_t from = i ? ends[i - 1] : 0, count = ends[i] - from;
+        uint32_t base = i ? b->roots[i - 1].leaf_base + b->roots[i - 1].leaves : 0;
+        uint32_t leaves = (count + LOCI_LEAF_TOKENS - 1) / LOCI_LEAF_TOKENS;
+        b->roots[i] = (build_root){from, count, base, leaves};
     }
-    b->root_count = ends_count;
     return LOCI_OK;
 }
 
-static int compare_ids(const void *a, const void *b) {
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-/* Clusters the keys of one root into leaves; tokens of a leaf stand in position order. */
-static void make_leaves(void *arg, size_t index, unsigned thread) {
+/* Clusters the keys of one root into leaves, numbered through all roots. */
+static void first_leaves(void *arg, size_t index, unsigned thread) {
     (void)thread;
     build *b = arg;
-    build_root *root = &b->roots[index];
-    loci_error *err = &b->root_error[index];
-    uint32_t n = root->count, k = (n + LOCI_LEAF_TOKENS - 1) / LOCI_LEAF_TOKENS;
-    uint32_t *ids = b->ids + root->begin, *ends = b->leaf_ends + root->begin;
-    uint32_t *group = malloc((2 * (size_t)n + k + 1) * sizeof *group);
-    if (!group) {
-        (void)loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", n);
-        return;
-    }
-    uint32_t *scratch = group + n, *begin = group + 2 * (size_t)n;
-    uint64_t seed = b->options.seed + index;
-    loci_status status;
-    LOCI_TRY_GOTO(loci_kmeans(&b->points, ids, n, k, b->options.iterations, seed, NULL, group, err),
-                  out);
-    loci_group(ids, group, n, k, begin, scratch);
-    for (uint32_t c = 0; c < k; c++)
-        LOCI_TRY_GOTO(loci_kmeans_cut(&b->points, ids + begin[c], begin[c + 1] - begin[c],
-                                      LOCI_LEAF_TOKENS_MAX, seed + c, ends, &root->leaves, err),
-                      out);
-    for (uint32_t i = 0; i < root->leaves; i++) {
-        uint32_t from = i ? ends[i - 1] : 0;
-        qsort(ids + from, ends[i] - from, sizeof *ids, compare_ids);
-    }
-out:
-    free(group);
+    const build_root *root = &b->roots[index];
+    uint32_t *group = b->group + root->begin;
+    b->root_status[index] = loci_kmeans(&b->points, b->ids + root->begin, root->count, root->leaves,
+                                        FIRST_ROUNDS, false, NULL, group, NULL);
+    for (uint32_t i = 0; i < root->count; i++) group[i] += root->leaf_base;
 }
 
-/* A root with more leaves than fit becomes several, in the order of its leaves. */
-static void cut_roots(build *b) {
-    uint32_t parts = 0;
-    for (uint32_t i = 0; i < b->root_count; i++)
-        parts += (b->roots[i].leaves + LOCI_ROOT_LEAVES_MAX - 1) / LOCI_ROOT_LEAVES_MAX;
-    uint32_t to = parts, leaves = 0;
-    for (uint32_t i = b->root_count; i-- > 0;) {
-        build_root root = b->roots[i];
-        uint32_t *ends = b->leaf_ends + root.begin;
-        uint32_t pieces = (root.leaves + LOCI_ROOT_LEAVES_MAX - 1) / LOCI_ROOT_LEAVES_MAX;
-        for (uint32_t p = pieces; p-- > 0;) {
-            uint32_t first = p * root.leaves / pieces, last = (p + 1) * root.leaves / pieces;
-            uint32_t from = first ? ends[first - 1] : 0;
-            build_root piece = {root.begin + from, ends[last - 1] - from, last - first, 0};
-            /* The ends move up to the piece's own beginning, last first; a piece has at least as
-             * many tokens as leaves, so later pieces, which are done, are not overwritten. */
-            for (uint32_t l = last; l-- > first;)
-                b->leaf_ends[piece.begin + l - first] = ends[l] - from;
-            b->roots[--to] = piece;
+/* Sorts the keys by leaf and cuts leaves that are too large. A leaf stays under the root that it
+ * was made for; a root with more leaves than fit becomes several. */
+static loci_status final_leaves(build *b, uint32_t leaves, loci_error *err) {
+    uint32_t roots = b->root_count, made = 0;
+    uint32_t *begin = malloc((leaves + 1) * sizeof *begin);
+    build_root *before = malloc(roots * sizeof *before);
+    loci_status status = LOCI_OK;
+    if (!begin || !before) {
+        status = loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
+        goto out;
+    }
+    memcpy(before, b->roots, roots * sizeof *before);
+    loci_group(b->ids, b->group, b->tokens, leaves, begin, b->scratch);
+    for (uint32_t r = 0; r < roots; r++) {
+        uint32_t first = b->leaf_count;
+        for (uint32_t c = before[r].leaf_base; c < before[r].leaf_base + before[r].leaves; c++)
+            LOCI_TRY_GOTO(loci_kmeans_cut(&b->points, b->ids + begin[c], begin[c + 1] - begin[c],
+                                          LOCI_LEAF_TOKENS_MAX, b->leaf_ends, &b->leaf_count, err),
+                          out);
+        uint32_t count = b->leaf_count - first;
+        uint32_t pieces = (count + LOCI_ROOT_LEAVES_MAX - 1) / LOCI_ROOT_LEAVES_MAX;
+        for (uint32_t p = 0; p < pieces; p++) {
+            uint32_t from = first + p * count / pieces, to = first + (p + 1) * count / pieces;
+            uint32_t token = from ? b->leaf_ends[from - 1] : 0;
+            b->roots[made++] = (build_root){token, b->leaf_ends[to - 1] - token, from, to - from};
         }
     }
-    b->root_count = parts;
-    for (uint32_t i = 0; i < parts; i++) {
-        b->roots[i].leaf_base = leaves;
-        leaves += b->roots[i].leaves;
+    b->root_count = made;
+out:
+    free(begin);
+    free(before);
+    return status;
+}
+
+static loci_status cluster(build *b, loci_error *err) {
+    b->group = b->ids + b->tokens;
+    LOCI_TRY(make_roots(b, b->group, err));
+    b->root_status = calloc(b->root_count, sizeof *b->root_status);
+    if (!b->root_status)
+        return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
+    for_each(b, b->root_count, first_leaves);
+    for (uint32_t i = 0; i < b->root_count; i++)
+        if (b->root_status[i] != LOCI_OK)
+            return loci_fail(err, b->root_status[i], "no memory to index %u tokens", b->tokens);
+    const build_root *last = &b->roots[b->root_count - 1];
+    uint32_t leaves = last->leaf_base + last->leaves;
+    LOCI_TRY(loci_kmeans(&b->points, b->ids, b->tokens, leaves, b->options.iterations, true,
+                         b->pool, b->group, err));
+    LOCI_TRY(final_leaves(b, leaves, err));
+    for (uint32_t l = 0; l < b->leaf_count; l++) {
+        uint32_t from = l ? b->leaf_ends[l - 1] : 0;
+        qsort(b->ids + from, b->leaf_ends[l] - from, sizeof *b->ids, compare_ids);
     }
+    return LOCI_OK;
 }
 
 /* Centroid and variance of keys, and the mean of their values. */
@@ -276,10 +288,9 @@ static void write_root(void *arg, size_t index, unsigned thread) {
     build *b = arg;
     const build_root *root = &b->roots[index];
     const loci_pair_header *header = loci_pair_header_of(b->blob);
-    const uint32_t *ends = b->leaf_ends + root->begin;
-    for (uint32_t l = 0; l < root->leaves; l++) {
-        uint32_t from = root->begin + (l ? ends[l - 1] : 0);
-        write_leaf(b, root->leaf_base + l, from, b->ids + from, root->begin + ends[l] - from);
+    for (uint32_t l = root->leaf_base; l < root->leaf_base + root->leaves; l++) {
+        uint32_t from = l ? b->leaf_ends[l - 1] : 0;
+        write_leaf(b, l, from, b->ids + from, b->leaf_ends[l] - from);
     }
     size_t stride = loci_node_stride(b->dim);
     loci_node *node = (void *)(b->blob + header->roots_at + index * stride);
@@ -307,8 +318,7 @@ static void write_positions(void *arg, size_t index, unsigned thread) {
 }
 
 static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {
-    const build_root *last = &b->roots[b->root_count - 1];
-    loci_pair_shape shape = {b->dim, b->tokens, last->leaf_base + last->leaves, b->root_count,
+    loci_pair_shape shape = {b->dim, b->tokens, b->leaf_count, b->root_count,
                              b->options.position_codes};
     loci_pair_header header;
     loci_pair_layout(&shape, &header);
@@ -359,20 +369,7 @@ loci_status loci_pair_build(const uint16_t *k, const uint16_t *v, const uint32_t
     centre_keys(&b);
     loci_points_quantise(b.x, tokens, head_dim, code, length);
     b.points = (loci_points){b.x, code, length, head_dim, loci_corpus_kernels_of(isa)};
-    LOCI_TRY_GOTO(make_roots(&b, err), out);
-    b.root_error = calloc(b.root_count, sizeof *b.root_error);
-    if (!b.root_error) {
-        status = loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", tokens);
-        goto out;
-    }
-    for_each(&b, b.root_count, make_leaves);
-    for (uint32_t i = 0; i < b.root_count; i++) {
-        status = b.root_error[i].status;
-        if (status == LOCI_OK) continue;
-        if (err) *err = b.root_error[i];
-        goto out;
-    }
-    cut_roots(&b);
+    LOCI_TRY_GOTO(cluster(&b, err), out);
     status = write_blob(&b, out, header_hash, err);
 out:
     free(b.mean);
@@ -383,7 +380,7 @@ out:
     free(b.scratch);
     free(b.leaf_ends);
     free(b.roots);
-    free(b.root_error);
+    free(b.root_status);
     free(b.blob);
     return status;
 }

@@ -140,12 +140,10 @@ static void update_centroids(kmeans_state *state) {
     }
 }
 
-static void seed_centroids(kmeans_state *state, uint64_t seed) {
+static void seed_centroids(kmeans_state *state) {
     uint32_t dim = state->points->dim;
-    uint64_t stride = state->n / state->k;
-    uint64_t shift = (seed * 0x9e3779b97f4a7c15ull >> 33) % (stride ? stride : 1);
     for (uint32_t c = 0; c < state->k; c++) {
-        uint64_t at = ((uint64_t)c * state->n / state->k + shift) % state->n;
+        uint64_t at = ((uint64_t)c * 2 + 1) * state->n / (2 * (uint64_t)state->k);
         memcpy(state->centroid + (size_t)c * dim, state->points->x + (size_t)state->ids[at] * dim,
                dim * sizeof(float));
         state->size[c] = 1;
@@ -165,10 +163,10 @@ static loci_status state_alloc(kmeans_state *state, loci_error *err) {
 }
 
 loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t n, uint32_t k,
-                        uint32_t rounds, uint64_t seed, loci_pool *pool, uint32_t *group,
+                        uint32_t rounds, bool resume, loci_pool *pool, uint32_t *group,
                         loci_error *err) {
     LOCI_ASSERT(k > 0 && k <= n && points->dim <= LOCI_HEAD_DIM_MAX);
-    memset(group, 0, n * sizeof *group);
+    if (!resume || k == 1) memset(group, 0, n * sizeof *group);
     if (k == 1) return LOCI_OK;
     kmeans_state state = {.points = points, .ids = ids, .n = n, .k = k, .group = group};
     uint32_t *before = malloc(n * sizeof *before);
@@ -176,7 +174,10 @@ loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t
     if (status == LOCI_OK && !before)
         status = loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", n);
     if (status != LOCI_OK) goto out;
-    seed_centroids(&state, seed);
+    if (resume)
+        update_centroids(&state);
+    else
+        seed_centroids(&state);
     for (uint32_t round = 0; round < rounds; round++) {
         pack_centroids(&state);
         memcpy(before, group, n * sizeof *before);
@@ -207,9 +208,9 @@ void loci_group(uint32_t *ids, const uint32_t *group, uint32_t n, uint32_t k, ui
 
 /* Halves ids: by two means, or in the middle of their order where that is too uneven (keys that
  * coincide). Returns the length of the first half. */
-static loci_status halve(const loci_points *points, uint32_t *ids, uint32_t n, uint64_t seed,
-                         uint32_t *group, uint32_t *scratch, uint32_t *half, loci_error *err) {
-    LOCI_TRY(loci_kmeans(points, ids, n, 2, 4, seed, NULL, group, err));
+static loci_status halve(const loci_points *points, uint32_t *ids, uint32_t n, uint32_t *group,
+                         uint32_t *scratch, uint32_t *half, loci_error *err) {
+    LOCI_TRY(loci_kmeans(points, ids, n, 2, 4, false, NULL, group, err));
     uint32_t begin[3];
     loci_group(ids, group, n, 2, begin, scratch);
     *half = begin[1];
@@ -218,7 +219,7 @@ static loci_status halve(const loci_points *points, uint32_t *ids, uint32_t n, u
 }
 
 loci_status loci_kmeans_cut(const loci_points *points, uint32_t *ids, uint32_t n, uint32_t cap,
-                            uint64_t seed, uint32_t *ends, uint32_t *count, loci_error *err) {
+                            uint32_t *ends, uint32_t *count, loci_error *err) {
     if (n == 0) return LOCI_OK;
     uint32_t base = *count ? ends[*count - 1] : 0;
     if (n <= cap) {
@@ -240,8 +241,7 @@ loci_status loci_kmeans_cut(const loci_points *points, uint32_t *ids, uint32_t n
             continue;
         }
         uint32_t half = 0;
-        LOCI_TRY_GOTO(
-            halve(points, ids + begin, length, seed + begin, group, group + n, &half, err), out);
+        LOCI_TRY_GOTO(halve(points, ids + begin, length, group, group + n, &half, err), out);
         LOCI_ASSERT(depth < 96);
         stack[depth++] = begin + half;
     }

@@ -26,10 +26,10 @@ void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t 
                           float *length);
 
 /* Puts each of the points ids[0 .. n) in one of k groups (0 < k <= n): group[i] is that of ids[i].
- * Groups may be empty only where points coincide. At most `rounds` rounds. pool may be NULL.
- * LOCI_E_NOMEM. */
+ * Groups may be empty only where points coincide. At most `rounds` rounds, from points taken at
+ * even distances, or from the groups given if `resume` is set. pool may be NULL. LOCI_E_NOMEM. */
 LOCI_MUST_CHECK loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t n,
-                                        uint32_t k, uint32_t rounds, uint64_t seed,
+                                        uint32_t k, uint32_t rounds, bool resume,
                                         struct loci_pool *pool, uint32_t *group, loci_error *err);
 
 /* Reorders ids[0 .. n) so that the groups stand one after another, each in its former order, and
@@ -41,7 +41,7 @@ void loci_group(uint32_t *ids, const uint32_t *group, uint32_t n, uint32_t k, ui
  * while a run is too long; each cut leaves at least an eighth on either side. Appends the end of
  * each run to ends[*count], counted on from the end before it (or from 0). At most n runs. */
 LOCI_MUST_CHECK loci_status loci_kmeans_cut(const loci_points *points, uint32_t *ids, uint32_t n,
-                                            uint32_t cap, uint64_t seed, uint32_t *ends,
+                                            uint32_t cap, uint32_t *ends,
                                             uint32_t *count, loci_error *err);
 
 #endif

@@ -14,7 +14,7 @@
 
 /* Bounds the memory of a call (about 20 KiB a row in the built-in model), and is enough for the
  * products to run at full speed. */
-#define BATCH_ROWS 2048u
+#define BATCH_ROWS 1024u
 
 typedef struct encoder {
     loci_model *model;

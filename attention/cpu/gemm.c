@@ -36,6 +36,7 @@ _Static_assert(FEW_ROWS < LOCI_GEMM_STEADY_ROWS, "the contract of gemm in backen
 
 struct loci_weight {
     uint32_t rows, cols;
+    uint32_t cols_padded;  /* as packed: oneDNN is given whole blocks only */
     uint32_t steps;        /* of our kernels: k, or pairs of k with padding */
     uint32_t blocks;       /* of 64 rows */
     size_t block_elements; /* floats, or pairs */
@@ -88,12 +89,23 @@ static void pack_block(void *arg, size_t block, unsigned thread) {
     }
 }
 
+/* Columns of the product that the block from `column` on holds, with and without padding. */
+static uint32_t columns_at(const loci_weight *w, uint32_t column, bool padded) {
+    uint32_t left = w->rows - column;
+    if (left >= WIDE_COLUMNS) return WIDE_COLUMNS;
+    return padded ? (left + BLOCK - 1) / BLOCK * BLOCK : left;
+}
+
 static void choose_kernels(loci_cpu *cpu, loci_weight *w) {
-    uint32_t wide = w->rows >= WIDE_COLUMNS ? WIDE_COLUMNS : 0, rest = w->rows % WIDE_COLUMNS;
+    uint32_t wide = w->rows / WIDE_COLUMNS * WIDE_COLUMNS;
     if (!cpu->dnnl) return;
-    if (wide) w->wide = loci_dnnl_matmul_get(cpu->dnnl, TILE_ROWS, wide, w->cols, w->precision);
-    if (rest) w->rest = loci_dnnl_matmul_get(cpu->dnnl, TILE_ROWS, rest, w->cols, w->precision);
-    if ((wide && !w->wide) || (rest && !w->rest)) w->wide = w->rest = NULL;
+    if (wide > 0)
+        w->wide =
+            loci_dnnl_matmul_get(cpu->dnnl, TILE_ROWS, WIDE_COLUMNS, w->cols_padded, w->precision);
+    if (wide < w->rows)
+        w->rest = loci_dnnl_matmul_get(cpu->dnnl, TILE_ROWS, columns_at(w, wide, true),
+                                       w->cols_padded, w->precision);
+    if ((wide > 0 && !w->wide) || (wide < w->rows && !w->rest)) w->wide = w->rest = NULL;
 }
 
 loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
@@ -118,7 +130,9 @@ loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
     w->blocks = (w->rows + BLOCK - 1) / BLOCK;
     uint32_t halves = (cols + 1) / 2;
     w->steps = precision == LOCI_F32 ? cols : halves;
-    w->block_elements = (size_t)(w->steps + 15) / 16 * 16 * BLOCK;
+    uint32_t steps_padded = (w->steps + 15) / 16 * 16;
+    w->cols_padded = precision == LOCI_F32 ? steps_padded : 2 * steps_padded;
+    w->block_elements = (size_t)steps_padded * BLOCK;
     size_t bytes = w->blocks * w->block_elements * sizeof(uint32_t);
     w->packed = aligned_alloc(64, bytes);
     if (!w->packed) {
@@ -207,25 +221,30 @@ static void run_own(gemm_run *run) {
     loci_pool_run(run->stream->cpu->pool, w->blocks, own_block, run);
 }
 
-/* Rows of x in the weight's precision, filled up with zeros to whole tiles. */
-static void prepare_x(const gemm_run *run, uint32_t begin, uint32_t rows, uint32_t padded,
-                      void *dst) {
-    uint32_t cols = run->weight->cols;
-    const float *from = run->x + (size_t)begin * cols;
-    size_t used = (size_t)rows * cols, all = (size_t)padded * cols;
-    if (run->weight->precision == LOCI_BF16) {
-        run->stream->cpu->kernels->to_bf16(dst, from, used);
-        memset((uint16_t *)dst + used, 0, (all - used) * sizeof(uint16_t));
-    } else {
-        memcpy(dst, from, used * sizeof(float));
-        memset((float *)dst + used, 0, (all - used) * sizeof(float));
+/* Rows of x in the weight's precision, filled up with zeros to cols_padded and whole tiles. */
+static void prepare_x(const gemm_run *run, uint32_t begin, uint32_t rows, uint32_t rows_padded,
+                      uint8_t *dst) {
+    const loci_weight *w = run->weight;
+    bool bf16 = w->precision == LOCI_BF16;
+    size_t size = bf16 ? sizeof(uint16_t) : sizeof(float);
+    size_t used = w->cols * size, all = w->cols_padded * size;
+    for (uint32_t r = 0; r < rows; r++, dst += all) {
+        const float *from = run->x + (size_t)(begin + r) * w->cols;
+        if (bf16)
+            run->stream->cpu->kernels->to_bf16((uint16_t *)(void *)dst, from, w->cols);
+        else
+            memcpy(dst, from, used);
+        memset(dst + used, 0, all - used);
     }
+    memset(dst, 0, (rows_padded - rows) * all);
 }
 
 static void put_tile(const gemm_run *run, uint32_t row, uint32_t rows, uint32_t column,
-                     uint32_t columns, const float *tile) {
-    float *y = run->y + (size_t)row * run->weight->rows + column;
-    for (uint32_t r = 0; r < rows; r++, y += run->weight->rows, tile += columns) {
+                     const float *tile) {
+    const loci_weight *w = run->weight;
+    uint32_t columns = columns_at(w, column, false), stride = columns_at(w, column, true);
+    float *y = run->y + (size_t)row * w->rows + column;
+    for (uint32_t r = 0; r < rows; r++, y += w->rows, tile += stride) {
         if (run->accumulate)
             for (uint32_t c = 0; c < columns; c++) y[c] += tile[c];
         else
@@ -237,16 +256,14 @@ static void put_tile(const gemm_run *run, uint32_t row, uint32_t rows, uint32_t 
 static bool run_columns(const gemm_run *run, uint32_t begin, uint32_t rows, uint32_t column,
                         const uint8_t *x, float *tile, unsigned thread) {
     const loci_weight *w = run->weight;
-    uint32_t left = w->rows - column, columns = left < WIDE_COLUMNS ? left : WIDE_COLUMNS;
-    const loci_dnnl_matmul *matmul = columns == WIDE_COLUMNS ? w->wide : w->rest;
+    const loci_dnnl_matmul *matmul = w->rows - column >= WIDE_COLUMNS ? w->wide : w->rest;
     size_t size = w->precision == LOCI_BF16 ? sizeof(uint16_t) : sizeof(float);
     const void *packed = (const uint32_t *)w->packed + column / BLOCK * w->block_elements;
-    for (uint32_t r = 0; r < rows; r += TILE_ROWS) {
-        if (!loci_dnnl_run(run->stream->cpu->dnnl, matmul, thread, x + (size_t)r * w->cols * size,
-                           packed, tile, tile + TILE_ROWS * WIDE_COLUMNS))
+    for (uint32_t r = 0; r < rows; r += TILE_ROWS, x += TILE_ROWS * w->cols_padded * size) {
+        if (!loci_dnnl_run(run->stream->cpu->dnnl, matmul, thread, x, packed, tile,
+                           tile + TILE_ROWS * WIDE_COLUMNS))
             return false;
-        put_tile(run, begin + r, rows - r < TILE_ROWS ? rows - r : TILE_ROWS, column, columns,
-                 tile);
+        put_tile(run, begin + r, rows - r < TILE_ROWS ? rows - r : TILE_ROWS, column, tile);
     }
     return true;
 }
@@ -264,7 +281,7 @@ static void dnnl_task(void *arg, size_t index, unsigned thread) {
     extra = (extra + 63) / 64 * 64;
     uint8_t *scratch =
         loci_cpu_scratch_get(&run->stream->cpu->thread_scratch[thread],
-                             tile_bytes + extra + (size_t)padded * w->cols * sizeof(float));
+                             tile_bytes + extra + (size_t)padded * w->cols_padded * sizeof(float));
     if (!scratch) {
         run->failed = true;
         return;

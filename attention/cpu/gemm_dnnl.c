@@ -13,12 +13,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* x, w, y, scratch */
+#define ARGS 4
+
 struct loci_dnnl_matmul {
     uint32_t tile_rows, rows, cols;
     loci_dtype precision;
     dnnl_primitive_t primitive; /* NULL: no fast kernel */
     dnnl_memory_desc_t x, w, y, scratch;
     char name[64];
+    dnnl_memory_t *memory; /* [threads][ARGS]: made once, pointed at the data of each run */
     loci_dnnl_matmul *next;
 };
 
@@ -55,13 +59,20 @@ loci_status loci_dnnl_open(unsigned threads, loci_dnnl **out, loci_error *err) {
     return LOCI_OK;
 }
 
+static void free_matmul(loci_dnnl_matmul *matmul, unsigned threads) {
+    for (size_t i = 0; matmul->memory && i < (size_t)threads * ARGS; i++)
+        if (matmul->memory[i]) dnnl_memory_destroy(matmul->memory[i]);
+    free((void *)matmul->memory);
+    if (matmul->primitive) dnnl_primitive_destroy(matmul->primitive);
+    free(matmul);
+}
+
 void loci_dnnl_close(loci_dnnl *dnnl) {
     if (!dnnl) return;
     while (dnnl->list) {
         loci_dnnl_matmul *matmul = dnnl->list;
         dnnl->list = matmul->next;
-        if (matmul->primitive) dnnl_primitive_destroy(matmul->primitive);
-        free(matmul);
+        free_matmul(matmul, dnnl->threads);
     }
     for (unsigned i = 0; i < dnnl->threads; i++) dnnl_stream_destroy(dnnl->streams[i]);
     if (dnnl->engine) dnnl_engine_destroy(dnnl->engine);
@@ -102,6 +113,17 @@ static void make_primitive(loci_dnnl_matmul *m, dnnl_engine_t engine) {
     dnnl_primitive_attr_destroy(attr);
 }
 
+static bool make_memory(loci_dnnl_matmul *m, const loci_dnnl *dnnl) {
+    const dnnl_memory_desc_t *descs[ARGS] = {&m->x, &m->w, &m->y, &m->scratch};
+    m->memory = calloc((size_t)dnnl->threads * ARGS, sizeof(dnnl_memory_t));
+    if (!m->memory) return false;
+    for (size_t i = 0; i < (size_t)dnnl->threads * ARGS; i++)
+        if (dnnl_memory_create(&m->memory[i], descs[i % ARGS], dnnl->engine, DNNL_MEMORY_NONE) !=
+            dnnl_success)
+            return false;
+    return true;
+}
+
 static loci_dnnl_matmul *find(loci_dnnl *dnnl, const loci_dnnl_matmul *key) {
     loci_dnnl_matmul *m = dnnl->list;
     while (m && (m->tile_rows != key->tile_rows || m->rows != key->rows || m->cols != key->cols ||
@@ -120,6 +142,10 @@ const loci_dnnl_matmul *loci_dnnl_matmul_get(loci_dnnl *dnnl, uint32_t tile_rows
         *m = key;
         omp_set_num_threads(1); /* primitives plan for the caller's number of threads */
         make_primitive(m, dnnl->engine);
+        if (m->primitive && !make_memory(m, dnnl)) {
+            dnnl_primitive_destroy(m->primitive);
+            m->primitive = NULL;
+        }
         m->next = dnnl->list;
         dnnl->list = m;
     }
@@ -138,22 +164,17 @@ const char *loci_dnnl_name(const loci_dnnl_matmul *matmul) {
 bool loci_dnnl_run(loci_dnnl *dnnl, const loci_dnnl_matmul *matmul, unsigned thread, const void *x,
                    const void *w, float *y, void *scratch) {
     /* oneDNN's interface takes all memory as non-const; it does not write x and w. */
-    const dnnl_memory_desc_t *descs[4] = {&matmul->x, &matmul->w, &matmul->y, &matmul->scratch};
-    void *data[4] = {(void *)(uintptr_t)x, (void *)(uintptr_t)w, y, scratch};
-    static const int names[4] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST, DNNL_ARG_SCRATCHPAD};
-    dnnl_exec_arg_t args[4];
-    int count = 0;
-    bool ok = true;
-    while (ok && count < 4) {
-        ok = dnnl_memory_create(&args[count].memory, descs[count], dnnl->engine, data[count]) ==
-             dnnl_success;
-        if (ok) args[count].arg = names[count];
-        if (ok) count++;
+    void *data[ARGS] = {(void *)(uintptr_t)x, (void *)(uintptr_t)w, y, scratch};
+    static const int names[ARGS] = {DNNL_ARG_SRC, DNNL_ARG_WEIGHTS, DNNL_ARG_DST,
+                                    DNNL_ARG_SCRATCHPAD};
+    dnnl_exec_arg_t args[ARGS];
+    for (int i = 0; i < ARGS; i++) {
+        dnnl_memory_t memory = matmul->memory[thread * ARGS + (unsigned)i];
+        if (dnnl_memory_set_data_handle(memory, data[i]) != dnnl_success) return false;
+        args[i] = (dnnl_exec_arg_t){names[i], memory};
     }
     omp_set_num_threads(1); /* of this thread; a write to thread-local storage */
-    ok = ok && dnnl_primitive_execute(matmul->primitive, dnnl->streams[thread], count, args) ==
-                   dnnl_success;
-    ok = ok && dnnl_stream_wait(dnnl->streams[thread]) == dnnl_success;
-    while (count > 0) dnnl_memory_destroy(args[--count].memory);
-    return ok;
+    return dnnl_primitive_execute(matmul->primitive, dnnl->streams[thread], ARGS, args) ==
+               dnnl_success &&
+           dnnl_stream_wait(dnnl->streams[thread]) == dnnl_success;
 }

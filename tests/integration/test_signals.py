@@ -18,6 +18,15 @@ LONG = ("ask", "notes", QUESTION, "--mode", "dense", "--no-read-twice", "--tempe
         "--max-tokens", "512", "--seed", "1")
 
 
+def end(process):
+    if process.poll() is None:
+        process.kill()
+        process.communicate()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream:
+            stream.close()
+
+
 class Signals(Case):
     def setUp(self):
         self.daemon = Daemon("--memory", "2G", "--drain-seconds", "3").start()
@@ -29,7 +38,7 @@ class Signals(Case):
 
     def start_long(self):
         asking = self.daemon.start_loci(*LONG)
-        self.addCleanup(asking.kill)
+        self.addCleanup(end, asking)
         self.wait_for(lambda: self.busy() == 1, "the question is being worked on")
         time.sleep(0.5)
         return asking
@@ -50,7 +59,7 @@ class Signals(Case):
 
     def test_drain_lets_running_calls_end(self):
         asking = self.daemon.start_loci("ask", "notes", QUESTION, "--json")
-        out, err = "", ""
+        self.addCleanup(end, asking)
         first = asking.stdout.readline()  # it has begun
         self.daemon.process.send_signal(signal.SIGTERM)
         out, err = asking.communicate(timeout=20)
@@ -80,7 +89,7 @@ class Signals(Case):
         """Killed without warning while a client is registering: STORED means stored."""
         sending = self.daemon.start_loci("register", "notes", "-", "--jsonl", "--json",
                                          stdin=subprocess.PIPE)
-        self.addCleanup(sending.kill)
+        self.addCleanup(end, sending)
         for i in range(40):
             sending.stdin.write(json.dumps({"id": f"row-{i}", "text": f"Row {i} says {i * 37}. "
                                             "It stands here for itself. " * 20}) + "\n")

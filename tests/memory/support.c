@@ -424,3 +424,8 @@ unsigned count_extents(fixture *f, const char *corpus) {
     char path[512];
     return list_extents(f, corpus, path);
 }
+
+void wait_extents(fixture *f, const char *corpus, uint64_t expected) {
+    for (int i = 0; i < 500 && count_extents(f, corpus) != expected; i++) loci_sleep_ms(10);
+    assert_int_equal(count_extents(f, corpus), expected);
+}

@@ -81,5 +81,7 @@ void flip_byte(const char *path, long at);
 /* The path of the first (in order of names) extent file of the corpus; false when there is none. */
 bool find_extent(fixture *f, const char *corpus, char path[512]);
 unsigned count_extents(fixture *f, const char *corpus); /* files */
+/* Superseded files go a moment after the commit: waits up to 5 s for so many. */
+void wait_extents(fixture *f, const char *corpus, uint64_t expected);
 
 #endif

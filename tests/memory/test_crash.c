@@ -162,7 +162,7 @@ static void check_acknowledged(fixture *f, size_t acknowledged) {
     }
     check_snapshot(f, "a");
     loci_corpus_get(f->store, "a", &info, &err) == LOCI_OK ? (void)0 : fail();
-    assert_int_equal(count_extents(f, "a"), info.extents);
+    wait_extents(f, "a", info.extents);
 }
 
 /* Opens the store, checks it, closes it; returns the hash of the corpus, 0 when there is none. What

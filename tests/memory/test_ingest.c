@@ -67,7 +67,7 @@ static void test_full_extents_and_tail(void **state) {
     wait_settled(f, "a");
     uint64_t hash = check_snapshot(f, "a");
     loci_corpus_info info = info_of(f, "a");
-    assert_int_equal(count_extents(f, "a"), info.extents);
+    wait_extents(f, "a", info.extents);
     assert_true(info.bytes_on_disk > info.tokens * 2 * 2 * 16 * 4);
     fixture_close(f);
     fixture_open(f);
@@ -106,7 +106,7 @@ static void test_interruptions_do_not_matter(void **state) {
     f->encode_ms = 0;
     wait_settled(f, "torn");
     assert_int_equal(check_snapshot(f, "torn"), expected);
-    assert_int_equal(count_extents(f, "torn"), info_of(f, "torn").extents);
+    wait_extents(f, "torn", info_of(f, "torn").extents);
 }
 
 static void test_delete_and_rewrite_leave_what_was_never_there(void **state) {
@@ -134,14 +134,14 @@ static void test_delete_and_rewrite_leave_what_was_never_there(void **state) {
         assert_int_equal(check_snapshot(f, "both"), expected);
         assert_int_equal(info_of(f, "both").tokens, info_of(f, "alone").tokens);
         assert_int_equal(info_of(f, "both").bytes, info_of(f, "alone").bytes);
-        assert_int_equal(count_extents(f, "both"), info_of(f, "both").extents);
+        wait_extents(f, "both", info_of(f, "both").extents);
     }
     delete_document(f, "both", "a0");
     delete_document(f, "both", "a1");
     wait_settled(f, "both");
     assert_int_equal(info_of(f, "both").tokens, 0);
     assert_int_equal(info_of(f, "both").bytes_on_disk, 0);
-    assert_int_equal(count_extents(f, "both"), 0);
+    wait_extents(f, "both", 0);
     check_snapshot(f, "both");
 }
 
@@ -218,7 +218,7 @@ static void test_snapshot_outlives_rewrites_and_deletion(void **state) {
     assert_ok(loci_snapshot_segment(pinned, 0, &segment, &err));
     assert_string_equal(segment.document, "x");
     loci_snapshot_release(pinned);
-    assert_int_equal(count_extents(f, "a"), info_of(f, "a").extents);
+    wait_extents(f, "a", info_of(f, "a").extents);
     assert_ok(loci_snapshot_acquire(f->store, "a", &pinned, &err));
     assert_ok(loci_corpus_delete(f->store, "a", &err));
     assert_int_equal(loci_corpus_get(f->store, "a", &(loci_corpus_info){0}, &err), LOCI_E_NOTFOUND);
@@ -253,7 +253,7 @@ static void test_identity_comes_back(void **state) {
     fixture_close(f);
     fixture_open(f);
     check_snapshot(f, "a");
-    assert_int_equal(count_extents(f, "a"), 1);
+    wait_extents(f, "a", 1);
 }
 
 static void test_delete_while_pending_and_empty_documents(void **state) {
@@ -441,7 +441,7 @@ static void test_readers_during_changes(void **state) {
     }
     wait_settled(f, "a");
     check_snapshot(f, "a");
-    assert_int_equal(count_extents(f, "a"), info_of(f, "a").extents);
+    wait_extents(f, "a", info_of(f, "a").extents);
 }
 
 static void delete_flat_document(fixture *f) {

@@ -131,6 +131,14 @@ static void test_page_tokens(void **state) {
                              LOCI_E_INVAL);
             text[i] = kept;
         }
+        /* Bits that no byte needs are refused too: a token has one spelling. */
+        char last = text[token.len - 1];
+        for (char c = 'A'; c <= 'Z'; c++) {
+            text[token.len - 1] = c;
+            if (c != last)
+                assert_int_equal(loci_page_token_open("List", "parent", text, cursor, &err),
+                                 LOCI_E_INVAL);
+        }
         text[token.len - 1] = '\0';
         assert_int_equal(loci_page_token_open("List", "parent", text, cursor, &err), LOCI_E_INVAL);
         assert_string_equal(err.reason, "INVALID_PAGE_TOKEN");

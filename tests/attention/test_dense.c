@@ -1,0 +1,302 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Dense attention against a plain softmax in double: odd shapes, windows, causal and not,
+ * several spans, sinks, both KV dtypes, every instruction set; merging; determinism.
+ */
+#include "numeric.h"
+
+typedef struct dense_case {
+    uint32_t q_heads, kv_heads, head_dim, window;
+    bool causal, sink, bf16;
+    uint32_t span_count;
+    loci_attend_span spans[5];
+} dense_case;
+
+static const dense_case cases[] = {
+    {1, 1, 16, 0, true, false, false, 1, {{0, 1, 0, 1}}},
+    {6, 2, 64, 0, true, false, false, 3, {{0, 255, 0, 255}, {255, 1, 255, 1}, {256, 70, 256, 70}}},
+    {6, 2, 64, 256, true, false, false, 1, {{0, 300, 0, 300}}},
+    {3, 1, 16, 13, true, false, true, 2, {{5, 40, 3, 77}, {60, 3, 90, 200}}},
+    {6, 2, 64, 0, false, false, true, 1, {{0, 5, 0, 3001}}},
+    {4, 4, 80, 0, false, true, true, 2, {{0, 3, 0, 130}, {3, 9, 130, 64}}},
+    {8, 1, 128, 7, true, true, false, 2, {{0, 100, 0, 100}, {100, 20, 100, 90}}},
+    {2, 2, 6, 0, true, false, false, 2, {{0, 9, 0, 9}, {9, 17, 9, 65}}},
+    {5, 5, 48, 3, false, false, true, 1, {{2, 10, 1, 60}}},
+    {64, 1, 32, 0, true, false, true, 1, {{0, 3, 0, 129}}},
+    {2, 1, 256, 64, true, true, true, 2, {{0, 130, 0, 130}, {130, 0, 130, 0}}},
+    /* More queries than keys: the first see nothing. And no keys at all. */
+    {2, 1, 16, 0, true, false, false, 2, {{0, 8, 0, 3}, {8, 2, 3, 0}}},
+    {2, 1, 16, 2, true, true, false, 1, {{0, 8, 0, 3}}},
+};
+
+/* A case's arrays: strides are wider than rows, with junk between. */
+typedef struct arrays {
+    uint32_t q_rows, kv_rows, q_stride, kv_stride, out_stride;
+    float *q, *k, *v, *out, *lse;
+} arrays;
+
+static arrays make_arrays(const dense_case *c) {
+    arrays a = {0};
+    for (uint32_t i = 0; i < c->span_count; i++) {
+        const loci_attend_span *s = &c->spans[i];
+        if (s->q_begin + s->q_count > a.q_rows) a.q_rows = s->q_begin + s->q_count;
+        if (s->kv_begin + s->kv_count > a.kv_rows) a.kv_rows = s->kv_begin + s->kv_count;
+    }
+    a.q_stride = (c->q_heads + 1) * c->head_dim;
+    a.kv_stride = (c->kv_heads + 2) * c->head_dim;
+    a.out_stride = c->q_heads * c->head_dim + 3;
+    a.q = random_floats((size_t)a.q_rows * a.q_stride);
+    a.k = random_floats((size_t)a.kv_rows * a.kv_stride);
+    a.v = random_floats((size_t)a.kv_rows * a.kv_stride);
+    a.out = random_floats((size_t)a.q_rows * a.out_stride);
+    a.lse = random_floats((size_t)a.q_rows * c->q_heads);
+    for (size_t i = 0; i < (size_t)a.kv_rows * a.kv_stride; i++) {
+        a.k[i] *= 2.0f;
+        if (c->bf16) {
+            a.k[i] = round_bf16(a.k[i]);
+            a.v[i] = round_bf16(a.v[i]);
+        }
+    }
+    return a;
+}
+
+static void free_arrays(arrays *a) {
+    free(a->q);
+    free(a->k);
+    free(a->v);
+    free(a->out);
+    free(a->lse);
+}
+
+#define BIAS 1.75f
+
+static float scale_of(const dense_case *c) {
+    return 1.2f / sqrtf((float)c->head_dim);
+}
+
+static bool sees(const dense_case *c, const loci_attend_span *s, uint32_t query, uint32_t key) {
+    int64_t p = (int64_t)s->kv_count - s->q_count + query;
+    if (c->sink && key == 0) return true;
+    if (c->causal && key > p) return false;
+    return c->window == 0 || p - key < c->window;
+}
+
+static void expect_query(const dense_case *c, const arrays *a, const loci_attend_span *s,
+                         uint32_t query, uint32_t head, float *out, float *lse) {
+    uint32_t dim = c->head_dim, kv_head = head / (c->q_heads / c->kv_heads);
+    const float *q = a->q + (size_t)(s->q_begin + query) * a->q_stride + (size_t)head * dim;
+    double *logit = grab((s->kv_count + 1) * sizeof *logit), max = -INFINITY, sum = 0.0;
+    double acc[256] = {0};
+    for (uint32_t j = 0; j < s->kv_count; j++) {
+        const float *k = a->k + (size_t)(s->kv_begin + j) * a->kv_stride + (size_t)kv_head * dim;
+        logit[j] = -INFINITY;
+        if (!sees(c, s, query, j)) continue;
+        logit[j] = c->sink && j == 0 ? (double)BIAS : 0.0;
+        for (uint32_t d = 0; d < dim; d++)
+            logit[j] += (double)scale_of(c) * (double)q[d] * (double)k[d];
+        if (logit[j] > max) max = logit[j];
+    }
+    for (uint32_t j = 0; j < s->kv_count; j++) {
+        if (logit[j] == -INFINITY) continue;
+        const float *v = a->v + (size_t)(s->kv_begin + j) * a->kv_stride + (size_t)kv_head * dim;
+        double weight = exp(logit[j] - max);
+        sum += weight;
+        for (uint32_t d = 0; d < dim; d++) acc[d] += weight * (double)v[d];
+    }
+    for (uint32_t d = 0; d < dim; d++) out[d] = sum > 0.0 ? (float)(acc[d] / sum) : 0.0f;
+    *lse = sum > 0.0 ? (float)(max + log(sum)) : -INFINITY;
+    free(logit);
+}
+
+static void expect_all(const dense_case *c, const arrays *a, float *out, float *lse) {
+    memcpy(out, a->out, (size_t)a->q_rows * a->out_stride * sizeof(float));
+    memcpy(lse, a->lse, (size_t)a->q_rows * c->q_heads * sizeof(float));
+    for (uint32_t i = 0; i < c->span_count; i++)
+        for (uint32_t q = 0; q < c->spans[i].q_count; q++)
+            for (uint32_t h = 0; h < c->q_heads; h++) {
+                size_t row = c->spans[i].q_begin + q;
+                expect_query(c, a, &c->spans[i], q, h,
+                             out + row * a->out_stride + (size_t)h * c->head_dim,
+                             lse + row * c->q_heads + h);
+            }
+}
+
+static loci_ref put_kv(rig *r, const dense_case *c, const float *values, size_t count) {
+    if (!c->bf16) return put(r, values, count * sizeof(float));
+    uint16_t *halves = grab(count * sizeof *halves);
+    for (size_t i = 0; i < count; i++) halves[i] = loci_f32_to_bf16(values[i]);
+    loci_ref ref = put(r, halves, count * sizeof *halves);
+    free(halves);
+    return ref;
+}
+
+/* Runs the case; a->out and a->lse become the result. */
+static void run_case(rig *r, const dense_case *c, arrays *a, bool with_lse) {
+    size_t kv_count = (size_t)a->kv_rows * a->kv_stride;
+    size_t out_bytes = (size_t)a->q_rows * a->out_stride * sizeof(float);
+    size_t lse_bytes = (size_t)a->q_rows * c->q_heads * sizeof(float);
+    loci_attend_dense args = {
+        .q = put(r, a->q, (size_t)a->q_rows * a->q_stride * sizeof(float)),
+        .k = put_kv(r, c, a->k, kv_count),
+        .v = put_kv(r, c, a->v, kv_count),
+        .out = put(r, a->out, out_bytes),
+        .q_stride = a->q_stride,
+        .kv_stride = a->kv_stride,
+        .out_stride = a->out_stride,
+        .q_heads = c->q_heads,
+        .kv_heads = c->kv_heads,
+        .head_dim = c->head_dim,
+        .kv_dtype = c->bf16 ? LOCI_BF16 : LOCI_F32,
+        .scale = scale_of(c),
+        .causal = c->causal,
+        .window = c->window,
+        .first_key_is_sink = c->sink,
+        .first_key_bias = BIAS, /* without a sink it must be ignored */
+        .spans = c->spans,
+        .span_count = c->span_count,
+    };
+    loci_ref lse = put(r, a->lse, lse_bytes);
+    if (with_lse) args.lse = lse;
+    r->ops->attend_dense(r->stream, &args);
+    get(r, a->out, args.out, out_bytes);
+    get(r, a->lse, lse, lse_bytes);
+    drop(r, args.q);
+    drop(r, args.k);
+    drop(r, args.v);
+    drop(r, args.out);
+    drop(r, lse);
+}
+
+static void test_cases_equal_a_softmax_in_double(void **state) {
+    (void)state;
+    for (size_t i = 0; i < ISA_COUNT; i++) {
+        rig r = rig_open(isas[i], 2);
+        for (size_t n = 0; n < sizeof cases / sizeof *cases; n++) {
+            const dense_case *c = &cases[n];
+            arrays a = make_arrays(c);
+            size_t out_count = (size_t)a.q_rows * a.out_stride;
+            size_t lse_count = (size_t)a.q_rows * c->q_heads;
+            float *out = grab(out_count * sizeof *out), *lse = grab(lse_count * sizeof *lse);
+            char what[64];
+            snprintf(what, sizeof what, "case %zu on %s", n, isas[i]);
+            expect_all(c, &a, out, lse);
+            run_case(&r, c, &a, true);
+            check_close(a.out, out, out_count, 1e-5, what);
+            check_close(a.lse, lse, lse_count, 1e-5, what);
+            free(out);
+            free(lse);
+            free_arrays(&a);
+        }
+        rig_close(&r);
+    }
+}
+
+/* The same bytes with one thread and three, with and without lse, and for a span alone. */
+static void test_bytes_do_not_depend_on_threads_or_company(void **state) {
+    (void)state;
+    for (size_t i = 0; i < ISA_COUNT; i++) {
+        rig one = rig_open(isas[i], 1), three = rig_open(isas[i], 3);
+        const dense_case *c = &cases[1];
+        random_state = 77;
+        arrays a = make_arrays(c);
+        random_state = 77;
+        arrays b = make_arrays(c);
+        random_state = 77;
+        arrays alone = make_arrays(c);
+        dense_case last = *c;
+        last.span_count = 1;
+        last.spans[0] = c->spans[2];
+        run_case(&one, c, &a, true);
+        run_case(&three, c, &b, false);
+        run_case(&three, &last, &alone, true);
+        assert_memory_equal(a.out, b.out, (size_t)a.q_rows * a.out_stride * sizeof(float));
+        size_t at = c->spans[2].q_begin;
+        assert_memory_equal(a.out + at * a.out_stride, alone.out + at * a.out_stride,
+                            (size_t)c->spans[2].q_count * a.out_stride * sizeof(float));
+        assert_memory_equal(a.lse + at * c->q_heads, alone.lse + at * c->q_heads,
+                            (size_t)c->spans[2].q_count * c->q_heads * sizeof(float));
+        free_arrays(&a);
+        free_arrays(&b);
+        free_arrays(&alone);
+        rig_close(&one);
+        rig_close(&three);
+    }
+}
+
+/* Attention over two halves of the keys, merged, is attention over all. */
+static void test_merge_of_halves_equals_the_whole(void **state) {
+    (void)state;
+    rig r = rig_open(NULL, 2);
+    dense_case whole = {6, 2, 64, 0, false, false, true, 1, {{0, 50, 0, 501}}}, half = whole;
+    random_state = 5;
+    arrays a = make_arrays(&whole);
+    arrays first = a, second = a;
+    size_t out_bytes = (size_t)a.q_rows * a.out_stride * sizeof(float);
+    size_t lse_bytes = (size_t)a.q_rows * whole.q_heads * sizeof(float);
+    first.out = grab(out_bytes);
+    first.lse = grab(lse_bytes);
+    second.out = grab(out_bytes);
+    second.lse = grab(lse_bytes);
+    run_case(&r, &whole, &a, true);
+    half.spans[0].kv_count = 200;
+    run_case(&r, &half, &first, true);
+    half.spans[0] = (loci_attend_span){0, 50, 200, 301};
+    run_case(&r, &half, &second, true);
+    /* Row 0 has nothing in either part, row 1 only in the second, row 2 only in the first. */
+    for (uint32_t h = 0; h < 6; h++) {
+        first.lse[h] = second.lse[h] = first.lse[6 + h] = second.lse[12 + h] = -INFINITY;
+        first.out[h * 64] = 0.0f;
+    }
+    loci_ref out_a = put(&r, first.out, out_bytes), lse_a = put(&r, first.lse, lse_bytes);
+    loci_ref out_b = put(&r, second.out, out_bytes), lse_b = put(&r, second.lse, lse_bytes);
+    r.ops->merge(r.stream, out_a, a.out_stride, lse_a, out_b, a.out_stride, lse_b, 50, 6, 64);
+    float *out = grab(out_bytes), *lse = grab(lse_bytes);
+    get(&r, out, out_a, out_bytes);
+    get(&r, lse, lse_a, lse_bytes);
+    assert_true(lse[0] == -INFINITY && out[0] == 0.0f);
+    for (uint32_t i = 3; i < 50; i++)
+        check_close(out + (size_t)i * a.out_stride, a.out + (size_t)i * a.out_stride, 6 * 64, 1e-5,
+                    "merged");
+    check_close(lse + 18, a.lse + 18, 47 * 6, 1e-5, "merged lse");
+    check_close(out + a.out_stride, second.out + a.out_stride, 6 * 64, 1e-6, "only the second");
+    check_close(out + 2 * a.out_stride, first.out + 2 * a.out_stride, 6 * 64, 0, "only the first");
+    drop(&r, out_a);
+    drop(&r, out_b);
+    drop(&r, lse_a);
+    drop(&r, lse_b);
+    free(out);
+    free(lse);
+    free(first.out);
+    free(first.lse);
+    free(second.out);
+    free(second.lse);
+    free_arrays(&a);
+    rig_close(&r);
+}
+
+static void test_refuses_what_it_cannot_run(void **state) {
+    (void)state;
+    rig r = rig_open(NULL, 1);
+    loci_ref memory = put(&r, NULL, 4096);
+    loci_attend_dense args = {.q = memory,
+                              .k = memory,
+                              .v = memory,
+                              .out = memory,
+                              .q_heads = 3,
+                              .kv_heads = 2,
+                              .head_dim = 16};
+    r.ops->attend_dense(r.stream, &args);
+    assert_int_equal(r.ops->sync(r.stream, &r.err), LOCI_E_UNSUPPORTED);
+    drop(&r, memory);
+    rig_close(&r);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_cases_equal_a_softmax_in_double),
+        cmocka_unit_test(test_bytes_do_not_depend_on_threads_or_company),
+        cmocka_unit_test(test_merge_of_halves_equals_the_whole),
+        cmocka_unit_test(test_refuses_what_it_cannot_run),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

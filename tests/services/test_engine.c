@@ -1,0 +1,446 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The engine with the built-in model: answers, exact evidence, modes against each other, deletion,
+ * cancelling, and damaged extents (a named error or an equal answer, never another).
+ */
+#include <dirent.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "services/engine/engine.h"
+
+#define HANDBOOK "tests/data/handbook"
+#define ORCHID                                                                                    \
+    "The orchid house is heated to 21 degrees. Its keeper is Dagny Holmqvist, who came in 1998. " \
+    "The orchid house has 340 plants and is closed on Mondays.\n"
+#define QUESTION "Who designed the dome of the North Telescope?"
+
+static char folder[256];
+static loci_engine *engine;
+
+static int remove_entry(const char *path, const struct stat *info, int kind, struct FTW *at) {
+    (void)info;
+    (void)kind;
+    (void)at;
+    return remove(path);
+}
+
+static void open_engine(void) {
+    loci_engine_options options = {.data = folder, .model = "model/default"};
+    loci_error err = {0};
+    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
+}
+
+static void add_text(const char *corpus, const char *id, loci_slice text) {
+    loci_document_writer *writer;
+    loci_document_info info;
+    loci_error err = {0};
+    bool unchanged;
+    loci_store *store = loci_engine_store(engine);
+    if (loci_document_begin(store, corpus, id, loci_slice_of(NULL, 0), &writer, &err) != LOCI_OK ||
+        loci_document_append(writer, text, &err) != LOCI_OK ||
+        loci_document_commit(writer, &info, &unchanged, &err) != LOCI_OK)
+        fail_msg("%s: %s", id, err.text);
+    loci_ingest_wake(loci_engine_ingest(engine));
+}
+
+static void settle(const char *corpus) {
+    loci_ingest_settle(loci_engine_ingest(engine), corpus);
+    for (int i = 0; i < 6000 && !loci_ingest_settled(loci_engine_ingest(engine), corpus); i++)
+        loci_sleep_ms(10);
+    assert_true(loci_ingest_settled(loci_engine_ingest(engine), corpus));
+}
+
+static void add_handbook(const char *corpus) {
+    struct dirent **names;
+    int count = scandir(HANDBOOK, &names, NULL, alphasort);
+    assert_true(count > 10);
+    for (int i = 0; i < count; i++) {
+        if (names[i]->d_name[0] != '.') {
+            char path[512];
+            snprintf(path, sizeof path, HANDBOOK "/%s", names[i]->d_name);
+            FILE *file = fopen(path, "rb");
+            assert_non_null(file);
+            static uint8_t bytes[1 << 16];
+            size_t len = fread(bytes, 1, sizeof bytes, file);
+            fclose(file);
+            add_text(corpus, names[i]->d_name, loci_slice_of(bytes, len));
+        }
+        free(names[i]);
+    }
+    free(names);
+    settle(corpus);
+}
+
+static int set_up(void **state) {
+    (void)state;
+    snprintf(folder, sizeof folder, "/tmp/loci-test-engine-XXXXXX");
+    assert_non_null(mkdtemp(folder));
+    open_engine();
+    loci_error err = {0};
+    loci_corpus_info info;
+    static const char *const corpora[] = {"handbook", "both", "flat", "empty"};
+    for (size_t i = 0; i < 4; i++)
+        assert_int_equal(loci_engine_create_corpus(engine, corpora[i], &info, &err), LOCI_OK);
+    add_handbook("handbook");
+    add_text("both", "orchid", loci_slice_text(ORCHID));
+    add_handbook("both");
+    add_text("flat", "orchid", loci_slice_text(ORCHID));
+    settle("flat");
+    return 0;
+}
+
+static int tear_down(void **state) {
+    (void)state;
+    loci_engine_close(engine);
+    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    return 0;
+}
+
+typedef struct outcome {
+    char answer[512], streamed[512], stop[32], first[128];
+    bool found;
+    double shares; /* evidence + sink + rest */
+    size_t passages;
+    loci_usage usage;
+    int last_kind, finished;
+    bool mentions_orchid;
+} outcome;
+
+/* Keeps what a client would see, and checks every quote against the document. */
+static loci_status keep(void *ctx, const loci_event *event, loci_error *err) {
+    outcome *out = ctx;
+    assert_int_equal(out->finished, 0); /* nothing follows FINISHED */
+    out->last_kind = (int)event->kind;
+    if (event->kind == LOCI_EVENT_DELTA)
+        strncat(out->streamed, event->text, sizeof out->streamed - strlen(out->streamed) - 1);
+    if (event->kind == LOCI_EVENT_USAGE) out->usage = *event->usage;
+    for (size_t i = 0; i < event->passage_count; i++) {
+        const loci_passage *passage = &event->passages[i];
+        loci_buf bytes = LOCI_BUF_INIT;
+        const char *corpus = strcmp(passage->document, "orchid") == 0 ? "flat" : "handbook";
+        assert_int_equal(loci_document_read(loci_engine_store(engine), corpus, passage->document,
+                                            passage->start, passage->end, &bytes, err),
+                         LOCI_OK);
+        assert_true(loci_slice_equal(loci_slice_of(bytes.data, bytes.len), passage->quote));
+        loci_buf_fini(&bytes);
+        if (strcmp(passage->document, "orchid") == 0) out->mentions_orchid = true;
+    }
+    if (event->kind == LOCI_EVENT_FINISHED) {
+        snprintf(out->answer, sizeof out->answer, "%s", event->text);
+        snprintf(out->stop, sizeof out->stop, "%s", event->stop);
+        out->found = event->found;
+        out->passages = event->passage_count;
+        for (size_t i = 0; i < event->passage_count; i++) out->shares += event->passages[i].share;
+        if (event->passage_count)
+            snprintf(out->first, sizeof out->first, "%s", event->passages[0].document);
+        out->finished = 1;
+    }
+    return LOCI_OK;
+}
+
+static loci_status ask(const char *corpus, const char *question, int mode, int read_twice,
+                       double top_p, outcome *out, loci_error *err) {
+    loci_answer_request request = {.corpus = corpus,
+                                   .question = question,
+                                   .mode = mode,
+                                   .read_twice = read_twice,
+                                   .top_p = top_p};
+    *out = (outcome){.finished = 0};
+    *err = (loci_error){0};
+    return loci_engine_answer(engine, &request, NULL, keep, out, err);
+}
+
+static outcome asked(const char *corpus, const char *question, int mode, int read_twice,
+                     double top_p) {
+    outcome out;
+    loci_error err;
+    if (ask(corpus, question, mode, read_twice, top_p, &out, &err) != LOCI_OK)
+        fail_msg("%s: %s", question, err.text);
+    assert_int_equal(out.finished, 1);
+    assert_string_equal(out.answer, out.streamed);
+    return out;
+}
+
+static void test_every_mode_answers_with_evidence(void **state) {
+    (void)state;
+    for (int mode = LOCI_MODE_DENSE; mode <= LOCI_MODE_HIERARCHICAL; mode++) {
+        for (int twice = 0; twice <= 1; twice++) {
+            outcome out = asked("handbook", QUESTION, mode, twice, 0);
+            assert_string_equal(out.answer, "Philippa Rouncewell");
+            assert_true(out.found);
+            assert_string_equal(out.first, "north-dome.md");
+            assert_string_equal(out.stop, "eos");
+        }
+    }
+}
+
+static void test_shares_add_up(void **state) {
+    (void)state;
+    outcome out = asked("handbook", QUESTION, LOCI_MODE_HIERARCHICAL, 0, 0);
+    assert_true(out.usage.share_sink > 0.01 && out.usage.share_sink < 0.99);
+    double all = out.shares + out.usage.share_sink + out.usage.share_unattributed;
+    assert_true(all > 0.999 && all < 1.001);
+    out = asked("handbook", QUESTION, LOCI_MODE_HIERARCHICAL, 1, 0);
+    assert_true(out.shares > 0.999 && out.shares < 1.001);
+}
+
+static void test_hierarchical_reads_less_and_equals_dense_in_full(void **state) {
+    (void)state;
+    outcome dense = asked("handbook", QUESTION, LOCI_MODE_DENSE, 0, 0);
+    outcome full = asked("handbook", QUESTION, LOCI_MODE_HIERARCHICAL, 0, 1.0);
+    outcome sparse = asked("handbook", QUESTION, LOCI_MODE_HIERARCHICAL, 0, 0);
+    assert_string_equal(dense.answer, full.answer);
+    assert_true(dense.shares - full.shares < 1e-3 && full.shares - dense.shares < 1e-3);
+    assert_true(dense.usage.kv_read_bytes >= dense.usage.kv_dense_bytes);
+    assert_int_equal(dense.usage.kv_dense_bytes, sparse.usage.kv_dense_bytes);
+    assert_true((sparse.usage.kv_read_bytes + sparse.usage.index_read_bytes) * 4 <
+                dense.usage.kv_read_bytes);
+}
+
+static void test_flat_segments_answer_at_once(void **state) {
+    (void)state;
+    for (int mode = LOCI_MODE_DENSE; mode <= LOCI_MODE_HIERARCHICAL; mode++) {
+        outcome out = asked("flat", "Who is the keeper of the orchid house?", mode, 0, 0);
+        assert_string_equal(out.answer, "Dagny Holmqvist");
+        assert_string_equal(out.first, "orchid");
+        assert_true(out.shares > 0.01);
+    }
+    outcome out = asked("flat", "Who is the keeper of the orchid house?", -1, 1, 0);
+    assert_string_equal(out.answer, "Dagny Holmqvist");
+}
+
+static void test_nothing_is_found_in_an_empty_corpus(void **state) {
+    (void)state;
+    for (int twice = 0; twice <= 1; twice++) {
+        outcome out = asked("empty", QUESTION, -1, twice, 0);
+        assert_false(out.found);
+        assert_string_equal(out.stop, "not_found");
+        assert_int_equal(out.passages, 0);
+    }
+    outcome out = asked("handbook", "What is the capital of Australia?", -1, 1, 0);
+    assert_false(out.found);
+    assert_string_equal(out.answer, "");
+}
+
+/* Registers A and B, deletes B: every mode answers as a corpus of A alone; B is never quoted. */
+static void test_deleted_documents_are_gone(void **state) {
+    (void)state;
+    static const char *const questions[] = {QUESTION, "Who is the keeper of the orchid house?",
+                                            "How many plants does the orchid house have?"};
+    uint64_t revision;
+    loci_error err = {0};
+    assert_int_equal(
+        loci_document_delete(loci_engine_store(engine), "both", "orchid", &revision, &err),
+        LOCI_OK);
+    for (int round = 0; round < 2; round++) {
+        for (size_t q = 0; q < 3; q++) {
+            for (int mode = LOCI_MODE_DENSE; mode <= LOCI_MODE_HIERARCHICAL; mode++) {
+                for (int twice = 0; twice <= 1; twice++) {
+                    /* Clusters still know B's keys until the rewrite, so only the exact mode and
+                     * the passages read again are equal at once. */
+                    outcome both = asked("both", questions[q], mode, twice, 0);
+                    outcome alone = asked("handbook", questions[q], mode, twice, 0);
+                    assert_false(both.mentions_orchid);
+                    assert_null(strstr(both.answer, "Dagny"));
+                    if (mode == LOCI_MODE_DENSE || q == 0)
+                        assert_string_equal(both.answer, alone.answer);
+                }
+            }
+        }
+        settle("both");
+    }
+}
+
+static void test_cancel_ends_the_answer(void **state) {
+    (void)state;
+    loci_answer_request request = {
+        .corpus = "handbook", .question = QUESTION, .mode = -1, .read_twice = 0};
+    loci_cancel cancel;
+    loci_error err = {0};
+    outcome out = {.finished = 0};
+    loci_cancel_init(&cancel, 0);
+    loci_cancel_request(&cancel);
+    assert_int_equal(loci_engine_answer(engine, &request, &cancel, keep, &out, &err),
+                     LOCI_E_CANCELLED);
+    loci_cancel_init(&cancel, loci_now_ns() + 1000000);
+    assert_int_equal(loci_engine_answer(engine, &request, &cancel, keep, &out, &err),
+                     LOCI_E_TIMEOUT);
+    loci_engine_status status;
+    loci_engine_status_of(engine, &status);
+    assert_int_equal(status.queries_running, 0);
+}
+
+static void expect_error(const loci_answer_request *request, loci_status expected) {
+    outcome out = {.finished = 0};
+    loci_error err = {0};
+    assert_int_equal(loci_engine_answer(engine, request, NULL, keep, &out, &err), expected);
+    assert_true(strlen(err.text) > 10);
+}
+
+static void test_bad_requests_are_named(void **state) {
+    (void)state;
+    const loci_answer_request good = {
+        .corpus = "handbook", .question = QUESTION, .mode = -1, .read_twice = -1};
+    loci_answer_request bad = good;
+    bad.corpus = "nowhere";
+    expect_error(&bad, LOCI_E_NOTFOUND);
+    bad = good;
+    bad.question = " \n ";
+    expect_error(&bad, LOCI_E_INVAL);
+    bad = good;
+    bad.top_p = 1.5;
+    expect_error(&bad, LOCI_E_INVAL);
+    bad = good;
+    bad.temperature = -1;
+    expect_error(&bad, LOCI_E_INVAL);
+    bad = good;
+    bad.max_tokens = 100000;
+    expect_error(&bad, LOCI_E_INVAL);
+    bad = good;
+    bad.min_revision = 1000000;
+    expect_error(&bad, LOCI_E_PRECONDITION);
+    char *words = calloc(1, 20000);
+    assert_non_null(words);
+    for (size_t i = 0; i + 5 < 20000; i += 5) memcpy(words + i, "word ", 5);
+    bad = good;
+    bad.question = words;
+    expect_error(&bad, LOCI_E_INVAL);
+    free(words);
+}
+
+static loci_status count_hits(void *ctx, const loci_passage *hits, size_t count,
+                              const loci_usage *usage, uint64_t revision, loci_error *err) {
+    (void)usage;
+    (void)err;
+    assert_true(revision > 0);
+    for (size_t i = 1; i < count; i++) assert_true(hits[i - 1].share >= hits[i].share);
+    assert_string_equal(hits[0].document, "north-dome.md");
+    *(size_t *)ctx = count;
+    return LOCI_OK;
+}
+
+static void test_retrieve_ranks(void **state) {
+    (void)state;
+    loci_error err = {0};
+    size_t count = 0;
+    for (uint32_t k = 1; k <= 100; k += 33) {
+        assert_int_equal(loci_engine_retrieve(engine, "handbook", QUESTION, k, 0, NULL, count_hits,
+                                              &count, &err),
+                         LOCI_OK);
+        assert_int_equal(count, k);
+    }
+    assert_int_equal(
+        loci_engine_retrieve(engine, "handbook", QUESTION, 101, 0, NULL, count_hits, &count, &err),
+        LOCI_E_INVAL);
+}
+
+/* --- damage ------------------------------------------------------------------------------ */
+
+static char extent_path[512], extent_folder[64];
+
+static int find_extent(const char *path, const struct stat *info, int kind, struct FTW *at) {
+    (void)at;
+    if (kind == FTW_F && strstr(path, extent_folder) && info->st_size > (1 << 20))
+        snprintf(extent_path, sizeof extent_path, "%s", path);
+    return 0;
+}
+
+static void flip(off_t offset, unsigned bit) {
+    chmod(extent_path, 0600);
+    int file = open(extent_path, O_RDWR);
+    uint8_t byte;
+    assert_true(file >= 0);
+    assert_int_equal(pread(file, &byte, 1, offset), 1);
+    byte = (uint8_t)(byte ^ (1u << bit));
+    assert_int_equal(pwrite(file, &byte, 1, offset), 1);
+    close(file);
+}
+
+static uint64_t next_random(uint64_t *state) {
+    *state += 0x9e3779b97f4a7c15u;
+    uint64_t z = *state;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+/* 200 single bits anywhere in an extent that is in use. */
+static void test_damage_is_named_or_harmless(void **state) {
+    (void)state;
+    struct stat info;
+    uint64_t seed = 20261124;
+    int named = 0;
+    extent_path[0] = 0;
+    loci_corpus_info corpus;
+    assert_int_equal(loci_corpus_get(loci_engine_store(engine), "handbook", &corpus, NULL),
+                     LOCI_OK);
+    snprintf(extent_folder, sizeof extent_folder, "/extents/%016llx/",
+             (unsigned long long)corpus.uid);
+    nftw(folder, find_extent, 16, FTW_PHYS);
+    assert_int_equal(stat(extent_path, &info), 0);
+    outcome clean[3], out;
+    loci_error err;
+    static const int modes[3] = {LOCI_MODE_DENSE, LOCI_MODE_SQUEEZED, LOCI_MODE_HIERARCHICAL};
+    for (int m = 0; m < 3; m++) clean[m] = asked("handbook", QUESTION, modes[m], 0, 0);
+    for (int round = 0; round < 200; round++) {
+        off_t offset = (off_t)(next_random(&seed) % (uint64_t)info.st_size);
+        if (round % 4 == 0) offset %= 1 << 17; /* headers and nodes more often */
+        unsigned bit = (unsigned)(next_random(&seed) % 8);
+        int m = round % 3;
+        flip(offset, bit);
+        loci_status status = ask("handbook", QUESTION, modes[m], 0, 0, &out, &err);
+        if (status == LOCI_OK) {
+            assert_string_equal(out.answer, clean[m].answer);
+            assert_true(out.shares == clean[m].shares);
+        } else {
+            assert_int_equal(status, LOCI_E_CORRUPT);
+            assert_non_null(strstr(err.text, "extent"));
+            named++;
+        }
+        flip(offset, bit);
+    }
+    assert_true(named > 40); /* dense mode alone meets a third of them */
+    for (int m = 0; m < 3; m++) {
+        out = asked("handbook", QUESTION, modes[m], 0, 0);
+        assert_string_equal(out.answer, clean[m].answer);
+    }
+}
+
+static void test_reopening_changes_nothing(void **state) {
+    (void)state;
+    outcome before = asked("handbook", QUESTION, -1, 0, 0);
+    loci_engine_close(engine);
+    open_engine();
+    outcome after = asked("handbook", QUESTION, -1, 0, 0);
+    assert_string_equal(before.answer, after.answer);
+    assert_true(before.shares == after.shares);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_every_mode_answers_with_evidence),
+        cmocka_unit_test(test_shares_add_up),
+        cmocka_unit_test(test_hierarchical_reads_less_and_equals_dense_in_full),
+        cmocka_unit_test(test_flat_segments_answer_at_once),
+        cmocka_unit_test(test_nothing_is_found_in_an_empty_corpus),
+        cmocka_unit_test(test_cancel_ends_the_answer),
+        cmocka_unit_test(test_bad_requests_are_named),
+        cmocka_unit_test(test_retrieve_ranks),
+        cmocka_unit_test(test_reopening_changes_nothing),
+        cmocka_unit_test(test_damage_is_named_or_harmless),
+        cmocka_unit_test(test_deleted_documents_are_gone),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
