@@ -67,6 +67,7 @@ static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus
         .head_dim = call->head_dim,
         .kv_dtype = dtype,
         .scale = call->scale,
+        .first_key_is_sink = bias != 0,
         .first_key_bias = bias,
         .spans = &s->span,
         .span_count = 1,

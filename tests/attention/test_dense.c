@@ -27,6 +27,7 @@ static const dense_case cases[] = {
     /* More queries than keys: the first see nothing. And no keys at all. */
     {2, 1, 16, 0, true, false, false, 2, {{0, 8, 0, 3}, {8, 2, 3, 0}}},
     {2, 1, 16, 2, true, true, false, 1, {{0, 8, 0, 3}}},
+    {2, 1, 16, 0, true, true, false, 1, {{0, 60, 0, 3}}},
 };
 
 /* A case's arrays: strides are wider than rows, with junk between. */

@@ -90,14 +90,20 @@ static int set_up(void **state) {
     open_engine();
     loci_error err = {0};
     loci_corpus_info info;
-    static const char *const corpora[] = {"handbook", "both", "flat", "empty"};
-    for (size_t i = 0; i < 4; i++)
+    static const char *const corpora[] = {"handbook", "both", "flat", "empty", "copies"};
+    for (size_t i = 0; i < 5; i++)
         assert_int_equal(loci_engine_create_corpus(engine, corpora[i], &info, &err), LOCI_OK);
     add_handbook("handbook");
     add_text("both", "orchid", loci_slice_text(ORCHID));
     add_handbook("both");
     add_text("flat", "orchid", loci_slice_text(ORCHID));
     settle("flat");
+    for (int i = 0; i < 50; i++) {
+        char id[16];
+        snprintf(id, sizeof id, "orchid%d", i);
+        add_text("copies", id, loci_slice_text(ORCHID));
+    }
+    settle("copies");
     return 0;
 }
 
@@ -129,7 +135,9 @@ static loci_status keep(void *ctx, const loci_event *event, loci_error *err) {
     for (size_t i = 0; i < event->passage_count; i++) {
         const loci_passage *passage = &event->passages[i];
         loci_buf bytes = LOCI_BUF_INIT;
-        const char *corpus = strcmp(passage->document, "orchid") == 0 ? "flat" : "handbook";
+        const char *corpus = strcmp(passage->document, "orchid") == 0       ? "flat"
+                             : strncmp(passage->document, "orchid", 6) == 0 ? "copies"
+                                                                            : "handbook";
         assert_int_equal(loci_document_read(loci_engine_store(engine), corpus, passage->document,
                                             passage->start, passage->end, &bytes, err),
                          LOCI_OK);
@@ -219,6 +227,17 @@ static void test_flat_segments_answer_at_once(void **state) {
     }
     outcome out = asked("flat", "Who is the keeper of the orchid house?", -1, 1, 0);
     assert_string_equal(out.answer, "Dagny Holmqvist");
+}
+
+/* Fifty copies of a segment have fifty sinks: stored once, weighed fifty times, the shares of sink
+ * and segments stay what they are with one. */
+static void test_sink_counts_for_every_segment(void **state) {
+    (void)state;
+    const char *question = "Who is the keeper of the orchid house?";
+    double one = asked("flat", question, LOCI_MODE_DENSE, 0, 0).usage.share_sink;
+    double fifty = asked("copies", question, LOCI_MODE_DENSE, 0, 0).usage.share_sink;
+    assert_true(one > 0.1 && one < 0.9);
+    assert_true(fifty > one - 0.1 && fifty < one + 0.1);
 }
 
 static void test_nothing_is_found_in_an_empty_corpus(void **state) {
@@ -434,6 +453,7 @@ int main(void) {
         cmocka_unit_test(test_shares_add_up),
         cmocka_unit_test(test_hierarchical_reads_less_and_equals_dense_in_full),
         cmocka_unit_test(test_flat_segments_answer_at_once),
+        cmocka_unit_test(test_sink_counts_for_every_segment),
         cmocka_unit_test(test_nothing_is_found_in_an_empty_corpus),
         cmocka_unit_test(test_cancel_ends_the_answer),
         cmocka_unit_test(test_bad_requests_are_named),
