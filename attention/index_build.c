@@ -2,10 +2,10 @@
  *
  * Builds the blob of one pair: keys -> roots -> leaves -> nodes, codes, hashes and KV.
  *
- * Bottom up: all keys are clustered into leaves of about 16, every key against every leaf
- * (clustering into roots first is cheaper, but leaves a seventh more variance in the leaves), then
- * the means of the leaves into roots; groups that are too large are cut in two. Writing is
- * parallel by root or by block of positions. Bytes depend on the arguments only.
+ * Keys are clustered into roots and the keys of each root into leaves; then a few rounds of every
+ * key against every leaf tighten the leaves (an eighth less variance in them), which stay under the
+ * root that they were made for: roots made of leaves afterwards rank much worse. Groups that
+ * are too large are cut in two. Bytes depend on the arguments only.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -92,12 +92,12 @@ static loci_status alloc_all(build *b, uint8_t **code, float **length, loci_erro
     return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
 }
 
-/* Mean and code scale of each channel, in double and in position order. */
 static int compare_ids(const void *a, const void *b) {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
     return x < y ? -1 : x > y;
 }
 
+/* Mean and code scale of each channel, in double and in position order. */
 static void centre_keys(build *b) {
     double sum[LOCI_HEAD_DIM_MAX] = {0}, squares[LOCI_HEAD_DIM_MAX] = {0};
     float top[LOCI_HEAD_DIM_MAX] = {0};

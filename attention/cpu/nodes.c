@@ -7,7 +7,9 @@
 
 #include "attention/cpu/lookup.h"
 
-#define TILE LOCI_ROOT_LEAVES_MAX
+#define TILE 64u /* nodes scored together; no root has more leaves */
+
+_Static_assert(LOCI_ROOT_LEAVES_MAX <= TILE, "the leaves of a root are one tile");
 
 void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,

@@ -76,7 +76,7 @@ static uint32_t best_of(const float *logits, uint32_t vocab) {
 static uint32_t draw_token(const float *logits, uint32_t vocab, candidate *heap,
                            const loci_sample_params *params, uint32_t row) {
     uint32_t best = best_of(logits, vocab);
-    if (params->temperature <= 0.0f) return best;
+    if (params->temperature <= 0.0f || logits[best] == -INFINITY) return best;
     size_t count = 0;
     for (uint32_t i = 0; i < vocab; i++) {
         float weight = expf((logits[i] - logits[best]) / params->temperature);

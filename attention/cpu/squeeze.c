@@ -11,7 +11,9 @@
 
 #include "attention/cpu/lookup.h"
 
-#define TILE LOCI_ROOT_LEAVES_MAX
+#define TILE 64u /* nodes scored together; no root has more leaves */
+
+_Static_assert(LOCI_ROOT_LEAVES_MAX <= TILE, "the leaves of a root are one tile");
 
 typedef struct squeeze_job {
     loci_lookup *lookup;

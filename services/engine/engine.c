@@ -84,9 +84,26 @@ static void set_geometry(loci_engine *engine) {
     geometry->has_sink = loci_model_specials(engine->model)->doc != UINT32_MAX;
 }
 
+/* The limit of the memory cgroup that the process lives in (v2, then v1), as containers see it. */
+static uint64_t cgroup_limit(void) {
+    static const char *const paths[] = {"/sys/fs/cgroup/memory.max",
+                                        "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+    for (size_t i = 0; i < 2; i++) {
+        unsigned long long bytes;
+        FILE *file = fopen(paths[i], "r");
+        if (!file) continue;
+        int found = fscanf(file, "%llu", &bytes);
+        fclose(file);
+        if (found == 1) return bytes;
+    }
+    return UINT64_MAX;
+}
+
 static uint64_t half_of_ram(void) {
     long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    return pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size / 2 : 4ull << 30;
+    uint64_t ram = pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size : 8ull << 30;
+    uint64_t limit = cgroup_limit();
+    return (limit < ram ? limit : ram) / 2;
 }
 
 static loci_status choose_precision(const char *name, loci_backend *backend, loci_dtype *out,
