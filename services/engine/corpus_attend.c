@@ -10,6 +10,8 @@
 
 #include "services/engine/query.h"
 
+#define TILE_ROWS 32u
+
 loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows, uint32_t heads,
                            uint32_t head_dim, uint32_t extra_rows, loci_ref *out, loci_ref *lse,
                            loci_error *err) {
@@ -154,8 +156,8 @@ static void add_sink_mass(loci_query *query, const loci_attend_call *call, const
         query->sink_mass += exp((double)s->lse[i] - (double)total[i]);
 }
 
-loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
-    loci_query *query = ctx;
+/* All parts for the rows of one tile. */
+static loci_status attend_tile(loci_query *query, const loci_attend_call *call, loci_error *err) {
     const loci_backend *backend = query->engine->backend;
     LOCI_TRY(loci_cancel_check(query->cancel));
     uint32_t row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
@@ -177,6 +179,23 @@ loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_err
 out:
     free(s.lse);
     return status;
+}
+
+/* Long questions go in tiles: memory stays bounded and cancelling takes effect between them. In
+ * squeezed mode all rows share one set and stay together. */
+loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
+    loci_query *query = ctx;
+    uint32_t most = query->params.mode == LOCI_MODE_SQUEEZED ? call->rows : TILE_ROWS;
+    for (uint32_t row = 0; row < call->rows; row += most) {
+        loci_attend_call tile = *call;
+        tile.rows = call->rows - row < most ? call->rows - row : most;
+        tile.row_position += row;
+        tile.q.offset += (size_t)row * call->q_stride * sizeof(float);
+        tile.out.offset += (size_t)row * call->out_stride * sizeof(float);
+        tile.lse.offset += (size_t)row * call->q_heads * sizeof(float);
+        LOCI_TRY(attend_tile(query, &tile, err));
+    }
+    return LOCI_OK;
 }
 
 /* Keeps the `limit` best in `out`, best first; ties by segment number. */

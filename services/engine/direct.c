@@ -59,9 +59,9 @@ static loci_status finish(loci_query *query, const loci_generation *answer,
     query->usage.total_ms = loci_query_elapsed_ms(query);
     loci_event event = {.kind = LOCI_EVENT_USAGE, .usage = &query->usage};
     LOCI_TRY(on_event(ctx, &event, err));
-    bool found = answer->text.len > 0 && query->view->live_segments > 0;
+    bool found = answer->text.len > 0;
     event = (loci_event){.kind = LOCI_EVENT_FINISHED,
-                         .text = (const char *)answer->text.data,
+                         .text = found ? (const char *)answer->text.data : "",
                          .found = found,
                          .stop = found ? answer->stop : "not_found",
                          .passages = passages,
@@ -84,6 +84,10 @@ loci_status loci_answer_direct(loci_query *query, const loci_answer_request *req
     LOCI_TRY_GOTO(load_evidence(query, limit, &bytes, passages, &count, err), out);
     event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    if (query->view->live_segments == 0) { /* nothing to answer from */
+        status = finish(query, &answer, passages, 0, on_event, ctx, err);
+        goto out;
+    }
     uint64_t begun = loci_now_ns();
     LOCI_TRY_GOTO(loci_generate(query, request, &answer, on_piece, &state, err), out);
     double seconds = (double)(loci_now_ns() - begun) / 1e9;

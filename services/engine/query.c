@@ -81,6 +81,8 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
     *query = (loci_query){.engine = engine, .cancel = cancel, .started_ns = loci_now_ns()};
     loci_select_defaults(&query->params);
     LOCI_TRY(tokenize_question(query, question, err));
+    /* First the turn, then the snapshot: whoever waits pins nothing. */
+    LOCI_TRY(take_slot(engine, cancel, &query->slot, err));
     LOCI_TRY(loci_snapshot_acquire(engine->store, corpus, &query->snapshot, err));
     const loci_corpus_info *info = loci_snapshot_info(query->snapshot);
     if (info->revision < min_revision)
@@ -95,7 +97,6 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
     query->view = loci_snapshot_view(query->snapshot);
     query->usage.corpus_tokens = query->view->tokens;
     query->usage.question_tokens = query->question.count;
-    LOCI_TRY(take_slot(engine, cancel, &query->slot, err));
     loci_sequence_reset(query->slot->sequence);
     loci_sequence_set_attend(query->slot->sequence, NULL, NULL);
     return LOCI_OK;

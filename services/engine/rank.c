@@ -52,6 +52,22 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     return LOCI_OK;
 }
 
+/* What score_segments reads: codes of extents, keys of flat segments. */
+static loci_status count_reads(loci_query *query, const uint32_t *segments, uint32_t count,
+                               loci_error *err) {
+    const loci_corpus_view *view = query->view;
+    for (uint32_t i = 0; i < count; i++) {
+        loci_segment_info info;
+        LOCI_TRY(loci_snapshot_segment(query->snapshot, segments[i], &info, err));
+        uint64_t values = (uint64_t)info.tokens * view->kv_heads * view->head_dim;
+        bool flat = segments[i] >= view->flat_segment_base;
+        query->usage.index_read_bytes += flat ? 0 : values / 2;
+        query->usage.kv_read_bytes += flat ? 2 * values : 0;
+        query->usage.fetched_bytes += flat ? 0 : values / 2;
+    }
+    return LOCI_OK;
+}
+
 static int by_score(const void *a, const void *b) {
     const loci_ranked *x = a, *y = b;
     if (x->score != y->score) return x->score > y->score ? -1 : 1;
@@ -76,6 +92,7 @@ static loci_status score_candidates(rank_state *state, const loci_attend_call *c
         ops->download(call->stream, scores, at, count * sizeof *scores);
         status = ops->sync(call->stream, err);
     }
+    if (status == LOCI_OK) status = count_reads(query, segments, count, err);
     if (status == LOCI_OK) {
         for (uint32_t i = 0; i < count; i++) all[i] = (loci_ranked){segments[i], (double)scores[i]};
         qsort(all, count, sizeof *all, by_score);

@@ -17,6 +17,10 @@
 #define PARAGRAPH_TOKENS 110u /* a segment of so many tokens ends at a paragraph border */
 #define LOOKAHEAD_SEGMENTS 4u /* paragraphs longer than this are not balanced */
 #define WORD_BYTES_MAX 240u   /* a longer run without white space is cut: at least a byte a token */
+#define TOKEN_BYTES 16u /* a sentence of more bytes for each token of a segment is cut unread */
+#define GAP_BYTES_MAX                                                          \
+    256u /* longer white space is never inside a segment, so quotes stay short \
+          */
 
 typedef struct piece {
     uint64_t start, end; /* trimmed byte range */
@@ -106,16 +110,21 @@ static uint64_t skip_space(loci_slice text, uint64_t at) {
     return at;
 }
 
-/* End of the sentence that starts at `start`; *next: start of what follows; *paragraph: whether
- * that begins a paragraph. */
-static uint64_t sentence_end(loci_slice text, uint64_t start, uint64_t *next, bool *paragraph) {
+/* End of the sentence that starts at `start`, looked for in `most` bytes; *next: start of what
+ * follows; *paragraph: whether that begins a paragraph. */
+static uint64_t sentence_end(loci_slice text, uint64_t start, uint64_t most, uint64_t *next,
+                             bool *paragraph) {
     uint64_t at = start;
     for (;;) {
-        while (at < text.len && !is_space(text.data[at])) at++;
+        while (at < text.len && !is_space(text.data[at]) && at - start < most) at++;
+        if (at < text.len && at - start >= most)
+            while (at > start + 1 && (text.data[at] & 0xc0) == 0x80) at--;
         uint64_t end = at;
         *paragraph = false;
         *next = space_run(text, start, at, paragraph);
-        if (*next >= text.len || *paragraph || sentence_border(text, start, end, *next)) return end;
+        if (*next >= text.len || *paragraph || *next == end || *next - end > GAP_BYTES_MAX ||
+            *next - start >= most || sentence_border(text, start, end, *next))
+            return end;
         at = *next;
     }
 }
@@ -161,15 +170,10 @@ static loci_status cut_long(loci_splitter *splitter, loci_slice text, uint64_t s
 static loci_status next_piece(loci_splitter *splitter, loci_slice text, uint64_t at, piece *out,
                               uint64_t *next, bool *paragraph, loci_error *err) {
     uint32_t limit = splitter->tokens_max - SLACK_TOKENS;
-    uint64_t end = sentence_end(text, at, next, paragraph);
+    uint64_t most = (uint64_t)limit * TOKEN_BYTES;
+    uint64_t end = sentence_end(text, at, most, next, paragraph);
     *out = (piece){at, end, 0, false};
-    /* A token is at least a byte; a token of more than 64 bytes does not help the estimate. */
-    if (end - at <= (uint64_t)limit * 64) {
-        LOCI_TRY(
-            count_tokens(splitter, loci_slice_of(text.data + at, end - at), &out->tokens, err));
-    } else {
-        out->tokens = UINT32_MAX;
-    }
+    LOCI_TRY(count_tokens(splitter, loci_slice_of(text.data + at, end - at), &out->tokens, err));
     if (out->tokens <= limit) return LOCI_OK;
     LOCI_TRY(cut_long(splitter, text, at, end, limit, out, err));
     if (out->end < end) {
@@ -247,8 +251,8 @@ static loci_status take_segment(loci_splitter *splitter, loci_slice text, uint64
         LOCI_TRY(next_piece(splitter, text, at, &part, &after, &border, err));
         if (paragraph) first_paragraph = false;
         uint32_t most = first_paragraph ? target : limit;
-        if (pieces > 0 &&
-            (held + part.tokens + 1 > most || (paragraph && held >= PARAGRAPH_TOKENS)))
+        if (pieces > 0 && (held + part.tokens + 1 > most || at - end > GAP_BYTES_MAX ||
+                           (paragraph && held >= PARAGRAPH_TOKENS)))
             break;
         before_last = end;
         at_last = at;
@@ -318,7 +322,7 @@ void loci_sentence_around(loci_slice text, uint64_t start, uint64_t end, uint64_
     while (at < text.len) {
         uint64_t next;
         bool paragraph;
-        uint64_t stop = sentence_end(text, at, &next, &paragraph);
+        uint64_t stop = sentence_end(text, at, text.len, &next, &paragraph);
         if (at <= start) *from = at;
         if (stop >= end) {
             *to = stop;

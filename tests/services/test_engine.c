@@ -98,7 +98,7 @@ static int set_up(void **state) {
     add_handbook("both");
     add_text("flat", "orchid", loci_slice_text(ORCHID));
     settle("flat");
-    for (int i = 0; i < 50; i++) {
+    for (int i = 0; i < 600; i++) {
         char id[16];
         snprintf(id, sizeof id, "orchid%d", i);
         add_text("copies", id, loci_slice_text(ORCHID));
@@ -229,15 +229,15 @@ static void test_flat_segments_answer_at_once(void **state) {
     assert_string_equal(out.answer, "Dagny Holmqvist");
 }
 
-/* Fifty copies of a segment have fifty sinks: stored once, weighed fifty times, the shares of sink
+/* 600 copies of a segment have 600 sinks: stored once, weighed 600 times, the shares of sink
  * and segments stay what they are with one. */
 static void test_sink_counts_for_every_segment(void **state) {
     (void)state;
     const char *question = "Who is the keeper of the orchid house?";
     double one = asked("flat", question, LOCI_MODE_DENSE, 0, 0).usage.share_sink;
-    double fifty = asked("copies", question, LOCI_MODE_DENSE, 0, 0).usage.share_sink;
+    double many = asked("copies", question, LOCI_MODE_DENSE, 0, 0).usage.share_sink;
     assert_true(one > 0.1 && one < 0.9);
-    assert_true(fifty > one - 0.1 && fifty < one + 0.1);
+    assert_true(many > one - 0.05 && many < one + 0.05); /* a single sink would lose 0.08 */
 }
 
 static void test_nothing_is_found_in_an_empty_corpus(void **state) {

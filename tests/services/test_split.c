@@ -114,6 +114,28 @@ static void test_split_resumes_anywhere(void **state) {
     loci_buf_fini(&text);
 }
 
+/* Text without any border, and white space of megabytes: quotes stay short, and the work linear
+ * (the quadratic splitter took minutes here). */
+static void test_split_without_borders(void **state) {
+    (void)state;
+    loci_buf text = LOCI_BUF_INIT;
+    loci_error err = {0};
+    loci_splitter *splitter;
+    const loci_split *split;
+    for (int i = 0; i < 60000; i++) loci_buf_printf(&text, "%d,value ", i % 9973);
+    for (int i = 0; i < 3000000; i++) loci_buf_u8(&text, ' ');
+    loci_buf_append_text(&text, "The end.");
+    loci_slice slice = loci_slice_of(text.data, text.len);
+    assert_int_equal(loci_splitter_open(tokenizer, 255, 3, &splitter, &err), LOCI_OK);
+    assert_int_equal(loci_splitter_split(splitter, slice, 0, 100000, &split, &err), LOCI_OK);
+    check_split(slice, split, 255);
+    assert_int_equal(split->next, text.len);
+    for (uint32_t s = 0; s < split->segments; s++)
+        assert_true(split->end[s] - split->start[s] < 16384);
+    loci_splitter_close(splitter);
+    loci_buf_fini(&text);
+}
+
 static void test_split_white_space_only(void **state) {
     (void)state;
     loci_error err = {0};
@@ -155,6 +177,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_split_covers_and_limits),
         cmocka_unit_test(test_split_resumes_anywhere),
+        cmocka_unit_test(test_split_without_borders),
         cmocka_unit_test(test_split_white_space_only),
         cmocka_unit_test(test_passage_text),
         cmocka_unit_test(test_sentence_around),
