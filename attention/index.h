@@ -36,7 +36,7 @@
 #define LOCI_EXTENT_TOKENS_MAX 32768u
 #define LOCI_LEAF_TOKENS 16u     /* mean size aimed at */
 #define LOCI_LEAF_TOKENS_MAX 32u /* larger clusters are split */
-#define LOCI_ROOT_LEAVES 16u /* mean number of leaves of a root */
+#define LOCI_ROOT_LEAVES 16u     /* mean number of leaves of a root */
 #define LOCI_ROOT_LEAVES_MAX 32u
 #define LOCI_PAIR_MAGIC 0x5250434cu /* "LCPR" */
 #define LOCI_PAIR_VERSION 1u
@@ -127,7 +127,7 @@ typedef struct loci_corpus_view {
 
 typedef struct loci_pair_build_options {
     uint64_t seed;
-    uint32_t iterations; /* K-means rounds over all leaves; 0 = default (4) */
+    uint32_t iterations; /* K-means rounds over all leaves; 0 = default (6) */
     bool position_codes; /* store the codes once more in position order (ranking layer) */
     const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */
 } loci_pair_build_options;

@@ -21,7 +21,7 @@
 #define ROOT_TOKENS_MAX (ROOT_TOKENS * 3 / 2)
 #define ROOT_ROUNDS 10
 #define FIRST_ROUNDS 4
-#define ROUNDS_DEFAULT 4
+#define ROUNDS_DEFAULT 6
 /* Codes reach 2.7 standard deviations: cutting the rare outliers costs less than the coarser
  * steps that covering them would need. */
 #define CODE_REACH 2.7

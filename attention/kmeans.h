@@ -41,7 +41,7 @@ void loci_group(uint32_t *ids, const uint32_t *group, uint32_t n, uint32_t k, ui
  * while a run is too long; each cut leaves at least an eighth on either side. Appends the end of
  * each run to ends[*count], counted on from the end before it (or from 0). At most n runs. */
 LOCI_MUST_CHECK loci_status loci_kmeans_cut(const loci_points *points, uint32_t *ids, uint32_t n,
-                                            uint32_t cap, uint32_t *ends,
-                                            uint32_t *count, loci_error *err);
+                                            uint32_t cap, uint32_t *ends, uint32_t *count,
+                                            loci_error *err);
 
 #endif

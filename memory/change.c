@@ -232,6 +232,11 @@ static void bury_flats(loci_change *change, uint64_t sequence) {
     next->flat_count = kept;
 }
 
+void loci_change_drop(loci_change *change, uint64_t sequence) {
+    loci_manifest_bury(change->next, sequence);
+    bury_flats(change, sequence);
+}
+
 static loci_status bury_one(loci_change *change, loci_document *document, loci_error *err) {
     loci_grave *grown =
         realloc(change->buried, (change->buried_count + 1) * sizeof *change->buried);
@@ -247,8 +252,7 @@ static loci_status bury_one(loci_change *change, loci_document *document, loci_e
     loci_key key = loci_key_catalog2('g', change->corpus->uid, document->sequence);
     loci_batch_put(change->batch, LOCI_CF_CATALOG, &key, LOCI_KIND_GRAVE,
                    loci_slice_of(bytes, sizeof bytes));
-    loci_manifest_bury(change->next, document->sequence);
-    bury_flats(change, document->sequence);
+    loci_change_drop(change, document->sequence);
     return LOCI_OK;
 }
 

@@ -3,8 +3,11 @@
  * The registration thread: which corpus is worked on, when what is encoded becomes searchable,
  * retries, and progress. The work itself is in pipeline.c and rebuild.c. See ingest.h.
  *
- * One corpus is worked on at a time. Its turn ends when nothing is pending, when it fails, or after
- * TURN_NS while another one waits; whatever it encoded is committed then.
+ * One corpus is worked on at a time. Its turn ends when nothing is pending, when it fails, at the
+ * next batch when documents arrived in another corpus since that had its last turn, or after
+ * TURN_NS while another one waits; whatever it encoded is committed then. So a small document does
+ * not wait for a long queue elsewhere, and two long queues do not interrupt each other all the
+ * time.
  */
 #include "memory/ingest.h"
 
@@ -36,7 +39,8 @@ typedef struct corpus_slot {
     bool settle;                   /* asked for */
     uint64_t changed_ns;           /* last time when there was work, or the revision changed */
     uint64_t revision;
-    uint64_t retry_ns; /* no work before */
+    uint64_t known_sequence; /* last one of the corpus when its last turn began */
+    uint64_t retry_ns;       /* no work before */
     unsigned failures;
     bool seen; /* in the present pass over the corpora */
 } corpus_slot;
@@ -127,6 +131,18 @@ static void set_outcome(loci_ingest *ingest, const loci_corpus *corpus, loci_sta
     pthread_mutex_unlock(&ingest->lock);
 }
 
+static void set_settle(loci_ingest *ingest, const loci_corpus *corpus, bool value) {
+    pthread_mutex_lock(&ingest->lock);
+    corpus_slot *slot = slot_of(ingest, corpus->uid);
+    bool news = value && slot && !slot->settle;
+    if (slot) slot->settle = value;
+    if (news) {
+        ingest->woken = true;
+        pthread_cond_signal(&ingest->wake);
+    }
+    pthread_mutex_unlock(&ingest->lock);
+}
+
 static bool stopping(loci_ingest *ingest) {
     pthread_mutex_lock(&ingest->lock);
     bool stop = ingest->stop;
@@ -143,12 +159,26 @@ static uint64_t pending_of(loci_corpus *corpus) {
 
 /* --- A corpus's turn -------------------------------------------------------------------- */
 
-static bool others_wait(loci_ingest *ingest, const loci_corpus *mine) {
+/* Documents are pending in the corpus; fresh: and some of them came since its last turn began. */
+static bool waits(loci_ingest *ingest, loci_corpus *corpus, bool fresh) {
+    pthread_mutex_lock(&corpus->lock);
+    uint64_t last = corpus->last_sequence;
+    bool wait = !corpus->deleted && corpus->pending_first < corpus->pending_end;
+    pthread_mutex_unlock(&corpus->lock);
+    if (!wait || !fresh) return wait;
+    pthread_mutex_lock(&ingest->lock);
+    const corpus_slot *slot = slot_of(ingest, corpus->uid);
+    wait = slot && slot->known_sequence < last;
+    pthread_mutex_unlock(&ingest->lock);
+    return wait;
+}
+
+static bool others_wait(loci_ingest *ingest, const loci_corpus *mine, bool fresh) {
     bool wait = false;
     uint64_t after = 0;
     for (loci_corpus *corpus; !wait && (corpus = loci_corpus_next(ingest->store, after));) {
         after = corpus->uid;
-        wait = corpus != mine && pending_of(corpus) > 0;
+        wait = corpus != mine && waits(ingest, corpus, fresh);
         loci_corpus_release(corpus);
     }
     return wait;
@@ -179,6 +209,11 @@ static loci_status flush(loci_ingest *ingest, loci_corpus *corpus, loci_pipeline
     return status;
 }
 
+bool loci_flush_due(uint64_t pending, size_t complete, uint64_t elapsed_ns) {
+    if (elapsed_ns >= FLUSH_BUSY_NS) return true;
+    return complete > 0 && pending < CALM_DOCUMENTS && elapsed_ns >= FLUSH_CALM_NS;
+}
+
 static loci_status index_documents(loci_ingest *ingest, loci_corpus *corpus,
                                    loci_pipeline *pipeline, loci_error *err) {
     uint64_t turn = loci_now_ns(), flushed = turn;
@@ -196,31 +231,40 @@ static loci_status index_documents(loci_ingest *ingest, loci_corpus *corpus,
         }
         if (!more) break;
         uint64_t pending = pending_of(corpus), now = loci_now_ns();
-        uint64_t limit = pending < CALM_DOCUMENTS ? FLUSH_CALM_NS : FLUSH_BUSY_NS;
         if (!loci_pipeline_dirty(pipeline)) flushed = now;
-        if (now - flushed >= limit && loci_pipeline_documents(pipeline) > 0) {
+        if (loci_flush_due(pending, loci_pipeline_documents(pipeline), now - flushed)) {
             LOCI_TRY(flush(ingest, corpus, pipeline, err));
             flushed = now;
         }
-        if (now - turn >= TURN_NS && others_wait(ingest, corpus)) break;
+        if (others_wait(ingest, corpus, now - turn < TURN_NS)) break;
     }
     return flush(ingest, corpus, pipeline, err);
 }
 
-/* Rewrites and the canonical tail; *worked when something was done. */
-static loci_status tidy(loci_ingest *ingest, loci_corpus *corpus, bool settle, bool *worked,
-                        loci_error *err) {
-    loci_rebuild_plan plan;
+static bool tidy_due(loci_corpus *corpus, loci_tail_demand demand, loci_rebuild_plan *plan) {
     pthread_mutex_lock(&corpus->lock);
     bool due = !corpus->deleted &&
-               loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, settle, &plan);
+               loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, demand, plan);
     pthread_mutex_unlock(&corpus->lock);
-    *worked = due;
-    if (!due) return LOCI_OK;
+    return due;
+}
+
+/* Rewrites and the tail. */
+static loci_status tidy(loci_ingest *ingest, loci_corpus *corpus, const loci_rebuild_plan *plan,
+                        loci_error *err) {
     set_stage(ingest, corpus->uid, "indexing");
     loci_status status =
-        loci_rebuild(corpus, &plan, NULL, false, ingest->pool, &ingest->cancel, err);
+        loci_rebuild(corpus, plan, NULL, false, ingest->pool, &ingest->cancel, err);
     return status == LOCI_E_ABORTED ? LOCI_OK : status;
+}
+
+static loci_status index_pending(loci_ingest *ingest, loci_corpus *corpus, loci_error *err) {
+    loci_pipeline *pipeline = NULL;
+    LOCI_TRY(loci_pipeline_open(corpus, &ingest->encoder, ingest->pool, &ingest->cancel, &pipeline,
+                                err));
+    loci_status status = index_documents(ingest, corpus, pipeline, err);
+    loci_pipeline_close(pipeline);
+    return status;
 }
 
 /* Failures that are none: the corpus went, or the process is stopping. */
@@ -231,41 +275,57 @@ static loci_status forgive(loci_ingest *ingest, loci_corpus *corpus, loci_status
     return deleted || stopping(ingest) ? LOCI_OK : status;
 }
 
-/* True when something was done. */
-static bool take_turn(loci_ingest *ingest, loci_corpus *corpus) {
-    loci_error err = {0};
-    uint64_t now = loci_now_ns(), pending = pending_of(corpus);
+/* What a corpus's turn begins with. */
+typedef struct turn_state {
+    loci_tail_demand demand;
+    bool pause;  /* before the next attempt */
+    bool failed; /* the last attempt */
+} turn_state;
+
+static turn_state begin_turn(loci_ingest *ingest, loci_corpus *corpus) {
+    uint64_t now = loci_now_ns();
     pthread_mutex_lock(&corpus->lock);
-    uint64_t revision = corpus->manifest->revision;
+    uint64_t revision = corpus->manifest->revision, last = corpus->last_sequence;
     pthread_mutex_unlock(&corpus->lock);
+    turn_state state = {.demand = LOCI_TAIL_KEEP, .pause = true};
     pthread_mutex_lock(&ingest->lock);
     corpus_slot *slot = slot_of(ingest, corpus->uid);
-    bool wait = !slot || now < slot->retry_ns;
     if (slot) {
         slot->seen = true;
         if (slot->revision != revision) slot->changed_ns = now;
         slot->revision = revision;
+        slot->known_sequence = last;
+        state.pause = now < slot->retry_ns;
+        state.failed = slot->failures > 0;
+        if (slot->settle)
+            state.demand = LOCI_TAIL_ANY;
+        else if (now - slot->changed_ns >= SETTLE_NS)
+            state.demand = LOCI_TAIL_LARGE;
     }
-    bool settle = slot && (slot->settle || now - slot->changed_ns >= SETTLE_NS);
     pthread_mutex_unlock(&ingest->lock);
-    if (wait) return false;
+    return state;
+}
 
-    bool worked = pending > 0;
-    loci_status status = LOCI_OK;
-    if (pending > 0) {
-        loci_pipeline *pipeline = NULL;
-        status = loci_pipeline_open(corpus, &ingest->encoder, ingest->pool, &ingest->cancel,
-                                    &pipeline, &err);
-        if (status == LOCI_OK) {
-            status = index_documents(ingest, corpus, pipeline, &err);
-            loci_pipeline_close(pipeline);
-        }
-    } else {
-        status = tidy(ingest, corpus, settle, &worked, &err);
+/* True when something was done. */
+static bool take_turn(loci_ingest *ingest, loci_corpus *corpus) {
+    loci_error err = {0};
+    turn_state state = begin_turn(ingest, corpus);
+    bool pending = pending_of(corpus) > 0;
+    loci_rebuild_plan plan;
+    if (!pending && !tidy_due(corpus, state.demand, &plan)) {
+        /* At rest: whatever failed or was asked for is no more. */
+        if (state.demand == LOCI_TAIL_ANY) set_settle(ingest, corpus, false);
+        if (state.failed) set_outcome(ingest, corpus, LOCI_OK, &err);
+        return false;
     }
-    if (worked || status != LOCI_OK)
-        set_outcome(ingest, corpus, forgive(ingest, corpus, status), &err);
-    return worked && status == LOCI_OK;
+    if (state.pause) return false;
+    loci_status status =
+        pending ? index_pending(ingest, corpus, &err) : tidy(ingest, corpus, &plan, &err);
+    /* Carried out once: who still waits asks again (loci_ingest_settled). */
+    if (!pending && status == LOCI_OK && state.demand == LOCI_TAIL_ANY)
+        set_settle(ingest, corpus, false);
+    set_outcome(ingest, corpus, forgive(ingest, corpus, status), &err);
+    return status == LOCI_OK;
 }
 
 /* --- The thread ------------------------------------------------------------------------- */
@@ -428,21 +488,11 @@ loci_status loci_ingest_wait(loci_ingest *ingest, const char *corpus, unsigned t
 static bool settled(loci_corpus *corpus) {
     loci_rebuild_plan plan;
     pthread_mutex_lock(&corpus->lock);
-    bool done = corpus->pending_first == corpus->pending_end &&
-                !loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, true, &plan);
+    bool done =
+        corpus->pending_first == corpus->pending_end &&
+        !loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, LOCI_TAIL_ANY, &plan);
     pthread_mutex_unlock(&corpus->lock);
     return done;
-}
-
-static void set_settle(loci_ingest *ingest, loci_corpus *corpus, bool value) {
-    pthread_mutex_lock(&ingest->lock);
-    corpus_slot *slot = slot_of(ingest, corpus->uid);
-    if (slot) slot->settle = value;
-    if (value) {
-        ingest->woken = true;
-        pthread_cond_signal(&ingest->wake);
-    }
-    pthread_mutex_unlock(&ingest->lock);
 }
 
 void loci_ingest_settle(loci_ingest *ingest, const char *name) {
@@ -456,7 +506,7 @@ bool loci_ingest_settled(loci_ingest *ingest, const char *name) {
     loci_corpus *corpus = NULL;
     if (loci_corpus_acquire(ingest->store, name, &corpus, NULL) != LOCI_OK) return true;
     bool done = settled(corpus);
-    if (done) set_settle(ingest, corpus, false);
+    set_settle(ingest, corpus, !done);
     loci_corpus_release(corpus);
     return done;
 }

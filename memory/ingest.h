@@ -10,11 +10,15 @@
  * - When no document is pending, or 60 s after the last commit, or soon after small documents
  *   arrived (they must be searchable within a second), the rest of the builder is committed as flat
  *   open segments in RocksDB: searchable at once, scanned exactly.
- * - Canonical tail: when the corpus has been idle for a moment or a Register stream asks for it
- *   (loci_ingest_settle), a tail of at least LOCI_TAIL_SEAL_TOKENS is sealed into one partial
- * extent, which replaces the previous partial extent (its K and V are read back in position order);
- *   a smaller tail stays flat. So at rest a corpus is: full extents, then at most one
- *   partial extent or flat segments.
+ * - A commit may fall within a document. What it holds of that is dead for readers until the
+ *   document is complete, and for good when it is replaced or deleted before.
+ * - Canonical tail: when a Register stream asks for it (loci_ingest_settle), a tail of at least
+ *   LOCI_TAIL_SEAL_TOKENS is sealed into one partial extent, which replaces the previous partial
+ *   extent (its K and V are read back in position order); a smaller tail stays flat. So then a
+ *   corpus is: full extents, then at most one partial extent or flat segments.
+ * - Unasked, when the corpus has been idle for a moment, the tail is sealed only when its flat
+ *   segments have LOCI_TAIL_SEAL_TOKENS or a quarter of the partial extent's tokens: a tiny
+ * document does not make an extent anew.
  * - An extent with at least a quarter of its tokens dead is rewritten.
  * - Work never holds more than the builder and one encode batch in memory.
  */
@@ -80,7 +84,8 @@ LOCI_MUST_CHECK loci_status loci_ingest_progress_of(loci_ingest *ingest, const c
 LOCI_MUST_CHECK loci_status loci_ingest_wait(loci_ingest *ingest, const char *corpus,
                                              unsigned timeout_ms, loci_ingest_progress *in_out,
                                              loci_error *err);
-/* Asks for the canonical tail as soon as nothing is pending; loci_ingest_settled tells when. */
+/* Asks for the canonical tail, once, as soon as nothing is pending; loci_ingest_settled tells when,
+ * and asks again if others registered meanwhile. Who stops waiting leaves nothing behind. */
 void loci_ingest_settle(loci_ingest *ingest, const char *corpus);
 bool loci_ingest_settled(loci_ingest *ingest, const char *corpus);
 uint64_t loci_ingest_pending(loci_ingest *ingest); /* documents, all corpora */

@@ -196,6 +196,8 @@ LOCI_MUST_CHECK loci_status loci_change_begin(loci_corpus *corpus, loci_change *
 /* Buries a document and those it replaces; unknown sequences are fine. */
 LOCI_MUST_CHECK loci_status loci_change_bury(loci_change *change, uint64_t sequence,
                                              loci_error *err);
+/* Segments of a document go dead; its record stays. */
+void loci_change_drop(loci_change *change, uint64_t sequence);
 LOCI_MUST_CHECK loci_status loci_change_done(loci_change *change, uint64_t sequence,
                                              loci_error *err);
 /* Writes and makes it current; durable on return. Ends the change in any case. */
@@ -226,9 +228,16 @@ typedef struct loci_rebuild_plan {
     bool rewrite;         /* because of dead segments; for failpoints and progress */
 } loci_rebuild_plan;
 
-/* False when nothing is due. settle: the canonical tail is asked for. */
-bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max, bool settle,
-                      loci_rebuild_plan *out);
+/* How much of a tail is worth a rebuild. */
+typedef enum loci_tail_demand {
+    LOCI_TAIL_KEEP,  /* none */
+    LOCI_TAIL_LARGE, /* unasked: flat segments enough for a partial extent, or a quarter of it */
+    LOCI_TAIL_ANY    /* asked for: the canonical tail */
+} loci_tail_demand;
+
+/* False when nothing is due. */
+bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
+                      loci_tail_demand demand, loci_rebuild_plan *out);
 /* The partial extent, if there is one, and all flat segments. */
 loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest);
 /* Tokens that the next full extent would already hold. */

@@ -69,21 +69,27 @@ fail:
 }
 
 void loci_manifest_sum(loci_manifest *manifest) {
-    manifest->live_segments = manifest->flat_count;
+    manifest->live_segments = manifest->live_tokens = 0;
     manifest->flat_tokens = manifest->file_bytes = 0;
-    for (uint32_t i = 0; i < manifest->flat_count; i++)
+    for (uint32_t i = 0; i < manifest->flat_count; i++) {
         manifest->flat_tokens += manifest->flats[i].tokens;
-    manifest->live_tokens = manifest->flat_tokens;
+        if (loci_manifest_hides(manifest, manifest->flats[i].sequence)) continue;
+        manifest->live_tokens += manifest->flats[i].tokens;
+        manifest->live_segments++;
+    }
     for (uint32_t i = 0; i < manifest->extent_count; i++) {
         loci_manifest_extent *extent = &manifest->extents[i];
         extent->dead_tokens = extent->dead_segments = 0;
         for (uint32_t r = 0; r < extent->run_count; r++) {
-            if (!extent->runs[r].dead) continue;
-            extent->dead_tokens += extent->runs[r].tokens;
-            extent->dead_segments += extent->runs[r].segments;
+            const loci_run *run = &extent->runs[r];
+            if (run->dead) {
+                extent->dead_tokens += run->tokens;
+                extent->dead_segments += run->segments;
+            } else if (!loci_manifest_hides(manifest, run->sequence)) {
+                manifest->live_tokens += run->tokens;
+                manifest->live_segments += run->segments;
+            }
         }
-        manifest->live_tokens += extent->tokens - extent->dead_tokens;
-        manifest->live_segments += extent->segments - extent->dead_segments;
         manifest->file_bytes += extent->file_bytes;
     }
 }

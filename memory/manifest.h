@@ -56,7 +56,8 @@ typedef struct loci_manifest {
     uint32_t extent_count;
     loci_manifest_flat *flats;
     uint32_t flat_count;
-    /* Derived by loci_manifest_sum: live segments and tokens, of all and of the flat ones. */
+    /* Derived by loci_manifest_sum: live segments and tokens, without those of the unfinished
+     * document; tokens of all flat segments. */
     uint64_t live_segments, live_tokens, flat_tokens, file_bytes;
 } loci_manifest;
 
@@ -84,6 +85,12 @@ bool loci_manifest_replace(loci_manifest *manifest, uint32_t first, uint32_t las
 bool loci_manifest_add_flat(loci_manifest *manifest, const loci_manifest_flat *flat);
 /* Marks every run of the document dead; flat segments are the caller's. */
 void loci_manifest_bury(loci_manifest *manifest, uint64_t sequence);
+/* Whether the document is the one at the cursor, unfinished: what is committed of it is kept like
+ * any live segment, and counts as dead for everybody who reads until the document is complete. Its
+ * segments are the last of the manifest. */
+static inline bool loci_manifest_hides(const loci_manifest *manifest, uint64_t sequence) {
+    return manifest->cursor.byte > 0 && manifest->cursor.sequence == sequence;
+}
 bool loci_manifest_names(const loci_manifest *manifest, const uint8_t id[LOCI_EXTENT_ID_BYTES]);
 
 static inline uint32_t loci_extent_live_tokens(const loci_manifest_extent *extent) {

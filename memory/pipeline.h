@@ -42,4 +42,8 @@ bool loci_pipeline_dirty(const loci_pipeline *pipeline);       /* something to f
 size_t loci_pipeline_documents(const loci_pipeline *pipeline); /* complete, not committed */
 loci_pipeline_counts loci_pipeline_count(const loci_pipeline *pipeline);
 
+/* Whether to flush, elapsed_ns after the last commit, with so many documents pending and complete:
+ * soon when that makes some searchable, in any case after a minute. In ingest.c. */
+bool loci_flush_due(uint64_t pending, size_t complete, uint64_t elapsed_ns);
+
 #endif

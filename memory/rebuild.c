@@ -6,7 +6,8 @@
  *
  * Only the ingest thread calls this, so extents keep their places in the manifest meanwhile;
  * documents may be buried by others at any time. A document buried while its segments were
- * gathered is dead in what the change commits.
+ * gathered is dead in what the change commits. So is a document that was left unfinished because
+ * another replaced it: its record lives on until its successor is complete, its segments do not.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -50,19 +51,21 @@ static void plan_rewrite(const loci_manifest *manifest, uint32_t place, uint32_t
     out->tail = out->last == manifest->extent_count && sum + manifest->flat_tokens <= most;
 }
 
-bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max, bool settle,
-                      loci_rebuild_plan *out) {
+bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
+                      loci_tail_demand demand, loci_rebuild_plan *out) {
     for (uint32_t i = 0; i < manifest->extent_count; i++) {
         const loci_manifest_extent *extent = &manifest->extents[i];
         if (4ull * extent->dead_tokens < extent->tokens) continue;
         plan_rewrite(manifest, i, extent_tokens_max, out);
         return true;
     }
-    if (!settle || manifest->flat_count == 0) return false;
+    if (demand == LOCI_TAIL_KEEP || manifest->flat_count == 0) return false;
     uint32_t place = partial_place(manifest);
-    if (place == manifest->extent_count &&
-        manifest->flat_tokens < loci_tail_seal_tokens(extent_tokens_max))
-        return false;
+    bool due = manifest->flat_tokens >= loci_tail_seal_tokens(extent_tokens_max);
+    if (place < manifest->extent_count)
+        due = due || demand == LOCI_TAIL_ANY ||
+              4 * manifest->flat_tokens >= loci_extent_live_tokens(&manifest->extents[place]);
+    if (!due) return false;
     *out = loci_tail_plan(manifest);
     return true;
 }
@@ -170,9 +173,32 @@ static loci_status gather(loci_corpus *corpus, const loci_manifest *base,
 /* Remembers the last answer: segments of a document stand together. */
 typedef struct life_check {
     loci_corpus *corpus;
+    const loci_fresh *fresh; /* NULL = none */
+    uint64_t unfinished;     /* the document at the cursor after the change; 0 = none */
     uint64_t sequence;
     bool alive;
 } life_check;
+
+/* Caller holds corpus->lock. */
+static life_check life_check_of(loci_corpus *corpus, const loci_fresh *fresh) {
+    const loci_cursor *cursor = fresh ? &fresh->cursor : &corpus->manifest->cursor;
+    return (life_check){
+        .corpus = corpus, .fresh = fresh, .unfinished = cursor->byte > 0 ? cursor->sequence : 0};
+}
+
+/* Whether the document becomes complete with this change. */
+static bool completes(const loci_fresh *fresh, uint64_t sequence) {
+    if (sequence >= fresh->cursor.sequence) return false;
+    size_t low = 0, high = fresh->document_count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (fresh->documents[middle].sequence < sequence)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < fresh->document_count && fresh->documents[low].sequence == sequence;
+}
 
 static loci_status check_alive(life_check *check, uint64_t sequence, bool *alive, loci_error *err) {
     if (check->sequence != sequence) {
@@ -180,18 +206,19 @@ static loci_status check_alive(life_check *check, uint64_t sequence, bool *alive
         loci_status status = loci_document_load(check->corpus, NULL, sequence, &document, err);
         if (status != LOCI_OK && status != LOCI_E_NOTFOUND) return status;
         check->sequence = sequence;
-        check->alive = status == LOCI_OK && !document.dead;
+        check->alive = status == LOCI_OK && !document.dead &&
+                       (document.segments > 0 || sequence == check->unfinished ||
+                        (check->fresh && completes(check->fresh, sequence)));
     }
     *alive = check->alive;
     return LOCI_OK;
 }
 
 /* Runs of the builder's segments; documents that are dead by now get dead runs. */
-static loci_status fill_runs(loci_corpus *corpus, const loci_builder *builder,
+static loci_status fill_runs(life_check check, const loci_builder *builder,
                              loci_manifest_extent *extent, loci_error *err) {
     extent->runs = calloc(builder->segment_count, sizeof *extent->runs);
     if (!extent->runs) return loci_fail(err, LOCI_E_NOMEM, "no memory for an extent's documents");
-    life_check check = {.corpus = corpus};
     loci_run *run = NULL;
     for (uint32_t i = 0; i < builder->segment_count; i++) {
         const loci_built_segment *segment = &builder->segments[i];
@@ -234,8 +261,8 @@ static loci_status write_flats(loci_corpus *corpus, const loci_builder *builder,
 }
 
 /* Names the flat values that write_flats wrote. */
-static loci_status name_flats(loci_change *change, const loci_builder *builder, loci_error *err) {
-    life_check check = {.corpus = change->corpus};
+static loci_status name_flats(loci_change *change, life_check check, const loci_builder *builder,
+                              loci_error *err) {
     for (uint32_t i = 0; i < builder->segment_count; i++) {
         const loci_built_segment *segment = &builder->segments[i];
         loci_manifest_flat flat = {change->next->next_flat++,
@@ -276,6 +303,10 @@ static loci_status complete_documents(loci_change *change, const loci_fresh *fre
         loci_document_store(change->corpus, &document, change->batch);
         LOCI_TRY(loci_change_done(change, document.sequence, err));
     }
+    loci_cursor before = change->next->cursor;
+    if (before.byte > 0 && before.sequence < fresh->cursor.sequence &&
+        !completes(fresh, before.sequence))
+        loci_change_drop(change, before.sequence); /* replaced or deleted on the way */
     change->next->cursor = fresh->cursor;
     return LOCI_OK;
 }
@@ -294,14 +325,15 @@ static loci_status commit_locked(loci_corpus *corpus, const loci_rebuild_plan *p
                                  const loci_fresh *fresh, const char *failpoint,
                                  loci_change *change, loci_error *err) {
     LOCI_TRY(loci_change_begin(corpus, change, err));
+    life_check check = life_check_of(corpus, fresh);
     loci_status status = LOCI_OK;
-    if (extent) LOCI_TRY_GOTO(fill_runs(corpus, builder, extent, err), fail);
+    if (extent) LOCI_TRY_GOTO(fill_runs(check, builder, extent, err), fail);
     if (plan->tail) remove_flats(change);
     if (!loci_manifest_replace(change->next, plan->first, plan->last, extent)) {
         status = loci_fail(err, LOCI_E_NOMEM, "no memory to change corpus %s", corpus->name);
         goto fail;
     }
-    if (!extent) LOCI_TRY_GOTO(name_flats(change, builder, err), fail);
+    if (!extent) LOCI_TRY_GOTO(name_flats(change, check, builder, err), fail);
     if (fresh) LOCI_TRY_GOTO(complete_documents(change, fresh, err), fail);
     return loci_change_commit(change, failpoint, err);
 fail:

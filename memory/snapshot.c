@@ -5,6 +5,10 @@
  * The newest snapshot of a corpus is kept and handed out again until the revision changes. A new
  * revision shares the opened extents with older ones; live bitmaps are made for extents that have
  * dead segments; the flat segments are gathered in one buffer for each retrieval layer.
+ *
+ * The unfinished document at the manifest's cursor is not part of a snapshot: extents and flat
+ * segments that hold nothing else, which are the last ones, are left out; its segments in a shared
+ * extent are dead.
  */
 #include "memory/snapshot.h"
 
@@ -50,8 +54,11 @@ uint64_t loci_snapshots_oldest(const loci_snapshot *list) {
 
 /* segment_dead and, when a segment is dead, one bitmap for each pair, in one allocation. */
 static loci_status fill_dead(loci_extent_view *view, const loci_extent *extent,
-                             const loci_manifest_extent *entry, loci_error *err) {
-    if (entry->dead_segments == 0) return LOCI_OK;
+                             const loci_manifest *manifest, const loci_manifest_extent *entry,
+                             loci_error *err) {
+    /* The document at the cursor can only be in the last run. */
+    bool hides = loci_manifest_hides(manifest, entry->runs[entry->run_count - 1].sequence);
+    if (entry->dead_segments == 0 && !hides) return LOCI_OK;
     size_t words = (extent->tokens + 63u) / 64u;
     size_t bytes = extent->pairs * (sizeof(uint64_t *) + words * sizeof(uint64_t));
     const uint64_t **live = malloc(bytes);
@@ -62,8 +69,9 @@ static loci_status fill_dead(loci_extent_view *view, const loci_extent *extent,
         return loci_fail(err, LOCI_E_NOMEM, "no memory for the live bitmaps of %s", extent->name);
     uint32_t at = 0;
     for (uint32_t r = 0; r < entry->run_count; r++) {
-        memset(dead + at, entry->runs[r].dead, entry->runs[r].segments);
-        at += entry->runs[r].segments;
+        const loci_run *run = &entry->runs[r];
+        memset(dead + at, run->dead || loci_manifest_hides(manifest, run->sequence), run->segments);
+        at += run->segments;
     }
     uint64_t *bitmap = (uint64_t *)(void *)(live + extent->pairs);
     for (uint32_t p = 0; p < extent->pairs; p++, bitmap += words) {
@@ -73,9 +81,24 @@ static loci_status fill_dead(loci_extent_view *view, const loci_extent *extent,
     return LOCI_OK;
 }
 
+static uint32_t visible_extents(const loci_manifest *manifest) {
+    uint32_t count = manifest->extent_count;
+    while (count > 0 &&
+           loci_manifest_hides(manifest, manifest->extents[count - 1].runs[0].sequence))
+        count--;
+    return count;
+}
+
+static uint32_t visible_flats(const loci_manifest *manifest) {
+    uint32_t count = manifest->flat_count;
+    while (count > 0 && loci_manifest_hides(manifest, manifest->flats[count - 1].sequence)) count--;
+    return count;
+}
+
 static loci_status fill_extents(loci_snapshot *snapshot, loci_error *err) {
     const loci_manifest *manifest = snapshot->manifest;
-    uint32_t count = manifest->extent_count;
+    uint32_t count = visible_extents(manifest);
+    snapshot->view.extent_count = count;
     snapshot->extents = calloc(count + 1u, sizeof *snapshot->extents);
     snapshot->extent_views = calloc(count + 1u, sizeof *snapshot->extent_views);
     if (!snapshot->extents || !snapshot->extent_views)
@@ -95,7 +118,7 @@ static loci_status fill_extents(loci_snapshot *snapshot, loci_error *err) {
         view->segments = extent->segments;
         view->segment_base = snapshot->extent_segments;
         for (int b = 8; b < 16; b++) view->id = view->id << 8 | extent->id[b];
-        LOCI_TRY(fill_dead(view, extent, entry, err));
+        LOCI_TRY(fill_dead(view, extent, manifest, entry, err));
         snapshot->extent_segments += extent->segments;
     }
     return LOCI_OK;
@@ -127,7 +150,7 @@ static void spread_flat(const loci_snapshot *snapshot, const uint8_t *data, uint
 static loci_status load_flats(loci_snapshot *snapshot, loci_error *err) {
     const loci_manifest *manifest = snapshot->manifest;
     loci_corpus *corpus = snapshot->corpus;
-    for (uint32_t i = 0; i < manifest->flat_count; i++) {
+    for (uint32_t i = 0; i < snapshot->view.flat_segments; i++) {
         const loci_manifest_flat *flat = &manifest->flats[i];
         char name[LOCI_NAME_MAX + 64];
         snprintf(name, sizeof name, "flat segment %llu of corpus %s",
@@ -152,19 +175,19 @@ static loci_status fill_flats(loci_snapshot *snapshot, loci_error *err) {
     const loci_manifest *manifest = snapshot->manifest;
     const loci_geometry *geometry = &snapshot->corpus->geometry;
     loci_backend *backend = snapshot->corpus->store->backend;
-    uint32_t layers = geometry->retrieval_layers;
+    uint32_t layers = geometry->retrieval_layers, count = visible_flats(manifest);
     snapshot->flat_k = calloc(layers, sizeof(loci_buffer *));
     snapshot->flat_v = calloc(layers, sizeof(loci_buffer *));
-    snapshot->flat_begin = calloc(manifest->flat_count + 1u, sizeof *snapshot->flat_begin);
+    snapshot->flat_begin = calloc(count + 1u, sizeof *snapshot->flat_begin);
     snapshot->flat_data = malloc(manifest->flat_tokens * loci_geometry_kv_bytes(geometry) + 1);
     if (!snapshot->flat_k || !snapshot->flat_v || !snapshot->flat_begin || !snapshot->flat_data)
         return loci_fail(err, LOCI_E_NOMEM, "no memory for the flat segments of corpus %s",
                          snapshot->corpus->name);
-    for (uint32_t i = 0; i < manifest->flat_count; i++)
+    for (uint32_t i = 0; i < count; i++)
         snapshot->flat_begin[i + 1] = snapshot->flat_begin[i] + manifest->flats[i].tokens;
-    snapshot->view.flat_tokens = snapshot->flat_begin[manifest->flat_count];
-    snapshot->view.flat_segments = manifest->flat_count;
-    if (manifest->flat_count == 0) return LOCI_OK;
+    snapshot->view.flat_tokens = snapshot->flat_begin[count];
+    snapshot->view.flat_segments = count;
+    if (count == 0) return LOCI_OK;
     LOCI_TRY(load_flats(snapshot, err));
     size_t bytes = (size_t)snapshot->view.flat_tokens * geometry->kv_heads * geometry->head_dim * 2;
     for (uint32_t layer = 0; layer < layers; layer++) {
@@ -187,7 +210,6 @@ static loci_status fill_view(loci_snapshot *snapshot, loci_error *err) {
     view->retrieval_layers = geometry->retrieval_layers;
     view->kv_heads = geometry->kv_heads;
     view->head_dim = geometry->head_dim;
-    view->extent_count = snapshot->manifest->extent_count;
     view->extents = snapshot->extent_views;
     view->flat_k = snapshot->flat_k;
     view->flat_v = snapshot->flat_v;
@@ -212,7 +234,7 @@ static void snapshot_free(loci_snapshot *snapshot) {
         if (snapshot->flat_k) backend->ops->free(backend, snapshot->flat_k[i]);
         if (snapshot->flat_v) backend->ops->free(backend, snapshot->flat_v[i]);
     }
-    for (uint32_t i = 0; i < snapshot->manifest->extent_count; i++) {
+    for (uint32_t i = 0; i < snapshot->view.extent_count; i++) {
         if (snapshot->extents) loci_extent_unref(snapshot->extents[i]);
         if (!snapshot->extent_views) continue;
         free((void *)(uintptr_t)snapshot->extent_views[i].live);

@@ -510,13 +510,14 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
 void loci_select_defaults(loci_select_params *params) {
     *params = (loci_select_params){
         .mode = LOCI_MODE_HIERARCHICAL,
-        .top_p = 0.98f,
-        .budget = 2048,
-        .root_cover = 0.999f,
-        .leaf_cover = 0.999f,
-        .root_share_max = 0.12f,
+        .top_p = 0.995f,
+        .budget = 4096,
+        .root_cover = 0.9999f,
+        .leaf_cover = 0.9999f,
+        .root_share_max = 0.5f,
         .roots_min = 64,
-        .leaf_tokens_share_max = 0.02f,
+        .leaf_tokens_share_max = 0.1f,
         .leaf_tokens_min = 4096,
+        .estimate_tail = false,
     };
 }

@@ -11,6 +11,7 @@
 #include "attention/cpu/lookup.h"
 
 #define TOKENS LOCI_LEAF_TOKENS_MAX
+#define TAIL_SKIP 1e-7f
 
 /* Selected tokens of one leaf. */
 typedef struct leaf_work {
@@ -110,14 +111,14 @@ static void score_block(leaf_work *w, uint32_t block) {
             if (!(w->allowed[l] >> w->index[t] & 1)) w->logits[t * LOCI_LANES + l] = -INFINITY;
 }
 
-/* Adds n tokens (or means) with these logits and values to the partial results of a block.
- * allowed, unless NULL, is 0 for the lanes that have none of them. */
+/* Adds n tokens with these logits and values to the partial results of a block; allowed is 0 for
+ * the lanes that have none of them. */
 static void add_block(const loci_lookup *lookup, const partial *part, uint32_t block, float *logits,
                       const float *v, uint32_t n, const uint32_t *allowed) {
     loci_lane_softmax *state = &part->state[block];
     lookup->kernels->softmax_lanes(logits, n, state);
     for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++) {
-        if (state->max[l] == -INFINITY || (allowed && !allowed[l])) continue;
+        if (state->max[l] == -INFINITY || !allowed[l]) continue;
         float *o = part->o + (size_t)(block * LOCI_LANES + l) * lookup->dim;
         lookup->kernels->add_values(o, state->keep[l], logits + l, v, n, lookup->dim);
     }
@@ -165,12 +166,42 @@ static void attend_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t in
 
 /* --- the tail -------------------------------------------------------------------------- */
 
+/* Adds n means with these estimated logits. Values whose weights together are below TAIL_SKIP of
+ * the sum so far are left out: they are most, and there are too few tiles for it to show. */
+static void add_tail(const loci_lookup *lookup, const partial *part, uint32_t block, float *logits,
+                     const float *means, uint32_t n) {
+    float weight[LOCI_LANES] = {0};
+    loci_lane_softmax *state = &part->state[block], before = *state;
+    lookup->kernels->softmax_lanes(logits, n, state);
+    for (uint32_t t = 0; t < n; t++)
+        for (uint32_t l = 0; l < LOCI_LANES; l++) weight[l] += logits[t * LOCI_LANES + l];
+    for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++) {
+        if (before.max[l] == state->max[l] && weight[l] <= TAIL_SKIP * state->sum[l]) continue;
+        float *o = part->o + (size_t)(block * LOCI_LANES + l) * lookup->dim;
+        lookup->kernels->add_values(o, state->keep[l], logits + l, means, n, lookup->dim);
+    }
+}
+
 static bool widen_means(lookup_pair *pair, const loci_lookup *lookup, uint32_t first,
                         uint32_t count, uint64_t hash, float *out) {
     const uint16_t *means = loci_pair_value_mean(pair->blob, first);
     lookup->kernels->widen(out, means, (size_t)count * lookup->dim);
     pair->stats.tail_bytes += (size_t)count * 2 * lookup->dim;
     return !hash || loci_hash_bytes(means, (size_t)count * 2 * lookup->dim) == hash;
+}
+
+/* log(live tokens) + q.c: below the true mass (Jensen), where the selection's estimate, which has
+ * the variance in it, is at times far above and would drown what was read. */
+static void low_mass_tile(const loci_lookup *lookup, const lookup_pair *pair,
+                          const loci_node *first, uint32_t count, const uint32_t *live,
+                          uint32_t block, float *out) {
+    size_t index = (size_t)(pair - lookup->pairs);
+    const float *terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
+    lookup_score_tile(lookup, pair, first, count, NULL, terms, block, out);
+    for (uint32_t n = 0; n < count; n++) {
+        float log_live = live[n] ? logf((float)live[n]) : -INFINITY;
+        for (uint32_t l = 0; l < LOCI_LANES; l++) out[n * LOCI_LANES + l] += log_live;
+    }
 }
 
 /* Roots that a row does not keep. */
@@ -188,20 +219,18 @@ static void add_root_tail(attend_job *job, size_t index) {
     }
     for (uint32_t i = 0; i < header->roots; i += TOKENS) {
         uint32_t n = header->roots - i < TOKENS ? header->roots - i : TOKENS;
+        size_t root = pair->root_base + i;
         (void)widen_means(pair, lookup, i, n, 0, means);
         for (uint32_t b = 0; b < lookup->blocks; b++) {
-            for (uint32_t t = 0; t < n; t++) {
-                size_t root = pair->root_base + i + t;
-                for (uint32_t l = 0; l < LOCI_LANES; l++) {
-                    uint32_t vector = b * LOCI_LANES + l;
-                    float score = -INFINITY;
-                    if (vector < lookup->vectors &&
-                        !head->root_kept[vector / lookup->group * (size_t)head->roots + root])
-                        score = head->root_score[(size_t)vector * head->roots + root];
-                    logits[t * LOCI_LANES + l] = score;
-                }
+            low_mass_tile(lookup, pair, loci_pair_root(pair->blob, i), n, head->root_live + root, b,
+                          logits);
+            for (uint32_t x = 0; x < n * LOCI_LANES; x++) {
+                uint32_t row = (b * LOCI_LANES + x % LOCI_LANES) / lookup->group;
+                if (row >= lookup->rows ||
+                    head->root_kept[(size_t)row * head->roots + root + x / LOCI_LANES])
+                    logits[x] = -INFINITY;
             }
-            add_block(lookup, &part, b, logits, means, n, NULL);
+            add_tail(lookup, &part, b, logits, means, n);
         }
     }
 }
@@ -217,17 +246,17 @@ static float unselected_mass(const float *score, uint32_t count, uint32_t mask) 
     return max + logf(sum);
 }
 
-/* What the leaves of a root leave unread, for one entry and head: logits [leaf][16], lane set. */
+/* What the leaves of a root leave unread, for one entry and head; both arrays [leaf][16] from the
+ * lane. mass: of whole leaves. */
 static void leaf_tail_logits(const lookup_head *head, const lookup_pair *pair,
                              const loci_node *root, size_t entry, uint32_t j, uint32_t group,
-                             float *logits) {
-    const float *leaf_score = head->leaf_score + head->score_at[entry] + (size_t)j * root->count;
+                             const float *mass, float *logits) {
     size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / group;
     const float *score = head->token_score + head->token_at[entry] + j * tokens;
     const uint32_t *mask = head->token_mask + head->mask_at[entry];
     for (uint32_t l = 0; l < root->count; l++) {
         if (!(head->leaf_mask[entry] >> l & 1)) {
-            logits[l * LOCI_LANES] = leaf_score[l];
+            logits[l * LOCI_LANES] = mass[l * LOCI_LANES];
             continue;
         }
         uint32_t count = loci_pair_leaf(pair->blob, root->begin + l)->count;
@@ -243,7 +272,8 @@ static void add_leaf_tail(attend_job *job, size_t index) {
     const loci_pair_header *header = loci_pair_header_of(pair->blob);
     partial part = partial_of(job, index);
     float means[LOCI_ROOT_LEAVES_MAX * LOCI_HEAD_DIM_MAX];
-    float logits[LOCI_ROOT_LEAVES_MAX * LOCI_LANES];
+    float logits[LOCI_ROOT_LEAVES_MAX * LOCI_LANES], mass[LOCI_ROOT_LEAVES_MAX * LOCI_LANES];
+    uint32_t live[LOCI_ROOT_LEAVES_MAX];
     for (uint32_t i = 0; i < header->roots; i++) {
         const loci_node *root = loci_pair_root(pair->blob, i);
         size_t begin = head->entry_begin[pair->root_base + i];
@@ -254,20 +284,24 @@ static void add_leaf_tail(attend_job *job, size_t index) {
             lookup_fault(pair, "value means of root", i);
             return;
         }
+        const uint8_t *leaf_live = head->leaf_live + head->leaf_at[pair->root_base + i];
+        for (uint32_t l = 0; l < root->count; l++) live[l] = leaf_live[l];
         for (uint32_t b = 0; b < lookup->blocks; b++) {
             size_t first, last;
             lookup_block_entries(lookup, head, begin, end, b, &first, &last);
             if (first == last) continue;
+            low_mass_tile(lookup, pair, loci_pair_leaf(pair->blob, root->begin), root->count, live,
+                          b, mass);
             for (uint32_t x = 0; x < root->count * LOCI_LANES; x++) logits[x] = -INFINITY;
             for (size_t e = first; e < last; e++) {
                 for (uint32_t j = 0; j < lookup->group; j++) {
                     uint32_t vector = head->entry_row[e] * lookup->group + j;
                     if (vector / LOCI_LANES == b)
                         leaf_tail_logits(head, pair, root, e, j, lookup->group,
-                                         logits + vector % LOCI_LANES);
+                                         mass + vector % LOCI_LANES, logits + vector % LOCI_LANES);
                 }
             }
-            add_block(lookup, &part, b, logits, means, root->count, NULL);
+            add_tail(lookup, &part, b, logits, means, root->count);
         }
     }
 }

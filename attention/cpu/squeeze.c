@@ -149,7 +149,7 @@ void lookup_squeeze(loci_stream *stream, loci_lookup *lookup) {
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         lookup_head *head = &lookup->heads[h];
         for (uint32_t r = 0; r < head->roots; r++) {
-            if (!head->root_live[r] || !(head->squeezed[0][r] > threshold[0])) continue;
+            if (!(head->squeezed[0][r] > threshold[0])) continue;
             size_t at = head->leaf_at[r];
             size_t end = r + 1 < head->roots ? head->leaf_at[r + 1] : head->leaves;
             for (size_t l = 0; l < end - at; l++)

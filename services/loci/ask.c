@@ -190,11 +190,22 @@ static loci_status stream_answer(loci_cli *cli, const Loci__V1__AnswerRequest *r
 
 typedef struct ask_options {
     const char *mode;
-    double top_p, temperature, sparsity;
+    double top_p, sparsity; /* negative: not given */
+    double temperature;
     uint64_t budget, max_tokens, seed, evidence;
     int read_twice;
     bool no_budget;
 } ask_options;
+
+/* On the wire 0 stands for the default, so a 0 that was typed must not get there. */
+static loci_status check_shares(loci_cli *cli, const ask_options *o, loci_error *err) {
+    if (o->top_p == 0)
+        return loci_cli_usage(cli, err, "--top-p must be more than 0: nothing would be read");
+    if (o->sparsity == 0)
+        return loci_cli_usage(cli, err,
+                              "--sparsity must be more than 0; --mode dense reads every key");
+    return LOCI_OK;
+}
 
 static loci_status fill_request(loci_cli *cli, const ask_options *o, const char *question,
                                 char *corpus, Loci__V1__AnswerRequest *request, loci_error *err) {
@@ -208,9 +219,10 @@ static loci_status fill_request(loci_cli *cli, const ask_options *o, const char 
     if (o->mode && request->mode == LOCI__V1__MODE__MODE_UNSPECIFIED)
         return loci_cli_usage(cli, err, "--mode \"%.40s\" is none of hierarchical, squeezed, dense",
                               o->mode);
-    request->top_p = o->top_p;
+    LOCI_TRY(check_shares(cli, o, err));
+    request->top_p = o->top_p > 0 ? o->top_p : 0;
     request->temperature = o->temperature;
-    request->sparsity = o->sparsity;
+    request->sparsity = o->sparsity > 0 ? o->sparsity : 0;
     request->budget = (uint32_t)o->budget;
     request->no_budget = o->no_budget;
     request->max_tokens = (uint32_t)o->max_tokens;
@@ -224,7 +236,7 @@ static loci_status fill_request(loci_cli *cli, const ask_options *o, const char 
 
 static loci_status run_ask(loci_cli *cli, const loci_command *command, int argc, char **argv,
                            loci_error *err) {
-    ask_options o = {.read_twice = -1};
+    ask_options o = {.top_p = -1, .sparsity = -1, .read_twice = -1};
     const loci_option options[] = {
         {"mode", 0, LOCI_OPTION_STRING, &o.mode, 0, 0, "MODE",
          "hierarchical (default), squeezed or dense"},

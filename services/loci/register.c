@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * loci register: a thread sends the documents, this one reads acknowledgements and shows progress.
- * The sender's own failure (an unreadable file, a malformed row) breaks the call off and is what
- * gets reported; documents sent before it stay registered.
+ * The sender's own failure (an unreadable file, a malformed row) ends the sending: what was sent
+ * before it is registered and acknowledged, then the failure gets reported.
  */
 #include <errno.h>
 #include <jansson.h>
@@ -24,6 +24,7 @@
 #define BAR_WIDTH 24
 #define DRAW_NS 100000000u
 #define LINE_NS 5000000000u
+#define BYTE_ORDER_MARK "\xef\xbb\xbf" /* some editors begin UTF-8 with it */
 
 typedef struct sending {
     loci_rpc_client_call *call;
@@ -132,8 +133,13 @@ static loci_status send_rows(sending *s, const loci_source *source, FILE *file) 
     loci_status status = LOCI_OK;
     while (status == LOCI_OK && (len = getline(&row, &room, file)) >= 0) {
         line++;
-        if (strspn(row, " \t\r\n") == (size_t)len) continue;
-        status = send_row(s, source->path, line, row, (size_t)len);
+        const char *text = row;
+        if (line == 1 && len >= 3 && memcmp(row, BYTE_ORDER_MARK, 3) == 0) {
+            text += 3;
+            len -= 3;
+        }
+        if (strspn(text, " \t\r\n") == (size_t)len) continue;
+        status = send_row(s, source->path, line, text, (size_t)len);
     }
     if (status == LOCI_OK && ferror(file))
         status = local_failure(s, source->path, 0, strerror(errno));
@@ -171,9 +177,12 @@ static void *send_all(void *arg) {
         s->status = send_source(s, &s->sources->items[i]);
     if (s->status == LOCI_OK && s->first) /* nothing to send: the corpus still has to be named */
         s->status = send_chunk(s, NULL, NULL, NULL, 0, false);
-    if (s->status == LOCI_OK) s->status = loci_rpc_call_half_close(s->call, &s->err);
-    /* If the server ended the call, its status is on the way: cancelling would hide it. */
-    if (s->local) loci_rpc_call_cancel(s->call);
+    if (s->status == LOCI_OK) {
+        s->status = loci_rpc_call_half_close(s->call, &s->err);
+    } else if (s->local) { /* s->err stays; if the call has ended, the reader knows */
+        loci_error ignored;
+        (void)(loci_rpc_call_half_close(s->call, &ignored) == LOCI_OK);
+    }
     return NULL;
 }
 
@@ -181,13 +190,14 @@ static void *send_all(void *arg) {
 typedef struct showing {
     bool json, terminal;
     uint64_t started_ns, shown_ns;
+    uint64_t stored; /* acknowledged documents */
     Loci__V1__RegisterProgress last;
     bool drawn;
 } showing;
 
 static void draw_line(showing *show) {
     const Loci__V1__RegisterProgress *p = &show->last;
-    char tokens[32], speed[32], eta[32] = "";
+    char tokens[32], speed[32], eta[32] = "  ETA --:--";
     loci_format_count(tokens, p->tokens_encoded);
     loci_format_count(speed, (uint64_t)(p->tokens_per_s + 0.5));
     double elapsed = (double)(loci_now_ns() - show->started_ns) / 1e9;
@@ -278,6 +288,7 @@ static loci_status read_events(loci_rpc_client_call *call, const char *corpus, s
         const Loci__V1__RegisterResponse *event = (void *)message;
         switch (event->event_case) {
         case LOCI__V1__REGISTER_RESPONSE__EVENT_ACK:
+            show->stored += event->ack->state == LOCI__V1__DOCUMENT_STATE__STORED;
             if (show->json) loci_print_json(ack_json(event->ack));
             break;
         case LOCI__V1__REGISTER_RESPONSE__EVENT_PROGRESS:
@@ -313,10 +324,9 @@ static loci_status run_stream(loci_cli *cli, const char *corpus, const char *cor
         atomic_store(&send.stop, true);
         if (status != LOCI_OK) loci_rpc_call_cancel(send.call);
         pthread_join(sender, NULL);
-        if (send.local) {
-            *err = send.err;
-            status = send.status;
-        }
+        if (send.local)
+            status = loci_fail(err, send.status, "%.300s; documents registered before it: %llu",
+                               send.err.text, (unsigned long long)show.stored);
     }
     if (show.drawn && show.terminal) fprintf(stderr, "\r\x1b[K");
     loci_rpc_call_close(send.call);

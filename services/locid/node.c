@@ -76,6 +76,6 @@ static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
 
 const loci_rpc_method loci_node_methods[] = {
     {"/loci.v1.NodeService/GetStatus", LOCI_RPC_UNARY, &loci__v1__get_status_request__descriptor,
-     &loci__v1__node_status__descriptor, get_status, false},
+     &loci__v1__node_status__descriptor, get_status, true},
 };
 const size_t loci_node_method_count = sizeof loci_node_methods / sizeof loci_node_methods[0];

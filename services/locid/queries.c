@@ -307,8 +307,8 @@ static loci_status retrieve(loci_rpc_call *call, void *ctx, loci_error *err) {
 
 const loci_rpc_method loci_query_methods[] = {
     {"/loci.v1.QueryService/Answer", LOCI_RPC_SERVER_STREAM, &loci__v1__answer_request__descriptor,
-     &loci__v1__answer_event__descriptor, answer, false},
+     &loci__v1__answer_event__descriptor, answer, true},
     {"/loci.v1.QueryService/Retrieve", LOCI_RPC_UNARY, &loci__v1__retrieve_request__descriptor,
-     &loci__v1__retrieve_response__descriptor, retrieve, false},
+     &loci__v1__retrieve_response__descriptor, retrieve, true},
 };
 const size_t loci_query_method_count = sizeof loci_query_methods / sizeof loci_query_methods[0];

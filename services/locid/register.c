@@ -188,7 +188,7 @@ static void free_list(loci_registered_list *list) {
 }
 
 /* Runs both sides and joins their results: the reader's error says what went wrong first,
- * unless the reader only saw the stream break. */
+ * unless the reader only saw the stream break or was stopped by the acknowledger. */
 static loci_status run(loci_registration *r, const Loci__V1__RegisterRequest *first,
                        loci_error *err) {
     pthread_t acknowledger;

@@ -13,7 +13,7 @@
 #define PROGRESS_NS 500000000u /* at least once a second is promised */
 #define FAILING_NS 10000000000u
 #define SETTLE_TOKENS LOCI_TAIL_SEAL_TOKENS
-#define BYTES_PER_TOKEN 4.0 /* for the ETA, before the first document is searchable */
+#define SETTLE_NS 10000000000u /* others may keep the corpus busy for ever */
 
 static loci_status send_ack(loci_registration *r, const loci_registered *item,
                             Loci__V1__DocumentState state, uint64_t revision, loci_error *err) {
@@ -118,15 +118,13 @@ static loci_status acknowledge_searchable(loci_registration *r,
     return status;
 }
 
-/* Seconds until everything that the client means to send is indexed; negative = unknown. */
+/* Seconds until everything that the client means to send is indexed, by the bytes per token of the
+ * documents that are searchable; negative = unknown. */
 static double estimate_eta(const loci_registration *r, uint64_t bytes_hint, uint64_t bytes_received,
                            double tokens_encoded, double tokens_per_s) {
     double bytes = (double)(bytes_hint > bytes_received ? bytes_hint : bytes_received);
-    double ratio = r->bytes_searchable > 0 && r->tokens > 0
-                       ? (double)r->bytes_searchable / (double)r->tokens
-                       : BYTES_PER_TOKEN;
-    double left = bytes / ratio - tokens_encoded;
-    if (tokens_per_s <= 0.0) return -1.0;
+    if (tokens_per_s <= 0.0 || r->bytes_searchable == 0 || r->tokens == 0) return -1.0;
+    double left = bytes * (double)r->tokens / (double)r->bytes_searchable - tokens_encoded;
     return left > 0.0 ? left / tokens_per_s : 0.0;
 }
 
@@ -180,12 +178,14 @@ static loci_status check_going(loci_registration *r, const loci_ingest_progress 
 }
 
 /* The tail of a corpus that grew by much is sealed before the summary, so that the size on disk in
- * the summary is the one at rest. */
+ * the summary is the one at rest. It can be at rest only while nobody else registers into the
+ * corpus: after SETTLE_NS the summary goes out with the size that there is. */
 static loci_status settle(loci_registration *r, loci_ingest_progress *progress, loci_error *err) {
     loci_ingest *ingest = loci_engine_ingest(r->node->engine);
     if (r->tokens < SETTLE_TOKENS || r->unchanged == r->stored) return LOCI_OK;
     loci_ingest_settle(ingest, r->corpus);
-    while (!loci_ingest_settled(ingest, r->corpus)) {
+    uint64_t until = loci_now_ns() + SETTLE_NS;
+    while (loci_now_ns() < until && !loci_ingest_settled(ingest, r->corpus)) {
         LOCI_TRY(check_going(r, progress, err));
         LOCI_TRY(send_progress(r, progress, false, err));
         LOCI_TRY(loci_ingest_wait(ingest, r->corpus, WAIT_MS, progress, err));
@@ -247,5 +247,6 @@ void *loci_registration_acknowledge(void *arg) {
     r->acks_done = true;
     pthread_cond_broadcast(&r->changed);
     pthread_mutex_unlock(&r->mutex);
+    loci_rpc_stop_recv(r->call); /* the reader may wait for a client that has nothing to send */
     return NULL;
 }

@@ -350,14 +350,16 @@ static void wait_changed(loci_rpc_call *call, uint64_t until) {
     pthread_cond_timedwait(&call->changed, &call->mu, &at);
 }
 
-/* Under call->mu: until *pending is false, the call ends, or the stream was idle for too long. A
- * receipt counts any message as life; a send only itself, or a client could hold a handler by
- * writing without ever reading. */
+/* Under call->mu: until *pending is false, the call ends, its receipts are stopped (for those), or
+ * the stream was idle for too long. A receipt counts any message as life; a send only itself, or a
+ * client could hold a handler by writing without ever reading. */
 static loci_status await(loci_rpc_call *call, const bool *pending, bool sending, loci_error *err) {
     uint64_t started = loci_now_ns();
     uint64_t idle = (uint64_t)call->server->options.stream_idle_ms * NS_PER_MS;
     while (*pending) {
         LOCI_TRY(check_open(call, err));
+        if (!sending && call->recv_stopped)
+            return loci_fail(err, LOCI_E_CANCELLED, "the handler takes no more messages");
         uint64_t from = sending || call->moved_ns < started ? started : call->moved_ns;
         uint64_t until = idle ? from + idle : 0;
         if (until && loci_now_ns() >= until) {
@@ -446,6 +448,13 @@ loci_status loci_rpc_recv(loci_rpc_call *call, ProtobufCMessage **message, loci_
                                 call->method->request->name, arena->limit_bytes);
     }
     return status;
+}
+
+void loci_rpc_stop_recv(loci_rpc_call *call) {
+    pthread_mutex_lock(&call->mu);
+    call->recv_stopped = true;
+    pthread_cond_broadcast(&call->changed);
+    pthread_mutex_unlock(&call->mu);
 }
 
 loci_status loci_rpc_send(loci_rpc_call *call, const ProtobufCMessage *message, loci_error *err) {

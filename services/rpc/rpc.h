@@ -11,8 +11,9 @@
  * Bounds: workers and their queue (a full queue answers RESOURCE_EXHAUSTED with RetryInfo at
  * once), message and metadata sizes, memory of a call (arena), armed slots, drain time.
  *
- * Threading: a loci_rpc_call belongs to its handler's thread, except loci_rpc_cancel_of, which any
- * thread may poll. recv and send may be called from two threads at once, one each.
+ * Threading: a loci_rpc_call belongs to its handler's thread, except that any thread may poll
+ * loci_rpc_cancel_of and call loci_rpc_stop_recv while the handler runs. recv and send may be
+ * called from two threads at once, one each.
  */
 #ifndef LOCI_SERVICES_RPC_RPC_H
 #define LOCI_SERVICES_RPC_RPC_H
@@ -41,8 +42,10 @@ typedef struct loci_rpc_method {
     const ProtobufCMessageDescriptor *request;
     const ProtobufCMessageDescriptor *response;
     loci_rpc_handler handler;
-    /* Runs on threads of its own instead of the worker queue: for calls that mostly wait
-     * (health Watch, Register). Bounded by options.long_calls_max. */
+    /* Runs at once in a pool of its own, so that the workers stay free: for calls that may wait
+     * long (health Watch, Register, questions that wait for the engine) and for those that must
+     * not wait behind others (node status). options.long_calls_max of them run at a time; nothing
+     * is queued, one more is answered with RESOURCE_EXHAUSTED. */
     bool long_lived;
 } loci_rpc_method;
 
@@ -56,7 +59,7 @@ typedef struct loci_rpc_service {
 typedef struct loci_rpc_server_options {
     unsigned workers;          /* default 8 */
     unsigned queue_max;        /* calls waiting for a worker; default 64 */
-    unsigned long_calls_max;   /* default 64 */
+    unsigned long_calls_max;   /* default 128 */
     unsigned pollers;          /* default 1 */
     size_t message_bytes_max;  /* received; default 4 MiB */
     size_t send_bytes_max;     /* default 4 MiB */
@@ -102,6 +105,10 @@ loci_rpc_load loci_rpc_server_load(loci_rpc_server *server);
  * and server-stream methods call it once. */
 LOCI_MUST_CHECK loci_status loci_rpc_recv(loci_rpc_call *call, ProtobufCMessage **message,
                                           loci_error *err);
+/* From now on a recv that would wait, also one that waits already, fails with LOCI_E_CANCELLED
+ * instead: for the other thread of a handler, when nothing that comes matters any more. Sends go
+ * on, and the status that the handler returns ends the call. */
+void loci_rpc_stop_recv(loci_rpc_call *call);
 /* Serialises and sends; the message may be reused after return. The one reply of a unary or
  * client-stream method is kept and goes out with the status, or not at all when the handler then
  * returns an error. LOCI_E_LIMIT when the message is over send_bytes_max. */

@@ -144,7 +144,7 @@ struct loci_rpc_call {
     pthread_cond_t changed;
     grpc_byte_buffer *received;
     bool recv_pending, recv_ready, recv_ok;
-    bool first_taken, half_closed;
+    bool first_taken, half_closed, recv_stopped;
     bool send_pending, send_ok, initial_sent;
     bool poked, closed;
     uint64_t moved_ns;       /* when a message last moved */

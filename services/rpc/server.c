@@ -39,7 +39,7 @@
 void loci_rpc_server_options_default(loci_rpc_server_options *options) {
     *options = (loci_rpc_server_options){.workers = 8,
                                          .queue_max = 64,
-                                         .long_calls_max = 64,
+                                         .long_calls_max = 128,
                                          .pollers = 1,
                                          .message_bytes_max = 4u << 20,
                                          .send_bytes_max = 4u << 20,

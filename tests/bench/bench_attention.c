@@ -28,7 +28,7 @@ typedef struct tally {
     double recall, mass, error, recall_min, mass_min;
     double head_recall[64], head_mass[64];
     uint32_t head_count[64], head_all[64];
-    uint32_t count, all;
+    uint32_t count, all, below_half;
     double *errors;
     loci_lookup_stats stats;
     uint64_t ns[4], steps, rows;
@@ -164,6 +164,7 @@ static void tally_row(tally *t, const fixture *f, const fixture_run *sparse,
     t->head_all[kv]++;
     if (exp(steady - top) / all >= 0.5) return;
     t->recall += recall;
+    t->below_half += recall < 0.5;
     t->recall_min = fmin(t->recall_min, recall);
     t->head_recall[kv] += recall;
     t->head_count[kv]++;
@@ -189,12 +190,13 @@ static void print_tally(tally *t, const fixture *f, const options *o, uint32_t l
                             t->stats.kv_bytes + t->stats.tail_bytes);
     printf("{\"bench\":\"attention\",\"backend\":\"%s\",\"layer\":%u,\"kind\":\"%s\","
            "\"tokens\":%u,\"steps\":%.0f,\"rows\":%.1f,\"recall\":%.4f,\"recall_worst_head\":%.4f,"
-           "\"recall_min\":%.4f,\"rows_counted\":%u,\"mass\":%.4f,\"mass_worst_head\":%.4f,"
+           "\"recall_min\":%.4f,\"below_half\":%.4f,\"rows_counted\":%u,\"mass\":%.4f,\"mass_worst_"
+           "head\":%.4f,"
            "\"mass_min\":%.4f,\"error\":%.4f,\"error_p95\":%.4f,",
            f->backend->ops->describe(f->backend), layer, kind, f->tokens, steps,
            (double)t->rows / steps, t->count ? t->recall / t->count : 1.0, worst, t->recall_min,
-           t->count, t->mass / t->all, worst_mass, t->mass_min, mean_error,
-           t->errors[t->all * 95 / 100]);
+           t->count ? (double)t->below_half / t->count : 0.0, t->count, t->mass / t->all,
+           worst_mass, t->mass_min, mean_error, t->errors[t->all * 95 / 100]);
     printf("\"root_share\":%.5f,\"leaf_share\":%.5f,\"code_share\":%.5f,\"kv_share\":%.5f,"
            "\"kv_leaf_share\":%.5f,\"tail_share\":%.5f,\"share\":%.5f,"
            "\"selected_row_head\":%.0f,\"nodes_us\":%.0f,\"codes_us\":%.0f,\"select_us\":%.0f,"
@@ -283,7 +285,8 @@ int main(int argc, char **argv) {
         fixture_generate(&f, &shape);
         plant_queries(&f);
     }
-    loci_pair_build_options build = {.seed = 1, .iterations = o.rounds, .position_codes = true};
+    loci_pair_build_options build = {
+        .seed = 1, .iterations = o.rounds, .position_codes = true, .isa = o.isa};
     uint64_t start = now_ns();
     LOCI_TRY_GOTO(fixture_build(&f, o.isa, o.threads, o.extent_tokens, 0, &build, &err), out);
     double seconds = (double)(now_ns() - start) / 1e9;

@@ -93,6 +93,16 @@ class Journey(Case):
         self.assertEqual(shown["name"], "tenants/default/corpora/notes/documents/rows/1")
         self.assertEqual(self.ok("document", "show", "notes", "typed.txt", "--content"), typed)
 
+    def test_04_rows_may_begin_with_a_byte_order_mark(self):
+        row = json.dumps({"id": "rows/marked", "text": "The Halcyon had two masts."}).encode()
+        marked = self.write("marked.jsonl", b"\xef\xbb\xbf" + row + b"\n")
+        self.assertEqual(self.result("register", "notes", marked)["documents"], 1)
+        self.ok("document", "show", "notes", "rows/marked")
+        only = self.write("only-a-mark.jsonl", b"\xef\xbb\xbf\n" + row)
+        self.assertEqual(self.result("register", "notes", only)["unchanged"], 1)
+        late = self.write("late.jsonl", row + b"\n\xef\xbb\xbf" + row)
+        self.refused("register", "notes", late, says="late.jsonl:2: ")
+
     def test_05_events_come_before_the_result(self):
         path = self.write("tide.txt", "High tide at Sallow Island is at noon.\n")
         lines = [json.loads(line) for line in
@@ -100,6 +110,20 @@ class Journey(Case):
         acks = [e["state"] for e in lines if e.get("event") == "ack"]
         self.assertEqual(acks, ["stored", "searchable"])
         self.assertNotIn("event", lines[-1])
+
+    def test_05_no_estimate_before_a_document_is_done(self):
+        text = ""
+        for name in sorted(os.listdir(HANDBOOK)):
+            with open(os.path.join(HANDBOOK, name), encoding="utf-8") as file:
+                text += file.read()
+        first = self.write("first.txt", text)
+        lines = [json.loads(line) for line in
+                 self.ok("register", "long", first, "--create", "--json").splitlines()]
+        progress = [e for e in lines if e.get("event") == "progress"]
+        early = [e["eta_s"] for e in progress if e["documents_searchable"] == 0]
+        self.assertTrue(early, "it takes longer than a second to encode")
+        self.assertTrue(all(eta < 0 for eta in early), early)
+        self.ok("corpus", "delete", "long")
 
     def test_06_create_on_the_way(self):
         path = self.write("a.txt", "Any text will do.\n")
@@ -207,6 +231,8 @@ class Journey(Case):
                               (("ask", "notes", "q", "--colour"), "--colour"),
                               (("ask", "notes", "q", "--mode", "fast"), "fast"),
                               (("ask", "notes", "q", "--top-p", "2"), "--top-p"),
+                              (("ask", "notes", "q", "--top-p", "0"), "--top-p"),
+                              (("ask", "notes", "q", "--sparsity", "0.0"), "--sparsity"),
                               (("search", "notes", "q", "-k", "0"), "--k"),
                               (("frobnicate",), "frobnicate"), (("corpus", "frob"), "corpus")):
             self.refused(*command, code=2, says=says)
@@ -218,12 +244,26 @@ class Journey(Case):
         self.refused("register", "notes", "/nowhere.txt", says="/nowhere.txt")
         broken = self.write("broken.jsonl", '{"id": "good", "text": "fine"}\n{"id": 3}\n')
         self.refused("register", "notes", broken, says="broken.jsonl:2")
+        self.ok("document", "show", "notes", "good")
         huge = self.write("huge.txt", b"All work and no play. " * (100_000_000 // 22))
         self.refused("register", "notes", huge, says="huge.txt")
         self.refused("document", "show", "notes", "huge.txt")
         odd = self.write("odd.txt", b"bytes \xff\xfe that are no UTF-8, and a NUL \x00 too\n")
         self.result("register", "notes", odd)
         self.assertEqual(self.result("ask", "notes", QUESTION)["answer"], ANSWER)
+
+    def test_33_good_rows_before_a_bad_one_are_registered(self):
+        good = [json.dumps({"id": f"rows/good-{i}", "text": f"Row {i}. " * 30}) for i in range(20)]
+        path = self.write("mixed.jsonl", "\n".join(good + ['{"id": "bad", "text": ', good[0], ""]))
+        for _ in range(2):
+            line = self.refused("register", "notes", path, says="mixed.jsonl:21: ")
+            self.assertTrue(line.endswith("documents registered before it: 20"), line)
+        shown = self.result("document", "list", "notes")["documents"]
+        self.assertEqual(sum(d["document"].startswith("rows/good-") and d["state"] == "searchable"
+                             for d in shown), 20)
+        bad = self.write("bad.jsonl", "[]\n" + good[0])
+        line = self.refused("register", "notes", bad, says="bad.jsonl:1: ")
+        self.assertTrue(line.endswith("documents registered before it: 0"), line)
 
     def test_34_bad_questions(self):
         self.refused("ask", "notes", "  ", says="question")

@@ -7,6 +7,7 @@
 import json
 import signal
 import subprocess
+import threading
 import time
 import unittest
 
@@ -56,6 +57,74 @@ class Signals(Case):
         asking.kill()
         asking.communicate(timeout=10)
         self.wait_for(lambda: self.busy() == 0, "the daemon has stopped working on it", 3)
+
+    def test_status_answers_while_all_workers_could_wait(self):
+        askers = [self.daemon.start_loci(*LONG) for _ in range(10)]
+        for asking in askers:
+            self.addCleanup(end, asking)
+        self.wait_for(lambda: self.busy() == 10, "ten questions run or wait")
+        begun = time.monotonic()
+        self.ok("status")
+        self.ok("corpus", "list")
+        self.assertLess(time.monotonic() - begun, 4)
+        for asking in askers:
+            asking.kill()
+        self.wait_for(lambda: self.busy() == 0, "the daemon has stopped working on them", 5)
+
+    def register_and_wait(self, corpus):
+        """A client that has registered one document and then sends nothing more."""
+        idle = self.daemon.start_loci("register", corpus, "-", "--jsonl", "--json", "--create",
+                                      stdin=subprocess.PIPE)
+        self.addCleanup(end, idle)
+        idle.stdin.write(json.dumps({"id": "a", "text": "The gate opens at nine."}) + "\n")
+        idle.stdin.flush()
+        for line in idle.stdout:
+            if json.loads(line).get("state") == "searchable":
+                return idle
+        self.fail("no acknowledgement: " + idle.stderr.read())
+
+    def test_an_idle_client_hears_that_its_corpus_is_gone(self):
+        idle = self.register_and_wait("short")
+        self.ok("corpus", "delete", "short")
+        self.assertEqual(idle.wait(5), 1)
+        self.assertIn("no corpus short", idle.stderr.read())
+
+    def test_an_idle_client_does_not_hold_up_a_drain(self):
+        idle = self.register_and_wait("short")
+        begun = time.monotonic()
+        self.assertEqual(self.daemon.stop(), 0)
+        self.assertLess(time.monotonic() - begun, 2.5)  # of 3 s to drain
+        self.assertEqual(idle.wait(5), 1)
+        self.assertIn("shutting down", idle.stderr.read())
+
+    def test_a_busy_neighbour_does_not_withhold_the_summary(self):
+        neighbour = self.daemon.start_loci("register", "notes", "-", "--jsonl",
+                                           stdin=subprocess.PIPE)
+        self.addCleanup(end, neighbour)
+        going = threading.Event()
+        going.set()
+
+        def keep_sending():
+            i = 0
+            while going.is_set():
+                i += 1
+                neighbour.stdin.write(json.dumps({"id": f"n{i}", "text": f"Entry {i}. " * 400})
+                                      + "\n")
+                neighbour.stdin.flush()
+                time.sleep(0.02)
+
+        sender = threading.Thread(target=keep_sending)
+        sender.start()
+        try:
+            text = "".join(f"The meter of house {i} reads {i * 37}.\n" for i in range(600))
+            begun = time.monotonic()
+            done = self.result("register", "notes", "-", "--id", "ours", input=text)
+            self.assertLess(time.monotonic() - begun, 60)
+        finally:
+            going.clear()
+            sender.join()
+        self.assertGreater(done["tokens"], 4096)
+        self.assertEqual(done["documents"], 1)
 
     def test_drain_lets_running_calls_end(self):
         asking = self.daemon.start_loci("ask", "notes", QUESTION, "--json")

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "base/clock.h"
+#include "memory/pipeline.h"
 
 static loci_corpus_info info_of(fixture *f, const char *corpus) {
     loci_error err;
@@ -504,6 +505,211 @@ static void test_corpora_take_turns(void **state) {
     assert_int_equal(loci_ingest_pending(f->ingest), 0);
 }
 
+/* Waits until so many extents are there; the last document must not be complete by then. */
+static void wait_part(fixture *f, const char *corpus, uint64_t extents) {
+    uint64_t end = loci_now_ns() + 10000000000ull;
+    loci_ingest_wake(f->ingest);
+    while (info_of(f, corpus).extents < extents) {
+        assert_true(loci_now_ns() < end);
+        loci_sleep_ms(2);
+    }
+    assert_int_equal(info_of(f, corpus).pending_documents, 1);
+}
+
+static void assert_counts(fixture *f, const char *corpus, const loci_corpus_info *expected) {
+    loci_corpus_info info = info_of(f, corpus);
+    assert_int_equal(info.tokens, expected->tokens);
+    assert_int_equal(info.segments, expected->segments);
+    check_snapshot(f, corpus);
+}
+
+/* Nothing of a document shows before all of it does; what was left unfinished never shows. */
+static void check_unfinished(fixture *f, const char *corpus, bool restart) {
+    fixture_create(f, corpus);
+    put_text(f, corpus, "other", 1, 100);
+    put_text(f, corpus, "x", 2, 200);
+    wait_searchable(f, corpus);
+    loci_corpus_info before = info_of(f, corpus), final = info_of(f, "final");
+    f->encode_ms = 100;
+    put_text(f, corpus, "x", 3, 30000);
+    wait_part(f, corpus, 3);
+    assert_counts(f, corpus, &before);
+    if (restart) {
+        fixture_close(f);
+        fixture_open(f);
+        assert_true(info_of(f, corpus).extents >= 3);
+        assert_counts(f, corpus, &before);
+    }
+    put_text(f, corpus, "x", 4, 12000);
+    if (restart) fixture_start(f);
+    loci_ingest_wake(f->ingest);
+    unsigned hidden = 0;
+    while (info_of(f, corpus).pending_documents > 0) {
+        loci_corpus_info info = info_of(f, corpus);
+        if (info.pending_documents > 0) assert_int_equal(info.tokens, before.tokens);
+        check_snapshot(f, corpus);
+        hidden++;
+    }
+    assert_true(hidden > 2);
+    f->encode_ms = 0;
+    assert_counts(f, corpus, &final);
+    wait_settled(f, corpus);
+    assert_counts(f, corpus, &final);
+}
+
+static void test_unfinished_documents_are_hidden(void **state) {
+    fixture *f = *state;
+    fixture_open(f);
+    fixture_create(f, "final");
+    fixture_start(f);
+    put_text(f, "final", "other", 1, 100);
+    put_text(f, "final", "x", 4, 12000);
+    wait_searchable(f, "final");
+    check_unfinished(f, "live", false);
+    check_unfinished(f, "torn", true);
+}
+
+/* Replaced before anything of it was committed: its first segments are encoded with the end of the
+ * document before. */
+static void test_a_replaced_beginning_never_shows(void **state) {
+    fixture *f = *state;
+    fixture_open(f);
+    fixture_create(f, "first");
+    fixture_create(f, "a");
+    put_text(f, "first", "d", 1, 3900);
+    put_text(f, "a", "d", 1, 3900);
+    put_text(f, "a", "x", 2, 30000);
+    f->encode_ms = 300;
+    fixture_start(f);
+    wait_searchable(f, "first");
+    loci_sleep_ms(100); /* amid the first batch of the other corpus */
+    put_text(f, "a", "x", 3, 12000);
+    uint64_t tokens = info_of(f, "first").tokens;
+    unsigned seen = 0;
+    for (;;) {
+        loci_corpus_info info = info_of(f, "a");
+        if (info.pending_documents == 0) break;
+        assert_true(info.tokens == 0 || info.tokens == tokens);
+        seen += info.tokens == tokens;
+        loci_sleep_ms(1);
+    }
+    assert_true(seen > 0);
+    check_snapshot(f, "a");
+}
+
+static uint32_t flats_of(fixture *f, const char *corpus) {
+    loci_error err;
+    loci_snapshot *snapshot;
+    assert_ok(loci_snapshot_acquire(f->store, corpus, &snapshot, &err));
+    uint32_t flats = loci_snapshot_view(snapshot)->flat_segments;
+    loci_snapshot_release(snapshot);
+    return flats;
+}
+
+/* Asked for by clients that went away; and unasked. */
+static void test_tiny_documents_do_not_make_the_tail_anew(void **state) {
+    fixture *f = *state;
+    fixture_open(f);
+    fixture_create(f, "a");
+    fixture_start(f);
+    put_text(f, "a", "x", 1, 700);
+    wait_settled(f, "a");
+    assert_int_equal(info_of(f, "a").extents, 1);
+    loci_ingest_settle(f->ingest, "a"); /* nothing is due */
+    loci_sleep_ms(200);
+    put_text(f, "a", "y", 2, 20);
+    wait_searchable(f, "a");
+    loci_sleep_ms(200);
+    assert_int_equal(flats_of(f, "a"), 1);
+    loci_ingest_settle(f->ingest, "a");
+    uint64_t end = loci_now_ns() + 5000000000ull;
+    while (flats_of(f, "a") > 0 && loci_now_ns() < end) loci_sleep_ms(5);
+    assert_int_equal(flats_of(f, "a"), 0);
+    put_text(f, "a", "z", 3, 20);
+    wait_searchable(f, "a");
+    loci_sleep_ms(4200); /* longer than a corpus must be idle */
+    assert_int_equal(flats_of(f, "a"), 1);
+    wait_settled(f, "a");
+    assert_int_equal(flats_of(f, "a"), 0);
+}
+
+static void test_what_tail_is_due(void **state) {
+    (void)state;
+    loci_run run = {.sequence = 1, .segments = 20, .tokens = 640};
+    loci_manifest_extent extent = {
+        .tokens = 640, .segments = 20, .partial = true, .runs = &run, .run_count = 1};
+    loci_manifest_flat flat = {.number = 1, .sequence = 2, .end = 32, .tokens = 32};
+    loci_manifest manifest = {
+        .extents = &extent, .extent_count = 1, .flats = &flat, .flat_count = 1};
+    loci_rebuild_plan plan;
+    static const struct {
+        uint32_t partials, tokens;
+        bool large, any;
+    } cases[] = {{1, 32, false, true}, {1, 159, false, true},  {1, 160, true, true},
+                 {1, 600, true, true}, {0, 511, false, false}, {0, 512, true, true}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        manifest.extent_count = cases[i].partials;
+        flat.tokens = cases[i].tokens;
+        loci_manifest_sum(&manifest);
+        assert_false(loci_rebuild_due(&manifest, 1024, LOCI_TAIL_KEEP, &plan));
+        assert_int_equal(loci_rebuild_due(&manifest, 1024, LOCI_TAIL_LARGE, &plan), cases[i].large);
+        assert_int_equal(loci_rebuild_due(&manifest, 1024, LOCI_TAIL_ANY, &plan), cases[i].any);
+    }
+}
+
+static void test_when_to_flush(void **state) {
+    (void)state;
+    const uint64_t ms = 1000000;
+    assert_false(loci_flush_due(1, 1, 100 * ms));
+    assert_true(loci_flush_due(1, 1, 600 * ms));
+    assert_false(loci_flush_due(1, 0, 600 * ms));
+    assert_false(loci_flush_due(1000, 1, 600 * ms));
+    assert_true(loci_flush_due(1000, 1, 60000 * ms));
+    assert_true(loci_flush_due(1, 0, 60000 * ms)); /* within one long document */
+}
+
+static void test_a_failure_goes_with_its_document(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_ingest_progress progress;
+    fixture_open(f);
+    fixture_create(f, "a");
+    put_text(f, "a", "x", 1, 100);
+    f->fail_encodes = 1000;
+    fixture_start(f);
+    assert_ok(loci_ingest_progress_of(f->ingest, "a", &progress, &err));
+    uint64_t end = loci_now_ns() + 5000000000ull;
+    while (progress.failure.status == LOCI_OK && loci_now_ns() < end)
+        assert_ok(loci_ingest_wait(f->ingest, "a", 1000, &progress, &err));
+    assert_int_equal(progress.failure.status, LOCI_E_INTERNAL);
+    delete_document(f, "a", "x");
+    end = loci_now_ns() + 5000000000ull;
+    while (progress.failure.status != LOCI_OK && loci_now_ns() < end)
+        assert_ok(loci_ingest_wait(f->ingest, "a", 1000, &progress, &err));
+    assert_int_equal(progress.failure.status, LOCI_OK);
+}
+
+static void test_a_small_document_does_not_wait_for_a_long_one(void **state) {
+    fixture *f = *state;
+    fixture_open(f);
+    fixture_create(f, "long");
+    fixture_create(f, "small");
+    fixture_start(f);
+    f->encode_ms = 150;
+    put_text(f, "long", "x", 1, 120000);
+    wait_part(f, "long", 1);
+    for (uint64_t i = 0; i < 2; i++) {
+        put_text(f, "small", "y", i, 1000);
+        uint64_t begin = loci_now_ns();
+        wait_searchable(f, "small");
+        assert_true(loci_now_ns() - begin < 2000000000ull);
+        assert_int_equal(info_of(f, "long").pending_documents, 1);
+    }
+    f->encode_ms = 0;
+    wait_settled(f, "long");
+    check_snapshot(f, "long");
+}
+
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
     const struct CMUnitTest tests[] = {
@@ -522,6 +728,13 @@ int main(void) {
         TEST(test_readers_during_changes),
         TEST(test_deletion_while_a_snapshot_is_made),
         TEST(test_corpora_take_turns),
+        TEST(test_unfinished_documents_are_hidden),
+        TEST(test_a_replaced_beginning_never_shows),
+        TEST(test_tiny_documents_do_not_make_the_tail_anew),
+        cmocka_unit_test(test_what_tail_is_due),
+        cmocka_unit_test(test_when_to_flush),
+        TEST(test_a_failure_goes_with_its_document),
+        TEST(test_a_small_document_does_not_wait_for_a_long_one),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -201,6 +201,32 @@ static loci_status duplex(loci_rpc_call *call, void *ctx, loci_error *err) {
     return leave(state, status);
 }
 
+static void *stop_recv_soon(void *call) {
+    loci_sleep_ms(100);
+    loci_rpc_stop_recv(call);
+    return NULL;
+}
+
+/* Another thread ends the waiting for messages; the status is the handler's own. Number 1 in the
+ * first message: it is ended before it begins. */
+static loci_status stopped(loci_rpc_call *call, void *ctx, loci_error *err) {
+    test_service *state = enter(ctx);
+    text_message *request;
+    uint64_t bytes = 0;
+    pthread_t thread;
+    loci_status status = receive(call, &request, err);
+    if (status != LOCI_OK || !request) return leave(state, status);
+    bool before = request->total_bytes_hint == 1;
+    if (before) loci_rpc_stop_recv(call);
+    if (!before && pthread_create(&thread, NULL, stop_recv_soon, call) != 0) abort();
+    status = drain_requests(call, &bytes, err);
+    if (!before) pthread_join(thread, NULL);
+    if (status != LOCI_E_CANCELLED) return leave(state, status);
+    status = reply_text(call, "sends go on", 7, err);
+    if (status == LOCI_OK) status = loci_fail_reason(err, LOCI_E_NOTFOUND, "GONE", "it is gone");
+    return leave(state, status);
+}
+
 static loci_status leave_at_once(loci_rpc_call *call, void *ctx, loci_error *err) {
     (void)call;
     (void)ctx;
@@ -250,6 +276,7 @@ static const loci_rpc_method methods[] = {
     METHOD("Chat", LOCI_RPC_BIDI, chat, false),
     METHOD("Hold", LOCI_RPC_BIDI, hold, true),
     METHOD("Duplex", LOCI_RPC_BIDI, duplex, true),
+    METHOD("Stopped", LOCI_RPC_BIDI, stopped, true),
     METHOD("Leave", LOCI_RPC_BIDI, leave_at_once, false),
     METHOD("Stats", LOCI_RPC_UNARY, stats, true),
     METHOD("Serving", LOCI_RPC_UNARY, serving, true),

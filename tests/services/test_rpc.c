@@ -388,6 +388,51 @@ static void test_full_queue_refuses(void **unused) {
     stop(&f);
 }
 
+/* Methods with threads of their own: the workers are free while they wait, and they are bounded. */
+static void test_long_calls_are_apart_and_bounded(void **unused) {
+    (void)unused;
+    loci_rpc_server_options options;
+    loci_rpc_server_options_default(&options);
+    options.workers = 1;
+    options.long_calls_max = 3;
+    fixture f;
+    char reply[256];
+    start(&f, &options);
+    loci_rpc_client_call *calls[3];
+    for (int i = 0; i < 2; i++) calls[i] = open_call(&f, "Hold", 0, NULL);
+    wait_for(&f.state.running, 2);
+    check_ok(unary(&f, "Stats", "", 0, 5000, reply), &f.err);
+    calls[2] = open_call(&f, "Hold", 0, NULL);
+    wait_for(&f.state.running, 3);
+    assert_int_equal(unary(&f, "Stats", "", 0, 5000, reply), LOCI_E_LIMIT);
+    assert_string_equal(f.err.reason, "OVERLOADED");
+    check_ok(unary(&f, "Echo", "x", 0, 5000, reply), &f.err);
+    for (int i = 0; i < 3; i++) loci_rpc_call_close(calls[i]);
+    wait_for(&f.state.running, 0);
+    check_ok(unary(&f, "Stats", "", 0, 5000, reply), &f.err);
+    stop(&f);
+}
+
+/* A receipt that waits for an idle client can be ended by the handler's other thread. */
+static void test_receipts_can_be_stopped(void **unused) {
+    (void)unused;
+    fixture f;
+    loci_status status;
+    start(&f, NULL);
+    for (uint64_t before = 0; before < 2; before++) {
+        uint64_t from = loci_now_ns();
+        loci_rpc_client_call *call = open_call(&f, "Stopped", 10000, NULL);
+        send_text(&f, call, "x", before);
+        assert_int_equal(read_number(&f, call, &status), 7);
+        assert_true(read_number(&f, call, &status) == UINT64_MAX);
+        assert_int_equal(status, LOCI_E_NOTFOUND);
+        assert_string_equal(f.err.reason, "GONE");
+        assert_true(loci_now_ns() - from < 5000000000u);
+        loci_rpc_call_close(call);
+    }
+    stop(&f);
+}
+
 /* ------------------------------------------------------------------ connections */
 
 static void expect_unreachable(const char *address, unsigned within_ms) {
@@ -773,6 +818,8 @@ int main(void) {
         cmocka_unit_test(test_close_cancels),
         cmocka_unit_test(test_stream_idle_ends),
         cmocka_unit_test(test_full_queue_refuses),
+        cmocka_unit_test(test_long_calls_are_apart_and_bounded),
+        cmocka_unit_test(test_receipts_can_be_stopped),
         cmocka_unit_test(test_unreachable_is_told_soon),
         cmocka_unit_test(test_bad_listening),
         cmocka_unit_test(test_shutdown_is_graceful_and_idempotent),

@@ -1,0 +1,374 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * See lookup_reference.h.
+ */
+#include "tests/attention/lookup_reference.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/cpu/cpu.h"
+#include "attention/index_layout.h"
+
+/* A query as the estimates see it. */
+typedef struct rounded {
+    double scale;
+    double value[LOCI_HEAD_DIM_MAX];
+} rounded;
+
+typedef struct item {
+    double p, s[16];
+    uint32_t weight, index;
+    uint32_t extent, node; /* root or leaf in its extent, or slot */
+    bool taken;
+} item;
+
+typedef struct list {
+    item *items;
+    size_t count, room;
+} list;
+
+static void push(list *l, item x) {
+    if (l->count == l->room) {
+        l->room = l->room ? l->room * 2 : 256;
+        l->items = realloc(l->items, l->room * sizeof *l->items);
+        LOCI_ASSERT(l->items != NULL);
+    }
+    x.index = (uint32_t)l->count;
+    l->items[l->count++] = x;
+}
+
+uint32_t reference_tokens(const fixture *f) {
+    uint32_t sum = 0;
+    for (uint32_t e = 0; e < f->extents; e++) sum += f->views[e].tokens;
+    return sum;
+}
+
+uint32_t reference_index(const fixture *f, uint32_t extent, uint32_t slot) {
+    for (uint32_t e = 0; e < extent; e++) slot += f->views[e].tokens;
+    return slot;
+}
+
+static bool is_live(const fixture *f, uint32_t layer, uint32_t e, uint32_t h, uint32_t slot) {
+    const loci_extent_view *view = &f->views[e];
+    if (!view->live) return true;
+    return view->live[layer * f->kv_heads + h][slot / 64] >> (slot % 64) & 1;
+}
+
+static uint32_t count_live(const fixture *f, uint32_t layer, uint32_t e, uint32_t h, uint32_t first,
+                           uint32_t count) {
+    uint32_t sum = 0;
+    for (uint32_t i = 0; i < count; i++) sum += is_live(f, layer, e, h, first + i);
+    return sum;
+}
+
+/* In float, as stated: the rounding must be the same. */
+static rounded round_query(const float *x, uint32_t dim) {
+    rounded r = {0};
+    float top = 0.0f;
+    for (uint32_t i = 0; i < dim; i++) top = fmaxf(top, fabsf(x[i]));
+    if (top == 0.0f) return r;
+    r.scale = (double)(top / 127.0f);
+    for (uint32_t i = 0; i < dim; i++) r.value[i] = (double)rintf(x[i] * (127.0f / top));
+    return r;
+}
+
+static void scaled_query(const fixture *f, const float *q, uint32_t row, uint32_t head,
+                         float *out) {
+    float scale = 1.0f / sqrtf((float)f->dim);
+    for (uint32_t i = 0; i < f->dim; i++)
+        out[i] = q[((size_t)row * f->q_heads + head) * f->dim + i] * scale;
+}
+
+static double mean_term(const uint8_t *blob, const float *q, uint32_t dim) {
+    double sum = 0.0;
+    for (uint32_t i = 0; i < dim; i++) sum += (double)q[i] * (double)loci_pair_mean(blob)[i];
+    return sum;
+}
+
+static double node_estimate(const uint8_t *blob, const loci_node *node, const float *q,
+                            uint32_t dim, bool variance) {
+    float squares[LOCI_HEAD_DIM_MAX] = {0};
+    for (uint32_t i = 0; i < dim; i++) squares[i] = q[i] * q[i] * 0.5f;
+    rounded q8 = round_query(q, dim), qq8 = round_query(squares, dim);
+    double centroid = 0.0, spread = 0.0;
+    for (uint32_t i = 0; i < dim; i++) {
+        centroid += q8.value[i] * loci_node_centroid(node)[i];
+        spread += qq8.value[i] * loci_node_variance(node, dim)[i];
+    }
+    return mean_term(blob, q, dim) + centroid * q8.scale * (double)node->centroid_scale +
+           (variance ? spread * qq8.scale * (double)node->variance_scale : 0.0);
+}
+
+static double token_estimate(const uint8_t *blob, const uint8_t *code, const float *q,
+                             uint32_t dim) {
+    float folded[LOCI_HEAD_DIM_MAX] = {0};
+    for (uint32_t i = 0; i < dim; i++) folded[i] = q[i] * loci_pair_code_scale(blob)[i];
+    rounded f8 = round_query(folded, dim);
+    double sum = 0.0;
+    for (uint32_t i = 0; i < dim; i++) {
+        int level = i % 2 ? code[i / 2] >> 4 : code[i / 2] & 15;
+        sum += f8.value[i] * (level - 7.5);
+    }
+    return mean_term(blob, q, dim) + sum * f8.scale;
+}
+
+static double add_log(double a, double b) {
+    double top = fmax(a, b);
+    return top == -INFINITY ? top : top + log(exp(a - top) + exp(b - top));
+}
+
+static int by_share(const void *a, const void *b) {
+    const item *x = a, *y = b;
+    if (x->p != y->p) return x->p > y->p ? -1 : 1;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+static int by_index(const void *a, const void *b) {
+    const item *x = a, *y = b;
+    return x->index < y->index ? -1 : x->index > y->index;
+}
+
+static void choose(list *l, double target, double least, double most) {
+    double mass = 0.0, weight = 0.0;
+    qsort(l->items, l->count, sizeof *l->items, by_share);
+    for (size_t i = 0; i < l->count; i++) {
+        if ((mass >= target && weight >= least) || weight >= most) break;
+        l->items[i].taken = true;
+        mass += l->items[i].p;
+        weight += l->items[i].weight;
+    }
+    qsort(l->items, l->count, sizeof *l->items, by_index);
+}
+
+/* Sets p; returns its sum. rest [g] grows by what the previous step left unkept. z [g]: output. */
+static double set_shares(list *l, uint32_t g, const double *rest, const float *steady, double *z) {
+    double sum = 0.0;
+    for (uint32_t j = 0; j < g; j++) {
+        z[j] = add_log(rest[j], (double)steady[j]);
+        for (size_t i = 0; i < l->count; i++) z[j] = add_log(z[j], l->items[i].s[j]);
+    }
+    for (size_t i = 0; i < l->count; i++) {
+        l->items[i].p = 0.0;
+        for (uint32_t j = 0; j < g; j++) l->items[i].p += exp(l->items[i].s[j] - z[j]) / g;
+        sum += l->items[i].p;
+    }
+    return sum;
+}
+
+static void leave_rest(const list *l, uint32_t g, double *rest) {
+    for (uint32_t j = 0; j < g; j++)
+        for (size_t i = 0; i < l->count; i++)
+            if (!l->items[i].taken) rest[j] = add_log(rest[j], l->items[i].s[j]);
+}
+
+static double most_of(float share, double total, double least) {
+    return fmax(least, ceil((double)share * total));
+}
+
+typedef struct scene {
+    const fixture *f;
+    uint32_t layer, h, g;
+    float q[16][LOCI_HEAD_DIM_MAX];
+} scene;
+
+static void list_roots(const scene *s, list *roots, uint32_t *all, double *live) {
+    *all = 0;
+    *live = 0.0;
+    for (uint32_t e = 0; e < s->f->extents; e++) {
+        const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
+        uint32_t slot = 0;
+        for (uint32_t r = 0; r < loci_pair_header_of(blob)->roots; r++) {
+            const loci_node *root = loci_pair_root(blob, r);
+            uint32_t n = count_live(s->f, s->layer, e, s->h, slot, root->tokens);
+            item x = {.weight = 1, .extent = e, .node = r};
+            for (uint32_t j = 0; j < s->g; j++)
+                x.s[j] = log((double)n) + node_estimate(blob, root, s->q[j], s->f->dim, true);
+            if (n) push(roots, x);
+            slot += root->tokens;
+            *live += n;
+            (*all)++;
+        }
+    }
+}
+
+static void list_leaves(const scene *s, const list *roots, list *leaves) {
+    for (size_t i = 0; i < roots->count; i++) {
+        if (!roots->items[i].taken) continue;
+        uint32_t e = roots->items[i].extent;
+        const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
+        const loci_node *root = loci_pair_root(blob, roots->items[i].node);
+        for (uint32_t l = root->begin; l < root->begin + root->count; l++) {
+            const loci_node *leaf = loci_pair_leaf(blob, l);
+            uint32_t n = count_live(s->f, s->layer, e, s->h, leaf->begin, leaf->count);
+            item x = {.weight = n, .extent = e, .node = l};
+            for (uint32_t j = 0; j < s->g; j++)
+                x.s[j] = log((double)n) + node_estimate(blob, leaf, s->q[j], s->f->dim, true);
+            if (n) push(leaves, x);
+        }
+    }
+}
+
+static void list_tokens(const scene *s, const list *leaves, list *tokens) {
+    for (size_t i = 0; i < leaves->count; i++) {
+        if (!leaves->items[i].taken) continue;
+        uint32_t e = leaves->items[i].extent;
+        const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
+        const loci_node *leaf = loci_pair_leaf(blob, leaves->items[i].node);
+        for (uint32_t t = 0; t < leaf->count; t++) {
+            if (!is_live(s->f, s->layer, e, s->h, leaf->begin + t)) continue;
+            item x = {.weight = 1, .extent = e, .node = leaf->begin + t};
+            for (uint32_t j = 0; j < s->g; j++)
+                x.s[j] = token_estimate(blob, loci_leaf_codes(blob, leaf) + t * s->f->dim / 2,
+                                        s->q[j], s->f->dim);
+            push(tokens, x);
+        }
+    }
+}
+
+static void select_row(const scene *s, const float *steady, const loci_select_params *p,
+                       uint8_t *chosen) {
+    list roots = {0}, leaves = {0}, tokens = {0};
+    double rest[16], z[16], sum, live, share = 0.0;
+    uint32_t all;
+    for (uint32_t j = 0; j < s->g; j++) rest[j] = -INFINITY;
+    list_roots(s, &roots, &all, &live);
+    sum = set_shares(&roots, s->g, rest, steady, z);
+    choose(&roots, (double)p->root_cover * sum, p->roots_min,
+           most_of(p->root_share_max, all, p->roots_min));
+    leave_rest(&roots, s->g, rest);
+    list_leaves(s, &roots, &leaves);
+    sum = set_shares(&leaves, s->g, rest, steady, z);
+    choose(&leaves, (double)p->leaf_cover * sum, p->leaf_tokens_min,
+           most_of(p->leaf_tokens_share_max, live, p->leaf_tokens_min));
+    leave_rest(&leaves, s->g, rest);
+    list_tokens(s, &leaves, &tokens);
+    (void)set_shares(&tokens, s->g, rest, steady, z);
+    for (uint32_t j = 0; j < s->g; j++) share += exp((double)steady[j] - z[j]) / s->g;
+    choose(&tokens, (double)p->top_p - share, 0.0,
+           p->budget ? (double)p->budget : (double)INFINITY);
+    for (size_t i = 0; i < tokens.count; i++)
+        if (tokens.items[i].taken)
+            chosen[reference_index(s->f, tokens.items[i].extent, tokens.items[i].node)] = 1;
+    free(roots.items);
+    free(leaves.items);
+    free(tokens.items);
+}
+
+/* Mean over rows and heads of S_i for one level of one KV head, over all live nodes. */
+static void squeeze(const fixture *f, uint32_t layer, uint32_t h, uint32_t rows, const float *q,
+                    int level, list *nodes) {
+    uint32_t g = f->q_heads / f->kv_heads;
+    for (uint32_t e = 0; e < f->extents; e++) {
+        const uint8_t *blob = fixture_blob(f, layer, e, h);
+        const loci_pair_header *header = loci_pair_header_of(blob);
+        uint32_t slot = 0;
+        for (uint32_t i = 0; i < (level ? header->leaves : header->roots); i++) {
+            const loci_node *node = level ? loci_pair_leaf(blob, i) : loci_pair_root(blob, i);
+            uint32_t n = count_live(f, layer, e, h, slot, node->tokens);
+            slot += node->tokens;
+            push(nodes, (item){.weight = n, .extent = e, .node = i});
+        }
+    }
+    for (uint32_t v = 0; v < rows * g; v++) {
+        float x[LOCI_HEAD_DIM_MAX];
+        double z = -INFINITY;
+        scaled_query(f, q, v / g, h * g + v % g, x);
+        for (size_t i = 0; i < nodes->count; i++) {
+            item *it = &nodes->items[i];
+            const uint8_t *blob = fixture_blob(f, layer, it->extent, h);
+            const loci_node *node =
+                level ? loci_pair_leaf(blob, it->node) : loci_pair_root(blob, it->node);
+            it->s[0] = node_estimate(blob, node, x, f->dim, false);
+            if (it->weight) z = add_log(z, it->s[0] + log((double)it->weight));
+        }
+        for (size_t i = 0; i < nodes->count; i++)
+            if (nodes->items[i].weight)
+                nodes->items[i].p += exp(nodes->items[i].s[0] - z) / (rows * g);
+    }
+}
+
+static void select_squeezed(const fixture *f, uint32_t layer, uint32_t h, uint32_t rows,
+                            const float *q, const loci_select_params *p, uint8_t *chosen) {
+    list roots = {0}, leaves = {0};
+    uint32_t tokens = reference_tokens(f);
+    squeeze(f, layer, h, rows, q, 0, &roots);
+    squeeze(f, layer, h, rows, q, 1, &leaves);
+    for (size_t r = 0; r < roots.count; r++) {
+        const item *root = &roots.items[r];
+        const uint8_t *blob = fixture_blob(f, layer, root->extent, h);
+        const loci_node *node = loci_pair_root(blob, root->node);
+        if (!(root->p > (double)p->squeezed_threshold[0])) continue;
+        for (size_t l = 0; l < leaves.count; l++) {
+            const item *leaf = &leaves.items[l];
+            bool under = leaf->extent == root->extent && leaf->node >= node->begin &&
+                         leaf->node < node->begin + node->count;
+            if (!under || !(leaf->p > (double)p->squeezed_threshold[1])) continue;
+            const loci_node *x = loci_pair_leaf(blob, leaf->node);
+            for (uint32_t t = x->begin; t < x->begin + x->count; t++)
+                for (uint32_t row = 0; row < rows && is_live(f, layer, leaf->extent, h, t); row++)
+                    chosen[(size_t)row * tokens + reference_index(f, leaf->extent, t)] = 1;
+        }
+    }
+    free(roots.items);
+    free(leaves.items);
+}
+
+void reference_select(const fixture *f, uint32_t layer, uint32_t rows, const float *q,
+                      const float *steady, const loci_select_params *params, uint8_t *chosen) {
+    uint32_t tokens = reference_tokens(f), g = f->q_heads / f->kv_heads;
+    memset(chosen, 0, (size_t)f->kv_heads * rows * tokens);
+    for (uint32_t h = 0; h < f->kv_heads; h++) {
+        uint8_t *out = chosen + (size_t)h * rows * tokens;
+        if (params->mode == LOCI_MODE_SQUEEZED) {
+            select_squeezed(f, layer, h, rows, q, params, out);
+            continue;
+        }
+        for (uint32_t row = 0; row < rows; row++) {
+            scene s = {.f = f, .layer = layer, .h = h, .g = g};
+            for (uint32_t j = 0; j < g; j++) scaled_query(f, q, row, h * g + j, s.q[j]);
+            select_row(&s, steady + (size_t)row * f->q_heads + h * g, params,
+                       out + (size_t)row * tokens);
+        }
+    }
+}
+
+void reference_attend(const fixture *f, uint32_t layer, uint32_t rows, const float *q,
+                      const uint8_t *chosen, double *out, double *lse) {
+    uint32_t tokens = reference_tokens(f), g = f->q_heads / f->kv_heads;
+    double *logit = malloc(tokens * sizeof *logit);
+    LOCI_ASSERT(logit != NULL);
+    for (uint32_t i = 0; i < rows * f->q_heads; i++) {
+        uint32_t row = i / f->q_heads, head = i % f->q_heads, h = head / g;
+        float x[LOCI_HEAD_DIM_MAX];
+        double top = -INFINITY, sum = 0.0, *o = out + (size_t)i * f->dim;
+        scaled_query(f, q, row, head, x);
+        memset(o, 0, f->dim * sizeof *o);
+        for (int pass = 0; pass < 2; pass++) {
+            for (uint32_t e = 0; e < f->extents; e++) {
+                const uint8_t *blob = fixture_blob(f, layer, e, h);
+                for (uint32_t t = 0; t < f->views[e].tokens; t++) {
+                    uint32_t at = reference_index(f, e, t);
+                    size_t place = ((size_t)h * rows + row) * tokens + at;
+                    if (chosen ? !chosen[place] : !is_live(f, layer, e, h, t)) continue;
+                    const uint16_t *kv = loci_slot_kv(blob, t);
+                    if (pass == 0) {
+                        logit[at] = 0.0;
+                        for (uint32_t d = 0; d < f->dim; d++)
+                            logit[at] += (double)x[d] * (double)loci_bf16_to_f32(kv[d]);
+                        top = fmax(top, logit[at]);
+                        continue;
+                    }
+                    double w = exp(logit[at] - top);
+                    sum += w;
+                    for (uint32_t d = 0; d < f->dim; d++)
+                        o[d] += w * (double)loci_bf16_to_f32(kv[f->dim + d]);
+                }
+            }
+        }
+        for (uint32_t d = 0; d < f->dim && sum > 0.0; d++) o[d] /= sum;
+        lse[i] = sum > 0.0 ? top + log(sum) : -INFINITY;
+    }
+    free(logit);
+}

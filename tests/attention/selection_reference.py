@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The selection rules of attention/README.md in NumPy, and the maker of their golden file.
+
+    test_lookup --write-corpus corpus.bin
+    selection_reference.py corpus.bin tests/data/attention/selection.bin
+
+A corpus file is "LOCISEL1"; uint32 head_dim, kv_heads, q_heads, rows, extents; for each extent uint32
+tokens and segments and, for each KV head, uint64 blob bytes and header hash, uint64
+live[(tokens + 63) / 64] and the blob; float32 q[rows][q_heads][head_dim] and steady[rows][q_heads].
+The golden file is the corpus file, uint32 cases, and for each: uint32 mode; float32 top_p,
+root_cover, leaf_cover, root_share_max, leaf_tokens_share_max, threshold[2]; uint32 budget,
+roots_min, leaf_tokens_min, count; count selected tokens of uint32 extent, kv_head, row, slot.
+"""
+import math
+import struct
+import sys
+
+import numpy as np
+
+HIERARCHICAL, SQUEEZED = 2, 1
+
+
+class Pair:
+    """One blob: nodes and codes as arrays, live bits by slot."""
+
+    def __init__(self, blob, live):
+        magic, version, self.dim, self.tokens, leaves, roots = struct.unpack_from("<6I", blob)
+        assert magic == 0x5250434C and version == 1
+        at = struct.unpack_from("<Q7Q", blob, 32)
+        roots_at, leaves_at, codes_at = at[1], at[2], at[4]
+        dim = self.dim
+        self.mean = np.frombuffer(blob, "<f4", dim, 128)
+        self.code_scale = np.frombuffer(blob, "<f4", dim, 128 + 4 * dim)
+        self.live = np.unpackbits(np.frombuffer(live, "u1"), bitorder="little")[: self.tokens] > 0
+        self.roots = self.nodes(blob, roots_at, roots)
+        self.leaves = self.nodes(blob, leaves_at, leaves)
+        self.codes = np.zeros((self.tokens, dim))
+        for leaf in self.leaves:
+            start = codes_at + leaf["begin"] * (dim // 2 + 4)
+            raw = np.frombuffer(blob, "u1", leaf["count"] * dim // 2, start).reshape(-1, dim // 2)
+            self.codes[leaf["begin"] : leaf["begin"] + leaf["count"], 0::2] = raw & 15
+            self.codes[leaf["begin"] : leaf["begin"] + leaf["count"], 1::2] = raw >> 4
+
+    def nodes(self, blob, at, count):
+        out = []
+        first = 0
+        for i in range(count):
+            start = at + i * (40 + 2 * self.dim)
+            centroid_scale, variance_scale, begin, n, tokens = struct.unpack_from("<2f3I", blob, start)
+            centroid = np.frombuffer(blob, "i1", self.dim, start + 40).astype(float)
+            variance = np.frombuffer(blob, "u1", self.dim, start + 40 + self.dim).astype(float)
+            out.append({"begin": begin, "count": n, "c": centroid_scale * centroid,
+                        "var": variance_scale * variance,
+                        "live": int(self.live[first : first + tokens].sum())})
+            first += tokens
+        return out
+
+
+def rounded(x):
+    """8-bit rounding, in float32 as stated."""
+    top = np.float32(np.abs(x).max())
+    if top == 0:
+        return np.zeros(len(x))
+    return np.rint(x * (np.float32(127) / top)).astype(float) * float(top / np.float32(127))
+
+
+def node_scores(q, pair, nodes, variance):
+    q8, qq8 = rounded(q), rounded(q * q * np.float32(0.5))
+    base = q.astype(float) @ pair.mean.astype(float)
+    return [base + q8 @ x["c"] + (qq8 @ x["var"] if variance else 0.0) for x in nodes]
+
+
+def token_scores(q, pair, slots):
+    base = q.astype(float) @ pair.mean.astype(float)
+    return base + (pair.codes[slots] - 7.5) @ rounded(q * pair.code_scale)
+
+
+def log_sum(*parts):
+    x = np.concatenate([np.ravel(p) for p in parts])
+    top = x.max() if len(x) else -math.inf
+    return top if top == -math.inf else top + math.log(np.exp(x - top).sum())
+
+
+def choose(p, weight, target, least, most):
+    mass = total = 0
+    taken = np.zeros(len(p), bool)
+    for i in np.argsort(-p, kind="stable"):
+        if (mass >= target and total >= least) or total >= most:
+            break
+        taken[i] = True
+        mass += p[i]
+        total += weight[i]
+    return taken
+
+
+def shares(scores, rest, steady):
+    """scores [g][n] -> p [n], Z [g]."""
+    z = [log_sum(s, [r], [t]) for s, r, t in zip(scores, rest, steady)]
+    p = np.mean([np.exp(s - zz) for s, zz in zip(scores, z)], axis=0)
+    return p, z
+
+
+def unkept(scores, taken, rest):
+    return [log_sum(s[~taken], [r]) for s, r in zip(scores, rest)]
+
+
+def select_row(q, pairs, steady, par):
+    """q [g][dim]; pairs of one KV head by extent. Yields (extent, slot)."""
+    g, none = len(q), [-math.inf] * len(q)
+    roots = [(e, i) for e, p in enumerate(pairs) for i, x in enumerate(p.roots) if x["live"]]
+    s = np.array([[y + math.log(x["live"]) for p in pairs
+                   for x, y in zip(p.roots, node_scores(v, p, p.roots, True)) if x["live"]] for v in q])
+    p, _ = shares(s, none, steady)
+    most = math.ceil(par["root_share_max"] * sum(len(x.roots) for x in pairs))
+    taken = choose(p, np.ones(len(p)), par["root_cover"] * p.sum(), par["roots_min"],
+                   max(par["roots_min"], most))
+    rest = unkept(s, taken, none)
+    leaves = [(e, l) for (e, r), k in zip(roots, taken) if k
+              for l in range(pairs[e].roots[r]["begin"],
+                             pairs[e].roots[r]["begin"] + pairs[e].roots[r]["count"])
+              if pairs[e].leaves[l]["live"]]
+    s = np.array([[math.log(pairs[e].leaves[l]["live"]) +
+                   node_scores(v, pairs[e], [pairs[e].leaves[l]], True)[0] for e, l in leaves]
+                  for v in q])
+    p, _ = shares(s, rest, steady)
+    weight = np.array([pairs[e].leaves[l]["live"] for e, l in leaves])
+    most = math.ceil(par["leaf_tokens_share_max"] * sum(int(x.live.sum()) for x in pairs))
+    taken = choose(p, weight, par["leaf_cover"] * p.sum(), par["leaf_tokens_min"],
+                   max(par["leaf_tokens_min"], most))
+    rest = unkept(s, taken, rest)
+    tokens = [(e, t) for (e, l), k in zip(leaves, taken) if k
+              for t in range(pairs[e].leaves[l]["begin"],
+                             pairs[e].leaves[l]["begin"] + pairs[e].leaves[l]["count"])
+              if pairs[e].live[t]]
+    s = np.array([[token_scores(v, pairs[e], [t])[0] for e, t in tokens] for v in q])
+    p, z = shares(s, rest, steady)
+    steady_share = sum(math.exp(t - zz) for t, zz in zip(steady, z)) / g
+    taken = choose(p, np.ones(len(p)), par["top_p"] - steady_share, 0, par["budget"] or math.inf)
+    return [x for x, k in zip(tokens, taken) if k]
+
+
+def select_squeezed(q, pairs, par):
+    """q [vectors][dim] of all rows and heads."""
+    def mean_share(level):
+        live = np.array([x["live"] for p in pairs for x in getattr(p, level)])
+        total = np.zeros(len(live))
+        for v in q:
+            c = np.array([y for p in pairs for y in node_scores(v, p, getattr(p, level), False)])
+            z = log_sum(c[live > 0] + np.log(live[live > 0]))
+            total += np.where(live > 0, np.exp(c - z), 0.0) / len(q)
+        parts = np.split(total, np.cumsum([len(getattr(p, level)) for p in pairs])[:-1])
+        return parts
+
+    roots, leaves = mean_share("roots"), mean_share("leaves")
+    out = []
+    for e, p in enumerate(pairs):
+        for r, root in enumerate(p.roots):
+            if not roots[e][r] > par["threshold"][0]:
+                continue
+            for l in range(root["begin"], root["begin"] + root["count"]):
+                leaf = p.leaves[l]
+                if leaves[e][l] > par["threshold"][1]:
+                    out += [(e, t) for t in range(leaf["begin"], leaf["begin"] + leaf["count"])
+                            if p.live[t]]
+    return out
+
+
+def read_corpus(data):
+    assert data[:8] == b"LOCISEL1"
+    dim, kv_heads, q_heads, rows, extents = struct.unpack_from("<5I", data, 8)
+    at, pairs = 28, []
+    for _ in range(extents):
+        tokens, _segments = struct.unpack_from("<2I", data, at)
+        at += 8
+        row = []
+        for _ in range(kv_heads):
+            size, _hash = struct.unpack_from("<2Q", data, at)
+            at += 16
+            words = (tokens + 63) // 64 * 8
+            row.append(Pair(data[at + words : at + words + size], data[at : at + words]))
+            at += words + size
+        pairs.append(row)
+    q = np.frombuffer(data, "<f4", rows * q_heads * dim, at).reshape(rows, q_heads, dim)
+    at += q.nbytes
+    steady = np.frombuffer(data, "<f4", rows * q_heads, at).reshape(rows, q_heads)
+    assert at + steady.nbytes == len(data)
+    return pairs, q * np.float32(1 / np.float32(math.sqrt(dim))), steady
+
+
+def cases():
+    f = lambda x: float(np.float32(x))
+    base = {"mode": HIERARCHICAL, "root_cover": f(0.95), "leaf_cover": f(0.93),
+            "root_share_max": f(0.6), "leaf_tokens_share_max": f(0.3), "threshold": (0.0, 0.0),
+            "roots_min": 2, "leaf_tokens_min": 60}
+    for top_p in (0.5, 0.9, 0.99):
+        for budget in (0, 20, 100):
+            yield dict(base, top_p=f(top_p), budget=budget)
+    yield dict(base, top_p=f(0.9), budget=0, root_cover=f(0.5), leaf_cover=f(0.5), roots_min=1)
+    for threshold in ((1e-5, 3e-5), (1e-4, 1e-3), (1e-3, 1e-3)):
+        yield dict(base, mode=SQUEEZED, top_p=1.0, budget=0, threshold=tuple(map(f, threshold)))
+
+
+def main():
+    data = open(sys.argv[1], "rb").read()
+    pairs, q, steady = read_corpus(data)
+    kv_heads, g = len(pairs[0]), q.shape[1] // len(pairs[0])
+    out = [data, struct.pack("<I", len(list(cases())))]
+    for par in cases():
+        found = []
+        for h in range(kv_heads):
+            mine = [row[h] for row in pairs]
+            part = slice(h * g, h * g + g)
+            if par["mode"] == SQUEEZED:
+                kept = select_squeezed(q[:, part].reshape(-1, q.shape[2]), mine, par)
+                found += [(e, h, r, t) for r in range(len(q)) for e, t in kept]
+                continue
+            for r in range(len(q)):
+                kept = select_row(q[r, part], mine, [float(x) for x in steady[r, part]], par)
+                found += [(e, h, r, t) for e, t in kept]
+        found.sort()
+        out.append(struct.pack("<I7f4I", par["mode"], par["top_p"], par["root_cover"],
+                               par["leaf_cover"], par["root_share_max"],
+                               par["leaf_tokens_share_max"], *par["threshold"], par["budget"],
+                               par["roots_min"], par["leaf_tokens_min"], len(found)))
+        out += [struct.pack("<4I", *x) for x in found]
+        print(par["mode"], round(par["top_p"], 2), par["budget"], len(found))
+    open(sys.argv[2], "wb").write(b"".join(out))
+
+
+if __name__ == "__main__":
+    main()
