@@ -126,7 +126,7 @@ typedef struct loci_corpus_view {
 } loci_corpus_view;
 
 typedef struct loci_pair_build_options {
-    uint64_t seed;
+    uint64_t seed;       /* unused so far: clustering starts from evenly spaced keys */
     uint32_t iterations; /* K-means rounds over all leaves; 0 = default (6) */
     bool position_codes; /* store the codes once more in position order (ranking layer) */
     const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */

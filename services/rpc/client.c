@@ -131,14 +131,14 @@ static void start_batch(loci_rpc_client_call *call, const grpc_op *ops, size_t c
 /* Waits for the tag whatever happens; true when its batch succeeded. */
 static bool pluck(loci_rpc_client_call *call, void *tag) {
     for (;;) {
+        /* Before every wait: a stream whose messages come quickly never waits for long. */
+        if (call->interrupt && *call->interrupt && !atomic_exchange(&call->interrupted, true))
+            grpc_call_cancel(call->core, NULL);
         gpr_timespec until = gpr_time_add(gpr_now(GPR_CLOCK_MONOTONIC),
                                           gpr_time_from_millis(WAIT_STEP_MS, GPR_TIMESPAN));
         grpc_event event = grpc_completion_queue_pluck(call->queue, tag, until, NULL);
         if (event.type == GRPC_OP_COMPLETE) return event.success != 0;
         LOCI_ASSERT(event.type == GRPC_QUEUE_TIMEOUT);
-        if (call->interrupt && *call->interrupt && !atomic_exchange(&call->interrupted, true)) {
-            grpc_call_cancel(call->core, NULL);
-        }
     }
 }
 
