@@ -36,23 +36,20 @@ static json_t *status_json(const Loci__V1__NodeStatus *s, const char *address) {
 }
 
 static void print_status(const Loci__V1__NodeStatus *s, const char *address) {
-    char used[32], budget[32], cache[32], tokens[32];
-    uint64_t looked = s->cache_hits + s->cache_misses;
+    char used[32], budget[32], tokens[32];
     printf("locid %s at %s: %s for %.0f s\n"
            "backend   %s\n"
            "model     %s, %s (%.12s)\n"
            "data      %s\n"
            "holds     %llu corpora, %s tokens, %llu documents not yet searchable\n"
-           "memory    %s used of %s, cache %s, %.0f%% hits\n"
+           "memory    %s used of %s\n"
            "calls     %llu active, %llu queued\n",
            s->version, address, s->state, s->uptime_s, s->backend, s->model, s->architecture,
            s->model_fingerprint, s->data, (unsigned long long)s->corpora,
            loci_format_count(tokens, s->tokens), (unsigned long long)s->pending_documents,
            loci_format_size(used, s->memory_used_bytes),
-           loci_format_size(budget, s->memory_budget_bytes),
-           loci_format_size(cache, s->cache_bytes),
-           looked ? 100.0 * (double)s->cache_hits / (double)looked : 0.0,
-           (unsigned long long)s->active_calls, (unsigned long long)s->queued_calls);
+           loci_format_size(budget, s->memory_budget_bytes), (unsigned long long)s->active_calls,
+           (unsigned long long)s->queued_calls);
 }
 
 static loci_status run_status(loci_cli *cli, const loci_command *command, int argc, char **argv,
