@@ -38,7 +38,6 @@ loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err) {
     backend->ops->free(backend, slot->mass);
     slot->mass = NULL;
     LOCI_TRY(backend->ops->alloc(backend, bytes, &slot->mass, err));
-    slot->mass_bytes = bytes;
     query->sink_mass = 0;
     return LOCI_OK;
 }

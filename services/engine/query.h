@@ -26,7 +26,6 @@ typedef struct loci_slot {
     loci_buffer *part;     /* out and lse of one part of the attention; grown on demand */
     size_t part_bytes;
     loci_buffer *mass; /* f32, one for each segment of the view */
-    size_t mass_bytes;
 } loci_slot;
 
 struct loci_engine {

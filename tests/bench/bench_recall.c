@@ -160,16 +160,12 @@ static loci_status bench_hook(void *ctx, const loci_attend_call *call, loci_erro
     loci_lookup_stats stats;
     double nanoseconds;
     uint32_t kind = call->row_position == 0 ? 0 : 1;
+    loci_select_params dense = self->sets[0];
+    dense.mode = LOCI_MODE_DENSE;
+    run_lookup(self, call, &dense, host.dense, host.dense_lse, &stats, &nanoseconds);
     for (uint32_t s = 0; s < self->set_count; s++) {
         run_lookup(self, call, &self->sets[s], host.sparse, host.sparse_lse, &stats, &nanoseconds);
         add_bytes(&self->tallies[s][kind], &stats, nanoseconds);
-        if (s == 0) {
-            loci_select_params dense = self->sets[0];
-            dense.mode = LOCI_MODE_DENSE;
-            run_lookup(self, call, &dense, host.dense, host.dense_lse, &stats, &nanoseconds);
-            run_lookup(self, call, &self->sets[0], host.sparse, host.sparse_lse, &stats,
-                       &nanoseconds);
-        }
         compare(call, whole, &host, &self->tallies[s][kind]);
     }
     for (uint32_t r = 0; r < call->rows; r++) {
