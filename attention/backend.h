@@ -105,6 +105,10 @@ typedef struct loci_lookup_stats {
     uint64_t candidate_tokens;
 } loci_lookup_stats;
 
+/* Is asked before the memory of look-ups grows by `bytes` > 0, and may refuse with a status and a
+ * sentence; is told of memory given back with `bytes` < 0. Any thread. */
+typedef loci_status (*loci_lookup_memory_fn)(void *ctx, int64_t bytes, loci_error *err);
+
 /* One selected token, for tests, proofs and evidence. */
 typedef struct loci_selected {
     uint32_t extent, kv_head, row, slot;
@@ -195,6 +199,10 @@ typedef struct loci_backend_ops {
      * retrieval layer, all KV heads. */
     loci_status (*lookup_create)(loci_backend *self, loci_lookup **out, loci_error *err);
     void (*lookup_free)(loci_backend *self, loci_lookup *lookup);
+    /* (optional) Puts the memory of all look-ups made from now on under fn: a look-up refused by it
+     * fails at sync() with that error. A look-up keeps memory for the next one, but not many times
+     * of what recent ones used. */
+    void (*lookup_account)(loci_backend *self, loci_lookup_memory_fn fn, void *ctx);
     void (*lookup_begin)(loci_stream *stream, loci_lookup *lookup,
                          const struct loci_corpus_view *corpus, uint32_t retrieval_layer,
                          loci_ref q, uint32_t q_stride, uint32_t rows, uint32_t q_heads,

@@ -6,24 +6,30 @@
  * Offline, loci_pair_build turns K and V of up to LOCI_EXTENT_TOKENS_MAX tokens in
  * position order into one self-contained, relocatable byte string, the pair blob:
  *
- *   header | roots | leaves | value means | codes and slots | KV hashes | KV |
+ *   header | roots | root blocks | leaf nodes | value means | codes and slots | KV hashes | KV |
  *   position hashes | position codes
  *
  * Every section begins at a multiple of LOCI_BLOCK_ALIGN from the blob's start. Keys
  * are clustered into leaves of about 16 (at most LOCI_LEAF_TOKENS_MAX), leaves into
  * roots of about 16 (at most LOCI_ROOT_LEAVES_MAX). Tokens stand in "slots": leaf by
- * leaf, root by root. Nodes carry an int8 centroid and variance, so that the
- * attention mass of a node is estimated as
+ * leaf, root by root. What a look-up reads, each level finer than the one above:
  *
- *   log(size) + q.c + (q*q).var / 2        (q already scaled by 1/sqrt(head_dim))
- *
- * which is the logarithm of size * E[exp(q.k)] for normally distributed k.
+ *  - A node (root or leaf) carries an int8 centroid and variance, so that its attention mass is
+ *    estimated as log(size) + q.c + (q*q).var / 2 (q already scaled by 1/sqrt(head_dim)), the
+ *    logarithm of size * E[exp(q.k)] for normally distributed k. Mode squeezed uses both levels,
+ *    mode hierarchical the roots.
+ *  - A sketch is a key less its root's centroid in one bit a channel: a product quantiser (Jegou,
+ *    Douze, Schmid, 2011) with one of 16 codewords for each LOCI_SKETCH_CHANNELS channels. All
+ *    sketches of a root are read together; they rank its leaves far better than leaf centroids
+ *    do, for a little fewer bytes.
+ *  - A code has 4 bits a channel and ranks the tokens of a leaf.
  *
  * Integrity: a tree of hashes (XXH3, 64 bits). The owner of the blob keeps the hash of
- * the header; the header holds the hash of the root section, each root that of its
- * leaf nodes, each leaf those of its codes and of its tokens' KV hashes, one of which
- * covers the K and V of one token. A reader verifies each part before use, so a damaged
- * byte is either never read or named, and no more is read than is used.
+ * the header (with its means, scales and codebook); the header holds the hash of the root section,
+ * each root those of its block, its leaf nodes and its leaves' value means; the block holds for
+ * each leaf those of its codes and of its tokens' KV hashes, one of which covers the K and V of
+ * one token. A reader verifies each part before use, so a damaged byte is either never read or
+ * named, and no more is read than is used.
  *
  * All integers are little-endian. memory/FORMAT.md states the bytes.
  */
@@ -38,8 +44,12 @@
 #define LOCI_LEAF_TOKENS_MAX 32u /* larger clusters are split */
 #define LOCI_ROOT_LEAVES 16u     /* mean number of leaves of a root */
 #define LOCI_ROOT_LEAVES_MAX 32u
+#define LOCI_ROOT_TOKENS_MAX (LOCI_ROOT_LEAVES_MAX * LOCI_LEAF_TOKENS_MAX)
 #define LOCI_PAIR_MAGIC 0x5250434cu /* "LCPR" */
-#define LOCI_PAIR_VERSION 1u
+#define LOCI_PAIR_VERSION 2u
+#define LOCI_SKETCH_CHANNELS 4u /* of one codeword */
+#define LOCI_SKETCH_WORDS 16u
+#define LOCI_SKETCH_GROUP 32u /* tokens whose sketches are interleaved */
 
 /* One node, root or leaf. Followed directly by int8_t centroid[head_dim] and
  * uint8_t variance[head_dim]; the stride is sizeof(loci_node) + 2 * head_dim.
@@ -48,13 +58,29 @@
 typedef struct loci_node {
     float centroid_scale;
     float variance_scale;
-    uint32_t begin;  /* root: index of its first leaf; leaf: its first slot */
-    uint32_t count;  /* root: number of leaves; leaf: number of tokens */
-    uint32_t tokens; /* tokens below the node */
-    uint32_t reserved;
-    uint64_t hash_index; /* root: of its leaf nodes; leaf: of its codes and slots */
-    uint64_t hash_kv;    /* leaf: of its tokens' KV hashes; root: of its leaves' value means */
 } loci_node;
+
+/* The root section: loci_root[roots], then the roots' nodes. */
+typedef struct loci_root {
+    uint32_t begin;       /* index of its first leaf */
+    uint32_t count;       /* leaves */
+    uint32_t tokens;      /* below it */
+    uint32_t block;       /* where its block begins among the root blocks, in units of 8 bytes */
+    uint64_t hash_block;  /* of its block */
+    uint64_t hash_nodes;  /* of its leaves' nodes */
+    uint64_t hash_values; /* of its leaves' value means */
+} loci_root;
+
+/* A root's block: loci_leaf[count], then the sketches of its tokens in groups of
+ * LOCI_SKETCH_GROUP: for each run of LOCI_SKETCH_CHANNELS channels 16 bytes, the codeword of token
+ * t of the group in the low (t < 16) or high nibble of byte t % 16. The last group is filled up
+ * with zeros. */
+typedef struct loci_leaf {
+    uint32_t begin;      /* its first slot */
+    uint32_t count;      /* tokens */
+    uint64_t hash_codes; /* of its codes and slots */
+    uint64_t hash_kv;    /* of its tokens' KV hashes */
+} loci_leaf;
 
 typedef struct loci_pair_header {
     uint32_t magic, version;
@@ -62,12 +88,14 @@ typedef struct loci_pair_header {
     uint32_t kv_dtype; /* loci_dtype: BF16 in version 1 */
     uint32_t order;    /* 0 = cluster order; 1 = position order (landmark blocks) */
     uint64_t blob_bytes;
-    uint64_t roots_at, leaves_at, value_means_at, codes_at, kv_hashes_at, kv_at;
+    uint64_t roots_at, blocks_at, leaf_nodes_at, value_means_at, codes_at, kv_hashes_at, kv_at;
     uint64_t position_hashes_at, position_codes_at; /* 0 = no position codes */
-    uint64_t hash_roots;                            /* of the root nodes */
+    uint64_t block_bytes;                           /* of all root blocks */
+    uint64_t hash_roots;                            /* of the root section */
     uint64_t hash_root_values;                      /* of the roots' value means */
     uint64_t hash_position_hashes;                  /* of the position hashes */
-    /* followed by float mean[head_dim], float code_scale[head_dim] */
+    /* followed by float mean[head_dim], float code_scale[head_dim] and the codebook, float
+     * [head_dim / LOCI_SKETCH_CHANNELS][LOCI_SKETCH_CHANNELS][LOCI_SKETCH_WORDS] */
 } loci_pair_header;
 
 /* Value means: bf16 [roots + leaves][head_dim], first the roots', then the leaves'.
@@ -126,7 +154,6 @@ typedef struct loci_corpus_view {
 } loci_corpus_view;
 
 typedef struct loci_pair_build_options {
-    uint64_t seed;       /* unused so far: clustering starts from evenly spaced keys */
     uint32_t iterations; /* K-means rounds over all leaves; 0 = default (6) */
     bool position_codes; /* store the codes once more in position order (ranking layer) */
     const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */

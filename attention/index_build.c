@@ -13,6 +13,7 @@
 
 #include "attention/index_layout.h"
 #include "attention/kmeans.h"
+#include "attention/sketch.h"
 #include "base/pool.h"
 
 #define KEY_LIMIT 1e15f /* far beyond any model's; keeps squares and sums finite in f32 */
@@ -29,6 +30,7 @@
 typedef struct build_root {
     uint32_t begin, count;      /* ids */
     uint32_t leaf_base, leaves; /* index of the first, and number */
+    uint64_t block;             /* where its block begins */
 } build_root;
 
 typedef struct build {
@@ -38,7 +40,7 @@ typedef struct build {
     loci_pair_build_options options;
     loci_pool *pool;
     float *mean, *scale; /* [dim] */
-    float *x;            /* [tokens][dim] keys less mean */
+    float *x; /* [tokens][dim] keys less mean; in the end also less their root's centroid */
     loci_points points;
     uint32_t *ids, *scratch;  /* [tokens] */
     uint32_t *leaf_ends;      /* [leaf_count]: ends of leaves among ids */
@@ -47,6 +49,7 @@ typedef struct build {
     loci_status *root_status; /* [root_count] of first_leaves */
     uint32_t leaf_count, root_count;
     uint8_t *blob;
+    uint8_t *word; /* [tokens][parts] codewords */
 } build;
 
 static void for_each(build *b, size_t count, loci_pool_fn fn) {
@@ -133,7 +136,7 @@ static loci_status make_roots(build *b, uint32_t *group, loci_error *err) {
         uint32_t from = i ? ends[i - 1] : 0, count = ends[i] - from;
         uint32_t base = i ? b->roots[i - 1].leaf_base + b->roots[i - 1].leaves : 0;
         uint32_t leaves = (count + LOCI_LEAF_TOKENS - 1) / LOCI_LEAF_TOKENS;
-        b->roots[i] = (build_root){from, count, base, leaves};
+        b->roots[i] = (build_root){from, count, base, leaves, 0};
     }
     return LOCI_OK;
 }
@@ -173,7 +176,8 @@ static loci_status final_leaves(build *b, uint32_t leaves, loci_error *err) {
         for (uint32_t p = 0; p < pieces; p++) {
             uint32_t from = first + p * count / pieces, to = first + (p + 1) * count / pieces;
             uint32_t token = from ? b->leaf_ends[from - 1] : 0;
-            b->roots[made++] = (build_root){token, b->leaf_ends[to - 1] - token, from, to - from};
+            b->roots[made++] =
+                (build_root){token, b->leaf_ends[to - 1] - token, from, to - from, 0};
         }
     }
     b->root_count = made;
@@ -235,7 +239,6 @@ static void write_node(const build *b, const uint32_t *ids, uint32_t count, loci
     }
     node->centroid_scale = centroid_top / 127.0f;
     node->variance_scale = variance_top / 255.0f;
-    node->tokens = count;
     int8_t *c = (int8_t *)(node + 1);
     uint8_t *s = (uint8_t *)(node + 1) + dim;
     for (uint32_t i = 0; i < dim; i++) {
@@ -258,14 +261,15 @@ static void write_code(const build *b, uint32_t id, uint8_t *code) {
     }
 }
 
-/* Nodes, codes, slots and KV of one leaf; ids are its tokens. */
+/* Node, codes, slots and KV of one leaf; ids are its tokens. */
 static void write_leaf(const build *b, uint32_t leaf_index, uint32_t first_slot,
-                       const uint32_t *ids, uint32_t count) {
+                       const uint32_t *ids, uint32_t count, loci_leaf *leaf) {
     const loci_pair_header *header = loci_pair_header_of(b->blob);
-    loci_node *leaf = (void *)(b->blob + header->leaves_at + leaf_index * loci_node_stride(b->dim));
+    loci_node *node =
+        (void *)(b->blob + header->leaf_nodes_at + leaf_index * loci_node_stride(b->dim));
     uint16_t *mean = (void *)(b->blob + header->value_means_at +
                               ((size_t)header->roots + leaf_index) * 2 * b->dim);
-    write_node(b, ids, count, leaf, mean);
+    write_node(b, ids, count, node, mean);
     leaf->begin = first_slot;
     leaf->count = count;
     uint8_t *codes = b->blob + header->codes_at + first_slot * loci_code_stride(b->dim);
@@ -279,29 +283,66 @@ static void write_leaf(const build *b, uint32_t leaf_index, uint32_t first_slot,
         memcpy(row + b->dim, b->v + (size_t)ids[t] * b->dim, b->dim * sizeof *row);
         hashes[t] = loci_hash_bytes(row, 2 * b->dim * sizeof *row);
     }
-    leaf->hash_index = loci_hash_bytes(codes, count * loci_code_stride(b->dim));
+    leaf->hash_codes = loci_hash_bytes(codes, count * loci_code_stride(b->dim));
     leaf->hash_kv = loci_hash_bytes(hashes, count * sizeof *hashes);
 }
 
+static loci_leaf *block_of(const build *b, const build_root *root) {
+    return (void *)(b->blob + loci_pair_header_of(b->blob)->blocks_at + root->block);
+}
+
+/* All of one root but its sketches. */
 static void write_root(void *arg, size_t index, unsigned thread) {
     (void)thread;
     build *b = arg;
-    const build_root *root = &b->roots[index];
+    const build_root *from = &b->roots[index];
     const loci_pair_header *header = loci_pair_header_of(b->blob);
-    for (uint32_t l = root->leaf_base; l < root->leaf_base + root->leaves; l++) {
-        uint32_t from = l ? b->leaf_ends[l - 1] : 0;
-        write_leaf(b, l, from, b->ids + from, b->leaf_ends[l] - from);
+    loci_leaf *leaves = block_of(b, from);
+    for (uint32_t l = 0; l < from->leaves; l++) {
+        uint32_t leaf = from->leaf_base + l, first = leaf ? b->leaf_ends[leaf - 1] : 0;
+        write_leaf(b, leaf, first, b->ids + first, b->leaf_ends[leaf] - first, &leaves[l]);
     }
     size_t stride = loci_node_stride(b->dim);
-    loci_node *node = (void *)(b->blob + header->roots_at + index * stride);
+    loci_root *root = (loci_root *)(void *)(b->blob + header->roots_at) + index;
+    loci_node *node =
+        (void *)(b->blob + header->roots_at + header->roots * sizeof *root + index * stride);
     uint16_t *mean = (void *)(b->blob + header->value_means_at + index * 2 * b->dim);
-    write_node(b, b->ids + root->begin, root->count, node, mean);
-    node->begin = root->leaf_base;
-    node->count = root->leaves;
-    node->hash_index = loci_hash_bytes(b->blob + header->leaves_at + root->leaf_base * stride,
-                                       root->leaves * stride);
-    node->hash_kv = loci_hash_bytes(loci_pair_value_mean(b->blob, header->roots + root->leaf_base),
-                                    (size_t)root->leaves * 2 * b->dim);
+    write_node(b, b->ids + from->begin, from->count, node, mean);
+    *root = (loci_root){
+        .begin = from->leaf_base,
+        .count = from->leaves,
+        .tokens = from->count,
+        .block = (uint32_t)(from->block / 8),
+        .hash_nodes =
+            loci_hash_bytes(loci_pair_leaf_node(b->blob, from->leaf_base), from->leaves * stride),
+        .hash_values =
+            loci_hash_bytes(loci_pair_value_mean(b->blob, header->roots + from->leaf_base),
+                            (size_t)from->leaves * 2 * b->dim),
+    };
+}
+
+/* What the keys of one root differ from its centroid as stored. */
+static void leave_residual(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    const build_root *from = &b->roots[index];
+    const loci_node *node = loci_pair_root_node(b->blob, (uint32_t)index);
+    for (uint32_t t = from->begin; t < from->begin + from->count; t++)
+        for (uint32_t i = 0; i < b->dim; i++)
+            b->x[(size_t)b->ids[t] * b->dim + i] -=
+                node->centroid_scale * (float)loci_node_centroid(node)[i];
+}
+
+static void write_sketches(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    const build_root *from = &b->roots[index];
+    loci_root *root =
+        (loci_root *)(void *)(b->blob + loci_pair_header_of(b->blob)->roots_at) + index;
+    loci_leaf *leaves = block_of(b, from);
+    loci_sketch_pack((uint8_t *)(leaves + from->leaves), b->word, b->ids + from->begin, from->count,
+                     b->dim);
+    root->hash_block = loci_hash_bytes(leaves, loci_block_bytes(b->dim, from->leaves, from->count));
 }
 
 static void write_positions(void *arg, size_t index, unsigned thread) {
@@ -317,28 +358,47 @@ static void write_positions(void *arg, size_t index, unsigned thread) {
     hashes[index] = loci_hash_bytes(codes, (size_t)count * (b->dim / 2));
 }
 
+static uint64_t place_blocks(build *b) {
+    uint64_t end = 0;
+    for (uint32_t i = 0; i < b->root_count; i++) {
+        b->roots[i].block = end;
+        end += loci_block_bytes(b->dim, b->roots[i].leaves, b->roots[i].count);
+    }
+    return end;
+}
+
+/* All sections; the sketches last, since they overwrite the keys. */
+static void write_sections(build *b, loci_pair_header *header) {
+    size_t blocks = (b->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
+    float *means = (void *)(b->blob + sizeof *header);
+    memcpy(means, b->mean, 2 * b->dim * sizeof *b->mean);
+    for_each(b, b->root_count, write_root);
+    if (b->options.position_codes) {
+        for_each(b, blocks, write_positions);
+        header->hash_position_hashes =
+            loci_hash_bytes(b->blob + header->position_hashes_at, blocks * sizeof(uint64_t));
+    }
+    for_each(b, b->root_count, leave_residual);
+    loci_sketch_train(b->x, b->tokens, b->dim, b->pool, means + 2 * b->dim, b->word);
+    for_each(b, b->root_count, write_sketches);
+    header->hash_roots = loci_hash_bytes(
+        b->blob + header->roots_at, header->roots * (sizeof(loci_root) + loci_node_stride(b->dim)));
+    header->hash_root_values =
+        loci_hash_bytes(b->blob + header->value_means_at, (size_t)header->roots * 2 * b->dim);
+}
+
 static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {
-    loci_pair_shape shape = {b->dim, b->tokens, b->leaf_count, b->root_count,
-                             b->options.position_codes};
+    loci_pair_shape shape = {b->dim,        b->tokens,       b->leaf_count,
+                             b->root_count, place_blocks(b), b->options.position_codes};
     loci_pair_header header;
     loci_pair_layout(&shape, &header);
     /* Built apart and appended: the place in *out need not be aligned. */
     b->blob = calloc(1, header.blob_bytes);
-    if (!b->blob)
+    b->word = malloc((size_t)b->tokens * loci_sketch_parts(b->dim));
+    if (!b->blob || !b->word)
         return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
     memcpy(b->blob, &header, sizeof header);
-    memcpy(b->blob + sizeof header, b->mean, 2 * b->dim * sizeof *b->mean);
-    for_each(b, b->root_count, write_root);
-    size_t blocks = (b->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
-    if (b->options.position_codes) {
-        for_each(b, blocks, write_positions);
-        header.hash_position_hashes =
-            loci_hash_bytes(b->blob + header.position_hashes_at, blocks * sizeof(uint64_t));
-    }
-    header.hash_roots =
-        loci_hash_bytes(b->blob + header.roots_at, header.roots * loci_node_stride(b->dim));
-    header.hash_root_values =
-        loci_hash_bytes(b->blob + header.value_means_at, (size_t)header.roots * 2 * b->dim);
+    write_sections(b, &header);
     memcpy(b->blob, &header, sizeof header);
     *header_hash = loci_pair_header_hash(b->blob, b->dim);
     loci_buf_append(out, b->blob, header.blob_bytes);
@@ -382,5 +442,6 @@ out:
     free(b.roots);
     free(b.root_status);
     free(b.blob);
+    free(b.word);
     return status;
 }

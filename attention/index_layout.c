@@ -8,15 +8,17 @@
 #include <string.h>
 #include <xxhash.h>
 
-_Static_assert(sizeof(loci_node) == 40, "the node is a format");
-_Static_assert(sizeof(loci_pair_header) == 128, "the header is a format");
+_Static_assert(sizeof(loci_node) == 8 && sizeof(loci_root) == 40 && sizeof(loci_leaf) == 24,
+               "nodes, roots and leaves are a format");
+_Static_assert(sizeof(loci_pair_header) == 144, "the header is a format");
 
 uint64_t loci_hash_bytes(const void *data, size_t bytes) {
     return XXH3_64bits(data, bytes);
 }
 
 static size_t header_bytes(uint32_t head_dim) {
-    return sizeof(loci_pair_header) + 2u * sizeof(float) * (size_t)head_dim;
+    return sizeof(loci_pair_header) +
+           sizeof(float) * (2u * (size_t)head_dim + loci_sketch_book(head_dim));
 }
 
 uint64_t loci_pair_header_hash(const uint8_t *blob, uint32_t head_dim) {
@@ -46,9 +48,11 @@ void loci_pair_layout(const loci_pair_shape *shape, loci_pair_header *out) {
         .roots = shape->roots,
         .kv_dtype = LOCI_BF16,
         .order = 0,
+        .block_bytes = shape->block_bytes,
     };
-    out->roots_at = place(&end, shape->roots * node);
-    out->leaves_at = place(&end, shape->leaves * node);
+    out->roots_at = place(&end, shape->roots * (sizeof(loci_root) + node));
+    out->blocks_at = place(&end, shape->block_bytes);
+    out->leaf_nodes_at = place(&end, shape->leaves * node);
     out->value_means_at = place(&end, ((uint64_t)shape->roots + shape->leaves) * 2u * dim);
     out->codes_at = place(&end, tokens * loci_code_stride(shape->head_dim));
     out->kv_hashes_at = place(&end, tokens * sizeof(uint64_t));
@@ -66,7 +70,9 @@ loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes, uint64_t
     if (bytes < sizeof *header || header->magic != LOCI_PAIR_MAGIC)
         return loci_fail(err, LOCI_E_CORRUPT, "header: not a pair blob");
     if (header->version != LOCI_PAIR_VERSION)
-        return loci_fail(err, LOCI_E_CORRUPT, "header: version %u is not known", header->version);
+        return loci_fail(err, LOCI_E_CORRUPT,
+                         "header: version %u where this build reads version %u; register again",
+                         header->version, LOCI_PAIR_VERSION);
     uint32_t dim = header->head_dim;
     if (dim == 0 || dim > LOCI_HEAD_DIM_MAX || dim % 16 != 0 || bytes < header_bytes(dim))
         return loci_fail(err, LOCI_E_CORRUPT, "header: head_dim %u", dim);
@@ -76,8 +82,10 @@ loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes, uint64_t
         header->leaves > header->tokens || header->roots == 0 || header->roots > header->leaves)
         return loci_fail(err, LOCI_E_CORRUPT, "header: %u tokens in %u leaves and %u roots",
                          header->tokens, header->leaves, header->roots);
-    loci_pair_shape shape = {dim, header->tokens, header->leaves, header->roots,
-                             header->position_codes_at != 0};
+    if (header->block_bytes > bytes)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: root blocks larger than their blob");
+    loci_pair_shape shape = {dim,           header->tokens,      header->leaves,
+                             header->roots, header->block_bytes, header->position_codes_at != 0};
     loci_pair_header expected;
     loci_pair_layout(&shape, &expected);
     expected.hash_roots = header->hash_roots;
@@ -88,10 +96,9 @@ loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes, uint64_t
     if (header->blob_bytes > bytes)
         return loci_fail(err, LOCI_E_CORRUPT, "header: %llu bytes in a block of %llu",
                          (unsigned long long)header->blob_bytes, (unsigned long long)bytes);
-    for (uint32_t i = 0; i < 2 * dim; i++) {
-        if (!isfinite(loci_pair_mean(blob)[i]))
-            return loci_fail(err, LOCI_E_CORRUPT, "header: mean or scale is not finite");
-    }
+    size_t floats = 2u * dim + loci_sketch_book(dim), odd = 0;
+    for (size_t i = 0; i < floats; i++) odd += isfinite(loci_pair_mean(blob)[i]) ? 0 : 1;
+    if (odd) return loci_fail(err, LOCI_E_CORRUPT, "header: mean, scale or codebook is not finite");
     return LOCI_OK;
 }
 
@@ -100,56 +107,79 @@ static bool node_scales_ok(const loci_node *node) {
            node->variance_scale >= 0.0f;
 }
 
-loci_status loci_pair_check_roots(const uint8_t *blob, loci_error *err) {
+/* Runs of whole roots, one after another. */
+static loci_status check_root_ranges(const uint8_t *blob, loci_error *err) {
     const loci_pair_header *header = loci_pair_header_of(blob);
-    size_t stride = loci_node_stride(header->head_dim);
-    if (loci_hash_bytes(blob + header->roots_at, header->roots * stride) != header->hash_roots)
-        return loci_fail(err, LOCI_E_CORRUPT, "roots: wrong hash");
     uint32_t leaves = 0, tokens = 0;
+    uint64_t at = 0;
     for (uint32_t i = 0; i < header->roots; i++) {
-        const loci_node *root = loci_pair_root(blob, i);
+        const loci_root *root = loci_pair_root(blob, i);
         bool ok = root->begin == leaves && root->count >= 1 &&
                   root->count <= LOCI_ROOT_LEAVES_MAX && root->count <= header->leaves - leaves &&
                   root->tokens >= root->count && root->tokens <= header->tokens - tokens &&
-                  node_scales_ok(root);
+                  root->tokens <= LOCI_ROOT_TOKENS_MAX && root->block * 8ull == at &&
+                  node_scales_ok(loci_pair_root_node(blob, i));
         if (!ok) return loci_fail(err, LOCI_E_CORRUPT, "roots: root %u is out of range", i);
         leaves += root->count;
         tokens += root->tokens;
+        at += loci_block_bytes(header->head_dim, root->count, root->tokens);
     }
-    if (leaves != header->leaves || tokens != header->tokens)
+    if (leaves != header->leaves || tokens != header->tokens || at != header->block_bytes)
         return loci_fail(err, LOCI_E_CORRUPT, "roots: they cover %u of %u leaves", leaves,
                          header->leaves);
     return LOCI_OK;
 }
 
-loci_status loci_pair_check_leaves(const uint8_t *blob, uint32_t root_index, uint32_t first_slot,
-                                   loci_error *err) {
+loci_status loci_pair_check_roots(const uint8_t *blob, loci_error *err) {
     const loci_pair_header *header = loci_pair_header_of(blob);
-    const loci_node *root = loci_pair_root(blob, root_index);
-    size_t stride = loci_node_stride(header->head_dim);
-    const uint8_t *nodes = blob + header->leaves_at + root->begin * stride;
-    if (loci_hash_bytes(nodes, root->count * stride) != root->hash_index)
-        return loci_fail(err, LOCI_E_CORRUPT, "leaves of root %u: wrong hash", root_index);
+    size_t bytes = header->roots * (sizeof(loci_root) + loci_node_stride(header->head_dim));
+    if (loci_hash_bytes(blob + header->roots_at, bytes) != header->hash_roots)
+        return loci_fail(err, LOCI_E_CORRUPT, "roots: wrong hash");
+    return check_root_ranges(blob, err);
+}
+
+loci_status loci_pair_check_block(const uint8_t *blob, uint32_t root_index, uint32_t first_slot,
+                                  loci_error *err) {
+    const loci_root *root = loci_pair_root(blob, root_index);
+    const loci_leaf *leaves = loci_root_leaves(blob, root);
+    size_t bytes = loci_block_bytes(loci_pair_header_of(blob)->head_dim, root->count, root->tokens);
+    if (loci_hash_bytes(leaves, bytes) != root->hash_block)
+        return loci_fail(err, LOCI_E_CORRUPT, "block of root %u: wrong hash", root_index);
     uint32_t at = first_slot, end = first_slot + root->tokens;
-    for (uint32_t i = root->begin; i < root->begin + root->count; i++) {
-        const loci_node *leaf = loci_pair_leaf(blob, i);
+    for (uint32_t i = 0; i < root->count; i++) {
+        const loci_leaf *leaf = &leaves[i];
         bool ok = leaf->begin == at && leaf->count >= 1 && leaf->count <= LOCI_LEAF_TOKENS_MAX &&
-                  leaf->count == leaf->tokens && leaf->count <= end - at && node_scales_ok(leaf);
-        if (!ok) return loci_fail(err, LOCI_E_CORRUPT, "leaves: leaf %u is out of range", i);
+                  leaf->count <= end - at;
+        if (!ok)
+            return loci_fail(err, LOCI_E_CORRUPT, "block of root %u: leaf %u is out of range",
+                             root_index, i);
         at += leaf->count;
     }
     if (at != end)
-        return loci_fail(err, LOCI_E_CORRUPT, "leaves of root %u do not cover its tokens",
+        return loci_fail(err, LOCI_E_CORRUPT, "block of root %u does not cover its tokens",
                          root_index);
     return LOCI_OK;
 }
 
-bool loci_leaf_check_codes(const uint8_t *blob, const loci_node *leaf) {
-    size_t bytes = leaf->count * loci_code_stride(loci_pair_header_of(blob)->head_dim);
-    return loci_hash_bytes(loci_leaf_codes(blob, leaf), bytes) == leaf->hash_index;
+loci_status loci_pair_check_leaf_nodes(const uint8_t *blob, uint32_t root_index, loci_error *err) {
+    const loci_root *root = loci_pair_root(blob, root_index);
+    size_t stride = loci_node_stride(loci_pair_header_of(blob)->head_dim);
+    const loci_node *first = loci_pair_leaf_node(blob, root->begin);
+    if (loci_hash_bytes(first, root->count * stride) != root->hash_nodes)
+        return loci_fail(err, LOCI_E_CORRUPT, "leaf nodes of root %u: wrong hash", root_index);
+    for (uint32_t i = 0; i < root->count; i++)
+        if (!node_scales_ok(loci_pair_leaf_node(blob, root->begin + i)))
+            return loci_fail(err, LOCI_E_CORRUPT, "leaf nodes of root %u: leaf %u is out of range",
+                             root_index, i);
+    return LOCI_OK;
 }
 
-bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_node *leaf) {
+bool loci_leaf_check_codes(const uint8_t *blob, const loci_leaf *leaf) {
+    size_t bytes = leaf->count * loci_code_stride(loci_pair_header_of(blob)->head_dim);
+    return loci_hash_bytes(loci_leaf_codes(blob, leaf), bytes) == leaf->hash_codes;
+}
+
+bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_leaf *leaf) {
     return loci_hash_bytes(loci_leaf_kv_hashes(blob, leaf), leaf->count * sizeof(uint64_t)) ==
            leaf->hash_kv;
 }
@@ -160,7 +190,8 @@ loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes, uint64_t h
     LOCI_TRY(loci_pair_check_roots(blob, err));
     uint32_t slot = 0;
     for (uint32_t i = 0; i < loci_pair_header_of(blob)->roots; i++) {
-        LOCI_TRY(loci_pair_check_leaves(blob, i, slot, err));
+        LOCI_TRY(loci_pair_check_block(blob, i, slot, err));
+        LOCI_TRY(loci_pair_check_leaf_nodes(blob, i, err));
         slot += loci_pair_root(blob, i)->tokens;
     }
     return LOCI_OK;
@@ -176,14 +207,22 @@ static loci_status check_own_header(const uint8_t *blob, uint64_t bytes, loci_er
     return loci_pair_open_check(blob, bytes, loci_pair_header_hash(blob, header->head_dim), err);
 }
 
+/* Leaf `index`; *root, the root before or at it, moves on. */
+static const loci_leaf *leaf_at(const uint8_t *blob, uint32_t index, uint32_t *root) {
+    while (loci_pair_root(blob, *root)->begin + loci_pair_root(blob, *root)->count <= index)
+        (*root)++;
+    const loci_root *at = loci_pair_root(blob, *root);
+    return loci_root_leaves(blob, at) + (index - at->begin);
+}
+
 loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
                                      const uint32_t *segment_begin, uint32_t segments, uint16_t *k,
                                      uint16_t *v, loci_error *err) {
     LOCI_TRY(check_own_header(blob, bytes, err));
     const loci_pair_header *header = loci_pair_header_of(blob);
     uint32_t dim = header->head_dim;
-    for (uint32_t i = 0; i < header->leaves; i++) {
-        const loci_node *leaf = loci_pair_leaf(blob, i);
+    for (uint32_t i = 0, root = 0; i < header->leaves; i++) {
+        const loci_leaf *leaf = leaf_at(blob, i, &root);
         if (!loci_leaf_check_codes(blob, leaf))
             return loci_fail(err, LOCI_E_CORRUPT, "codes of leaf %u: wrong hash", i);
         if (!loci_leaf_check_kv_hashes(blob, leaf))
@@ -212,8 +251,8 @@ loci_status loci_pair_live(const uint8_t *blob, uint64_t bytes, const uint8_t *s
     LOCI_TRY(check_own_header(blob, bytes, err));
     const loci_pair_header *header = loci_pair_header_of(blob);
     memset(bitmap, 0, (header->tokens + 63u) / 64u * sizeof *bitmap);
-    for (uint32_t i = 0; i < header->leaves; i++) {
-        const loci_node *leaf = loci_pair_leaf(blob, i);
+    for (uint32_t i = 0, root = 0; i < header->leaves; i++) {
+        const loci_leaf *leaf = leaf_at(blob, i, &root);
         if (!loci_leaf_check_codes(blob, leaf))
             return loci_fail(err, LOCI_E_CORRUPT, "codes of leaf %u: wrong hash", i);
         for (uint32_t j = 0; j < leaf->count; j++) {

@@ -2,10 +2,11 @@
  *
  * Where things stand in a pair blob, and the checks that come before every use of them.
  *
- * The offsets of a blob follow from (head_dim, tokens, leaves, roots, position codes) alone;
- * a header that says otherwise is refused, so that an accessor needs no bounds of its own once
- * the header is checked. Nodes are checked level by level: loci_pair_check_roots gives ranges
- * that loci_pair_check_leaves may trust, and so on. All functions are pure and thread-safe.
+ * The offsets of a blob follow from (head_dim, tokens, leaves, roots, bytes of root blocks,
+ * position codes) alone; a header that says otherwise is refused, so that an accessor needs no
+ * bounds of its own once the header is checked. The rest is checked level by level:
+ * loci_pair_check_roots gives ranges that loci_pair_check_block may trust, and so on. All
+ * functions are pure and thread-safe.
  */
 #ifndef LOCI_ATTENTION_INDEX_LAYOUT_H
 #define LOCI_ATTENTION_INDEX_LAYOUT_H
@@ -16,6 +17,7 @@
 
 typedef struct loci_pair_shape {
     uint32_t head_dim, tokens, leaves, roots;
+    uint64_t block_bytes; /* of all root blocks */
     bool position_codes;
 } loci_pair_shape;
 
@@ -33,6 +35,28 @@ static inline size_t loci_code_stride(uint32_t head_dim) {
     return head_dim / 2u + sizeof(uint32_t);
 }
 
+static inline uint32_t loci_sketch_parts(uint32_t head_dim) {
+    return head_dim / LOCI_SKETCH_CHANNELS;
+}
+
+/* Floats of the codebook. */
+static inline size_t loci_sketch_book(uint32_t head_dim) {
+    return (size_t)head_dim * LOCI_SKETCH_WORDS;
+}
+
+/* Bytes of the sketches of one group. */
+static inline size_t loci_sketch_group(uint32_t head_dim) {
+    return (size_t)loci_sketch_parts(head_dim) * (LOCI_SKETCH_GROUP / 2u);
+}
+
+static inline uint32_t loci_sketch_groups(uint32_t tokens) {
+    return (tokens + LOCI_SKETCH_GROUP - 1) / LOCI_SKETCH_GROUP;
+}
+
+static inline size_t loci_block_bytes(uint32_t head_dim, uint32_t leaves, uint32_t tokens) {
+    return leaves * sizeof(loci_leaf) + loci_sketch_groups(tokens) * loci_sketch_group(head_dim);
+}
+
 static inline const loci_pair_header *loci_pair_header_of(const uint8_t *blob) {
     return (const void *)blob;
 }
@@ -45,14 +69,33 @@ static inline const float *loci_pair_code_scale(const uint8_t *blob) {
     return loci_pair_mean(blob) + loci_pair_header_of(blob)->head_dim;
 }
 
-static inline const loci_node *loci_pair_root(const uint8_t *blob, uint32_t index) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    return (const void *)(blob + header->roots_at + index * loci_node_stride(header->head_dim));
+static inline const float *loci_pair_codebook(const uint8_t *blob) {
+    return loci_pair_code_scale(blob) + loci_pair_header_of(blob)->head_dim;
 }
 
-static inline const loci_node *loci_pair_leaf(const uint8_t *blob, uint32_t index) {
+static inline const loci_root *loci_pair_root(const uint8_t *blob, uint32_t index) {
+    return (const loci_root *)(const void *)(blob + loci_pair_header_of(blob)->roots_at) + index;
+}
+
+static inline const loci_node *loci_pair_root_node(const uint8_t *blob, uint32_t index) {
     const loci_pair_header *header = loci_pair_header_of(blob);
-    return (const void *)(blob + header->leaves_at + index * loci_node_stride(header->head_dim));
+    return (const void *)(blob + header->roots_at + header->roots * sizeof(loci_root) +
+                          index * loci_node_stride(header->head_dim));
+}
+
+static inline const loci_node *loci_pair_leaf_node(const uint8_t *blob, uint32_t index) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    return (const void *)(blob + header->leaf_nodes_at +
+                          index * loci_node_stride(header->head_dim));
+}
+
+/* The leaves of a root. */
+static inline const loci_leaf *loci_root_leaves(const uint8_t *blob, const loci_root *root) {
+    return (const void *)(blob + loci_pair_header_of(blob)->blocks_at + root->block * 8u);
+}
+
+static inline const uint8_t *loci_root_sketches(const uint8_t *blob, const loci_root *root) {
+    return (const uint8_t *)(loci_root_leaves(blob, root) + root->count);
 }
 
 static inline const int8_t *loci_node_centroid(const loci_node *node) {
@@ -63,17 +106,17 @@ static inline const uint8_t *loci_node_variance(const loci_node *node, uint32_t 
     return (const uint8_t *)(node + 1) + head_dim;
 }
 
-static inline const uint8_t *loci_leaf_codes(const uint8_t *blob, const loci_node *leaf) {
+static inline const uint8_t *loci_leaf_codes(const uint8_t *blob, const loci_leaf *leaf) {
     const loci_pair_header *header = loci_pair_header_of(blob);
     return blob + header->codes_at + leaf->begin * loci_code_stride(header->head_dim);
 }
 
-static inline const uint32_t *loci_leaf_slots(const uint8_t *blob, const loci_node *leaf) {
+static inline const uint32_t *loci_leaf_slots(const uint8_t *blob, const loci_leaf *leaf) {
     size_t codes = (size_t)leaf->count * (loci_pair_header_of(blob)->head_dim / 2u);
     return (const void *)(loci_leaf_codes(blob, leaf) + codes);
 }
 
-static inline const uint64_t *loci_leaf_kv_hashes(const uint8_t *blob, const loci_node *leaf) {
+static inline const uint64_t *loci_leaf_kv_hashes(const uint8_t *blob, const loci_leaf *leaf) {
     return (const uint64_t *)(const void *)(blob + loci_pair_header_of(blob)->kv_hashes_at) +
            leaf->begin;
 }
@@ -95,13 +138,16 @@ LOCI_MUST_CHECK loci_status loci_pair_check_header(const uint8_t *blob, uint64_t
                                                    uint64_t header_hash, loci_error *err);
 /* The roots' hash, and that they cover leaves and tokens in order. After check_header. */
 LOCI_MUST_CHECK loci_status loci_pair_check_roots(const uint8_t *blob, loci_error *err);
-/* The hash of the leaf nodes of one root, and that they cover its tokens in order from slot
+/* The hash of the block of one root, and that its leaves cover its tokens in order from slot
  * first_slot (the sum of the tokens of the roots before it). After check_roots. */
-LOCI_MUST_CHECK loci_status loci_pair_check_leaves(const uint8_t *blob, uint32_t root,
-                                                   uint32_t first_slot, loci_error *err);
+LOCI_MUST_CHECK loci_status loci_pair_check_block(const uint8_t *blob, uint32_t root,
+                                                  uint32_t first_slot, loci_error *err);
+/* The hash of the nodes of a root's leaves. After check_roots. */
+LOCI_MUST_CHECK loci_status loci_pair_check_leaf_nodes(const uint8_t *blob, uint32_t root,
+                                                       loci_error *err);
 /* Single parts of a leaf that is already checked; false = damaged. */
-bool loci_leaf_check_codes(const uint8_t *blob, const loci_node *leaf);
-bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_node *leaf);
+bool loci_leaf_check_codes(const uint8_t *blob, const loci_leaf *leaf);
+bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_leaf *leaf);
 static inline bool loci_slot_check_kv(const uint8_t *blob, uint32_t slot, uint64_t expected) {
     size_t bytes = 4u * (size_t)loci_pair_header_of(blob)->head_dim;
     return loci_hash_bytes(loci_slot_kv(blob, slot), bytes) == expected;

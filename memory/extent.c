@@ -68,13 +68,6 @@ void loci_extent_name(const uint8_t id[LOCI_EXTENT_ID_BYTES], char name[LOCI_EXT
     name[2 * LOCI_EXTENT_ID_BYTES] = 0;
 }
 
-/* The canonical form is big-endian: its last eight bytes are the low half. */
-static uint64_t seed_of(const uint8_t id[LOCI_EXTENT_ID_BYTES], uint32_t pair) {
-    uint64_t low = 0;
-    for (int i = 8; i < 16; i++) low = low << 8 | id[i];
-    return low + pair;
-}
-
 /* --- Writing ---------------------------------------------------------------------------- */
 
 static loci_status fail_io(loci_error *err, const char *what, const char *path) {
@@ -119,7 +112,7 @@ static loci_status slots_of_positions(const loci_builder *builder, uint32_t **ou
 
 /* Writes all pair blobs from *end on, appending their directory entries. */
 static loci_status write_pairs(int fd, const char *path, const loci_builder *builder,
-                               const uint8_t *id, struct loci_pool *pool, const loci_cancel *cancel,
+                               struct loci_pool *pool, const loci_cancel *cancel,
                                loci_buf *directory, uint64_t *end, loci_error *err) {
     uint32_t *slots = NULL;
     LOCI_TRY(slots_of_positions(builder, &slots, err));
@@ -132,7 +125,6 @@ static loci_status write_pairs(int fd, const char *path, const loci_builder *bui
             goto out;
         }
         loci_pair_build_options options = {
-            .seed = seed_of(id, pair),
             .position_codes = pair / builder->geometry.kv_heads == builder->geometry.ranking_layer,
         };
         uint64_t hash;
@@ -184,8 +176,7 @@ static loci_status write_file(int fd, const char *path, const loci_builder *buil
     loci_status status = LOCI_OK;
     encode_segments(builder, &table);
     uint64_t end = segments_at + table.len;
-    LOCI_TRY_GOTO(write_pairs(fd, path, builder, out->id, pool, cancel, &directory, &end, err),
-                  out);
+    LOCI_TRY_GOTO(write_pairs(fd, path, builder, pool, cancel, &directory, &end, err), out);
     out->file_bytes = align_up(end);
     encode_header(builder, out, segments_at, table.failed ? 0 : XXH3_64bits(table.data, table.len),
                   &head);

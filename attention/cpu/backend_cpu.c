@@ -193,6 +193,7 @@ const loci_backend_ops loci_backend_cpu = {
     .sample = loci_cpu_sample,
     .lookup_create = loci_cpu_lookup_create,
     .lookup_free = loci_cpu_lookup_free,
+    .lookup_account = loci_cpu_lookup_account,
     .lookup_begin = loci_cpu_lookup_begin,
     .score_nodes = loci_cpu_score_nodes,
     .score_codes = loci_cpu_score_codes,

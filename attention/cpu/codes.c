@@ -21,7 +21,7 @@ static bool place_tokens(loci_lookup *lookup, uint32_t kv_head) {
     for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
         const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
         for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-            const loci_node *root = loci_pair_root(pair->blob, i);
+            const loci_root *root = loci_pair_root(pair->blob, i);
             uint32_t r = pair->root_base + i;
             for (size_t x = head->entry_begin[r]; x < head->entry_begin[r + 1]; x++) {
                 head->token_at[x] = tokens;
@@ -29,7 +29,7 @@ static bool place_tokens(loci_lookup *lookup, uint32_t kv_head) {
                 masks += lookup_count_bits(head->leaf_mask[x]);
                 for (uint32_t l = 0; scores && l < root->count; l++) {
                     if (!(head->leaf_mask[x] >> l & 1)) continue;
-                    const loci_node *leaf = loci_pair_leaf(pair->blob, root->begin + l);
+                    const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
                     tokens += (size_t)leaf->count * lookup->group;
                 }
             }
@@ -91,7 +91,7 @@ void loci_score_codes_tile(const loci_corpus_kernels *kernels, const loci_folded
 /* One leaf for all rows that keep it. */
 static void score_leaf(const loci_lookup *lookup, lookup_head *head, const lookup_pair *pair,
                        const loci_folded *folded, const float *mean_terms, uint32_t root,
-                       uint32_t bit, const loci_node *leaf) {
+                       uint32_t bit, const loci_leaf *leaf) {
     size_t begin = head->entry_begin[root], end = head->entry_begin[root + 1];
     uint8_t codes[LOCI_LEAF_TOKENS_MAX * LOCI_HEAD_DIM_MAX];
     float scores[LOCI_LEAF_TOKENS_MAX * LOCI_LANES];
@@ -132,7 +132,7 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
                     lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim,
                     lookup->vectors, lookup->dim, loci_pair_code_scale(pair->blob));
     for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-        const loci_node *root = loci_pair_root(pair->blob, i);
+        const loci_root *root = loci_pair_root(pair->blob, i);
         uint32_t r = pair->root_base + i;
         uint64_t kept = 0;
         for (size_t e = head->entry_begin[r]; e < head->entry_begin[r + 1]; e++) {
@@ -141,7 +141,7 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
         }
         for (uint32_t l = 0; l < root->count; l++) {
             if (!(kept >> l & 1)) continue;
-            const loci_node *leaf = loci_pair_leaf(pair->blob, root->begin + l);
+            const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
             if (!loci_leaf_check_codes(pair->blob, leaf)) {
                 lookup_fault(pair, "codes of leaf", root->begin + l);
                 return;

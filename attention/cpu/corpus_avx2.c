@@ -159,7 +159,52 @@ static void add_values(float *o, float keep, const float *weight, const float *v
     }
 }
 
+/* Even and odd tokens, summed apart in 16 bits, to their order. */
+static inline void store_tokens(uint16_t *out, __m128i even, __m128i odd) {
+    _mm_storeu_si128((void *)out, _mm_unpacklo_epi16(even, odd));
+    _mm_storeu_si128((void *)(out + 8), _mm_unpackhi_epi16(even, odd));
+}
+
+/* count is a constant where this is inlined, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const uint8_t *group,
+                                                            uint32_t parts,
+                                                            const uint8_t *const *table,
+                                                            uint32_t count) {
+    const __m256i low = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
+    __m256i even[LOCI_SKETCH_VECTORS], odd[LOCI_SKETCH_VECTORS];
+    for (uint32_t v = 0; v < count; v++) even[v] = odd[v] = _mm256_setzero_si256();
+    for (uint32_t p = 0; p < parts; p++) {
+        __m128i words = _mm_loadu_si128((const void *)(group + p * 16));
+        __m256i index = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(words, 4), words), low);
+        for (uint32_t v = 0; v < count; v++) {
+            __m128i entries = _mm_loadu_si128((const void *)(table[v] + p * 16));
+            __m256i values = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
+            even[v] = _mm256_add_epi16(even[v], _mm256_and_si256(values, byte));
+            odd[v] = _mm256_add_epi16(odd[v], _mm256_srli_epi16(values, 8));
+        }
+    }
+    for (uint32_t v = 0; v < count; v++, out += LOCI_ROOT_TOKENS_MAX) {
+        store_tokens(out, _mm256_castsi256_si128(even[v]), _mm256_castsi256_si128(odd[v]));
+        store_tokens(out + 16, _mm256_extracti128_si256(even[v], 1),
+                     _mm256_extracti128_si256(odd[v], 1));
+    }
+}
+
+static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
+                        const uint8_t *const *table, uint32_t count) {
+    for (uint32_t g = 0; g < groups; g++, out += 32, sketches += (size_t)parts * 16) {
+        switch (count) {
+        case 1: sum_group(out, sketches, parts, table, 1); break;
+        case 2: sum_group(out, sketches, parts, table, 2); break;
+        case 3: sum_group(out, sketches, parts, table, 3); break;
+        default: sum_group(out, sketches, parts, table, 4); break;
+        }
+    }
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
+    .sketch_sums = sketch_sums,
+    .masked_top = body_masked_top,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = body_unpack,

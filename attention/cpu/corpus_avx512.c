@@ -134,7 +134,65 @@ static void add_values(float *o, float keep, const float *weight, const float *v
     }
 }
 
+/* Even and odd tokens of two parts, summed apart in 16 bits, to their order. */
+static inline void store_tokens(uint16_t *out, __m256i even, __m256i odd) {
+    __m128i e = _mm_add_epi16(_mm256_castsi256_si128(even), _mm256_extracti128_si256(even, 1));
+    __m128i o = _mm_add_epi16(_mm256_castsi256_si128(odd), _mm256_extracti128_si256(odd, 1));
+    _mm_storeu_si128((void *)out, _mm_unpacklo_epi16(e, o));
+    _mm_storeu_si128((void *)(out + 8), _mm_unpackhi_epi16(e, o));
+}
+
+/* Two parts at a time: their tokens 0-15, then their tokens 16-31. count is a constant where this
+ * is inlined, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const uint8_t *group,
+                                                            uint32_t parts,
+                                                            const uint8_t *const *table,
+                                                            uint32_t count) {
+    const __m512i low = _mm512_set1_epi8(15), byte = _mm512_set1_epi16(255);
+    __m512i even[LOCI_SKETCH_VECTORS], odd[LOCI_SKETCH_VECTORS];
+    for (uint32_t v = 0; v < count; v++) even[v] = odd[v] = _mm512_setzero_si512();
+    for (uint32_t p = 0; p < parts; p += 2) {
+        __m256i words = _mm256_loadu_si256((const void *)(group + p * 16));
+        __m512i both =
+            _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
+        __m512i index = _mm512_and_si512(both, low);
+        for (uint32_t v = 0; v < count; v++) {
+            __m256i entries = _mm256_loadu_si256((const void *)(table[v] + p * 16));
+            __m512i values = _mm512_shuffle_epi8(_mm512_broadcast_i64x4(entries), index);
+            even[v] = _mm512_add_epi16(even[v], _mm512_and_si512(values, byte));
+            odd[v] = _mm512_add_epi16(odd[v], _mm512_srli_epi16(values, 8));
+        }
+    }
+    for (uint32_t v = 0; v < count; v++, out += LOCI_ROOT_TOKENS_MAX) {
+        store_tokens(out, _mm512_castsi512_si256(even[v]), _mm512_castsi512_si256(odd[v]));
+        store_tokens(out + 16, _mm512_extracti64x4_epi64(even[v], 1),
+                     _mm512_extracti64x4_epi64(odd[v], 1));
+    }
+}
+
+static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
+                        const uint8_t *const *table, uint32_t count) {
+    for (uint32_t g = 0; g < groups; g++, out += 32, sketches += (size_t)parts * 16) {
+        switch (count) {
+        case 1: sum_group(out, sketches, parts, table, 1); break;
+        case 2: sum_group(out, sketches, parts, table, 2); break;
+        case 3: sum_group(out, sketches, parts, table, 3); break;
+        default: sum_group(out, sketches, parts, table, 4); break;
+        }
+    }
+}
+
+static uint16_t masked_top(const uint16_t *sum, uint32_t mask) {
+    __m512i all = _mm512_maskz_loadu_epi16(mask, sum);
+    __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    __m128i part = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    __m128i least = _mm_minpos_epu16(_mm_xor_si128(part, _mm_set1_epi16(-1)));
+    return (uint16_t)~_mm_extract_epi16(least, 0);
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
+    .sketch_sums = sketch_sums,
+    .masked_top = masked_top,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = unpack,

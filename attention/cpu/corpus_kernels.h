@@ -8,16 +8,18 @@
  * fixed order without horizontal adds. Block b of an int8 operand is [dim / 4][16][4] bytes,
  * of an f32 operand [dim][16] floats.
  *
- * Estimates (dot_u8, exp_sub, sum) give the same bits on every instruction set: integers, and
- * elementwise f32 without contraction. Exact attention (dot_f32, add_values) uses fused
- * multiply-add where there is one and agrees to rounding. Pure functions, no state.
+ * Estimates (dot_u8, sketch_sums, exp_sub, sum) give the same bits on every instruction set:
+ * integers, and elementwise f32 without contraction. Exact attention (dot_f32, add_values) uses
+ * fused multiply-add where there is one and agrees to rounding. Pure functions, no state.
  */
 #ifndef LOCI_ATTENTION_CPU_CORPUS_KERNELS_H
 #define LOCI_ATTENTION_CPU_CORPUS_KERNELS_H
 
 #include "attention/cpu/cpu.h"
+#include "attention/index.h"
 
 #define LOCI_LANES 16u
+#define LOCI_SKETCH_VECTORS 4u /* looked up together */
 
 /* What turns the integer dots of one node into scores, for 16 lanes. */
 typedef struct loci_node_terms {
@@ -49,6 +51,14 @@ typedef struct loci_corpus_kernels {
     void (*softmax_lanes)(float *logits, uint32_t n, loci_lane_softmax *state);
     /* Two channels a byte to one a byte; n rows of dim. */
     void (*unpack)(uint8_t *out, const uint8_t *codes, size_t channels);
+    /* out[v * LOCI_ROOT_TOKENS_MAX + 32 g + t] = sum over parts p of
+     * table[v][p][word of token t of group g], for v < count <= LOCI_SKETCH_VECTORS; sketches as in
+     * index.h, 4 <= parts <= 64 and a multiple of 4. */
+    void (*sketch_sums)(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
+                        const uint8_t *const *table, uint32_t count);
+    /* The highest of sum[i] over the set bits i of mask; 0 if there is none. sum[0 .. 32) is
+     * readable. */
+    uint16_t (*masked_top)(const uint16_t *sum, uint32_t mask);
     /* out[i] = exp(x[i] - sub); 0 below -87. out may be x. */
     void (*exp_sub)(float *out, const float *x, size_t n, float sub);
     /* Sum and maximum; sixteen partial results, joined in order. */

@@ -115,6 +115,15 @@ static void body_widen(float *out, const uint16_t *bf16, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = loci_bf16_to_f32(bf16[i]);
 }
 
+static inline uint16_t body_masked_top(const uint16_t *sum, uint32_t mask) {
+    uint16_t top = 0;
+    for (; mask; mask &= mask - 1) {
+        uint16_t value = sum[__builtin_ctz(mask)];
+        top = value > top ? value : top;
+    }
+    return top;
+}
+
 static void body_unpack(uint8_t *out, const uint8_t *codes, size_t channels) {
     for (size_t i = 0; i < channels / 2; i++) {
         out[2 * i] = codes[i] & 15u;

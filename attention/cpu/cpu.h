@@ -7,6 +7,7 @@
 #define LOCI_ATTENTION_CPU_CPU_H
 
 #include "attention/backend.h"
+#include "base/half.h"
 #include "base/pool.h"
 
 /* Ordered: a higher level includes the lower ones. */
@@ -36,8 +37,10 @@ typedef struct loci_cpu {
     char description[96];
     const struct loci_cpu_kernels *kernels; /* of isa */
     struct loci_dnnl *dnnl;                 /* NULL: own kernels only */
-    loci_cpu_scratch *thread_scratch; /* one for each pool thread; inside pool tasks only, which
-                                         are exclusive: the pool runs one loop at a time */
+    loci_cpu_scratch *thread_scratch;    /* one for each pool thread; inside pool tasks only, which
+                                            are exclusive: the pool runs one loop at a time */
+    loci_lookup_memory_fn lookup_memory; /* NULL: not counted */
+    void *lookup_memory_ctx;
 } loci_cpu;
 
 struct loci_stream {
@@ -66,40 +69,6 @@ void *loci_cpu_scratch_get(loci_cpu_scratch *scratch, size_t bytes);
 typedef void (*loci_cpu_rows_fn)(void *arg, uint32_t begin, uint32_t end);
 void loci_cpu_for_rows(loci_stream *stream, uint32_t rows, size_t row_cost, loci_cpu_rows_fn fn,
                        void *arg);
-
-static inline float loci_bf16_to_f32(uint16_t value) {
-    union {
-        uint32_t u;
-        float f;
-    } bits = {(uint32_t)value << 16};
-    return bits.f;
-}
-
-/* Round to nearest even; NaN stays NaN. */
-static inline uint16_t loci_f32_to_bf16(float value) {
-    union {
-        float f;
-        uint32_t u;
-    } bits = {value};
-    if ((bits.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits.u >> 16) | 0x40u);
-    return (uint16_t)((bits.u + 0x7fffu + ((bits.u >> 16) & 1u)) >> 16);
-}
-
-/* IEEE 754 half precision; exact. */
-static inline float loci_f16_to_f32(uint16_t value) {
-    uint32_t sign = (uint32_t)(value & 0x8000u) << 16, rest = value & 0x7fffu;
-    union {
-        uint32_t u;
-        float f;
-    } bits;
-    if (rest < 0x400u) { /* zero and subnormal: rest * 2^-24 */
-        bits.f = (float)rest * 0x1.0p-24f;
-        bits.u |= sign;
-    } else {
-        bits.u = sign | ((rest << 13) + (rest >= 0x7c00u ? 0x70000000u : 0x38000000u));
-    }
-    return bits.f;
-}
 
 /* Entries of the table, by file. gemm.c */
 loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
@@ -132,6 +101,7 @@ void loci_cpu_sample(loci_stream *stream, loci_ref ids, loci_ref logprob, loci_r
 /* lookup.c and its parts */
 loci_status loci_cpu_lookup_create(loci_backend *self, loci_lookup **out, loci_error *err);
 void loci_cpu_lookup_free(loci_backend *self, loci_lookup *lookup);
+void loci_cpu_lookup_account(loci_backend *self, loci_lookup_memory_fn fn, void *ctx);
 void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup,
                            const struct loci_corpus_view *corpus, uint32_t retrieval_layer,
                            loci_ref q, uint32_t q_stride, uint32_t rows, uint32_t q_heads,

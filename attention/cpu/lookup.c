@@ -9,6 +9,16 @@
 #include <string.h>
 
 #define CHUNK_BYTES ((size_t)1 << 20)
+#define KEEP_BYTES ((size_t)8 << 20) /* never given back before the look-up is freed */
+
+static void arena_clear(loci_lookup *lookup) {
+    lookup_arena *arena = &lookup->arena;
+    loci_cpu *cpu = lookup->cpu;
+    for (size_t i = 0; i < arena->count; i++) free(arena->chunks[i].data);
+    if (cpu->lookup_memory && arena->bytes > 0)
+        (void)cpu->lookup_memory(cpu->lookup_memory_ctx, -(int64_t)arena->bytes, NULL);
+    arena->count = arena->bytes = 0;
+}
 
 loci_status loci_cpu_lookup_create(loci_backend *self, loci_lookup **out, loci_error *err) {
     loci_lookup *lookup = calloc(1, sizeof *lookup);
@@ -22,22 +32,66 @@ loci_status loci_cpu_lookup_create(loci_backend *self, loci_lookup **out, loci_e
 void loci_cpu_lookup_free(loci_backend *self, loci_lookup *lookup) {
     (void)self;
     if (!lookup) return;
-    for (size_t i = 0; i < lookup->arena.count; i++) free(lookup->arena.chunks[i].data);
+    arena_clear(lookup);
     free(lookup->arena.chunks);
     free(lookup);
 }
 
-static bool arena_grow(lookup_arena *arena, size_t bytes) {
+void loci_cpu_lookup_account(loci_backend *self, loci_lookup_memory_fn fn, void *ctx) {
+    loci_cpu *cpu = self->ctx;
+    cpu->lookup_memory = fn;
+    cpu->lookup_memory_ctx = ctx;
+}
+
+/* Twice the last chunk, or as much as is needed where so much is refused. */
+static bool arena_grow(loci_lookup *lookup, size_t bytes) {
+    lookup_arena *arena = &lookup->arena;
+    loci_cpu *cpu = lookup->cpu;
+    loci_error refusal;
     size_t size = arena->count ? arena->chunks[arena->count - 1].bytes : CHUNK_BYTES / 2;
     size = size < (size_t)1 << 28 ? size * 2 : size;
     if (size < bytes) size = bytes;
+    if (bytes > INT64_MAX) return false;
     lookup_chunk *chunks = realloc(arena->chunks, (arena->count + 1) * sizeof *chunks);
     if (!chunks) return false;
     arena->chunks = chunks;
+    if (cpu->lookup_memory) {
+        loci_status status = cpu->lookup_memory(cpu->lookup_memory_ctx, (int64_t)size, &refusal);
+        if (status != LOCI_OK && size > bytes) {
+            size = bytes;
+            status = cpu->lookup_memory(cpu->lookup_memory_ctx, (int64_t)size, &refusal);
+        }
+        if (status != LOCI_OK) {
+            arena->refusal = refusal;
+            return false;
+        }
+    }
     void *data = NULL;
-    if (posix_memalign(&data, 64, size) != 0) return false;
+    if (posix_memalign(&data, 64, size) != 0) {
+        if (cpu->lookup_memory)
+            (void)cpu->lookup_memory(cpu->lookup_memory_ctx, -(int64_t)size, NULL);
+        return false;
+    }
     chunks[arena->count++] = (lookup_chunk){data, size};
+    arena->bytes += size;
     return true;
+}
+
+static size_t arena_used(const lookup_arena *arena) {
+    size_t used = arena->used;
+    for (size_t i = 0; i < arena->current; i++) used += arena->chunks[i].bytes;
+    return used;
+}
+
+/* Everything is free again. Chunks far larger than what recent look-ups used are given back. */
+static void arena_reset(loci_lookup *lookup) {
+    lookup_arena *arena = &lookup->arena;
+    size_t used = arena_used(arena);
+    arena->recent -= arena->recent / 16;
+    if (used > arena->recent) arena->recent = used;
+    if (arena->bytes > KEEP_BYTES && arena->bytes / 4 > arena->recent) arena_clear(lookup);
+    arena->current = arena->used = 0;
+    arena->refusal.status = LOCI_OK;
 }
 
 void *lookup_alloc(loci_lookup *lookup, size_t bytes) {
@@ -48,7 +102,7 @@ void *lookup_alloc(loci_lookup *lookup, size_t bytes) {
         arena->current++;
         arena->used = 0;
     }
-    if (arena->current == arena->count && !arena_grow(arena, bytes)) return NULL;
+    if (arena->current == arena->count && !arena_grow(lookup, bytes)) return NULL;
     void *at = arena->chunks[arena->current].data + arena->used;
     arena->used += bytes;
     return at;
@@ -65,8 +119,12 @@ bool lookup_scratch(loci_lookup *lookup, size_t floats) {
 }
 
 void lookup_no_memory(loci_stream *stream, loci_lookup *lookup) {
+    const loci_error *refusal = &lookup->arena.refusal;
     lookup->ready = false;
-    loci_cpu_fail(stream, LOCI_E_NOMEM, "no memory for a look-up of %u rows", lookup->rows);
+    if (refusal->status == LOCI_OK)
+        loci_cpu_fail(stream, LOCI_E_NOMEM, "no memory for a look-up of %u rows", lookup->rows);
+    else if (stream->error.status == LOCI_OK)
+        stream->error = *refusal;
 }
 
 void lookup_fault(lookup_pair *pair, const char *part, uint32_t index) {
@@ -229,6 +287,7 @@ void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup, const loci_
                            uint32_t retrieval_layer, loci_ref q, uint32_t q_stride, uint32_t rows,
                            uint32_t q_heads, float scale, loci_ref steady_lse,
                            const loci_select_params *params) {
+    arena_reset(lookup);
     lookup_arena arena = lookup->arena;
     *lookup = (loci_lookup){
         .cpu = lookup->cpu,
@@ -244,7 +303,6 @@ void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup, const loci_
         .dim = corpus->head_dim,
         .arena = arena,
     };
-    lookup->arena.current = lookup->arena.used = 0;
     LOCI_ASSERT(rows > 0 && q_heads % corpus->kv_heads == 0 && q_heads > 0);
     if (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0)
         lookup->mode = LOCI_MODE_DENSE;
@@ -384,7 +442,7 @@ static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
     count_live(lookup);
     if (!lookup->ready || !reserve_choices(stream, lookup, most_roots)) return;
     lookup_run_rows(lookup, lookup_keep_roots_task);
-    if (!make_all_entries(stream, lookup)) return;
+    if (!make_all_entries(stream, lookup) || !lookup_prepare_sketches(stream, lookup)) return;
     lookup_run_pairs(stream, lookup, lookup_leaf_task);
     if (!lookup->ready || !reserve_choices(stream, lookup, most_choices(lookup, false))) return;
     lookup_run_rows(lookup, lookup_keep_leaves_task);
@@ -418,12 +476,12 @@ static void select_whole_leaves(void *arg, size_t index, unsigned thread) {
     const lookup_pair *pair = &lookup->pairs[index];
     lookup_head *head = &lookup->heads[pair->kv_head];
     for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-        const loci_node *root = loci_pair_root(pair->blob, i);
+        const loci_root *root = loci_pair_root(pair->blob, i);
         size_t entry = head->entry_begin[pair->root_base + i];
         uint32_t *mask = head->token_mask + head->mask_at[entry];
         for (uint32_t l = 0; l < root->count; l++) {
             if (!(head->leaf_mask[entry] >> l & 1)) continue;
-            const loci_node *leaf = loci_pair_leaf(pair->blob, root->begin + l);
+            const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
             *mask++ = lookup_live_bits(pair->live, leaf->begin, leaf->count);
         }
     }
@@ -462,11 +520,11 @@ static void add_row_selected(const loci_lookup *lookup, uint32_t extent, uint32_
         uint32_t r = pair->root_base + i;
         if (!shared && !head->root_kept[(size_t)row * head->roots + r]) continue;
         size_t entry = lookup_entry_of(head, r, shared ? 0 : row);
-        const loci_node *root = loci_pair_root(pair->blob, i);
+        const loci_root *root = loci_pair_root(pair->blob, i);
         const uint32_t *mask = head->token_mask + head->mask_at[entry];
         for (uint32_t l = 0; l < root->count; l++) {
             if (!(head->leaf_mask[entry] >> l & 1)) continue;
-            uint32_t first = loci_pair_leaf(pair->blob, root->begin + l)->begin;
+            uint32_t first = loci_root_leaves(pair->blob, root)[l].begin;
             add_selected(pair, extent, row, first, *mask++, selected, capacity, count);
         }
     }

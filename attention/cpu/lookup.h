@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The state of one look-up on the CPU, shared by lookup.c (begin, stages, export), nodes.c
- * (scores of roots and leaves), codes.c (of tokens), select.c (what is kept), squeeze.c (the rule
- * of Squeezed Attention), sparse.c (attention) and rank.c (segments).
+ * (scores of roots), sketches.c (of leaves), codes.c (of tokens), select.c (what is kept),
+ * squeeze.c (the rule of Squeezed Attention), sparse.c (attention) and rank.c (segments).
  *
  * One lookup_head for each KV head. Its roots are numbered over all extents, extent by extent.
  * An "entry" is a root kept by one row (or, where all rows share one set, by all of them, and then
@@ -25,6 +25,9 @@ typedef struct lookup_chunk {
 typedef struct lookup_arena {
     lookup_chunk *chunks;
     size_t count, current, used;
+    size_t bytes;       /* of all chunks */
+    size_t recent;      /* what recent look-ups used at most, fading */
+    loci_error refusal; /* status OK, or why the chunks could not grow */
 } lookup_arena;
 
 typedef struct lookup_pair {
@@ -77,11 +80,12 @@ struct loci_lookup {
     float *q, *q_lanes, *q_scale, *qq_scale;
     int8_t *q_codes, *qq_codes;
     int32_t *q_sum, *qq_sum;
-    float *steady;      /* [kv_heads][vectors] */
-    lookup_pair *pairs; /* [extents][kv_heads] */
-    lookup_head *heads; /* [kv_heads] */
-    float *task_terms;  /* [pairs][blocks * 16]: q.mean */
-    uint8_t *folded;    /* [threads][code_stride]: queries with a pair's code scales */
+    float *steady;               /* [kv_heads][vectors] */
+    lookup_pair *pairs;          /* [extents][kv_heads] */
+    lookup_head *heads;          /* [kv_heads] */
+    float *task_terms;           /* [pairs][blocks * 16]: q.mean */
+    struct sketch_table *tables; /* [threads][vectors]: of the pair at work */
+    uint8_t *folded;             /* [threads][code_stride]: queries with a pair's code scales */
     size_t code_stride;
     float **scratch; /* [threads] */
     lookup_arena arena;
@@ -157,6 +161,11 @@ void lookup_leaf_task(void *arg, size_t index, unsigned thread);
 void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
                        uint32_t block, float *out);
+/* sketches.c: tables of one pair, then the leaves of one of its roots for all rows that keep it. */
+bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup);
+void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair, unsigned thread);
+void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root,
+                           unsigned thread);
 /* codes.c */
 bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup);
 void lookup_code_task(void *arg, size_t index, unsigned thread);

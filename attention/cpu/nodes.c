@@ -1,15 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Estimated mass of roots and leaves: log(live tokens) + q.c + (q * q).var / 2, in 8-bit integers.
+ * Estimated mass of roots, log(live tokens) + q.c + (q * q).var / 2, in 8-bit integers; what a
+ * look-up must know of the leaves of kept roots.
  */
 #include <math.h>
 #include <string.h>
 
 #include "attention/cpu/lookup.h"
 
-#define TILE 64u /* nodes scored together; no root has more leaves */
-
-_Static_assert(LOCI_ROOT_LEAVES_MAX <= TILE, "the leaves of a root are one tile");
+#define TILE 64u /* nodes scored together */
 
 void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
@@ -68,7 +67,7 @@ void lookup_root_task(void *arg, size_t index, unsigned thread) {
     lookup_head *head = &lookup->heads[pair->kv_head];
     const loci_pair_header *header = loci_pair_header_of(pair->blob);
     if (loci_pair_check_roots(pair->blob, &pair->error) != LOCI_OK) return;
-    pair->stats.root_bytes += header->roots * loci_node_stride(lookup->dim);
+    pair->stats.root_bytes += header->roots * (sizeof(loci_root) + loci_node_stride(lookup->dim));
     uint32_t *live = head->root_live + pair->root_base, first = 0;
     for (uint32_t i = 0; i < header->roots; i++) {
         uint32_t tokens = loci_pair_root(pair->blob, i)->tokens;
@@ -83,7 +82,7 @@ void lookup_root_task(void *arg, size_t index, unsigned thread) {
         uint32_t count = header->roots - i < TILE ? header->roots - i : TILE;
         for (uint32_t b = 0; b < lookup->blocks; b++) {
             float scores[TILE * LOCI_LANES];
-            lookup_score_tile(lookup, pair, loci_pair_root(pair->blob, i), count, live + i,
+            lookup_score_tile(lookup, pair, loci_pair_root_node(pair->blob, i), count, live + i,
                               mean_terms, b, scores);
             for (uint32_t l = 0; l < LOCI_LANES && b * LOCI_LANES + l < lookup->vectors; l++) {
                 float *out = head->root_score + (size_t)(b * LOCI_LANES + l) * head->roots;
@@ -94,53 +93,32 @@ void lookup_root_task(void *arg, size_t index, unsigned thread) {
     }
 }
 
-/* The leaves of one root for all rows that keep it. */
-static void score_leaves(const loci_lookup *lookup, const lookup_pair *pair, lookup_head *head,
-                         uint32_t root, const loci_node *node, const float *mean_terms) {
-    size_t begin = head->entry_begin[root], end = head->entry_begin[root + 1];
-    uint32_t size[TILE];
-    for (uint32_t l = 0; l < node->count; l++) size[l] = head->leaf_live[head->leaf_at[root] + l];
-    for (uint32_t b = 0; b < lookup->blocks; b++) {
-        size_t first, last;
-        float scores[TILE * LOCI_LANES];
-        lookup_block_entries(lookup, head, begin, end, b, &first, &last);
-        if (first == last) continue;
-        lookup_score_tile(lookup, pair, loci_pair_leaf(pair->blob, node->begin), node->count, size,
-                          mean_terms, b, scores);
-        for (size_t e = first; e < last; e++) {
-            for (uint32_t j = 0; j < lookup->group; j++) {
-                uint32_t vector = head->entry_row[e] * lookup->group + j;
-                if (vector / LOCI_LANES != b) continue;
-                float *out = head->leaf_score + head->score_at[e] + (size_t)j * node->count;
-                for (uint32_t l = 0; l < node->count; l++)
-                    out[l] = scores[l * LOCI_LANES + vector % LOCI_LANES];
-            }
-        }
-    }
-}
-
 /* All leaves of the roots of one pair that some row keeps. */
 void lookup_leaf_task(void *arg, size_t index, unsigned thread) {
-    (void)thread;
     loci_lookup *lookup = arg;
     lookup_pair *pair = &lookup->pairs[index];
     lookup_head *head = &lookup->heads[pair->kv_head];
-    const float *mean_terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
+    bool sketches = lookup->mode == LOCI_MODE_HIERARCHICAL;
+    if (sketches) lookup_make_tables(lookup, pair, thread);
     for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-        uint32_t root = pair->root_base + i;
-        size_t begin = head->entry_begin[root];
-        if (begin == head->entry_begin[root + 1]) continue;
-        if (loci_pair_check_leaves(pair->blob, i, head->root_first[root], &pair->error) != LOCI_OK)
+        uint32_t r = pair->root_base + i;
+        size_t begin = head->entry_begin[r];
+        if (begin == head->entry_begin[r + 1]) continue;
+        if (loci_pair_check_block(pair->blob, i, head->root_first[r], &pair->error) != LOCI_OK)
             return;
-        const loci_node *node = loci_pair_root(pair->blob, i);
-        pair->stats.leaf_bytes += node->count * loci_node_stride(lookup->dim);
-        uint8_t *live = head->leaf_live + head->leaf_at[root];
-        for (uint32_t l = 0; l < node->count; l++) {
-            const loci_node *leaf = loci_pair_leaf(pair->blob, node->begin + l);
-            live[l] = (uint8_t)live_tokens(pair->live, leaf->begin, leaf->count);
+        const loci_root *root = loci_pair_root(pair->blob, i);
+        const loci_leaf *leaves = loci_root_leaves(pair->blob, root);
+        pair->stats.leaf_bytes += loci_block_bytes(lookup->dim, root->count, root->tokens);
+        uint8_t *live = head->leaf_live + head->leaf_at[r];
+        for (uint32_t l = 0; l < root->count; l++) {
+            live[l] = (uint8_t)live_tokens(pair->live, leaves[l].begin, leaves[l].count);
             if (lookup->mode == LOCI_MODE_DENSE && live[l]) head->leaf_mask[begin] |= 1ull << l;
         }
-        if (lookup->mode == LOCI_MODE_HIERARCHICAL)
-            score_leaves(lookup, pair, head, root, node, mean_terms);
+        if (sketches) {
+            lookup_score_sketches(lookup, pair, i, thread);
+        } else if (lookup->mode == LOCI_MODE_SQUEEZED) {
+            if (loci_pair_check_leaf_nodes(pair->blob, i, &pair->error) != LOCI_OK) return;
+            pair->stats.leaf_bytes += root->count * loci_node_stride(lookup->dim);
+        }
     }
 }

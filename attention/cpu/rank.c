@@ -298,11 +298,11 @@ static void add_tokens(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
             if (!head->root_kept[(size_t)row * head->roots + r]) continue;
             size_t entry = lookup_entry_of(head, r, row);
             size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
-            const loci_node *root = loci_pair_root(pair->blob, i);
+            const loci_root *root = loci_pair_root(pair->blob, i);
             const float *score = head->token_score + head->token_at[entry] + j * tokens;
             for (uint32_t l = 0; l < root->count; l++) {
                 if (!(head->leaf_mask[entry] >> l & 1)) continue;
-                const loci_node *leaf = loci_pair_leaf(pair->blob, root->begin + l);
+                const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
                 const uint32_t *slots = loci_leaf_slots(pair->blob, leaf);
                 float weight[LOCI_LEAF_TOKENS_MAX];
                 lookup->kernels->exp_sub(weight, score, leaf->count, max);

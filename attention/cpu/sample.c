@@ -13,24 +13,19 @@
 
 #include "attention/cpu/cpu.h"
 #include "attention/cpu/kernels.h"
+#include "base/rng.h"
 
 typedef struct candidate {
     float weight;
     uint32_t id;
 } candidate;
 
-/* Finalizer of splitmix64 (Steele, Lea and Flood, 2014). */
-static uint64_t mix(uint64_t z) {
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 /* Uniform in [0, 1), 53 bits. */
 static double draw(const loci_sample_params *params, uint32_t row) {
-    const uint64_t gamma = 0x9e3779b97f4a7c15u;
-    uint64_t state = mix(params->seed + gamma) + gamma * (params->step + 1);
-    return (double)(mix(mix(state) + gamma * ((uint64_t)row + 1)) >> 11) * 0x1.0p-53;
+    uint64_t state = loci_rng_mix(params->seed + LOCI_RNG_GAMMA);
+    state = loci_rng_mix(state + LOCI_RNG_GAMMA * (params->step + 1));
+    state = loci_rng_mix(state + LOCI_RNG_GAMMA * ((uint64_t)row + 1));
+    return (double)(state >> 11) * 0x1.0p-53;
 }
 
 static bool before(candidate a, candidate b) {

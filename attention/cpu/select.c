@@ -205,7 +205,7 @@ typedef struct entry_walk {
     const lookup_head *head;
     uint32_t kv_head, row, extent, root;
     const lookup_pair *pair;
-    const loci_node *node;
+    const loci_root *node;
     size_t entry;
 } entry_walk;
 
@@ -290,7 +290,7 @@ void lookup_select_task(void *arg, size_t index, unsigned thread) {
         uint32_t *mask = head->token_mask + head->mask_at[walk.entry];
         for (uint32_t l = 0; l < walk.node->count; l++) {
             if (!(head->leaf_mask[walk.entry] >> l & 1)) continue;
-            uint32_t count = loci_pair_leaf(walk.pair->blob, walk.node->begin + l)->count;
+            uint32_t count = loci_root_leaves(walk.pair->blob, walk.node)[l].count;
             uint32_t bits = 0;
             for (uint32_t t = 0; t < count; t++) bits |= (uint32_t)c.taken[at + t] << t;
             *mask++ = bits;

@@ -17,7 +17,7 @@
 typedef struct leaf_work {
     loci_lookup *lookup;
     lookup_pair *pair;
-    const loci_node *leaf;
+    const loci_leaf *leaf;
     uint32_t root, bit;    /* number of the root among the head's; of the leaf in the root */
     uint32_t n;            /* tokens that some row needs */
     uint8_t index[TOKENS]; /* their places in the leaf */
@@ -136,14 +136,14 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
     w.lookup = lookup;
     w.pair = pair;
     for (uint32_t i = 0; i < roots; i++) {
-        const loci_node *root = loci_pair_root(pair->blob, i);
+        const loci_root *root = loci_pair_root(pair->blob, i);
         w.root = pair->root_base + i;
         for (w.bit = 0; w.bit < root->count; w.bit++) {
             uint32_t all = 0;
             for (size_t e = head->entry_begin[w.root]; e < head->entry_begin[w.root + 1]; e++)
                 if (head->leaf_mask[e] >> w.bit & 1) all |= mask_of(head, e, w.bit);
             if (!all) continue;
-            w.leaf = loci_pair_leaf(pair->blob, root->begin + w.bit);
+            w.leaf = &loci_root_leaves(pair->blob, root)[w.bit];
             if (!load_tokens(&w, all, values)) return;
             if (values) {
                 size_t hashes = w.leaf->count * sizeof(uint64_t);
@@ -222,8 +222,8 @@ static void add_root_tail(attend_job *job, size_t index) {
         size_t root = pair->root_base + i;
         (void)widen_means(pair, lookup, i, n, 0, means);
         for (uint32_t b = 0; b < lookup->blocks; b++) {
-            low_mass_tile(lookup, pair, loci_pair_root(pair->blob, i), n, head->root_live + root, b,
-                          logits);
+            low_mass_tile(lookup, pair, loci_pair_root_node(pair->blob, i), n,
+                          head->root_live + root, b, logits);
             for (uint32_t x = 0; x < n * LOCI_LANES; x++) {
                 uint32_t row = (b * LOCI_LANES + x % LOCI_LANES) / lookup->group;
                 if (row >= lookup->rows ||
@@ -249,7 +249,7 @@ static float unselected_mass(const float *score, uint32_t count, uint32_t mask) 
 /* What the leaves of a root leave unread, for one entry and head; both arrays [leaf][16] from the
  * lane. mass: of whole leaves. */
 static void leaf_tail_logits(const lookup_head *head, const lookup_pair *pair,
-                             const loci_node *root, size_t entry, uint32_t j, uint32_t group,
+                             const loci_root *root, size_t entry, uint32_t j, uint32_t group,
                              const float *mass, float *logits) {
     size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / group;
     const float *score = head->token_score + head->token_at[entry] + j * tokens;
@@ -259,7 +259,7 @@ static void leaf_tail_logits(const lookup_head *head, const lookup_pair *pair,
             logits[l * LOCI_LANES] = mass[l * LOCI_LANES];
             continue;
         }
-        uint32_t count = loci_pair_leaf(pair->blob, root->begin + l)->count;
+        uint32_t count = loci_root_leaves(pair->blob, root)[l].count;
         logits[l * LOCI_LANES] = unselected_mass(score, count, *mask++);
         score += count;
     }
@@ -275,11 +275,13 @@ static void add_leaf_tail(attend_job *job, size_t index) {
     float logits[LOCI_ROOT_LEAVES_MAX * LOCI_LANES], mass[LOCI_ROOT_LEAVES_MAX * LOCI_LANES];
     uint32_t live[LOCI_ROOT_LEAVES_MAX];
     for (uint32_t i = 0; i < header->roots; i++) {
-        const loci_node *root = loci_pair_root(pair->blob, i);
+        const loci_root *root = loci_pair_root(pair->blob, i);
         size_t begin = head->entry_begin[pair->root_base + i];
         size_t end = head->entry_begin[pair->root_base + i + 1];
         if (begin == end) continue;
-        if (!widen_means(pair, lookup, header->roots + root->begin, root->count, root->hash_kv,
+        if (loci_pair_check_leaf_nodes(pair->blob, i, &pair->error) != LOCI_OK) return;
+        pair->stats.tail_bytes += root->count * loci_node_stride(lookup->dim);
+        if (!widen_means(pair, lookup, header->roots + root->begin, root->count, root->hash_values,
                          means)) {
             lookup_fault(pair, "value means of root", i);
             return;
@@ -290,8 +292,8 @@ static void add_leaf_tail(attend_job *job, size_t index) {
             size_t first, last;
             lookup_block_entries(lookup, head, begin, end, b, &first, &last);
             if (first == last) continue;
-            low_mass_tile(lookup, pair, loci_pair_leaf(pair->blob, root->begin), root->count, live,
-                          b, mass);
+            low_mass_tile(lookup, pair, loci_pair_leaf_node(pair->blob, root->begin), root->count,
+                          live, b, mass);
             for (uint32_t x = 0; x < root->count * LOCI_LANES; x++) logits[x] = -INFINITY;
             for (size_t e = first; e < last; e++) {
                 for (uint32_t j = 0; j < lookup->group; j++) {

@@ -35,7 +35,8 @@ static void walk_nodes(squeeze_job *job, size_t index, tile_fn fn) {
     float scores[TILE * LOCI_LANES];
     lookup_mean_terms(lookup, pair, terms);
     for (uint32_t i = 0, step; i < header->roots; i += step) {
-        const loci_node *root = loci_pair_root(pair->blob, i), *first = root;
+        const loci_root *root = loci_pair_root(pair->blob, i);
+        const loci_node *first = loci_pair_root_node(pair->blob, i);
         uint32_t live[TILE], count = root->count;
         size_t node = head->leaf_at[pair->root_base + i];
         step = 1;
@@ -44,7 +45,7 @@ static void walk_nodes(squeeze_job *job, size_t index, tile_fn fn) {
             node = pair->root_base + i;
             memcpy(live, head->root_live + node, count * sizeof *live);
         } else {
-            first = loci_pair_leaf(pair->blob, root->begin);
+            first = loci_pair_leaf_node(pair->blob, root->begin);
             for (uint32_t l = 0; l < count; l++) live[l] = head->leaf_live[node + l];
         }
         for (uint32_t b = 0; b < lookup->blocks; b++) {

@@ -308,13 +308,22 @@ const uint8_t *fixture_blob(const fixture *f, uint32_t layer, uint32_t extent, u
     return f->memory[extent] + f->views[extent].pair_at[layer * f->kv_heads + kv_head];
 }
 
+const loci_leaf *fixture_leaf(const uint8_t *blob, uint32_t index, uint32_t *root) {
+    uint32_t r = 0;
+    while (loci_pair_root(blob, r)->begin + loci_pair_root(blob, r)->count <= index) r++;
+    if (root) *root = r;
+    const loci_root *at = loci_pair_root(blob, r);
+    return loci_root_leaves(blob, at) + (index - at->begin);
+}
+
 uint32_t fixture_position(const fixture *f, uint32_t layer, uint32_t extent, uint32_t kv_head,
                           uint32_t slot) {
     const uint8_t *blob = fixture_blob(f, layer, extent, kv_head);
-    uint32_t leaf = 0;
-    while (loci_pair_leaf(blob, leaf)->begin + loci_pair_leaf(blob, leaf)->count <= slot) leaf++;
-    uint32_t word =
-        loci_leaf_slots(blob, loci_pair_leaf(blob, leaf))[slot - loci_pair_leaf(blob, leaf)->begin];
+    const loci_root *root = loci_pair_root(blob, 0);
+    for (uint32_t first = 0; first + root->tokens <= slot; root++) first += root->tokens;
+    const loci_leaf *leaf = loci_root_leaves(blob, root);
+    while (leaf->begin + leaf->count <= slot) leaf++;
+    uint32_t word = loci_leaf_slots(blob, leaf)[slot - leaf->begin];
     return f->segment_begin[f->views[extent].segment_base + LOCI_SLOT_SEGMENT(word)] +
            LOCI_SLOT_OFFSET(word);
 }

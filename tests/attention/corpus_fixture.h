@@ -12,7 +12,7 @@
 #ifndef LOCI_TESTS_ATTENTION_CORPUS_FIXTURE_H
 #define LOCI_TESTS_ATTENTION_CORPUS_FIXTURE_H
 
-#include "attention/index.h"
+#include "attention/index_layout.h"
 
 typedef struct fixture {
     loci_backend *backend;
@@ -57,6 +57,8 @@ loci_status fixture_build(fixture *f, const char *isa, unsigned threads, uint32_
 /* Marks segments (of extents) dead and makes the bitmaps. dead: one byte a segment. */
 loci_status fixture_kill(fixture *f, const uint8_t *dead, loci_error *err);
 void fixture_close(fixture *f);
+/* Leaf `index` of a blob, and its root. */
+const loci_leaf *fixture_leaf(const uint8_t *blob, uint32_t index, uint32_t *root);
 /* The global position of a slot. */
 uint32_t fixture_position(const fixture *f, uint32_t layer, uint32_t extent, uint32_t kv_head,
                           uint32_t slot);

@@ -101,6 +101,36 @@ static double node_estimate(const uint8_t *blob, const loci_node *node, const fl
            (variance ? spread * qq8.scale * (double)node->variance_scale : 0.0);
 }
 
+/* A table entry for each part and codeword; in float, as stated: the rounding must be the same. */
+static double sketch_estimate(const uint8_t *blob, uint32_t root_index, uint32_t slot,
+                              const float *q, uint32_t dim) {
+    const loci_root *root = loci_pair_root(blob, root_index);
+    const float *book = loci_pair_codebook(blob);
+    uint32_t parts = dim / 4, at = slot - loci_root_leaves(blob, root)->begin;
+    const uint8_t *group = loci_root_sketches(blob, root) + at / 32 * loci_sketch_group(dim);
+    float entry[64][16] = {{0}}, low[64] = {0}, widest = 0.0f;
+    double base = 0.0, sum = 0.0;
+    for (uint32_t p = 0; p < parts; p++) {
+        float high = -INFINITY;
+        low[p] = INFINITY;
+        for (uint32_t w = 0; w < 16; w++) {
+            for (uint32_t c = 0; c < 4; c++)
+                entry[p][w] += q[p * 4 + c] * book[(p * 4 + c) * 16 + w];
+            low[p] = fminf(low[p], entry[p][w]);
+            high = fmaxf(high, entry[p][w]);
+        }
+        widest = fmaxf(widest, high - low[p]);
+        base += (double)low[p];
+    }
+    for (uint32_t p = 0; p < parts && widest > 0.0f; p++) {
+        uint8_t byte = group[p * 16 + at % 16];
+        uint32_t word = at % 32 < 16 ? byte & 15 : byte >> 4;
+        sum += floor((double)((entry[p][word] - low[p]) * (255.0f / widest) + 0.5f));
+    }
+    return node_estimate(blob, loci_pair_root_node(blob, root_index), q, dim, false) + base +
+           (double)(widest / 255.0f) * sum;
+}
+
 static double token_estimate(const uint8_t *blob, const uint8_t *code, const float *q,
                              uint32_t dim) {
     float folded[LOCI_HEAD_DIM_MAX] = {0};
@@ -180,11 +210,12 @@ static void list_roots(const scene *s, list *roots, uint32_t *all, double *live)
         const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
         uint32_t slot = 0;
         for (uint32_t r = 0; r < loci_pair_header_of(blob)->roots; r++) {
-            const loci_node *root = loci_pair_root(blob, r);
+            const loci_root *root = loci_pair_root(blob, r);
+            const loci_node *node = loci_pair_root_node(blob, r);
             uint32_t n = count_live(s->f, s->layer, e, s->h, slot, root->tokens);
             item x = {.weight = 1, .extent = e, .node = r};
             for (uint32_t j = 0; j < s->g; j++)
-                x.s[j] = log((double)n) + node_estimate(blob, root, s->q[j], s->f->dim, true);
+                x.s[j] = log((double)n) + node_estimate(blob, node, s->q[j], s->f->dim, true);
             if (n) push(roots, x);
             slot += root->tokens;
             *live += n;
@@ -198,13 +229,18 @@ static void list_leaves(const scene *s, const list *roots, list *leaves) {
         if (!roots->items[i].taken) continue;
         uint32_t e = roots->items[i].extent;
         const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
-        const loci_node *root = loci_pair_root(blob, roots->items[i].node);
-        for (uint32_t l = root->begin; l < root->begin + root->count; l++) {
-            const loci_node *leaf = loci_pair_leaf(blob, l);
+        const loci_root *root = loci_pair_root(blob, roots->items[i].node);
+        for (uint32_t l = 0; l < root->count; l++) {
+            const loci_leaf *leaf = &loci_root_leaves(blob, root)[l];
             uint32_t n = count_live(s->f, s->layer, e, s->h, leaf->begin, leaf->count);
-            item x = {.weight = n, .extent = e, .node = l};
-            for (uint32_t j = 0; j < s->g; j++)
-                x.s[j] = log((double)n) + node_estimate(blob, leaf, s->q[j], s->f->dim, true);
+            item x = {.weight = n, .extent = e, .node = root->begin + l};
+            for (uint32_t j = 0; j < s->g; j++) {
+                x.s[j] = -INFINITY;
+                for (uint32_t t = leaf->begin; t < leaf->begin + leaf->count; t++)
+                    if (is_live(s->f, s->layer, e, s->h, t))
+                        x.s[j] = fmax(x.s[j], sketch_estimate(blob, roots->items[i].node, t,
+                                                              s->q[j], s->f->dim));
+            }
             if (n) push(leaves, x);
         }
     }
@@ -215,7 +251,7 @@ static void list_tokens(const scene *s, const list *leaves, list *tokens) {
         if (!leaves->items[i].taken) continue;
         uint32_t e = leaves->items[i].extent;
         const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
-        const loci_node *leaf = loci_pair_leaf(blob, leaves->items[i].node);
+        const loci_leaf *leaf = fixture_leaf(blob, leaves->items[i].node, NULL);
         for (uint32_t t = 0; t < leaf->count; t++) {
             if (!is_live(s->f, s->layer, e, s->h, leaf->begin + t)) continue;
             item x = {.weight = 1, .extent = e, .node = leaf->begin + t};
@@ -265,9 +301,10 @@ static void squeeze(const fixture *f, uint32_t layer, uint32_t h, uint32_t rows,
         const loci_pair_header *header = loci_pair_header_of(blob);
         uint32_t slot = 0;
         for (uint32_t i = 0; i < (level ? header->leaves : header->roots); i++) {
-            const loci_node *node = level ? loci_pair_leaf(blob, i) : loci_pair_root(blob, i);
-            uint32_t n = count_live(f, layer, e, h, slot, node->tokens);
-            slot += node->tokens;
+            uint32_t held =
+                level ? fixture_leaf(blob, i, NULL)->count : loci_pair_root(blob, i)->tokens;
+            uint32_t n = count_live(f, layer, e, h, slot, held);
+            slot += held;
             push(nodes, (item){.weight = n, .extent = e, .node = i});
         }
     }
@@ -279,7 +316,7 @@ static void squeeze(const fixture *f, uint32_t layer, uint32_t h, uint32_t rows,
             item *it = &nodes->items[i];
             const uint8_t *blob = fixture_blob(f, layer, it->extent, h);
             const loci_node *node =
-                level ? loci_pair_leaf(blob, it->node) : loci_pair_root(blob, it->node);
+                level ? loci_pair_leaf_node(blob, it->node) : loci_pair_root_node(blob, it->node);
             it->s[0] = node_estimate(blob, node, x, f->dim, false);
             if (it->weight) z = add_log(z, it->s[0] + log((double)it->weight));
         }
@@ -298,14 +335,14 @@ static void select_squeezed(const fixture *f, uint32_t layer, uint32_t h, uint32
     for (size_t r = 0; r < roots.count; r++) {
         const item *root = &roots.items[r];
         const uint8_t *blob = fixture_blob(f, layer, root->extent, h);
-        const loci_node *node = loci_pair_root(blob, root->node);
+        const loci_root *node = loci_pair_root(blob, root->node);
         if (!(root->p > (double)p->squeezed_threshold[0])) continue;
         for (size_t l = 0; l < leaves.count; l++) {
             const item *leaf = &leaves.items[l];
             bool under = leaf->extent == root->extent && leaf->node >= node->begin &&
                          leaf->node < node->begin + node->count;
             if (!under || !(leaf->p > (double)p->squeezed_threshold[1])) continue;
-            const loci_node *x = loci_pair_leaf(blob, leaf->node);
+            const loci_leaf *x = fixture_leaf(blob, leaf->node, NULL);
             for (uint32_t t = x->begin; t < x->begin + x->count; t++)
                 for (uint32_t row = 0; row < rows && is_live(f, layer, leaf->extent, h, t); row++)
                     chosen[(size_t)row * tokens + reference_index(f, leaf->extent, t)] = 1;

@@ -26,35 +26,48 @@ class Pair:
 
     def __init__(self, blob, live):
         magic, version, self.dim, self.tokens, leaves, roots = struct.unpack_from("<6I", blob)
-        assert magic == 0x5250434C and version == 1
-        at = struct.unpack_from("<Q7Q", blob, 32)
-        roots_at, leaves_at, codes_at = at[1], at[2], at[4]
+        assert magic == 0x5250434C and version == 2
+        at = struct.unpack_from("<6Q", blob, 32)
+        roots_at, blocks_at, leaf_nodes_at, codes_at = at[1], at[2], at[3], at[5]
         dim = self.dim
-        self.mean = np.frombuffer(blob, "<f4", dim, 128)
-        self.code_scale = np.frombuffer(blob, "<f4", dim, 128 + 4 * dim)
+        floats = np.frombuffer(blob, "<f4", 2 * dim + 16 * dim, 144)
+        self.mean, self.code_scale = floats[:dim], floats[dim : 2 * dim]
+        self.book = floats[2 * dim :].reshape(dim // 4, 4, 16)
         self.live = np.unpackbits(np.frombuffer(live, "u1"), bitorder="little")[: self.tokens] > 0
-        self.roots = self.nodes(blob, roots_at, roots)
-        self.leaves = self.nodes(blob, leaves_at, leaves)
+        self.roots, self.leaves = [], []
+        self.sketches = np.zeros((self.tokens, dim // 4), int)
+        self.root_of = np.zeros(self.tokens, int)
         self.codes = np.zeros((self.tokens, dim))
-        for leaf in self.leaves:
-            start = codes_at + leaf["begin"] * (dim // 2 + 4)
-            raw = np.frombuffer(blob, "u1", leaf["count"] * dim // 2, start).reshape(-1, dim // 2)
-            self.codes[leaf["begin"] : leaf["begin"] + leaf["count"], 0::2] = raw & 15
-            self.codes[leaf["begin"] : leaf["begin"] + leaf["count"], 1::2] = raw >> 4
-
-    def nodes(self, blob, at, count):
-        out = []
         first = 0
-        for i in range(count):
-            start = at + i * (40 + 2 * self.dim)
-            centroid_scale, variance_scale, begin, n, tokens = struct.unpack_from("<2f3I", blob, start)
-            centroid = np.frombuffer(blob, "i1", self.dim, start + 40).astype(float)
-            variance = np.frombuffer(blob, "u1", self.dim, start + 40 + self.dim).astype(float)
-            out.append({"begin": begin, "count": n, "c": centroid_scale * centroid,
-                        "var": variance_scale * variance,
-                        "live": int(self.live[first : first + tokens].sum())})
+        for r in range(roots):
+            begin, count, tokens, block = struct.unpack_from("<4I", blob, roots_at + 40 * r)
+            node = self.node(blob, roots_at + 40 * roots, r)
+            node.update(begin=begin, count=count, live=int(self.live[first : first + tokens].sum()))
+            self.roots.append(node)
+            block = blocks_at + 8 * block
+            for l in range(count):
+                slot, n = struct.unpack_from("<2I", blob, block + 24 * l)
+                leaf = self.node(blob, leaf_nodes_at, begin + l)
+                leaf.update(begin=slot, count=n, live=int(self.live[slot : slot + n].sum()))
+                self.leaves.append(leaf)
+                start = codes_at + slot * (dim // 2 + 4)
+                raw = np.frombuffer(blob, "u1", n * dim // 2, start).reshape(-1, dim // 2)
+                self.codes[slot : slot + n, 0::2] = raw & 15
+                self.codes[slot : slot + n, 1::2] = raw >> 4
+            groups = (tokens + 31) // 32
+            raw = np.frombuffer(blob, "u1", groups * dim * 4, block + 24 * count)
+            raw = raw.reshape(groups, dim // 4, 16)
+            words = np.concatenate([raw & 15, raw >> 4], axis=2).transpose(0, 2, 1)
+            self.sketches[first : first + tokens] = words.reshape(-1, dim // 4)[:tokens]
+            self.root_of[first : first + tokens] = r
             first += tokens
-        return out
+
+    def node(self, blob, at, index):
+        start = at + index * (8 + 2 * self.dim)
+        centroid_scale, variance_scale = struct.unpack_from("<2f", blob, start)
+        centroid = np.frombuffer(blob, "i1", self.dim, start + 8).astype(float)
+        variance = np.frombuffer(blob, "u1", self.dim, start + 8 + self.dim).astype(float)
+        return {"c": centroid_scale * centroid, "var": variance_scale * variance}
 
 
 def rounded(x):
@@ -74,6 +87,20 @@ def node_scores(q, pair, nodes, variance):
 def token_scores(q, pair, slots):
     base = q.astype(float) @ pair.mean.astype(float)
     return base + (pair.codes[slots] - 7.5) @ rounded(q * pair.code_scale)
+
+
+def sketch_scores(q, pair):
+    """Of all tokens; the table is rounded to 8 bits in float32 as stated."""
+    entry = np.zeros(pair.book.shape[::2], np.float32)
+    for c in range(4):
+        entry += q.reshape(-1, 4)[:, c, None] * pair.book[:, c]
+    low = entry.min(1, keepdims=True)
+    widest = np.float32((entry.max(1, keepdims=True) - low).max())
+    inverse = np.float32(255) / widest if widest > 0 else np.float32(0)
+    table = np.floor((entry - low) * inverse + np.float32(0.5)).astype(float)
+    sums = table[np.arange(len(table)), pair.sketches].sum(1)
+    roots = np.array(node_scores(q, pair, pair.roots, False))[pair.root_of]
+    return roots + low.astype(float).sum() + float(widest / np.float32(255)) * sums
 
 
 def log_sum(*parts):
@@ -105,6 +132,11 @@ def unkept(scores, taken, rest):
     return [log_sum(s[~taken], [r]) for s, r in zip(scores, rest)]
 
 
+def live_slots(pair, leaf):
+    slots = np.arange(pair.leaves[leaf]["begin"], pair.leaves[leaf]["begin"] + pair.leaves[leaf]["count"])
+    return slots[pair.live[slots]]
+
+
 def select_row(q, pairs, steady, par):
     """q [g][dim]; pairs of one KV head by extent. Yields (extent, slot)."""
     g, none = len(q), [-math.inf] * len(q)
@@ -120,9 +152,8 @@ def select_row(q, pairs, steady, par):
               for l in range(pairs[e].roots[r]["begin"],
                              pairs[e].roots[r]["begin"] + pairs[e].roots[r]["count"])
               if pairs[e].leaves[l]["live"]]
-    s = np.array([[math.log(pairs[e].leaves[l]["live"]) +
-                   node_scores(v, pairs[e], [pairs[e].leaves[l]], True)[0] for e, l in leaves]
-                  for v in q])
+    by_token = [[sketch_scores(v, pair) for pair in pairs] for v in q]
+    s = np.array([[of[e][live_slots(pairs[e], l)].max() for e, l in leaves] for of in by_token])
     p, _ = shares(s, rest, steady)
     weight = np.array([pairs[e].leaves[l]["live"] for e, l in leaves])
     most = math.ceil(par["leaf_tokens_share_max"] * sum(int(x.live.sum()) for x in pairs))

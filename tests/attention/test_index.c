@@ -17,7 +17,7 @@
 #include "attention/index_layout.h"
 #include "tests/attention/corpus_fixture.h"
 
-static const loci_pair_build_options options = {.seed = 1, .position_codes = true};
+static const loci_pair_build_options options = {.position_codes = true};
 
 static fixture make(uint32_t tokens, uint32_t dim, const char *isa, unsigned threads) {
     fixture f;
@@ -97,11 +97,11 @@ static void check_nodes(const uint8_t *blob) {
     const loci_pair_header *header = loci_pair_header_of(blob);
     uint32_t slot = 0;
     for (uint32_t r = 0; r < header->roots; r++) {
-        const loci_node *root = loci_pair_root(blob, r);
+        const loci_root *root = loci_pair_root(blob, r);
         uint32_t tokens = 0;
         assert_in_range(root->count, 1, LOCI_ROOT_LEAVES_MAX);
-        for (uint32_t l = root->begin; l < root->begin + root->count; l++) {
-            const loci_node *leaf = loci_pair_leaf(blob, l);
+        for (uint32_t l = 0; l < root->count; l++) {
+            const loci_leaf *leaf = &loci_root_leaves(blob, root)[l];
             assert_in_range(leaf->count, 1, LOCI_LEAF_TOKENS_MAX);
             assert_int_equal(leaf->begin, slot);
             slot += leaf->count;
@@ -178,7 +178,8 @@ static void test_nodes_and_codes_describe_keys(void **state) {
     const loci_pair_header *header = loci_pair_header_of(blob);
     double error = 0.0, total = 0.0;
     for (uint32_t l = 0; l < header->leaves; l++) {
-        const loci_node *leaf = loci_pair_leaf(blob, l);
+        const loci_leaf *leaf = fixture_leaf(blob, l, NULL);
+        const loci_node *node = loci_pair_leaf_node(blob, l);
         for (uint32_t i = 0; i < 32; i++) {
             double sum = 0.0, squares = 0.0;
             for (uint32_t t = 0; t < leaf->count; t++) {
@@ -194,13 +195,53 @@ static void test_nodes_and_codes_describe_keys(void **state) {
                 squares += x * x;
             }
             double mean = sum / leaf->count, variance = squares / leaf->count - mean * mean;
-            double centroid = (double)leaf->centroid_scale * loci_node_centroid(leaf)[i];
-            double stored = (double)leaf->variance_scale * loci_node_variance(leaf, 32)[i];
-            assert_true(fabs(centroid - mean) <= 0.51 * (double)leaf->centroid_scale + 1e-4);
-            assert_true(fabs(stored - variance) <= 0.51 * (double)leaf->variance_scale + 1e-3);
+            double centroid = (double)node->centroid_scale * loci_node_centroid(node)[i];
+            double stored = (double)node->variance_scale * loci_node_variance(node, 32)[i];
+            assert_true(fabs(centroid - mean) <= 0.51 * (double)node->centroid_scale + 1e-4);
+            assert_true(fabs(stored - variance) <= 0.51 * (double)node->variance_scale + 1e-3);
         }
     }
     if (error / total > 0.02) fail_msg("codes lose %.4f of the variance", error / total);
+    fixture_close(&f);
+}
+
+/* Each token's sketch is the nearest codeword of every run of channels to what its key differs from
+ * its root's centroid, and codewords describe most of that. */
+static void test_sketches_are_the_nearest_codewords(void **state) {
+    (void)state;
+    enum { DIM = 32, PARTS = DIM / LOCI_SKETCH_CHANNELS };
+    fixture f = make(2003, DIM, NULL, 1);
+    const uint8_t *blob = f.memory[0];
+    double error = 0.0, total = 0.0;
+    for (uint32_t r = 0; r < loci_pair_header_of(blob)->roots; r++) {
+        const loci_root *root = loci_pair_root(blob, r);
+        const loci_node *node = loci_pair_root_node(blob, r);
+        const uint8_t *sketches = loci_root_sketches(blob, root);
+        uint32_t first = loci_root_leaves(blob, root)->begin;
+        for (uint32_t i = 0; i < root->tokens * PARTS; i++) {
+            uint32_t t = i / PARTS, p = i % PARTS, in_group = t % 32;
+            const float *book = loci_pair_codebook(blob) + (size_t)p * 4 * 16;
+            uint8_t byte = sketches[t / 32 * loci_sketch_group(DIM) + p * 16 + in_group % 16];
+            uint32_t word = in_group < 16 ? byte & 15 : byte >> 4;
+            double distance[16] = {0}, best = INFINITY;
+            for (uint32_t c = 0; c < 4; c++) {
+                uint32_t channel = p * 4 + c;
+                double x = (double)loci_bf16_to_f32(loci_slot_kv(blob, first + t)[channel]) -
+                           (double)loci_pair_mean(blob)[channel] -
+                           (double)node->centroid_scale * loci_node_centroid(node)[channel];
+                total += x * x;
+                for (uint32_t w = 0; w < 16; w++) {
+                    double off = x - (double)book[c * 16 + w];
+                    distance[w] += off * off;
+                }
+            }
+            for (uint32_t w = 0; w < 16; w++) best = fmin(best, distance[w]);
+            if (distance[word] > best + 1e-4)
+                fail_msg("root %u, token %u, part %u: word %u is not the nearest", r, t, p, word);
+            error += distance[word];
+        }
+    }
+    if (error / total > 0.5) fail_msg("sketches lose %.3f of the variance", error / total);
     fixture_close(&f);
 }
 
@@ -219,9 +260,10 @@ static void test_every_section_detects_flipped_bits(void **state) {
         bool opens; /* open_check does not read it */
         bool reads; /* nor does read_positions */
     } parts[] = {
-        {0, sizeof header + 2 * 4 * 16, false, false},
-        {header.roots_at, header.roots * loci_node_stride(16), false, false},
-        {header.leaves_at, header.leaves * loci_node_stride(16), false, false},
+        {0, sizeof header + 4 * (2 * 16 + loci_sketch_book(16)), false, false},
+        {header.roots_at, header.roots * (sizeof(loci_root) + loci_node_stride(16)), false, false},
+        {header.blocks_at, header.block_bytes, false, false},
+        {header.leaf_nodes_at, header.leaves * loci_node_stride(16), false, false},
         {header.value_means_at, (header.roots + header.leaves) * 32, true, true},
         {header.codes_at, 700 * loci_code_stride(16), true, false},
         {header.kv_hashes_at, 700 * 8, true, false},
@@ -263,12 +305,18 @@ static uint64_t reseal(uint8_t *blob) {
     loci_pair_header *header = (void *)blob;
     size_t stride = loci_node_stride(header->head_dim);
     for (uint32_t r = 0; r < header->roots; r++) {
-        loci_node *root = (void *)(blob + header->roots_at + r * stride);
-        if (root->begin <= header->leaves && root->count <= header->leaves - root->begin)
-            root->hash_index = loci_hash_bytes(blob + header->leaves_at + root->begin * stride,
-                                               root->count * stride);
+        loci_root *root = (loci_root *)(void *)(blob + header->roots_at) + r;
+        if (root->begin > header->leaves || root->count > header->leaves - root->begin ||
+            root->tokens > header->tokens)
+            continue;
+        root->hash_nodes =
+            loci_hash_bytes(loci_pair_leaf_node(blob, root->begin), root->count * stride);
+        root->hash_block =
+            loci_hash_bytes(loci_root_leaves(blob, root),
+                            loci_block_bytes(header->head_dim, root->count, root->tokens));
     }
-    header->hash_roots = loci_hash_bytes(blob + header->roots_at, header->roots * stride);
+    header->hash_roots =
+        loci_hash_bytes(blob + header->roots_at, header->roots * (sizeof(loci_root) + stride));
     return loci_pair_header_hash(blob, header->head_dim);
 }
 
@@ -282,9 +330,10 @@ static void test_hostile_ranges_are_refused(void **state) {
     memcpy(copy, blob, bytes);
     const loci_pair_header header = *loci_pair_header_of(blob);
     loci_error err;
-    for (int part = 0; part < 12; part++) {
-        loci_node *root = (loci_node *)(uintptr_t)loci_pair_root(blob, header.roots - 1);
-        loci_node *leaf = (loci_node *)(uintptr_t)loci_pair_leaf(blob, header.leaves - 1);
+    for (int part = 0; part < 14; part++) {
+        loci_root *root = (loci_root *)(uintptr_t)loci_pair_root(blob, header.roots - 1);
+        loci_leaf *leaf = (loci_leaf *)(uintptr_t)fixture_leaf(blob, header.leaves - 1, NULL);
+        loci_node *node = (loci_node *)(uintptr_t)loci_pair_leaf_node(blob, header.leaves - 1);
         loci_pair_header *head = (void *)blob;
         switch (part) {
         case 0: root->begin++; break;
@@ -292,15 +341,17 @@ static void test_hostile_ranges_are_refused(void **state) {
         case 2: root->tokens = UINT32_MAX; break;
         case 3: root->count = 0; break;
         case 4: leaf->begin = 700; break;
-        case 5: leaf->count = leaf->tokens = 33; break;
+        case 5: leaf->count = 33; break;
         case 6: leaf->count = 0; break;
-        case 7: leaf->centroid_scale = NAN; break;
-        case 8: head->kv_at += 128; break;
-        case 9: head->tokens = 32768; break;
-        case 10: head->head_dim = 128; break;
+        case 7: node->centroid_scale = NAN; break;
+        case 8: root->block++; break;
+        case 9: ((float *)(void *)(head + 1))[40] = INFINITY; break; /* of the codebook */
+        case 10: head->kv_at += 128; break;
+        case 11: head->tokens = 32768; break;
+        case 12: head->head_dim = 128; break;
         default: head->roots = 0; break;
         }
-        uint64_t hash = part < 8 ? reseal(blob) : loci_pair_header_hash(blob, 16);
+        uint64_t hash = part < 10 ? reseal(blob) : loci_pair_header_hash(blob, 16);
         if (loci_pair_open_check(blob, bytes, hash, &err) != LOCI_E_CORRUPT)
             fail_msg("change %d was accepted", part);
         memcpy(blob, copy, bytes);
@@ -316,6 +367,7 @@ int main(void) {
         cmocka_unit_test(test_degenerate_keys),
         cmocka_unit_test(test_build_refuses_bad_input),
         cmocka_unit_test(test_nodes_and_codes_describe_keys),
+        cmocka_unit_test(test_sketches_are_the_nearest_codewords),
         cmocka_unit_test(test_every_section_detects_flipped_bits),
         cmocka_unit_test(test_hostile_ranges_are_refused),
     };

@@ -397,7 +397,8 @@ static void test_damage_is_named_or_unread(void **state) {
     const loci_pair_header header = *loci_pair_header_of(s.f.memory[0]);
     const uint64_t begins[] = {0,
                                header.roots_at,
-                               header.leaves_at,
+                               header.blocks_at,
+                               header.leaf_nodes_at,
                                header.value_means_at,
                                header.codes_at,
                                header.kv_hashes_at,
@@ -433,7 +434,7 @@ static void test_hashes_of_tokens_are_vouched_for(void **state) {
     scene s = open_scene(usual);
     loci_select_params dense = {.mode = LOCI_MODE_DENSE};
     uint8_t *blob = s.f.memory[0];
-    const loci_node *leaf = loci_pair_leaf(blob, 5);
+    const loci_leaf *leaf = fixture_leaf(blob, 5, NULL);
     uint16_t *kv = (uint16_t *)(uintptr_t)loci_slot_kv(blob, leaf->begin);
     uint64_t *hash = (uint64_t *)(uintptr_t)loci_leaf_kv_hashes(blob, leaf);
     loci_error err;

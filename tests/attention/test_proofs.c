@@ -15,6 +15,7 @@
 #include <cmocka.h>
 
 #include "attention/index_layout.h"
+#include "base/half.h"
 #include "tests/attention/corpus_fixture.h"
 
 #define ROWS 5u
@@ -31,18 +32,10 @@ static const fixture_shape shapes[] = {
     {1, 3, 16, 3, 40, 11, 3, 0.5f, 14},
 };
 
-static float widen(uint16_t bits) {
-    union {
-        uint32_t u;
-        float f;
-    } value = {(uint32_t)bits << 16};
-    return value.f;
-}
-
 static void make_world(world *w, const fixture_shape *shape, uint32_t extent_tokens,
                        const char *isa) {
     loci_error err = {0};
-    loci_pair_build_options options = {.seed = shape->seed, .iterations = 4};
+    loci_pair_build_options options = {.iterations = 4};
     memset(w, 0, sizeof *w);
     fixture_generate(&w->f, shape);
     if (fixture_build(&w->f, isa, 2, extent_tokens, 0, &options, &err) != LOCI_OK)
@@ -58,7 +51,8 @@ static void make_world(world *w, const fixture_shape *shape, uint32_t extent_tok
         /* near some key, so that attention is neither flat nor a single token */
         const uint16_t *key = w->f.k[0] + fixture_random(&state) % shape->tokens * shape->dim;
         for (uint32_t d = 0; d < shape->dim; d++)
-            w->q[i * shape->dim + d] = 0.25f * widen(key[d]) + 0.1f * fixture_normal(&state);
+            w->q[i * shape->dim + d] =
+                0.25f * loci_bf16_to_f32(key[d]) + 0.1f * fixture_normal(&state);
         w->steady[i] = fixture_uniform(&state) * 2.0f - 1.0f;
     }
 }
@@ -97,7 +91,8 @@ static double oracle(const world *w, uint32_t layer, uint32_t row, uint32_t head
     for (uint32_t s = 0; s < f->segments; s++) {
         for (uint32_t t = f->segment_begin[s]; t < f->segment_begin[s + 1]; t++) {
             double dot = 0;
-            for (uint32_t d = 0; d < dim; d++) dot += (double)q[d] * (double)widen(k[t * dim + d]);
+            for (uint32_t d = 0; d < dim; d++)
+                dot += (double)q[d] * (double)loci_bf16_to_f32(k[t * dim + d]);
             logit[t] = dead && dead[s] ? -INFINITY : dot / sqrt((double)dim);
             most = logit[t] > most ? logit[t] : most;
         }
@@ -106,7 +101,8 @@ static double oracle(const world *w, uint32_t layer, uint32_t row, uint32_t head
     for (uint32_t t = 0; t < f->tokens; t++) {
         double weight = exp(logit[t] - most);
         sum += weight;
-        for (uint32_t d = 0; d < dim; d++) out[d] += weight * (double)widen(v[t * dim + d]);
+        for (uint32_t d = 0; d < dim; d++)
+            out[d] += weight * (double)loci_bf16_to_f32(v[t * dim + d]);
     }
     for (uint32_t d = 0; d < dim; d++) out[d] /= sum;
     free(logit);

@@ -15,6 +15,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/half.h"
 #include "tests/attention/corpus_fixture.h"
 
 typedef struct options {
@@ -131,11 +132,8 @@ static void plant_queries(fixture *f) {
             size_t pair = l * f->kv_heads + i % f->q_heads / (f->q_heads / f->kv_heads);
             size_t needle = fixture_random(&rng) % f->tokens;
             for (uint32_t d = 0; d < f->dim; d++) {
-                union {
-                    uint32_t u;
-                    float f;
-                } key = {(uint32_t)f->k[pair][needle * f->dim + d] << 16};
-                f->q[l][i * f->dim + d] = 1.2f * key.f + 0.5f * fixture_normal(&rng);
+                float key = loci_bf16_to_f32(f->k[pair][needle * f->dim + d]);
+                f->q[l][i * f->dim + d] = 1.2f * key + 0.5f * fixture_normal(&rng);
             }
             f->steady[l][i] = 4.0f;
         }
@@ -285,8 +283,7 @@ int main(int argc, char **argv) {
         fixture_generate(&f, &shape);
         plant_queries(&f);
     }
-    loci_pair_build_options build = {
-        .seed = 1, .iterations = o.rounds, .position_codes = true, .isa = o.isa};
+    loci_pair_build_options build = {.iterations = o.rounds, .position_codes = true, .isa = o.isa};
     uint64_t start = now_ns();
     LOCI_TRY_GOTO(fixture_build(&f, o.isa, o.threads, o.extent_tokens, 0, &build, &err), out);
     double seconds = (double)(now_ns() - start) / 1e9;

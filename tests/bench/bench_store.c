@@ -23,6 +23,7 @@
 #include "attention/index_layout.h"
 #include "base/clock.h"
 #include "base/pool.h"
+#include "base/rng.h"
 
 #define DIM 64u
 #define TOKENS 32768u
@@ -56,13 +57,6 @@ static void check(char *text) {
     exit(1);
 }
 
-static uint64_t next_random(uint64_t *state) {
-    uint64_t x = *state += 0x9e3779b97f4a7c15ull;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
-}
-
 static uint16_t bf16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -81,15 +75,15 @@ static void build_blobs(bench *b) {
     for (uint32_t p = 0; p < PAIRS; p++) {
         uint64_t seed = p;
         for (size_t t = 0; t < TOKENS; t++) {
-            uint64_t centre = next_random(&seed) % 1024;
+            uint64_t centre = loci_rng_next(&seed) % 1024;
             for (size_t c = 0; c < DIM; c++) {
-                uint64_t where = centre * DIM + c, r = next_random(&seed);
-                float mean = (float)(next_random(&where) % 2001) / 1000.0f - 1.0f;
+                uint64_t where = centre * DIM + c, r = loci_rng_next(&seed);
+                float mean = (float)(loci_rng_next(&where) % 2001) / 1000.0f - 1.0f;
                 k[t * DIM + c] = bf16(mean + (float)(r % 1001) / 5000.0f);
                 v[t * DIM + c] = bf16((float)(r >> 32 & 2047) / 1024.0f - 1.0f);
             }
         }
-        loci_pair_build_options options = {.seed = p, .iterations = 3, .position_codes = p >= 4};
+        loci_pair_build_options options = {.iterations = 3, .position_codes = p >= 4};
         uint64_t hash;
         if (loci_pair_build(k, v, slots, TOKENS, DIM, &options, pool, &b->blobs[p], &hash, &err) !=
             LOCI_OK)
@@ -157,15 +151,25 @@ static rocksdb_options_t *sst_options(rocksdb_block_based_table_options_t **tabl
     return options;
 }
 
+/* A leaf by its number. */
+static const loci_leaf *leaf_of(const uint8_t *blob, uint32_t index) {
+    uint32_t low = 0, high = loci_pair_header_of(blob)->roots;
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (loci_pair_root(blob, middle)->begin <= index)
+            low = middle;
+        else
+            high = middle;
+    }
+    const loci_root *root = loci_pair_root(blob, low);
+    return loci_root_leaves(blob, root) + (index - root->begin);
+}
+
 /* KV bytes of a root or a leaf of a blob. */
 static const uint8_t *node_kv(const uint8_t *blob, bool root, uint32_t index, size_t *bytes) {
-    const loci_node *leaf = loci_pair_leaf(blob, index);
-    uint32_t tokens = leaf->tokens;
-    if (root) {
-        const loci_node *node = loci_pair_root(blob, index);
-        leaf = loci_pair_leaf(blob, node->begin);
-        tokens = node->tokens;
-    }
+    const loci_root *node = loci_pair_root(blob, root ? index : 0);
+    const loci_leaf *leaf = root ? loci_root_leaves(blob, node) : leaf_of(blob, index);
+    uint32_t tokens = root ? node->tokens : leaf->count;
     *bytes = (size_t)tokens * 4 * DIM;
     return (const uint8_t *)loci_slot_kv(blob, leaf->begin);
 }
@@ -264,7 +268,7 @@ static uint64_t sum_of(const uint8_t *data, size_t bytes) {
 static uint64_t read_mmap(const bench *b, uint32_t extent, uint32_t pair, uint32_t leaf_index,
                           size_t *bytes) {
     const uint8_t *blob = b->maps[extent] + b->at[pair];
-    const loci_node *leaf = loci_pair_leaf(blob, leaf_index);
+    const loci_leaf *leaf = leaf_of(blob, leaf_index);
     if (!loci_leaf_check_kv_hashes(blob, leaf)) die("KV hashes");
     for (uint32_t i = 0; i < leaf->count; i++)
         if (!loci_slot_check_kv(blob, leaf->begin + i, loci_leaf_kv_hashes(blob, leaf)[i]))
@@ -293,7 +297,7 @@ static uint64_t read_db(const bench *b, uint32_t extent, uint32_t pair, uint32_t
 static uint64_t read_leaves(const bench *b, layout how, uint32_t extent, uint32_t pair,
                             uint32_t root_index, uint32_t first, uint32_t count, size_t *useful) {
     const uint8_t *blob = b->blobs[pair].data; /* in memory: which leaf belongs to which root */
-    const loci_node *root = loci_pair_root(blob, root_index);
+    const loci_root *root = loci_pair_root(blob, root_index);
     uint64_t sum = 0;
     size_t from, bytes;
     const uint8_t *root_kv = node_kv(blob, true, root_index, &bytes);
@@ -332,12 +336,12 @@ static void measure(bench *b, layout how, bool cold, bool whole_roots) {
         begin = loci_now_ns();
         device = device_bytes();
         for (unsigned i = 0; i < reads; i++) {
-            uint32_t extent = (uint32_t)(next_random(&seed) % b->extents);
-            uint32_t pair = (uint32_t)(next_random(&seed) % PAIRS);
+            uint32_t extent = (uint32_t)(loci_rng_next(&seed) % b->extents);
+            uint32_t pair = (uint32_t)(loci_rng_next(&seed) % PAIRS);
             const uint8_t *blob = b->blobs[pair].data;
-            uint32_t root = (uint32_t)(next_random(&seed) % loci_pair_header_of(blob)->roots);
+            uint32_t root = (uint32_t)(loci_rng_next(&seed) % loci_pair_header_of(blob)->roots);
             uint32_t inside = loci_pair_root(blob, root)->count;
-            uint32_t first = whole_roots ? 0 : (uint32_t)(next_random(&seed) % inside);
+            uint32_t first = whole_roots ? 0 : (uint32_t)(loci_rng_next(&seed) % inside);
             uint32_t count = whole_roots ? inside : 1;
             sum += read_leaves(b, how, extent, pair, root, first, count, &useful);
             leaves += count;
