@@ -251,23 +251,23 @@ void loci_bpe_scratch_fini(loci_bpe_scratch *scratch) {
 
 /* --- Reading -------------------------------------------------------------------------- */
 
+/* unk_token and fuse_unk are of no effect: every byte has a token (fill_vocab sees to it). */
 static loci_status refuse_options(const loci_json *in, loci_error *err) {
-    const char *type = NULL;
-    LOCI_TRY(loci_json_string(in, "type", LOCI_JSON_REQUIRED, &type, err));
+    /* Old files, GPT-2's for one, do not say what they are; only BPE has merges. */
+    const char *type = loci_json_member(in, "merges") ? "BPE" : "of no type";
+    LOCI_TRY(loci_json_string(in, "type", LOCI_JSON_OPTIONAL, &type, err));
     if (strcmp(type, "BPE") != 0)
         return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: a model of type %.40s is not supported",
                          in->what, type);
     float dropout = 0;
     bool fallback = false;
-    const char *unknown = NULL, *prefix = "", *suffix = "";
+    const char *prefix = "", *suffix = "";
     LOCI_TRY(loci_json_float(in, "dropout", LOCI_JSON_OPTIONAL, 0, 1, &dropout, err));
     LOCI_TRY(loci_json_bool(in, "byte_fallback", LOCI_JSON_OPTIONAL, &fallback, err));
-    LOCI_TRY(loci_json_string(in, "unk_token", LOCI_JSON_OPTIONAL, &unknown, err));
     LOCI_TRY(loci_json_string(in, "continuing_subword_prefix", LOCI_JSON_OPTIONAL, &prefix, err));
     LOCI_TRY(loci_json_string(in, "end_of_word_suffix", LOCI_JSON_OPTIONAL, &suffix, err));
     const char *option = dropout > 0 ? "dropout"
                          : fallback  ? "byte_fallback"
-                         : unknown   ? "unk_token"
                          : prefix[0] ? "continuing_subword_prefix"
                          : suffix[0] ? "end_of_word_suffix"
                                      : NULL;

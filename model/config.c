@@ -11,19 +11,35 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "attention/index_layout.h"
 #include "model/json.h"
+#include "model/rope.h"
 
 enum { CONFIG_BYTES_MAX = 1 << 20, PATH_BYTES = 4096 };
 
+/* Which layers have the sliding window where config.json lists no layer_types. */
+typedef enum window_rule {
+    WINDOW_NEVER, /* such a list may only say full_attention */
+    WINDOW_ALL,   /* sliding_window, if not null, is of all layers */
+    WINDOW_UPPER, /* if use_sliding_window: of the layers from max_window_layers on */
+    WINDOW_NOPE   /* if use_sliding_window: of the layers without positions */
+} window_rule;
+
 typedef struct architecture {
     const char *name;
-    bool nope;                 /* some layers have no positions: no_rope_layers */
-    uint32_t no_rope_interval; /* of no_rope_layer_interval, when config.json has none */
-    bool tied_embeddings;      /* of tie_word_embeddings, when config.json has none */
+    window_rule window;
+    bool nope;            /* some layers have no positions: no_rope_layers */
+    bool tied_embeddings; /* of tie_word_embeddings, when config.json has none */
+    bool qkv_bias, head_norm;
+    bool head_dim; /* must be given: it is not hidden_size / num_attention_heads by default */
 } architecture;
 
 static const architecture architectures[] = {
-    {"SmolLM3ForCausalLM", true, 4, true},
+    {.name = "LlamaForCausalLM", .window = WINDOW_NEVER},
+    {.name = "MistralForCausalLM", .window = WINDOW_ALL},
+    {.name = "Qwen2ForCausalLM", .window = WINDOW_UPPER, .qkv_bias = true},
+    {.name = "Qwen3ForCausalLM", .window = WINDOW_UPPER, .head_norm = true, .head_dim = true},
+    {.name = "SmolLM3ForCausalLM", .window = WINDOW_NOPE, .nope = true, .tied_embeddings = true},
 };
 enum { ARCHITECTURE_COUNT = sizeof architectures / sizeof architectures[0] };
 
@@ -32,8 +48,12 @@ static bool ends_with(const char *text, const char *tail) {
     return len >= tail_len && strcmp(text + len - tail_len, tail) == 0;
 }
 
-/* A folder whose weights are in another format gets an error that says what to bring instead. */
-static loci_status check_folder(const char *dir, loci_error *err) {
+loci_status loci_model_check_folder(const char *dir, loci_error *err) {
+    if (ends_with(dir, ".gguf"))
+        return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_FORMAT",
+                                "%s is a GGUF file, which is not supported; use the folder that it "
+                                "was made from, with config.json, tokenizer.json and *.safetensors",
+                                dir);
     DIR *listing = opendir(dir);
     if (!listing) return loci_fail(err, LOCI_E_NOTFOUND, "model folder %s cannot be opened", dir);
     static const char *const foreign[] = {".gguf", ".ggml", ".bin", ".pth"};
@@ -69,22 +89,60 @@ static loci_status read_architecture(const loci_json *in, const architecture **a
         return LOCI_OK;
     }
     return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_ARCHITECTURE",
-                            "%s: architecture %.100s is not supported", in->what, name);
+                            "%s: architecture %.100s is not supported; those that are: "
+                            "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, "
+                            "Qwen3ForCausalLM, SmolLM3ForCausalLM",
+                            in->what, name);
 }
 
-static loci_status refuse_flag(const loci_json *in, const char *key, loci_error *err) {
-    bool set = false;
-    LOCI_TRY(loci_json_bool(in, key, LOCI_JSON_OPTIONAL, &set, err));
-    if (set)
-        return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: \"%s\" true is not supported", in->what,
-                         key);
+/* Members of other models' configurations that change the computation: refused unless they are
+ * missing, null, false or zero. */
+static const struct {
+    const char *key, *what;
+} foreign_members[] = {
+    {"num_experts", "mixture of experts"},
+    {"num_local_experts", "mixture of experts"},
+    {"n_routed_experts", "mixture of experts"},
+    {"kv_lora_rank", "multi-head latent attention"},
+    {"q_lora_rank", "multi-head latent attention"},
+    {"attention_bias", "a bias of all attention projections"},
+    {"mlp_bias", "a bias of the MLP"},
+    {"qk_layernorm", "LayerNorm of queries and keys"},
+    {"use_qk_norm", "norm of queries and keys by a flag"},
+    {"attention_chunk_size", "chunked attention"},
+    {"dual_chunk_attention_config", "dual chunk attention"},
+    {"attn_logit_softcapping", "capped logits"},
+    {"final_logit_softcapping", "capped logits"},
+    {"clip_qkv", "clipped projections"},
+    {"query_pre_attn_scalar", "another scale of attention"},
+    {"attention_multiplier", "another scale of attention"},
+    {"embedding_multiplier", "scaled embeddings"},
+    {"residual_multiplier", "scaled residuals"},
+    {"logits_scaling", "scaled logits"},
+    {"logit_scale", "scaled logits"},
+    {"compression_config", "compressed weights"},
+    {"cross_attention_layers", "cross-attention"},
+    {"vision_config", "vision"},
+    {"audio_config", "audio"},
+};
+
+static bool is_set(const json_t *value) {
+    if (!value || json_is_false(value)) return false;
+    return !json_is_number(value) || json_number_value(value) < 0 || json_number_value(value) > 0;
+}
+
+static loci_status refuse_foreign(const loci_json *in, loci_error *err) {
+    for (size_t i = 0; i < sizeof foreign_members / sizeof foreign_members[0]; i++)
+        if (is_set(loci_json_member(in, foreign_members[i].key)))
+            return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_OPTION",
+                                    "%s: \"%s\" (%s) is not supported", in->what,
+                                    foreign_members[i].key, foreign_members[i].what);
     return LOCI_OK;
 }
 
 /* Options that change the computation and are not built. */
 static loci_status refuse_options(const loci_json *in, loci_error *err) {
-    LOCI_TRY(refuse_flag(in, "attention_bias", err));
-    LOCI_TRY(refuse_flag(in, "mlp_bias", err));
+    LOCI_TRY(refuse_foreign(in, err));
     const char *act = "silu";
     LOCI_TRY(loci_json_string(in, "hidden_act", LOCI_JSON_OPTIONAL, &act, err));
     if (strcmp(act, "silu") != 0)
@@ -101,6 +159,23 @@ static loci_status refuse_options(const loci_json *in, loci_error *err) {
                          "model's bf16, f16 or f32 weights",
                          in->what, method);
     }
+    return LOCI_OK;
+}
+
+static loci_status read_head_dim(const loci_json *in, const architecture *arch,
+                                 loci_model_config *out, loci_error *err) {
+    const loci_json_need need = arch->head_dim ? LOCI_JSON_REQUIRED : LOCI_JSON_OPTIONAL;
+    out->head_dim = 0;
+    LOCI_TRY(loci_json_u32(in, "head_dim", need, 1, UINT32_MAX, &out->head_dim, err));
+    if (out->head_dim == 0 && out->hidden % out->q_heads != 0)
+        return loci_fail(err, LOCI_E_INVAL,
+                         "%s: hidden_size %u is not a multiple of num_attention_heads %u and "
+                         "there is no head_dim",
+                         in->what, out->hidden, out->q_heads);
+    if (out->head_dim == 0) out->head_dim = out->hidden / out->q_heads;
+    if (out->head_dim % 2 != 0 || out->head_dim == 0 || out->head_dim > LOCI_HEAD_DIM_MAX)
+        return loci_fail(err, LOCI_E_INVAL, "%s: head_dim %u is not an even number up to %u",
+                         in->what, out->head_dim, LOCI_HEAD_DIM_MAX);
     return LOCI_OK;
 }
 
@@ -124,87 +199,43 @@ static loci_status read_sizes(const loci_json *in, loci_model_config *out, loci_
         return loci_fail(err, LOCI_E_INVAL,
                          "%s: num_attention_heads %u is not a multiple of num_key_value_heads %u",
                          in->what, out->q_heads, out->kv_heads);
-    if (!loci_json_member(in, "head_dim") && out->hidden % out->q_heads != 0)
-        return loci_fail(err, LOCI_E_INVAL,
-                         "%s: hidden_size %u is not a multiple of num_attention_heads %u and "
-                         "there is no head_dim",
-                         in->what, out->hidden, out->q_heads);
-    out->head_dim = out->hidden / out->q_heads;
-    LOCI_TRY(loci_json_u32(in, "head_dim", LOCI_JSON_OPTIONAL, 1, 1024, &out->head_dim, err));
-    if (out->head_dim % 2 != 0 || out->head_dim == 0 || out->head_dim > 1024)
-        return loci_fail(err, LOCI_E_INVAL, "%s: head_dim %u is not an even number up to 1024",
-                         in->what, out->head_dim);
     return LOCI_OK;
 }
 
-/* The first id where there are several; the tokenizer's end-of-text. */
+/* One id or a list of them, each of which ends a text. */
 static loci_status read_eos(const loci_json *in, loci_model_config *out, loci_error *err) {
     const json_t *eos = loci_json_member(in, "eos_token_id");
     if (!eos) return loci_fail(err, LOCI_E_INVAL, "%s lacks \"eos_token_id\"", in->what);
-    if (json_is_array(eos)) eos = json_array_get(eos, 0);
-    if (!json_is_integer(eos))
-        return loci_fail(err, LOCI_E_INVAL,
-                         "%s: \"eos_token_id\" is neither an integer nor a list of integers",
-                         in->what);
-    json_int_t id = json_integer_value(eos);
-    if (id < 0 || id >= (json_int_t)out->vocab)
-        return loci_fail(err, LOCI_E_INVAL, "%s: eos_token_id %lld is outside the vocabulary of %u",
-                         in->what, (long long)id, out->vocab);
-    out->eos_id = (uint32_t)id;
+    size_t count = json_is_array(eos) ? json_array_size(eos) : 1;
+    if (count == 0 || count > LOCI_EOS_MAX)
+        return loci_fail(err, LOCI_E_INVAL, "%s: \"eos_token_id\" lists %zu ids, not 1 to %d",
+                         in->what, count, LOCI_EOS_MAX);
+    for (size_t i = 0; i < count; i++) {
+        const json_t *value = json_is_array(eos) ? json_array_get(eos, i) : eos;
+        json_int_t id = json_integer_value(value);
+        if (!json_is_integer(value))
+            return loci_fail(err, LOCI_E_INVAL,
+                             "%s: \"eos_token_id\" is neither an integer nor a list of integers",
+                             in->what);
+        if (id < 0 || id >= (json_int_t)out->vocab)
+            return loci_fail(err, LOCI_E_INVAL,
+                             "%s: eos_token_id %lld is outside the vocabulary of %u", in->what,
+                             (long long)id, out->vocab);
+        out->eos[out->eos_count++] = (uint32_t)id;
+    }
+    out->eos_id = out->eos[0];
     return LOCI_OK;
 }
 
-/* rope_scaling and rope_parameters (its later name): only the plain kind is built. */
-static loci_status read_rope_object(const loci_json *in, const char *key, float *theta,
-                                    loci_error *err) {
-    loci_json rope = {in->what, NULL};
-    LOCI_TRY(loci_json_object(in, key, in->what, LOCI_JSON_OPTIONAL, &rope, err));
-    if (!rope.object) return LOCI_OK;
-    const char *type = "default";
-    LOCI_TRY(loci_json_string(&rope, "type", LOCI_JSON_OPTIONAL, &type, err));
-    LOCI_TRY(loci_json_string(&rope, "rope_type", LOCI_JSON_OPTIONAL, &type, err));
-    if (strcmp(type, "default") != 0)
-        return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: %s of type \"%.40s\" is not supported",
-                         in->what, key, type);
-    float partial = 1;
-    LOCI_TRY(
-        loci_json_float(&rope, "partial_rotary_factor", LOCI_JSON_OPTIONAL, 0, 1, &partial, err));
-    if (partial < 1)
-        return loci_fail(err, LOCI_E_UNSUPPORTED,
-                         "%s: partial_rotary_factor %g in %s is not supported", in->what,
-                         (double)partial, key);
-    float found = *theta;
-    LOCI_TRY(loci_json_float(&rope, "rope_theta", LOCI_JSON_OPTIONAL, 1, 1e12, &found, err));
-    if (*theta > 0 && (found < *theta || found > *theta))
-        return loci_fail(err, LOCI_E_INVAL, "%s: rope_theta is %g, but %g in %s", in->what,
-                         (double)*theta, (double)found, key);
-    *theta = found;
-    return LOCI_OK;
-}
-
-static loci_status read_rope(const loci_json *in, loci_model_config *out, loci_error *err) {
-    float partial = 1;
-    LOCI_TRY(loci_json_float(in, "partial_rotary_factor", LOCI_JSON_OPTIONAL, 0, 1, &partial, err));
-    if (partial < 1)
-        return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: partial_rotary_factor %g is not supported",
-                         in->what, (double)partial);
-    out->rope_theta = 0;
-    LOCI_TRY(loci_json_float(in, "rope_theta", LOCI_JSON_OPTIONAL, 1, 1e12, &out->rope_theta, err));
-    LOCI_TRY(read_rope_object(in, "rope_scaling", &out->rope_theta, err));
-    LOCI_TRY(read_rope_object(in, "rope_parameters", &out->rope_theta, err));
-    if (out->rope_theta <= 0)
-        return loci_fail(err, LOCI_E_INVAL, "%s lacks \"rope_theta\"", in->what);
-    return LOCI_OK;
-}
-
-/* Which layers have positions: the list, else every no_rope_layer_interval-th has none. */
+/* Which layers have positions: the list, else every no_rope_layer_interval-th (SmolLM3: fourth)
+ * has none. */
 static loci_status read_nope(const loci_json *in, const architecture *arch, loci_model_config *out,
                              loci_error *err) {
     for (uint32_t i = 0; i < out->layers; i++) out->layer[i].rope = true;
     if (!arch->nope) return LOCI_OK;
     const json_t *list = NULL;
     LOCI_TRY(loci_json_array(in, "no_rope_layers", LOCI_JSON_OPTIONAL, &list, err));
-    uint32_t interval = arch->no_rope_interval;
+    uint32_t interval = 4;
     LOCI_TRY(loci_json_u32(in, "no_rope_layer_interval", LOCI_JSON_OPTIONAL, 1, UINT32_MAX,
                            &interval, err));
     if (list && json_array_size(list) < out->layers)
@@ -225,56 +256,82 @@ static loci_status read_nope(const loci_json *in, const architecture *arch, loci
     return LOCI_OK;
 }
 
-static loci_status read_layer_types(const loci_json *in, const json_t *types, uint32_t window,
-                                    loci_model_config *out, loci_error *err) {
+/* layer_types states for each layer what the architecture's own rule would also say, or, where the
+ * rule asks for use_sliding_window, decides in its place. */
+static loci_status read_layer_types(const loci_json *in, const architecture *arch,
+                                    const json_t *types, uint32_t window, loci_model_config *out,
+                                    loci_error *err) {
     if (json_array_size(types) != out->layers)
         return loci_fail(err, LOCI_E_INVAL, "%s: layer_types has %zu entries for %u layers",
                          in->what, json_array_size(types), out->layers);
+    bool fixed = arch->window == WINDOW_NEVER || arch->window == WINDOW_ALL;
     for (uint32_t i = 0; i < out->layers; i++) {
         const char *type = json_string_value(json_array_get(types, i));
         if (!type)
             return loci_fail(err, LOCI_E_INVAL, "%s: layer_types[%u] is not a string", in->what, i);
-        if (strcmp(type, "full_attention") == 0) continue;
-        if (strcmp(type, "sliding_attention") != 0)
+        bool sliding = strcmp(type, "sliding_attention") == 0;
+        if ((!sliding && strcmp(type, "full_attention") != 0) ||
+            (fixed && sliding != (out->layer[i].window > 0)))
             return loci_fail(err, LOCI_E_UNSUPPORTED,
-                             "%s: layer type \"%.40s\" of layer %u is not supported", in->what,
-                             type, i);
-        if (window == 0)
+                             "%s: layer type \"%.40s\" of layer %u is not supported in %s",
+                             in->what, type, i, arch->name);
+        if (sliding && window == 0)
             return loci_fail(err, LOCI_E_INVAL,
                              "%s: layer %u is sliding_attention without use_sliding_window true "
                              "and a sliding_window",
                              in->what, i);
-        out->layer[i].window = window;
+        out->layer[i].window = sliding ? window : 0;
     }
     return LOCI_OK;
 }
 
-static loci_status read_windows(const loci_json *in, loci_model_config *out, loci_error *err) {
-    bool sliding = false;
-    uint32_t window = 0;
-    const json_t *types = NULL;
-    LOCI_TRY(loci_json_bool(in, "use_sliding_window", LOCI_JSON_OPTIONAL, &sliding, err));
-    LOCI_TRY(loci_json_u32(in, "sliding_window", LOCI_JSON_OPTIONAL, 1, 1u << 30, &window, err));
-    if (!sliding) window = 0;
-    LOCI_TRY(loci_json_array(in, "layer_types", LOCI_JSON_OPTIONAL, &types, err));
-    if (types) return read_layer_types(in, types, window, out, err);
-    /* Without layer_types the window belongs to the layers without positions. */
-    for (uint32_t i = 0; i < out->layers; i++)
-        out->layer[i].window = out->layer[i].rope ? 0 : window;
+/* *window: of the layers that have one; 0 when none has. */
+static loci_status read_window(const loci_json *in, const architecture *arch, uint32_t *window,
+                               loci_error *err) {
+    bool sliding = arch->window == WINDOW_ALL;
+    *window = 0;
+    if (arch->window == WINDOW_NEVER && loci_json_member(in, "sliding_window"))
+        return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: \"sliding_window\" is not supported in %s",
+                         in->what, arch->name);
+    if (arch->window == WINDOW_NEVER) return LOCI_OK;
+    /* null means "none"; missing would mean a default of the architecture. */
+    if (arch->window == WINDOW_ALL && !json_object_get(in->object, "sliding_window"))
+        return loci_fail(err, LOCI_E_INVAL, "%s lacks \"sliding_window\"", in->what);
+    if (arch->window != WINDOW_ALL)
+        LOCI_TRY(loci_json_bool(in, "use_sliding_window", LOCI_JSON_OPTIONAL, &sliding, err));
+    LOCI_TRY(loci_json_u32(in, "sliding_window", LOCI_JSON_OPTIONAL, 1, 1u << 30, window, err));
+    if (!sliding) *window = 0;
     return LOCI_OK;
+}
+
+static loci_status read_windows(const loci_json *in, const architecture *arch,
+                                loci_model_config *out, loci_error *err) {
+    uint32_t window, full = 0; /* WINDOW_UPPER: layers below the first with a window */
+    const json_t *types = NULL;
+    LOCI_TRY(read_window(in, arch, &window, err));
+    LOCI_TRY(loci_json_array(in, "layer_types", LOCI_JSON_OPTIONAL, &types, err));
+    if (arch->window == WINDOW_UPPER && window > 0 && !types)
+        LOCI_TRY(
+            loci_json_u32(in, "max_window_layers", LOCI_JSON_REQUIRED, 0, UINT32_MAX, &full, err));
+    for (uint32_t i = 0; i < out->layers; i++) {
+        bool has = arch->window == WINDOW_NOPE ? !out->layer[i].rope : i >= full;
+        out->layer[i].window = has ? window : 0;
+    }
+    return types ? read_layer_types(in, arch, types, window, out, err) : LOCI_OK;
 }
 
 /* The corpus is reached from the layers without positions that see everything, where the model
- * has such layers; from all layers otherwise. */
+ * has such layers; else from all that see everything; else, where all have a window, from all. */
 static void choose_retrieval_layers(loci_model_config *out) {
-    bool any = false;
+    bool nope = false, full = false;
     for (uint32_t i = 0; i < out->layers; i++) {
-        out->layer[i].retrieval = !out->layer[i].rope && out->layer[i].window == 0;
-        any = any || out->layer[i].retrieval;
+        full = full || out->layer[i].window == 0;
+        nope = nope || (out->layer[i].window == 0 && !out->layer[i].rope);
     }
     for (uint32_t i = 0; i < out->layers; i++) {
-        if (!any) out->layer[i].retrieval = true;
-        if (out->layer[i].retrieval) out->retrieval_layer[out->retrieval_count++] = i;
+        loci_layer_config *layer = &out->layer[i];
+        layer->retrieval = (!full || layer->window == 0) && (!nope || !layer->rope);
+        if (layer->retrieval) out->retrieval_layer[out->retrieval_count++] = i;
     }
 }
 
@@ -283,19 +340,22 @@ static loci_status read_config(const loci_json *in, loci_model_config *out, loci
     LOCI_TRY(read_architecture(in, &arch, out, err));
     LOCI_TRY(refuse_options(in, err));
     LOCI_TRY(read_sizes(in, out, err));
+    LOCI_TRY(read_head_dim(in, arch, out, err));
     LOCI_TRY(read_eos(in, out, err));
-    LOCI_TRY(read_rope(in, out, err));
+    LOCI_TRY(loci_rope_read(in, out, err));
+    out->qkv_bias = arch->qkv_bias;
+    out->head_norm = arch->head_norm;
     out->tied_embeddings = arch->tied_embeddings;
     LOCI_TRY(
         loci_json_bool(in, "tie_word_embeddings", LOCI_JSON_OPTIONAL, &out->tied_embeddings, err));
     LOCI_TRY(read_nope(in, arch, out, err));
-    LOCI_TRY(read_windows(in, out, err));
+    LOCI_TRY(read_windows(in, arch, out, err));
     choose_retrieval_layers(out);
     return LOCI_OK;
 }
 
 loci_status loci_model_config_load(const char *dir, loci_model_config *out, loci_error *err) {
-    LOCI_TRY(check_folder(dir, err));
+    LOCI_TRY(loci_model_check_folder(dir, err));
     char path[PATH_BYTES];
     int len = snprintf(path, sizeof path, "%s/config.json", dir);
     if (len < 0 || (size_t)len >= sizeof path)

@@ -13,16 +13,21 @@ loci_status loci_decoder_scratch_open(const loci_model *model, uint32_t rows,
     size_t row_bytes = (size_t)rows * sizeof(float), size = 0;
     size_t ids = loci_decoder_reserve(&size, row_bytes);
     size_t positions = loci_decoder_reserve(&size, row_bytes);
+    size_t zeros = loci_decoder_reserve(&size, c->qkv_bias ? row_bytes : 0);
     size_t hidden = loci_decoder_reserve(&size, row_bytes * c->hidden);
     size_t normed = loci_decoder_reserve(&size, row_bytes * c->hidden);
     size_t qkv = loci_decoder_reserve(&size, row_bytes * loci_decoder_qkv_width(c));
     size_t attended = loci_decoder_reserve(&size, row_bytes * c->q_heads * c->head_dim);
+    size_t heads =
+        loci_decoder_reserve(&size, c->head_norm ? row_bytes * c->q_heads * c->head_dim : 0);
     size_t gate_up = loci_decoder_reserve(&size, row_bytes * 2 * c->intermediate);
     size_t activated = loci_decoder_reserve(&size, row_bytes * c->intermediate);
     *out = (loci_decoder_scratch){.backend = model->backend, .rows = rows};
     LOCI_TRY(model->backend->ops->alloc(model->backend, size, &out->buffer, err));
     out->ids = loci_ref_at(out->buffer, ids);
     out->positions = loci_ref_at(out->buffer, positions);
+    out->zeros = loci_ref_at(out->buffer, zeros);
+    out->heads = loci_ref_at(out->buffer, heads);
     out->hidden = loci_ref_at(out->buffer, hidden);
     out->normed = loci_ref_at(out->buffer, normed);
     out->qkv = loci_ref_at(out->buffer, qkv);
@@ -75,6 +80,29 @@ static void norm(const loci_decoder_pass *pass, loci_ref x, loci_ref gain, uint3
                                         c->hidden, c->rms_eps);
 }
 
+/* qkv = projection of normed, with its bias where there is one: put in every row beforehand. */
+static void project(const loci_decoder_pass *pass, const loci_decoder_layer *layer) {
+    const loci_backend_ops *ops = pass->model->backend->ops;
+    const loci_decoder_scratch *s = pass->scratch;
+    if (layer->qkv_bias) ops->embed(pass->stream, s->qkv, layer->qkv_bias, s->zeros, pass->rows);
+    ops->gemm(pass->stream, s->qkv, s->normed, pass->rows, layer->qkv, layer->qkv_bias != NULL);
+}
+
+/* Norms `count` heads of each row of qkv from `first` on, each alone. attended is free until
+ * attention fills it. */
+static void norm_heads(const loci_decoder_pass *pass, uint32_t first, uint32_t count,
+                       loci_ref gain) {
+    const loci_model_config *c = &pass->model->config;
+    const loci_backend_ops *ops = pass->model->backend->ops;
+    const loci_decoder_scratch *s = pass->scratch;
+    loci_ref heads = loci_decoder_heads(pass, first);
+    uint32_t width = count * c->head_dim, stride = loci_decoder_qkv_width(c);
+    ops->convert(pass->stream, s->heads, width, LOCI_F32, heads, stride, pass->rows, width);
+    ops->rms_norm(pass->stream, s->attended, s->heads, gain, pass->rows * count, c->head_dim,
+                  c->rms_eps);
+    ops->convert(pass->stream, heads, stride, LOCI_F32, s->attended, width, pass->rows, width);
+}
+
 loci_status loci_decoder_run(const loci_decoder_pass *pass, loci_error *err) {
     const loci_model *model = pass->model;
     const loci_model_config *c = &model->config;
@@ -92,7 +120,11 @@ loci_status loci_decoder_run(const loci_decoder_pass *pass, loci_error *err) {
                              "the forward pass was stopped before layer %u of %u: %s", i, c->layers,
                              loci_status_text(cancelled));
         norm(pass, s->hidden, layer->attention_gain, rows);
-        ops->gemm(stream, s->qkv, s->normed, rows, layer->qkv, false);
+        project(pass, layer);
+        if (c->head_norm) {
+            norm_heads(pass, 0, c->q_heads, layer->q_gain);
+            norm_heads(pass, c->q_heads, c->kv_heads, layer->k_gain);
+        }
         if (c->layer[i].rope)
             ops->rope(stream, s->qkv, loci_decoder_qkv_width(c), s->positions, model->inv_freq,
                       rows, c->q_heads + c->kv_heads, c->head_dim);

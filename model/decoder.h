@@ -5,11 +5,13 @@
  * A pass runs rows of tokens through the layers:
  *
  *   hidden = embedding[ids]
- *   each layer: hidden += o(attend(rope(qkv(norm(hidden)))))
+ *   each layer: hidden += o(attend(rope(head_norm(qkv(norm(hidden)) + qkv_bias))))
  *               hidden += down(silu(gate) * up), [gate; up] = gate_up(norm(hidden))
  *
- * What differs between encoding segments and continuing a sequence is attention alone, which a
- * callback enqueues. Everything is enqueued on one stream; nothing here waits.
+ * A layer without rope, head_norm, qkv_bias or a window leaves it out: that is all by which
+ * architectures differ. What differs between encoding segments and continuing a sequence is
+ * attention alone, which a callback enqueues. Everything is enqueued on one stream; nothing here
+ * waits.
  */
 #ifndef LOCI_MODEL_DECODER_H
 #define LOCI_MODEL_DECODER_H
@@ -19,13 +21,17 @@
 typedef struct loci_decoder_layer {
     loci_weight *qkv; /* rows: queries, keys, values, head after head */
     loci_weight *o, *gate_up, *down;
+    loci_weight *qkv_bias; /* one column for each row of qkv, NULL when there is none: a table of
+                              one entry to be embedded in every row */
     loci_ref attention_gain, mlp_gain;
+    loci_ref q_gain, k_gain; /* of head_norm; buffer NULL when there is none */
 } loci_decoder_layer;
 
 struct loci_model {
     loci_model_config config;
     loci_special_tokens specials;
     loci_tokenizer *tokenizer;
+    loci_chat chat;
     loci_backend *backend;
     char fingerprint[33];
     loci_weight *embedding;
@@ -41,9 +47,11 @@ typedef struct loci_decoder_scratch {
     loci_buffer *buffer;
     uint32_t rows;
     loci_ref ids, positions;     /* i32 [rows] */
+    loci_ref zeros;              /* i32 [rows], as allocated: ids into qkv_bias */
     loci_ref hidden, normed;     /* f32 [rows][hidden] */
     loci_ref qkv;                /* [rows][loci_decoder_qkv_width] */
     loci_ref attended;           /* [rows][q_heads * head_dim] */
+    loci_ref heads;              /* the same, where the model has head_norm */
     loci_ref gate_up, activated; /* [rows][2 * intermediate], [rows][intermediate] */
 } loci_decoder_scratch;
 

@@ -12,8 +12,10 @@
 #include <string.h>
 #include <xxhash.h>
 
+#include "base/half.h"
 #include "model/config.h"
 #include "model/decoder.h"
+#include "model/rope.h"
 #include "model/safetensors.h"
 
 #define NAME_MAX_BYTES 128
@@ -25,10 +27,40 @@ typedef struct loader {
     loci_dtype precision;
     loci_stream *stream;
     size_t constants_at; /* fill level of the constants buffer */
+    bool *used;          /* for each tensor of the file */
 } loader;
 
 static void layer_name(char *out, uint32_t layer, const char *what) {
-    snprintf(out, NAME_MAX_BYTES, "model.layers.%u.%s.weight", layer, what);
+    snprintf(out, NAME_MAX_BYTES, "model.layers.%u.%s", layer, what);
+}
+
+static loci_status get_tensor(loader *l, const char *name, uint32_t dims, const uint64_t *shape,
+                              loci_tensor *out, loci_error *err) {
+    LOCI_TRY(loci_safetensors_get(l->file, name, dims, shape, out, err));
+    size_t low = 0, high = loci_safetensors_count(l->file);
+    while (low + 1 < high) {
+        size_t middle = (low + high) / 2;
+        if (strcmp(loci_safetensors_name(l->file, middle), name) <= 0)
+            low = middle;
+        else
+            high = middle;
+    }
+    l->used[low] = true;
+    return LOCI_OK;
+}
+
+/* A tensor that nothing asked for belongs to something that is not built: a bias, a norm, another
+ * layer. Left alone are frequencies stored by old exporters and a head that the config ties. */
+static loci_status check_all_used(const loader *l, loci_error *err) {
+    for (size_t i = 0; i < loci_safetensors_count(l->file); i++) {
+        const char *name = loci_safetensors_name(l->file, i), *dot = strrchr(name, '.');
+        if (l->used[i] || (dot && strcmp(dot, ".inv_freq") == 0)) continue;
+        if (l->model->config.tied_embeddings && strcmp(name, "lm_head.weight") == 0) continue;
+        return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_TENSOR",
+                                "%s: tensor %.120s is no part of a %s as config.json describes it",
+                                l->dir, name, l->model->config.architecture);
+    }
+    return LOCI_OK;
 }
 
 /* A weight stacked of up to three tensors of one layer (layer UINT32_MAX: full names). */
@@ -45,7 +77,7 @@ static loci_status load_weight(loader *l, uint32_t layer, const char *const *nam
             snprintf(name, sizeof name, "%s", names[i]);
         else
             layer_name(name, layer, names[i]);
-        LOCI_TRY(loci_safetensors_get(l->file, name, 2, shape, &tensor, err));
+        LOCI_TRY(get_tensor(l, name, 2, shape, &tensor, err));
         if (i > 0 && tensor.dtype != dtype)
             return loci_fail(err, LOCI_E_UNSUPPORTED,
                              "%s: tensor %s has another dtype than %s, beside which it is packed",
@@ -62,16 +94,7 @@ static loci_status load_weight(loader *l, uint32_t layer, const char *const *nam
 static float read_float(const loci_tensor *tensor, size_t at) {
     if (tensor->dtype == LOCI_F32) return ((const float *)tensor->data)[at];
     uint16_t bits = ((const uint16_t *)tensor->data)[at];
-    union {
-        uint32_t u;
-        float f;
-    } wide = {(uint32_t)bits << 16};
-    if (tensor->dtype == LOCI_BF16) return wide.f;
-    int exponent = (bits >> 10) & 31, fraction = bits & 1023;
-    float value =
-        exponent ? ldexpf((float)(fraction + 1024), exponent - 25) : ldexpf((float)fraction, -24);
-    if (exponent == 31) value = fraction ? NAN : INFINITY;
-    return bits & 0x8000u ? -value : value;
+    return tensor->dtype == LOCI_BF16 ? loci_bf16_to_f32(bits) : loci_f16_to_f32(bits);
 }
 
 static loci_ref put_constants(loader *l, const float *values, uint32_t count) {
@@ -81,24 +104,65 @@ static loci_ref put_constants(loader *l, const float *values, uint32_t count) {
     return ref;
 }
 
-static loci_status load_gain(loader *l, const char *name, loci_ref *out, loci_error *err) {
-    uint32_t count = l->model->config.hidden;
+/* A tensor of `count` values, as f32. */
+static loci_status read_vector(loader *l, const char *name, uint32_t count, float *out,
+                               loci_error *err) {
     uint64_t shape[1] = {count};
     loci_tensor tensor;
-    LOCI_TRY(loci_safetensors_get(l->file, name, 1, shape, &tensor, err));
-    float *values = malloc(count * sizeof *values);
-    if (!values) return loci_fail(err, LOCI_E_NOMEM, "no memory to read %s", name);
-    for (uint32_t i = 0; i < count; i++) values[i] = read_float(&tensor, i);
-    *out = put_constants(l, values, count);
-    free(values);
+    LOCI_TRY(get_tensor(l, name, 1, shape, &tensor, err));
+    for (uint32_t i = 0; i < count; i++) out[i] = read_float(&tensor, i);
     return LOCI_OK;
 }
 
+static loci_status load_gain(loader *l, const char *name, uint32_t count, loci_ref *out,
+                             loci_error *err) {
+    float *values = malloc(count * sizeof *values);
+    if (!values) return loci_fail(err, LOCI_E_NOMEM, "no memory to read %s", name);
+    loci_status status = read_vector(l, name, count, values, err);
+    if (status == LOCI_OK) *out = put_constants(l, values, count);
+    free(values);
+    return status;
+}
+
+/* Always in f32: rounding it would cost accuracy and save nothing. */
+static loci_status load_qkv_bias(loader *l, uint32_t index, const uint32_t *rows, loci_weight **out,
+                                 loci_error *err) {
+    static const char *const names[] = {"self_attn.q_proj.bias", "self_attn.k_proj.bias",
+                                        "self_attn.v_proj.bias"};
+    loci_backend *backend = l->model->backend;
+    uint32_t width = loci_decoder_qkv_width(&l->model->config), at = 0, one = 1;
+    char name[NAME_MAX_BYTES];
+    float *values = malloc(width * sizeof *values);
+    if (!values) return loci_fail(err, LOCI_E_NOMEM, "no memory to read a bias");
+    loci_status status = LOCI_OK;
+    for (uint32_t i = 0; i < 3 && status == LOCI_OK; at += rows[i++]) {
+        layer_name(name, index, names[i]);
+        status = read_vector(l, name, rows[i], values + at, err);
+    }
+    const void *data = values;
+    if (status == LOCI_OK)
+        status = backend->ops->weight_create(backend, &data, &one, 1, width, LOCI_F32, LOCI_F32,
+                                             out, err);
+    free(values);
+    return status;
+}
+
+static loci_status load_head_gains(loader *l, uint32_t index, loci_error *err) {
+    loci_decoder_layer *layer = &l->model->layer[index];
+    uint32_t head_dim = l->model->config.head_dim;
+    char name[NAME_MAX_BYTES];
+    layer_name(name, index, "self_attn.q_norm.weight");
+    LOCI_TRY(load_gain(l, name, head_dim, &layer->q_gain, err));
+    layer_name(name, index, "self_attn.k_norm.weight");
+    return load_gain(l, name, head_dim, &layer->k_gain, err);
+}
+
 static loci_status load_layer(loader *l, uint32_t index, loci_error *err) {
-    static const char *const qkv[] = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"};
-    static const char *const o[] = {"self_attn.o_proj"};
-    static const char *const gate_up[] = {"mlp.gate_proj", "mlp.up_proj"};
-    static const char *const down[] = {"mlp.down_proj"};
+    static const char *const qkv[] = {"self_attn.q_proj.weight", "self_attn.k_proj.weight",
+                                      "self_attn.v_proj.weight"};
+    static const char *const o[] = {"self_attn.o_proj.weight"};
+    static const char *const gate_up[] = {"mlp.gate_proj.weight", "mlp.up_proj.weight"};
+    static const char *const down[] = {"mlp.down_proj.weight"};
     const loci_model_config *c = &l->model->config;
     loci_decoder_layer *layer = &l->model->layer[index];
     uint32_t q = c->q_heads * c->head_dim, kv = c->kv_heads * c->head_dim;
@@ -108,10 +172,12 @@ static loci_status load_layer(loader *l, uint32_t index, loci_error *err) {
     LOCI_TRY(load_weight(l, index, o, &c->hidden, 1, q, &layer->o, err));
     LOCI_TRY(load_weight(l, index, gate_up, ff, 2, c->hidden, &layer->gate_up, err));
     LOCI_TRY(load_weight(l, index, down, &c->hidden, 1, c->intermediate, &layer->down, err));
-    layer_name(name, index, "input_layernorm");
-    LOCI_TRY(load_gain(l, name, &layer->attention_gain, err));
-    layer_name(name, index, "post_attention_layernorm");
-    return load_gain(l, name, &layer->mlp_gain, err);
+    if (c->qkv_bias) LOCI_TRY(load_qkv_bias(l, index, qkv_rows, &layer->qkv_bias, err));
+    if (c->head_norm) LOCI_TRY(load_head_gains(l, index, err));
+    layer_name(name, index, "input_layernorm.weight");
+    LOCI_TRY(load_gain(l, name, c->hidden, &layer->attention_gain, err));
+    layer_name(name, index, "post_attention_layernorm.weight");
+    return load_gain(l, name, c->hidden, &layer->mlp_gain, err);
 }
 
 static loci_status load_inv_freq(loader *l, loci_error *err) {
@@ -119,8 +185,7 @@ static loci_status load_inv_freq(loader *l, loci_error *err) {
     uint32_t half = c->head_dim / 2;
     float *values = malloc(half * sizeof *values);
     if (!values) return loci_fail(err, LOCI_E_NOMEM, "no memory for rotary frequencies");
-    for (uint32_t i = 0; i < half; i++)
-        values[i] = 1.0f / powf(c->rope_theta, (float)(2 * i) / (float)c->head_dim);
+    loci_rope_frequencies(c, values);
     l->model->inv_freq = put_constants(l, values, half);
     free(values);
     return LOCI_OK;
@@ -132,16 +197,19 @@ static loci_status load_weights(loader *l, loci_error *err) {
     loci_model *model = l->model;
     const loci_model_config *c = &model->config;
     loci_backend *backend = model->backend;
-    size_t bytes = (2 * (size_t)c->layers + 2) * (c->hidden * sizeof(float) + 64) +
-                   c->head_dim * sizeof(float) + 64;
-    LOCI_TRY(backend->ops->alloc(backend, bytes, &model->constants, err));
+    l->used = calloc(loci_safetensors_count(l->file) + 1, sizeof *l->used);
+    if (!l->used) return loci_fail(err, LOCI_E_NOMEM, "no memory to load %s", l->dir);
+    size_t gains = (2 * (size_t)c->layers + 1) * (c->hidden * sizeof(float) + 64);
+    size_t heads = (2 * (size_t)c->layers + 1) * (c->head_dim * sizeof(float) + 64);
+    LOCI_TRY(backend->ops->alloc(backend, gains + heads, &model->constants, err));
     LOCI_TRY(backend->ops->stream_open(backend, &l->stream, err));
     LOCI_TRY(
         load_weight(l, UINT32_MAX, embedding, &c->vocab, 1, c->hidden, &model->embedding, err));
     if (!c->tied_embeddings)
         LOCI_TRY(load_weight(l, UINT32_MAX, head, &c->vocab, 1, c->hidden, &model->head, err));
     for (uint32_t i = 0; i < c->layers; i++) LOCI_TRY(load_layer(l, i, err));
-    LOCI_TRY(load_gain(l, "model.norm.weight", &model->final_gain, err));
+    LOCI_TRY(load_gain(l, "model.norm.weight", c->hidden, &model->final_gain, err));
+    LOCI_TRY(check_all_used(l, err));
     LOCI_TRY(load_inv_freq(l, err));
     return backend->ops->sync(l->stream, err);
 }
@@ -161,6 +229,7 @@ static void hash_config(XXH3_state_t *state, const loci_model_config *c) {
         loci_buf_u8(&buf, c->layer[i].rope);
         loci_buf_u8(&buf, c->layer[i].retrieval);
     }
+    if (c->rope_scaling.factor > 0) loci_buf_bytes(&buf, &c->rope_scaling, sizeof c->rope_scaling);
     if (loci_buf_status(&buf) == LOCI_OK) XXH3_128bits_update(state, buf.data, buf.len);
     loci_buf_fini(&buf);
 }
@@ -222,6 +291,7 @@ static void find_specials(loci_model *model) {
         .eos = model->config.eos_id,
         .bos = loci_tokenizer_id(t, "<bos>"),
     };
+    if (model->specials.bos == UINT32_MAX) model->specials.bos = loci_tokenizer_bos(t);
 }
 
 /* More tokens than rows of the embedding would let text produce ids that cannot be embedded. */
@@ -247,6 +317,7 @@ loci_status loci_model_open(const char *dir, loci_backend *backend, loci_dtype p
     LOCI_TRY_GOTO(loci_model_config_load(dir, &model->config, err), out);
     LOCI_TRY_GOTO(loci_tokenizer_open(tokenizer_path, &model->tokenizer, err), out);
     LOCI_TRY_GOTO(check_vocabulary(model, dir, err), out);
+    LOCI_TRY_GOTO(loci_chat_open(dir, model->tokenizer, &model->chat, err), out);
     find_specials(model);
     LOCI_TRY_GOTO(loci_safetensors_open(dir, &l.file, err), out);
     LOCI_TRY_GOTO(load_weights(&l, err), out);
@@ -254,6 +325,7 @@ loci_status loci_model_open(const char *dir, loci_backend *backend, loci_dtype p
 out:
     if (l.stream) backend->ops->stream_close(backend, l.stream);
     loci_safetensors_close(l.file);
+    free(l.used);
     loci_buf_fini(&path);
     if (status == LOCI_OK)
         *out = model;
@@ -273,6 +345,7 @@ void loci_model_close(loci_model *model) {
         backend->ops->weight_free(backend, layer->o);
         backend->ops->weight_free(backend, layer->gate_up);
         backend->ops->weight_free(backend, layer->down);
+        backend->ops->weight_free(backend, layer->qkv_bias);
     }
     backend->ops->free(backend, model->constants);
     loci_tokenizer_close(model->tokenizer);
@@ -289,6 +362,35 @@ const loci_tokenizer *loci_model_tokenizer(const loci_model *model) {
 
 const loci_special_tokens *loci_model_specials(const loci_model *model) {
     return &model->specials;
+}
+
+loci_status loci_model_require_specials(const loci_model *model, loci_error *err) {
+    const loci_special_tokens *s = &model->specials;
+    const struct {
+        uint32_t id;
+        const char *name;
+    } needed[] = {{s->doc, "<doc>"},
+                  {s->question, "<q>"},
+                  {s->evidence, "<ev>"},
+                  {s->answer, "<a>"},
+                  {s->none, "<none>"}};
+    for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
+        if (needed[i].id == UINT32_MAX)
+            return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_FAMILY",
+                                    "the tokenizer of this %s has no %s: corpora can so far only "
+                                    "be registered with models of the built-in family",
+                                    model->config.architecture, needed[i].name);
+    return LOCI_OK;
+}
+
+const loci_chat *loci_model_chat(const loci_model *model) {
+    return &model->chat;
+}
+
+bool loci_model_ends(const loci_model *model, uint32_t id) {
+    for (uint32_t i = 0; i < model->config.eos_count; i++)
+        if (model->config.eos[i] == id) return true;
+    return id == model->chat.stop && id != UINT32_MAX;
 }
 
 loci_backend *loci_model_backend(const loci_model *model) {

@@ -11,9 +11,11 @@
 
 #include "attention/backend.h"
 #include "base/cancel.h"
+#include "model/chat.h"
 #include "model/tokenizer.h"
 
 #define LOCI_LAYERS_MAX 256
+#define LOCI_EOS_MAX 8
 
 /* One layer's attention. window 0 = full. rope false = no positions (NoPE). */
 typedef struct loci_layer_config {
@@ -22,26 +24,42 @@ typedef struct loci_layer_config {
     bool retrieval; /* its queries reach the corpus */
 } loci_layer_config;
 
+/* rope_type "llama3": frequencies below low_freq turns in positions_max are divided by factor,
+ * those above high_freq kept, those between mixed. factor 0: no scaling. */
+typedef struct loci_rope_scaling {
+    float factor, low_freq, high_freq;
+    uint32_t positions_max;
+} loci_rope_scaling;
+
 typedef struct loci_model_config {
     char architecture[64];
     uint32_t vocab, hidden, intermediate, layers, q_heads, kv_heads, head_dim;
     uint32_t positions_max;
     float rms_eps, rope_theta;
+    loci_rope_scaling rope_scaling;
     bool tied_embeddings;
-    uint32_t eos_id;
+    bool qkv_bias;   /* the projections to queries, keys and values have a bias */
+    bool head_norm;  /* each query and key head is normed before it is rotated */
+    uint32_t eos_id; /* the first of eos[] */
+    uint32_t eos[LOCI_EOS_MAX], eos_count;
     loci_layer_config layer[LOCI_LAYERS_MAX];
     uint32_t retrieval_count;
     uint32_t retrieval_layer[LOCI_LAYERS_MAX]; /* layer numbers of the retrieval layers */
 } loci_model_config;
 
 /* The special tokens by which the built-in family reads text (shared notes: "how it sees
- * text"); UINT32_MAX where the tokenizer has none. */
+ * text"); UINT32_MAX where the tokenizer has none. bos: "<bos>", else the token that the tokenizer
+ * puts before every text. */
 typedef struct loci_special_tokens {
     uint32_t doc, question, evidence, answer, none, eos, bos;
 } loci_special_tokens;
 
 typedef struct loci_model loci_model;
 
+/* LOCI_E_UNSUPPORTED for a file or folder of another format (GGUF for one), with a sentence that
+ * says what to bring instead; LOCI_E_NOTFOUND if there is no such folder. Opening begins with this.
+ */
+LOCI_MUST_CHECK loci_status loci_model_check_folder(const char *dir, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_model_open(const char *dir, loci_backend *backend,
                                             loci_dtype precision, loci_model **out,
                                             loci_error *err);
@@ -49,6 +67,12 @@ void loci_model_close(loci_model *model);
 const loci_model_config *loci_model_config_of(const loci_model *model);
 const loci_tokenizer *loci_model_tokenizer(const loci_model *model);
 const loci_special_tokens *loci_model_specials(const loci_model *model);
+/* LOCI_E_UNSUPPORTED naming the first token of the built-in family that the tokenizer lacks: for
+ * callers that can read text in that family's way only. */
+LOCI_MUST_CHECK loci_status loci_model_require_specials(const loci_model *model, loci_error *err);
+const loci_chat *loci_model_chat(const loci_model *model);
+/* Does this token end a text or an answer: one of the configuration's eos[], or the chat's stop? */
+bool loci_model_ends(const loci_model *model, uint32_t id);
 loci_backend *loci_model_backend(const loci_model *model);
 /* 32 lower-case hexadecimal digits: hash of config, tokenizer and weights (bytes), independent of
  * file names and sharding. Precision is not part of it. */

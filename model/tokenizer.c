@@ -3,7 +3,9 @@
  * Tokenizer: tokenizer.json as a whole, added tokens, and the way from bytes to ids and back.
  *
  * Text is cut four times, each cut inside the pieces of the one before: at added tokens (if asked
- * for), at bytes that are not UTF-8, by the pre-tokenizer (pretokenize.c), by merges (bpe.c).
+ * for), at bytes that are not UTF-8, by the pre-tokenizer (pretokenize.c), by merges (bpe.c). A
+ * normalizer runs between the first cut at added tokens and the second, that at added tokens which
+ * are marked "normalized".
  * All state of a call lives in one `encoding` on the caller's stack.
  */
 #include "model/tokenizer.h"
@@ -13,6 +15,7 @@
 
 #include "model/bpe.h"
 #include "model/json.h"
+#include "model/nfc.h"
 #include "model/pretokenize.h"
 
 #define NONE UINT32_MAX
@@ -48,11 +51,15 @@ struct loci_tokenizer {
     size_t added_count;
     trie tries[2]; /* [0]: matched first; [1]: those marked "normalized", matched in the rest */
     uint32_t limit;
+    uint32_t bos;
+    bool normalizes;
 };
 
 typedef struct encoding {
     const loci_tokenizer *tokenizer;
-    loci_slice text;
+    loci_slice text; /* normalized, inside encode_normalized */
+    bool special;
+    loci_nfc nfc;
     loci_tokens *out;
     loci_error *err;
     loci_pieces pieces;
@@ -168,28 +175,10 @@ static loci_status push(encoding *e, uint32_t id, size_t end) {
                              : loci_fail(e->err, status, "no memory for the tokens of a text");
 }
 
-/* Length of the UTF-8 character at data, or 0: no overlong forms, no surrogates, up to U+10FFFF.
- */
-static size_t utf8_length(const uint8_t *data, size_t len) {
-    uint8_t c = data[0];
-    if (c < 0x80) return 1;
-    size_t want = c >= 0xc2 && c < 0xe0   ? 2
-                  : c >= 0xe0 && c < 0xf0 ? 3
-                  : c >= 0xf0 && c < 0xf5 ? 4
-                                          : 0;
-    if (want == 0 || want > len) return 0;
-    for (size_t i = 1; i < want; i++)
-        if ((data[i] & 0xc0) != 0x80) return 0;
-    if ((c == 0xe0 && data[1] < 0xa0) || (c == 0xed && data[1] > 0x9f) ||
-        (c == 0xf0 && data[1] < 0x90) || (c == 0xf4 && data[1] > 0x8f))
-        return 0;
-    return want;
-}
-
 /* The first byte at or behind begin that is not UTF-8. */
 static size_t utf8_end(const uint8_t *text, size_t begin, size_t end) {
     for (size_t len; begin < end; begin += len) {
-        len = utf8_length(text + begin, end - begin);
+        len = loci_utf8_length(text + begin, end - begin);
         if (len == 0) break;
     }
     return begin;
@@ -234,8 +223,28 @@ static loci_status encode_around(encoding *e, const trie *t, size_t begin, size_
     return LOCI_OK;
 }
 
-static loci_status encode_normalized(encoding *e, size_t begin, size_t end) {
+/* Text in which added tokens marked "normalized" are still to be found. */
+static loci_status encode_found(encoding *e, size_t begin, size_t end) {
+    if (!e->special) return encode_plain(e, begin, end);
     return encode_around(e, &e->tokenizer->tries[1], begin, end, encode_plain);
+}
+
+/* Text between the added tokens that are matched before the normalizer runs. */
+static loci_status encode_normalized(encoding *e, size_t begin, size_t end) {
+    if (!e->tokenizer->normalizes) return encode_found(e, begin, end);
+    bool changed;
+    LOCI_TRY(
+        loci_nfc_run(&e->nfc, loci_slice_of(e->text.data + begin, end - begin), &changed, e->err));
+    if (!changed) return encode_found(e, begin, end);
+    loci_slice text = e->text;
+    size_t first = e->out->count;
+    e->text = loci_slice_of(e->nfc.text.data, e->nfc.text.len);
+    loci_status status = encode_found(e, 0, e->text.len);
+    e->text = text;
+    if (status != LOCI_OK) return status;
+    loci_nfc_origins(&e->nfc, e->out->ends + first, e->out->count - first);
+    for (size_t i = first; i < e->out->count; i++) e->out->ends[i] += (uint32_t)begin;
+    return LOCI_OK;
 }
 
 loci_status loci_tokenizer_encode(const loci_tokenizer *tokenizer, loci_slice text, bool special,
@@ -243,15 +252,16 @@ loci_status loci_tokenizer_encode(const loci_tokenizer *tokenizer, loci_slice te
     if (text.len > (size_t)1 << 31)
         return loci_fail(err, LOCI_E_LIMIT, "a text of %zu bytes is too long to tokenize",
                          text.len);
-    encoding e = {.tokenizer = tokenizer, .text = text, .out = out, .err = err};
+    encoding e = {.tokenizer = tokenizer, .text = text, .special = special, .out = out, .err = err};
     LOCI_TRY(loci_pieces_init(&e.pieces, tokenizer->pretokenizer, err));
     size_t before = out->count;
     loci_status status =
         special ? encode_around(&e, &tokenizer->tries[0], 0, text.len, encode_normalized)
-                : encode_plain(&e, 0, text.len);
+                : encode_normalized(&e, 0, text.len);
     if (status != LOCI_OK) out->count = before;
     loci_bpe_scratch_fini(&e.scratch);
     loci_pieces_fini(&e.pieces);
+    loci_nfc_fini(&e.nfc);
     return status;
 }
 
@@ -287,6 +297,14 @@ bool loci_tokenizer_is_special(const loci_tokenizer *tokenizer, uint32_t id) {
     return added && added->special;
 }
 
+uint32_t loci_tokenizer_bos(const loci_tokenizer *tokenizer) {
+    return tokenizer->bos;
+}
+
+bool loci_tokenizer_normalizes(const loci_tokenizer *tokenizer) {
+    return tokenizer->normalizes;
+}
+
 /* --- Reading -------------------------------------------------------------------------- */
 
 /* An added token either has an id of its own or spells the token of the vocabulary with its id. */
@@ -309,9 +327,24 @@ static loci_status check_added_token(const loci_tokenizer *tokenizer, const char
     return LOCI_OK;
 }
 
+/* What is matched in normalized text must be normalized, or it would never be found. */
+static loci_status check_normalized(const char *what, const added_token *token, loci_error *err) {
+    loci_nfc nfc = {0};
+    bool changed = false;
+    loci_status status =
+        loci_nfc_run(&nfc, loci_slice_of(token->content, token->len), &changed, err);
+    loci_nfc_fini(&nfc);
+    if (status == LOCI_OK && changed)
+        return loci_fail(err, LOCI_E_UNSUPPORTED,
+                         "%s: added token \"%.80s\" changes when it is normalized", what,
+                         token->content);
+    return status;
+}
+
 static loci_status add_token(loci_tokenizer *tokenizer, const char *what, added_token token,
                              bool normalized, loci_error *err) {
     LOCI_TRY(check_added_token(tokenizer, what, &token, err));
+    if (normalized && tokenizer->normalizes) LOCI_TRY(check_normalized(what, &token, err));
     LOCI_TRY(trie_add(&tokenizer->tries[normalized], &token, err));
     token.content = strdup(token.content);
     if (!token.content) return loci_fail(err, LOCI_E_NOMEM, "no memory for a tokenizer");
@@ -374,33 +407,91 @@ static loci_status read_added(loci_tokenizer *tokenizer, const loci_json *in, lo
     return LOCI_OK;
 }
 
-/* A normalizer changes the text before it is cut; a decoder other than ByteLevel changes it back
- * in its own way. */
-static loci_status refuse_options(const loci_json *in, loci_error *err) {
-    loci_json part = {in->what, NULL};
-    LOCI_TRY(loci_json_object(in, "normalizer", in->what, LOCI_JSON_OPTIONAL, &part, err));
-    const char *type = "of no type";
-    if (part.object) {
-        LOCI_TRY(loci_json_string(&part, "type", LOCI_JSON_OPTIONAL, &type, err));
-        return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: normalizer %.40s is not supported", in->what,
-                         type);
+/* The type of a part of the file; "none" when there is no such part. */
+static loci_status read_type(const loci_json *in, const char *part, loci_json *object,
+                             const char **type, loci_error *err) {
+    *type = "none";
+    *object = (loci_json){in->what, NULL};
+    LOCI_TRY(loci_json_object(in, part, in->what, LOCI_JSON_OPTIONAL, object, err));
+    if (!object->object) return LOCI_OK;
+    *type = "of no type";
+    return loci_json_string(object, "type", LOCI_JSON_OPTIONAL, type, err);
+}
+
+/* SentencePiece tokenizers differ in all parts: the sentence says so, instead of naming one part.
+ */
+static loci_status refuse_sentencepiece(const loci_json *in, loci_error *err) {
+    static const struct {
+        const char *part, *type;
+    } signs[] = {{"model", "Unigram"}, {"pre_tokenizer", "Metaspace"}, {"decoder", "Metaspace"}};
+    loci_json part;
+    const char *type;
+    bool fallback = false;
+    LOCI_TRY(read_type(in, "model", &part, &type, err));
+    if (part.object)
+        LOCI_TRY(loci_json_bool(&part, "byte_fallback", LOCI_JSON_OPTIONAL, &fallback, err));
+    const char *found = fallback ? "byte_fallback" : NULL;
+    for (size_t i = 0; i < sizeof signs / sizeof signs[0] && !found; i++) {
+        LOCI_TRY(read_type(in, signs[i].part, &part, &type, err));
+        if (strcmp(type, signs[i].type) == 0) found = type;
     }
-    LOCI_TRY(loci_json_object(in, "decoder", in->what, LOCI_JSON_REQUIRED, &part, err));
-    LOCI_TRY(loci_json_string(&part, "type", LOCI_JSON_REQUIRED, &type, err));
+    if (!found) return LOCI_OK;
+    return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "TOKENIZER_KIND",
+                            "%s has %s: it is a SentencePiece tokenizer, as of Llama 2 and Mistral "
+                            "7B, which is not supported; byte-level BPE is (GPT-2, Llama 3, Qwen, "
+                            "Mistral Nemo)",
+                            in->what, found);
+}
+
+/* A decoder other than ByteLevel changes text back in its own way. */
+static loci_status read_options(loci_tokenizer *tokenizer, const loci_json *in, loci_error *err) {
+    loci_json part;
+    const char *type;
+    LOCI_TRY(refuse_sentencepiece(in, err));
+    LOCI_TRY(read_type(in, "normalizer", &part, &type, err));
+    tokenizer->normalizes = strcmp(type, "NFC") == 0;
+    if (part.object && !tokenizer->normalizes)
+        return loci_fail(err, LOCI_E_UNSUPPORTED,
+                         "%s: normalizer %.40s is not supported; NFC and none are", in->what, type);
+    LOCI_TRY(read_type(in, "decoder", &part, &type, err));
+    if (!part.object) return loci_fail(err, LOCI_E_INVAL, "%s lacks \"decoder\"", in->what);
     if (strcmp(type, "ByteLevel") != 0)
         return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: decoder %.40s is not supported", in->what,
                          type);
     return LOCI_OK;
 }
 
+/* The first special token of a TemplateProcessing's "single", alone or in a Sequence. A token that
+ * it does not know is of no use and left out. */
+static uint32_t find_bos(const loci_tokenizer *tokenizer, const json_t *processor) {
+    const char *type = json_string_value(json_object_get(processor, "type"));
+    if (!type) return NONE;
+    if (strcmp(type, "Sequence") == 0) {
+        size_t i;
+        const json_t *value, *list = json_object_get(processor, "processors");
+        json_array_foreach(list, i, value) {
+            const char *inner = json_string_value(json_object_get(value, "type"));
+            if (inner && strcmp(inner, "TemplateProcessing") == 0)
+                return find_bos(tokenizer, value);
+        }
+    }
+    if (strcmp(type, "TemplateProcessing") != 0) return NONE;
+    const json_t *first = json_array_get(json_object_get(processor, "single"), 0);
+    const char *id =
+        json_string_value(json_object_get(json_object_get(first, "SpecialToken"), "id"));
+    return id ? loci_tokenizer_id(tokenizer, id) : NONE;
+}
+
 static loci_status read_tokenizer(loci_tokenizer *tokenizer, const loci_json *in, loci_error *err) {
     loci_json model = {in->what, NULL};
-    LOCI_TRY(refuse_options(in, err));
+    LOCI_TRY(read_options(tokenizer, in, err));
     LOCI_TRY(loci_json_object(in, "model", in->what, LOCI_JSON_REQUIRED, &model, err));
     LOCI_TRY(loci_pretokenizer_open(in, &tokenizer->pretokenizer, err));
     LOCI_TRY(loci_bpe_open(&model, &tokenizer->bpe, err));
     tokenizer->limit = loci_bpe_limit(tokenizer->bpe);
-    return read_added(tokenizer, in, err);
+    LOCI_TRY(read_added(tokenizer, in, err));
+    tokenizer->bos = find_bos(tokenizer, loci_json_member(in, "post_processor"));
+    return LOCI_OK;
 }
 
 loci_status loci_tokenizer_open(const char *path, loci_tokenizer **out, loci_error *err) {

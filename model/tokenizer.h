@@ -2,11 +2,12 @@
  *
  * Byte-level BPE as a Hugging Face tokenizer.json states it.
  *
- * Supported: model BPE without dropout, byte_fallback and unknown token; normalizer null;
+ * Supported: model BPE without dropout and byte_fallback; normalizer null or NFC;
  * pre_tokenizer ByteLevel, Split (Isolated) and Digits, alone or in a Sequence, their regexes run
  * by PCRE2; added and special tokens; decoder ByteLevel. What a post_processor, truncation or
  * padding would do is the caller's business. Anything else is refused by name. Any byte
- * string round-trips: bytes that are not UTF-8 are tokenised byte by byte.
+ * string round-trips, but for what NFC changes: bytes that are not UTF-8 are tokenised byte by
+ * byte.
  * A tokenizer is immutable after open and may be used by any number of threads.
  */
 #ifndef LOCI_MODEL_TOKENIZER_H
@@ -16,7 +17,9 @@
 
 typedef struct loci_tokenizer loci_tokenizer;
 
-/* ids and, for each, the end of its bytes in the input. Reused over calls; zero-initialise. */
+/* ids and, for each, the end of its bytes in the input (also where that was normalized: the tokens
+ * of a character that NFC replaced by several all end behind it). Reused over calls;
+ * zero-initialise. */
 typedef struct loci_tokens {
     uint32_t *ids;
     uint32_t *ends;
@@ -44,5 +47,10 @@ uint32_t loci_tokenizer_id(const loci_tokenizer *tokenizer, const char *token);
 /* One more than the highest id. */
 uint32_t loci_tokenizer_vocab_size(const loci_tokenizer *tokenizer);
 bool loci_tokenizer_is_special(const loci_tokenizer *tokenizer, uint32_t id);
+
+/* The token that, by the file's post_processor, stands before every text; UINT32_MAX: none. */
+uint32_t loci_tokenizer_bos(const loci_tokenizer *tokenizer);
+/* Encoding then decoding gives a text's normal form, not the text. */
+bool loci_tokenizer_normalizes(const loci_tokenizer *tokenizer);
 
 #endif

@@ -21,6 +21,7 @@ static void round_trip(const loci_tokenizer *tokenizer, loci_slice text) {
         if (loci_tokenizer_encode(tokenizer, text, special, &tokens, &err) != LOCI_OK) continue;
         if (loci_tokenizer_decode(tokenizer, tokens.ids, tokens.count, true, &back) != LOCI_OK)
             continue;
+        if (loci_tokenizer_normalizes(tokenizer)) continue;
         if (!loci_slice_equal(text, loci_slice_of(back.data, back.len))) abort();
     }
     loci_buf_fini(&back);

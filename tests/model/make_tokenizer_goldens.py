@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes tests/data/model/: tokenizer-goldens.bin, tokenizer-llama3.json, tokenizer-qwen2.json.
+"""Writes tests/data/model/: tokenizer-goldens.bin, tokenizer-{llama3,qwen2,gpt2}.json.
 
 Needs the Hugging Face `tokenizers` library (0.23). Run from the repository root:
     python3 tests/model/make_tokenizer_goldens.py [--count N] [--seed S] [--out DIR]
 
-The goldens say what that library makes of many strings, for four tokenizers: the built-in one
-with added tokens taken as plain text, the built-in one as it is, and two small ones that have
-the regexes of Llama 3 (with ignore_merges) and Qwen2. Format, little-endian: "LTG1", u32 number
-of strings; for each u32 length and its bytes, then four lists of ids: u32 count (0xffffffff: the
-same as the first list), and each id in LEB128.
+The goldens say what that library makes of many strings, for five tokenizers: the built-in one
+with added tokens taken as plain text, the built-in one as it is, and three small ones that have
+the regexes of Llama 3 (with ignore_merges), Qwen2 (with its normalizer NFC and added tokens) and
+GPT-2 (whose file does not say that it is BPE). Format, little-endian: "LTG2", u32 number of
+strings; for each u32 length and its bytes, then five lists of ids: u32 count (0xffffffff: the same
+as the first list), and each id in LEB128.
 """
 import argparse
 import json
@@ -17,7 +18,8 @@ import os
 import random
 import struct
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                        pre_tokenizers, trainers)
 
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -38,7 +40,7 @@ SPACES = [" ", "  ", "   ", "\t", "\n", "\n\n", "\r\n", " \n ", "\u00a0", "\u200
           "\u200b", "\u180e", "\u2028", "\u0085", "\x0b", "\x0c", "\x1c", "\ufeff", "\u202f"]
 PUNCT = list(".,;:!?\"'()[]{}<>/\\|@#$%^&*-_=+`~") + ["...", "--", "'s", "'S", "'ſ", "'ll", "’s",
          "«", "»", "“", "”", "—", "…", "→", "≠", "∑", "€", "😀", "👩‍👩‍👧", "🏳️‍🌈", "e\u0301", "\u0301"]
-ADDED = ["<eos>", "<doc>", "<q>", "<pad>", "<sp10>", "<sp31>", "<sp", "<eo", "<<eos>>", "< eos >",
+ADDED = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<|im_end", "<eos>", "<doc>", "<q>", "<pad>", "<sp10>", "<sp31>", "<sp", "<eo", "<<eos>>", "< eos >",
          "<eos><eos>", "eos>"]
 
 
@@ -77,6 +79,23 @@ def edges(rng):
                    for _ in range(rng.randint(1, 14)))
 
 
+def composing(rng):
+    """What NFC changes or must leave alone: marks in any order, Hangul, singletons, exclusions."""
+    starters = list("aeEnosuySA") + ["\u00fc", "\u0915", "\u0928", "\u09c7", "\u0b47", "\u0bc6",
+                "\u0cc6", "\u0dd9", "\u1025", "\u3046", "\u30cf", "\u1b05", "\u05d0", "\u03c9",
+                "\u0438", "\u1100", "\u1112", "\uac00", "\uac01", "\u212b", "\u2126", "\u0958",
+                "\u0958", "\u2adc", "\uf900", "\U0002f800", "\U0001d15e", "\ufb1d", "\u0340",
+                "\u0374", "\u1fef", "\u2000", "\u0f43", "\U00011131", " ", "1", "<|im_end|>",
+                "<think>"]
+    marks = ["\u0301", "\u0308", "\u0323", "\u0327", "\u0302", "\u0338", "\u0345", "\u05b7",
+             "\u05bc", "\u093c", "\u09be", "\u0b3e", "\u0bbe", "\u0cd5", "\u0dcf", "\u102e",
+             "\u1b35", "\u3099", "\u309a", "\u1161", "\u1175", "\u11a8", "\u11c2", "\u0344",
+             "\u20d2", "\U0001d165", "\U0001d16e", "\u0f71", "\u0f73", "\U00011127"]
+    return "".join(rng.choice(starters) +
+                   "".join(rng.choice(marks) for _ in range(rng.choice([0, 1, 1, 2, 3, 8])))
+                   for _ in range(rng.randint(1, 9)))
+
+
 def runs(rng):
     unit = rng.choice(["a", "ab", " ", "\n", "=", "的", "é", "Na", "the", "1", "\u0301", "😀", "\r\n"])
     return unit * rng.randint(1, 90) + rng.choice(["", "x", " x", "1", "\n"])
@@ -84,25 +103,38 @@ def runs(rng):
 
 def strings(count, seed):
     rng = random.Random(seed)
-    kinds = [sentence, sentence, mixture, characters, edges, edges, runs]
+    kinds = [sentence, sentence, mixture, characters, edges, edges, runs, composing]
     fixed = ["", " ", "\n", "'", "a", "<eos>", "<doc>text<q>what?<ev>it<a>", "é", "\x00", "\x00a\x00"]
     return fixed + [rng.choice(kinds)(rng) for _ in range(count - len(fixed))]
 
 
-def small_tokenizer(regex, ignore_merges, corpus):
+QWEN2_ADDED = [("<|endoftext|>", True), ("<|im_start|>", True), ("<|im_end|>", True),
+               ("<think>", False), ("</think>", False)]
+
+
+def small_tokenizer(name, regex, corpus):
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(regex), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    if name == "gpt2":
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        tok.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(regex), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
     tok.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=900, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False))
+    if name == "qwen2":
+        tok.normalizer = normalizers.NFC()
+        tok.add_tokens([AddedToken(t, special=s, normalized=False) for t, s in QWEN2_ADDED])
     data = json.loads(tok.to_str())
     model = data["model"]
-    model["ignore_merges"] = ignore_merges
+    model["ignore_merges"] = name == "llama3"
     # Words that only ignore_merges can find: their merge is gone, the token is still there.
     model["merges"] = [m for i, m in enumerate(model["merges"]) if i < 400 or i % 5]
+    if name == "gpt2":
+        del model["type"]
+        model["merges"] = [" ".join(m) for m in model["merges"]]
     text = json.dumps(data, ensure_ascii=False)
     return text, Tokenizer.from_str(text)
 
@@ -123,7 +155,7 @@ def id_list(ids, same_as=None):
 
 def main():
     args = argparse.ArgumentParser()
-    args.add_argument("--count", type=int, default=2000)
+    args.add_argument("--count", type=int, default=1600)
     args.add_argument("--seed", type=int, default=7)
     args.add_argument("--out", default="tests/data/model")
     args = args.parse_args()
@@ -136,19 +168,19 @@ def main():
     rng = random.Random(1)
     corpus = [sentence(rng) for _ in range(3000)]
     small = []
-    for name, regex, ignore in (("llama3", LLAMA3, True), ("qwen2", QWEN2, False)):
-        text, tok = small_tokenizer(regex, ignore, corpus)
+    for name, regex in (("llama3", LLAMA3), ("qwen2", QWEN2), ("gpt2", None)):
+        text, tok = small_tokenizer(name, regex, corpus)
         with open(f"{args.out}/tokenizer-{name}.json", "w", encoding="utf-8") as file:
             file.write(text)
         small.append(tok)
     texts = strings(args.count, args.seed)
     with open(f"{args.out}/tokenizer-goldens.bin", "wb") as file:
-        file.write(b"LTG1" + struct.pack("<I", len(texts)))
+        file.write(b"LTG2" + struct.pack("<I", len(texts)))
         for text in texts:
             raw = text.encode()
             ids = [t.encode(text, add_special_tokens=False).ids for t in [plain, added] + small]
             file.write(struct.pack("<I", len(raw)) + raw + id_list(ids[0]))
-            file.write(id_list(ids[1], ids[0]) + id_list(ids[2]) + id_list(ids[3]))
+            file.write(id_list(ids[1], ids[0]) + b"".join(id_list(i) for i in ids[2:]))
 
 
 main()

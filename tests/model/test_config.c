@@ -9,12 +9,14 @@
 
 #include <cmocka.h>
 #include <jansson.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "model/config.h"
+#include "model/rope.h"
 
 static char dir[] = "/tmp/loci-config-XXXXXX";
 
@@ -104,6 +106,15 @@ static void test_built_in(void **state) {
     }
 }
 
+#define LLAMA "{\"architectures\": [\"LlamaForCausalLM\"]"
+#define MISTRAL "{\"architectures\": [\"MistralForCausalLM\"]"
+#define QWEN2 "{\"architectures\": [\"Qwen2ForCausalLM\"]"
+#define QWEN3 "{\"architectures\": [\"Qwen3ForCausalLM\"], \"head_dim\": 32"
+#define FULL4 "[\"full_attention\", \"full_attention\", \"full_attention\", \"full_attention\"]"
+#define LLAMA3_ROPE                                                                               \
+    "{\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 1, \"high_freq_factor\": 4," \
+    " \"original_max_position_embeddings\": 512"
+
 /* What each set of changes makes of the four layers: r = rope, w = window, R = retrieval. */
 static const struct {
     const char *changes;
@@ -125,8 +136,30 @@ static const struct {
      " \"full_attention\"]}",
      {"w", "r", "r", "R"}},
     /* without layer_types the window is of the layers without positions, as in transformers */
-    {"{\"sliding_window\": 8, \"use_sliding_window\": true}", {"rR", "rR", "rR", "wR"}},
+    {"{\"sliding_window\": 8, \"use_sliding_window\": true}", {"rR", "rR", "rR", "w"}},
     {"{\"sliding_window\": 8, \"use_sliding_window\": false}", {"r", "r", "r", "R"}},
+    {LLAMA "}", {"rR", "rR", "rR", "rR"}},
+    {LLAMA ", \"sliding_window\": null, \"use_sliding_window\": true, \"layer_types\": " FULL4 "}",
+     {"rR", "rR", "rR", "rR"}},
+    {MISTRAL ", \"sliding_window\": 8}", {"rwR", "rwR", "rwR", "rwR"}},
+    {MISTRAL ", \"sliding_window\": null}", {"rR", "rR", "rR", "rR"}},
+    {MISTRAL ", \"sliding_window\": 8, \"layer_types\": [\"sliding_attention\","
+             " \"sliding_attention\", \"sliding_attention\", \"sliding_attention\"]}",
+     {"rwR", "rwR", "rwR", "rwR"}},
+    /* a window only if asked for, and only from max_window_layers on */
+    {QWEN2 ", \"sliding_window\": 8, \"max_window_layers\": 2}", {"rR", "rR", "rR", "rR"}},
+    {QWEN2 ", \"sliding_window\": 8, \"use_sliding_window\": true, \"max_window_layers\": 3}",
+     {"rR", "rR", "rR", "rw"}},
+    {QWEN2 ", \"sliding_window\": 8, \"use_sliding_window\": true, \"max_window_layers\": 0}",
+     {"rwR", "rwR", "rwR", "rwR"}},
+    {QWEN3 ", \"sliding_window\": 8, \"use_sliding_window\": true, \"layer_types\": "
+           "[\"sliding_attention\", \"full_attention\", \"sliding_attention\","
+           " \"full_attention\"]}",
+     {"rw", "rR", "rw", "rR"}},
+    {QWEN3 ", \"sliding_window\": null, \"layer_types\": " FULL4 "}", {"rR", "rR", "rR", "rR"}},
+    /* only SmolLM3 has layers without positions */
+    {QWEN3 ", \"no_rope_layers\": [0, 0, 0, 0], \"no_rope_layer_interval\": 2}",
+     {"rR", "rR", "rR", "rR"}},
 };
 
 static void test_layer_rules(void **state) {
@@ -165,6 +198,63 @@ static void test_defaults_and_spellings(void **state) {
     assert_int_equal(c.head_dim, 64);
     assert_false(c.tied_embeddings);
     assert_true(c.rope_theta > 1.9e6f && c.rope_theta < 2.1e6f);
+    write_config("{\"eos_token_id\": [9, 10, 11], \"attention_bias\": false, \"mlp_bias\": null,"
+                 " \"num_experts\": 0, \"quantization_config\": null}");
+    load_ok(dir, &c);
+    assert_int_equal(c.eos_count, 3);
+    assert_int_equal(c.eos[2], 11);
+}
+
+static void test_architectures(void **state) {
+    (void)state;
+    static const struct {
+        const char *changes;
+        bool tied, bias, norm;
+    } rows[] = {{LLAMA "}", false, false, false},
+                {MISTRAL ", \"sliding_window\": null}", false, false, false},
+                {QWEN2 "}", false, true, false},
+                {QWEN3 "}", false, false, true},
+                {"{}", true, false, false}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        loci_model_config c;
+        write_config(rows[i].changes);
+        load_ok(dir, &c);
+        assert_int_equal(c.tied_embeddings, rows[i].tied);
+        assert_int_equal(c.qkv_bias, rows[i].bias);
+        assert_int_equal(c.head_norm, rows[i].norm);
+        assert_int_equal(c.head_dim, rows[i].norm ? 32 : 16);
+        assert_true(c.rope_scaling.factor <= 0);
+    }
+}
+
+/* Both spellings; frequencies as transformers computes them. */
+static void test_llama3_rope(void **state) {
+    (void)state;
+    static const float expected[] = {1.0f,
+                                     0.258600146f,
+                                     0.0668740347f,
+                                     0.00422575977f,
+                                     0.000559017004f,
+                                     0.000144561869f,
+                                     3.73837211e-05f,
+                                     9.66743482e-06f};
+    static const char *const spellings[] = {
+        LLAMA ", \"rope_scaling\": " LLAMA3_ROPE "}}",
+        LLAMA ", \"rope_theta\": \"-\", \"rope_parameters\": " LLAMA3_ROPE
+              ", \"rope_theta\": 50000}}",
+        LLAMA ", \"rope_scaling\": " LLAMA3_ROPE "}, \"rope_parameters\": " LLAMA3_ROPE "}}",
+    };
+    for (size_t i = 0; i < sizeof spellings / sizeof *spellings; i++) {
+        loci_model_config c;
+        float frequencies[8];
+        write_config(spellings[i]);
+        load_ok(dir, &c);
+        assert_int_equal(c.rope_scaling.positions_max, 512);
+        loci_rope_frequencies(&c, frequencies);
+        for (size_t j = 0; j < sizeof expected / sizeof *expected; j++)
+            if (fabsf(frequencies[j] - expected[j]) > 2e-6f * expected[j])
+                fail_msg("frequency %zu: %.9g", j, (double)frequencies[j]);
+    }
 }
 
 static const struct {
@@ -177,7 +267,21 @@ static const struct {
     {"{\"architectures\": \"-\"}", LOCI_E_INVAL, "lacks \"architectures\""},
     {"{\"rope_scaling\": {\"rope_type\": \"yarn\"}}", LOCI_E_UNSUPPORTED, "type \"yarn\""},
     {"{\"rope_scaling\": {\"type\": \"linear\"}}", LOCI_E_UNSUPPORTED, "type \"linear\""},
-    {"{\"rope_parameters\": {\"rope_type\": \"llama3\"}}", LOCI_E_UNSUPPORTED, "llama3"},
+    {"{\"rope_scaling\": {\"rope_type\": \"dynamic\"}}", LOCI_E_UNSUPPORTED, "type \"dynamic\""},
+    {"{\"rope_scaling\": {\"rope_type\": \"longrope\"}}", LOCI_E_UNSUPPORTED, "\"longrope\""},
+    {"{\"rope_scaling\": {\"type\": \"mrope\"}}", LOCI_E_UNSUPPORTED, "type \"mrope\""},
+    {"{\"rope_scaling\": {\"type\": \"yarn\", \"rope_type\": \"default\"}}", LOCI_E_INVAL,
+     "of type \"yarn\" and \"default\""},
+    {"{\"rope_scaling\": 8}", LOCI_E_INVAL, "\"rope_scaling\" is not an object"},
+    {"{\"rope_parameters\": {\"rope_type\": \"llama3\"}}", LOCI_E_INVAL, "lacks \"factor\""},
+    {"{\"rope_scaling\": " LLAMA3_ROPE "}, \"rope_parameters\": {\"rope_type\": \"default\"}}",
+     LOCI_E_INVAL, "disagree"},
+    {"{\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 4,"
+     " \"high_freq_factor\": 4, \"original_max_position_embeddings\": 512}}",
+     LOCI_E_INVAL, "high_freq_factor 4 is not above"},
+    {"{\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 0.5, \"low_freq_factor\": 1,"
+     " \"high_freq_factor\": 4, \"original_max_position_embeddings\": 512}}",
+     LOCI_E_INVAL, "\"factor\" is 0.5"},
     {"{\"rope_parameters\": {\"rope_theta\": 1e6}}", LOCI_E_INVAL, "rope_theta is 50000, but"},
     {"{\"rope_parameters\": {\"partial_rotary_factor\": 0.5}}", LOCI_E_UNSUPPORTED, "partial"},
     {"{\"partial_rotary_factor\": 0.5}", LOCI_E_UNSUPPORTED, "partial_rotary_factor"},
@@ -185,7 +289,46 @@ static const struct {
     {"{\"rope_theta\": 0}", LOCI_E_INVAL, "rope_theta"},
     {"{\"attention_bias\": true}", LOCI_E_UNSUPPORTED, "attention_bias"},
     {"{\"mlp_bias\": true}", LOCI_E_UNSUPPORTED, "mlp_bias"},
-    {"{\"mlp_bias\": 0}", LOCI_E_INVAL, "not true or false"},
+    {LLAMA ", \"attention_bias\": true}", LOCI_E_UNSUPPORTED, "attention_bias"},
+    {QWEN3 ", \"attention_bias\": \"yes\"}", LOCI_E_UNSUPPORTED, "attention_bias"},
+    {QWEN3 ", \"num_experts\": 128}", LOCI_E_UNSUPPORTED, "\"num_experts\" (mixture of experts)"},
+    {LLAMA ", \"num_local_experts\": 8}", LOCI_E_UNSUPPORTED, "mixture of experts"},
+    {LLAMA ", \"n_routed_experts\": 8}", LOCI_E_UNSUPPORTED, "mixture of experts"},
+    {LLAMA ", \"kv_lora_rank\": 512}", LOCI_E_UNSUPPORTED, "\"kv_lora_rank\" (multi-head latent"},
+    {LLAMA ", \"q_lora_rank\": 512}", LOCI_E_UNSUPPORTED, "\"q_lora_rank\" (multi-head latent"},
+    {LLAMA ", \"final_logit_softcapping\": 30.0}", LOCI_E_UNSUPPORTED, "capped logits"},
+    {LLAMA ", \"attn_logit_softcapping\": 50.0}", LOCI_E_UNSUPPORTED, "capped logits"},
+    {LLAMA ", \"query_pre_attn_scalar\": 256}", LOCI_E_UNSUPPORTED, "query_pre_attn_scalar"},
+    {LLAMA ", \"attention_multiplier\": 0.1}", LOCI_E_UNSUPPORTED, "attention_multiplier"},
+    {LLAMA ", \"embedding_multiplier\": 12.0}", LOCI_E_UNSUPPORTED, "embedding_multiplier"},
+    {LLAMA ", \"residual_multiplier\": 0.2}", LOCI_E_UNSUPPORTED, "residual_multiplier"},
+    {LLAMA ", \"logits_scaling\": 8.0}", LOCI_E_UNSUPPORTED, "logits_scaling"},
+    {LLAMA ", \"logit_scale\": 0.06}", LOCI_E_UNSUPPORTED, "logit_scale"},
+    {LLAMA ", \"clip_qkv\": 8.0}", LOCI_E_UNSUPPORTED, "clip_qkv"},
+    {LLAMA ", \"qk_layernorm\": true}", LOCI_E_UNSUPPORTED, "qk_layernorm"},
+    {LLAMA ", \"use_qk_norm\": true}", LOCI_E_UNSUPPORTED, "use_qk_norm"},
+    {LLAMA ", \"attention_chunk_size\": 8192}", LOCI_E_UNSUPPORTED, "chunked attention"},
+    {QWEN2 ", \"dual_chunk_attention_config\": {}}", LOCI_E_UNSUPPORTED, "dual chunk"},
+    {LLAMA ", \"compression_config\": {}}", LOCI_E_UNSUPPORTED, "compressed weights"},
+    {LLAMA ", \"cross_attention_layers\": [3]}", LOCI_E_UNSUPPORTED, "cross-attention"},
+    {LLAMA ", \"vision_config\": {}}", LOCI_E_UNSUPPORTED, "vision_config"},
+    {LLAMA ", \"audio_config\": {}}", LOCI_E_UNSUPPORTED, "audio_config"},
+    {LLAMA ", \"hidden_act\": \"gelu_pytorch_tanh\"}", LOCI_E_UNSUPPORTED, "gelu_pytorch_tanh"},
+    {LLAMA ", \"sliding_window\": 8}", LOCI_E_UNSUPPORTED,
+     "\"sliding_window\" is not supported in"},
+    {LLAMA ", \"layer_types\": [\"full_attention\", \"full_attention\", \"full_attention\","
+           " \"sliding_attention\"]}",
+     LOCI_E_UNSUPPORTED, "layer type \"sliding_attention\" of layer 3 is not supported in Llama"},
+    {MISTRAL "}", LOCI_E_INVAL, "lacks \"sliding_window\""},
+    {MISTRAL ", \"sliding_window\": 8, \"layer_types\": " FULL4 "}", LOCI_E_UNSUPPORTED,
+     "layer type \"full_attention\" of layer 0 is not supported in Mistral"},
+    {QWEN2 ", \"use_sliding_window\": true, \"sliding_window\": 8}", LOCI_E_INVAL,
+     "lacks \"max_window_layers\""},
+    {"{\"architectures\": [\"Qwen3ForCausalLM\"]}", LOCI_E_INVAL, "lacks \"head_dim\""},
+    {"{\"architectures\": [\"Qwen3MoeForCausalLM\"]}", LOCI_E_UNSUPPORTED, "Qwen3MoeForCausalLM"},
+    {"{\"architectures\": [\"MixtralForCausalLM\"]}", LOCI_E_UNSUPPORTED, "MixtralForCausalLM"},
+    {"{\"architectures\": [\"DeepseekV3ForCausalLM\"]}", LOCI_E_UNSUPPORTED, "DeepseekV3"},
+    {"{\"architectures\": [\"LlamaForCausalLM\", \"x\"]}", LOCI_E_INVAL, "not one name"},
     {"{\"hidden_act\": \"gelu\"}", LOCI_E_UNSUPPORTED, "gelu"},
     {"{\"quantization_config\": {\"quant_method\": \"gptq\"}}", LOCI_E_UNSUPPORTED, "gptq"},
     {"{\"quantization_config\": {}}", LOCI_E_UNSUPPORTED, "quantized"},
@@ -209,6 +352,10 @@ static const struct {
     {"{\"rms_norm_eps\": \"-\"}", LOCI_E_INVAL, "lacks \"rms_norm_eps\""},
     {"{\"eos_token_id\": 1000}", LOCI_E_INVAL, "outside the vocabulary"},
     {"{\"eos_token_id\": []}", LOCI_E_INVAL, "eos_token_id"},
+    {"{\"eos_token_id\": [1, 2, 3, 4, 5, 6, 7, 8, 9]}", LOCI_E_INVAL, "lists 9 ids"},
+    {"{\"eos_token_id\": [1, 1000]}", LOCI_E_INVAL, "1000 is outside the vocabulary"},
+    {"{\"eos_token_id\": [1, \"2\"]}", LOCI_E_INVAL, "list of integers"},
+    {"{\"head_dim\": 258}", LOCI_E_INVAL, "head_dim 258 is not an even number up to 256"},
     {"{\"eos_token_id\": null}", LOCI_E_INVAL, "lacks \"eos_token_id\""},
     {"{\"no_rope_layers\": [1, 1, 0]}", LOCI_E_INVAL, "3 entries for 4 layers"},
     {"{\"no_rope_layers\": [1, 2, 0, 0]}", LOCI_E_INVAL, "no_rope_layers[1]"},
@@ -262,8 +409,102 @@ static void test_refused_folders(void **state) {
     unlink(path);
     expect_refusal("no config.json", LOCI_E_NOTFOUND, "config.json cannot be opened");
     loci_error err;
+    assert_int_equal(loci_model_config_load("/models/llama-q4.gguf", &c, &err), LOCI_E_UNSUPPORTED);
+    assert_non_null(strstr(err.text, "llama-q4.gguf is a GGUF file"));
+    assert_non_null(strstr(err.text, "*.safetensors"));
     assert_int_equal(loci_model_config_load("/no/such/folder", &c, &err), LOCI_E_NOTFOUND);
     assert_non_null(strstr(err.text, "/no/such/folder"));
+}
+
+/* --- Mutations -------------------------------------------------------------------------- */
+
+static uint32_t xorshift(uint32_t *seed) {
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 17;
+    *seed ^= *seed << 5;
+    return *seed;
+}
+
+/* A value such as no exporter writes. */
+static json_t *odd_value(uint32_t *seed, const json_t *instead_of) {
+    switch (xorshift(seed) % 12) {
+    case 0: return json_null();
+    case 1: return json_true();
+    case 2: return json_integer(0);
+    case 3: return json_integer(-1);
+    case 4: return json_integer((json_int_t)1 << (xorshift(seed) % 63));
+    case 5: return json_integer((json_int_t)(xorshift(seed) % 300));
+    case 6: return json_real(1e300);
+    case 7: return json_real(-0.5);
+    case 8: return json_string("llama3");
+    case 9: return json_array();
+    case 10: return json_object();
+    default: return json_deep_copy(instead_of);
+    }
+}
+
+static void mutate(json_t *config, uint32_t *seed) {
+    size_t count = json_object_size(config), chosen = xorshift(seed) % (count ? count : 1);
+    const char *key;
+    json_t *value;
+    json_object_foreach(config, key, value) {
+        if (chosen-- > 0) continue;
+        if (json_is_object(value) && json_object_size(value) > 0 && xorshift(seed) % 4)
+            mutate(value, seed);
+        else if (json_is_array(value) && json_array_size(value) > 0 && xorshift(seed) % 4)
+            json_array_set_new(value, xorshift(seed) % json_array_size(value),
+                               odd_value(seed, json_array_get(value, 0)));
+        else if (xorshift(seed) % 6 == 0)
+            json_object_del(config, key);
+        else
+            json_object_set_new(config, key, odd_value(seed, value));
+        return;
+    }
+}
+
+/* Whatever loads must be sane; whatever does not must say why. */
+static bool check_outcome(uint32_t seed) {
+    loci_model_config c;
+    loci_error err = {0};
+    if (loci_model_config_load(dir, &c, &err) != LOCI_OK) {
+        if (!err.text[0]) fail_msg("seed %u: refused without a word", seed);
+        return false;
+    }
+    if (c.kv_heads == 0 || c.q_heads % c.kv_heads != 0 || c.head_dim == 0 || c.head_dim > 256 ||
+        c.layers == 0 || c.layers > LOCI_LAYERS_MAX || c.retrieval_count > c.layers ||
+        c.eos_count == 0 || c.eos_count > LOCI_EOS_MAX || c.eos_id >= c.vocab || c.vocab == 0)
+        fail_msg("seed %u: a configuration that cannot be", seed);
+    float frequencies[128];
+    loci_rope_frequencies(&c, frequencies);
+    for (uint32_t i = 0; i < c.head_dim / 2; i++)
+        if (!(frequencies[i] >= 0 && frequencies[i] <= 1))
+            fail_msg("seed %u: frequency %g", seed, (double)frequencies[i]);
+    return true;
+}
+
+static void test_mutated_configs(void **state) {
+    (void)state;
+    static const char *const sound[] = {"3heads", "llama", "mistral", "qwen2", "qwen3"};
+    unsigned loaded = 0, count = 0;
+    for (uint32_t start = 1; start <= 2000; start++, count++) {
+        uint32_t seed = start * 2654435761u | 1u;
+        char path[128];
+        snprintf(path, sizeof path, "tests/data/model/tiny-%s/config.json", sound[start % 5]);
+        json_t *config = json_load_file(path, 0, NULL);
+        assert_non_null(config);
+        for (uint32_t i = xorshift(&seed) % 3 + 1; i > 0; i--) mutate(config, &seed);
+        char *text = json_dumps(config, 0);
+        assert_non_null(text);
+        size_t len = strlen(text);
+        /* A quarter is also damaged as text. */
+        if (start % 4 == 0) text[xorshift(&seed) % len] = (char)(xorshift(&seed) % 255 + 1);
+        write_file("config.json", text);
+        loaded += check_outcome(start);
+        free(text);
+        json_decref(config);
+    }
+    /* Mutations that change nothing of importance load; most do not. */
+    assert_true(loaded > count / 20 && loaded < count * 3 / 4);
 }
 
 int main(void) {
@@ -273,6 +514,9 @@ int main(void) {
         cmocka_unit_test(test_defaults_and_spellings),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_refused_folders),
+        cmocka_unit_test(test_architectures),
+        cmocka_unit_test(test_llama3_rope),
+        cmocka_unit_test(test_mutated_configs),
     };
     return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }

@@ -15,6 +15,7 @@
 #include <cmocka.h>
 
 #include "../attention/deferred.h"
+#include "base/half.h"
 #include "model/model.h"
 
 #define DATA "tests/data/model/"
@@ -58,14 +59,6 @@ static encoded encode(loci_model *model, const uint32_t *tokens, const uint32_t 
     ok(loci_model_encode(model, tokens, begin, segments, &out, NULL, &err));
     free((void *)parts);
     return result;
-}
-
-static float of_bf16(uint16_t value) {
-    union {
-        uint32_t u;
-        float f;
-    } bits = {(uint32_t)value << 16};
-    return bits.f;
 }
 
 /* |a - b| <= tolerance * (largest |b|): absolute at the row's scale. */
@@ -170,7 +163,7 @@ static void check_segment(loci_model *model, golden *g, double tolerance) {
     assert_int_equal(alone.count, values);
     float *row = grab(c->head_dim * sizeof *row);
     for (size_t i = 0; i < 2 * (size_t)values; i += c->head_dim) {
-        for (uint32_t d = 0; d < c->head_dim; d++) row[d] = of_bf16(alone.all[i + d]);
+        for (uint32_t d = 0; d < c->head_dim; d++) row[d] = loci_bf16_to_f32(alone.all[i + d]);
         check_row(row, expected + i, c->head_dim, tolerance, "segment",
                   (uint32_t)(i / c->head_dim));
         size_t pair = i / c->head_dim / count, at = i / c->head_dim % count;
@@ -211,14 +204,18 @@ static void check_goldens(const char *dir, const char *path, loci_backend *backe
 
 static const char *const isas[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
+static const char *const tiny[] = {"3heads", "untied", "llama", "mistral", "qwen2", "qwen3"};
+
 static void test_tiny_models_equal_transformers(void **state) {
     (void)state;
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
         loci_backend *backend = open_cpu(isas[i], 2);
-        for (int precision = LOCI_F32; precision <= LOCI_BF16; precision++) {
-            check_goldens(TINY, DATA "decoder_tiny-3heads.bin", backend, (loci_dtype)precision);
-            check_goldens(DATA "tiny-untied", DATA "decoder_tiny-untied.bin", backend,
-                          (loci_dtype)precision);
+        for (size_t m = 0; m < sizeof tiny / sizeof *tiny; m++) {
+            char dir[64], path[64];
+            snprintf(dir, sizeof dir, DATA "tiny-%s", tiny[m]);
+            snprintf(path, sizeof path, DATA "decoder_tiny-%s.bin", tiny[m]);
+            check_goldens(dir, path, backend, LOCI_F32);
+            check_goldens(dir, path, backend, LOCI_BF16);
         }
         loci_backend_close(backend);
     }
@@ -253,11 +250,18 @@ static void test_encoding_does_not_depend_on_packing_or_threads(void **state) {
     (void)state;
     static uint32_t tokens[MANY], begin[MANY + 1];
     loci_backend *backends[] = {open_cpu(NULL, 2), open_cpu(NULL, 3)};
-    for (int precision = LOCI_F32; precision <= LOCI_BF16; precision++) {
+    static const struct {
+        const char *dir;
+        loci_dtype precision;
+    } runs[] = {{TINY, LOCI_F32},
+                {BUILT_IN, LOCI_BF16},
+                {DATA "tiny-qwen2", LOCI_F32},
+                {DATA "tiny-qwen2", LOCI_BF16},
+                {DATA "tiny-qwen3", LOCI_F32}};
+    for (size_t run = 0; run < sizeof runs / sizeof *runs; run++) {
         loci_model *model[2];
         for (int i = 0; i < 2; i++)
-            ok(loci_model_open(precision == LOCI_F32 ? TINY : BUILT_IN, backends[i],
-                               (loci_dtype)precision, &model[i], &err));
+            ok(loci_model_open(runs[run].dir, backends[i], runs[run].precision, &model[i], &err));
         const loci_model_config *c = loci_model_config_of(model[0]);
         uint32_t segments = make_segments(c->vocab, tokens, begin);
         encoded all = encode(model[0], tokens, begin, segments);
@@ -394,13 +398,13 @@ static void test_fingerprint(void **state) {
 /* --- Deferred ----------------------------------------------------------------------------- */
 
 /* Everything a caller can get of a model, as bytes. */
-static void run_all(loci_backend *backend, loci_buf *out) {
+static void run_all(loci_backend *backend, const char *dir, loci_buf *out) {
     loci_model *model;
     loci_sequence *sequence;
     uint32_t tokens[400], begin[] = {0, 1, 120, 400}, id = 0, recent[] = {5, 9}, banned[] = {7};
     float logprob;
     for (uint32_t i = 0; i < 400; i++) tokens[i] = i * 37 % 131;
-    ok(loci_model_open(TINY, backend, LOCI_BF16, &model, &err));
+    ok(loci_model_open(dir, backend, LOCI_BF16, &model, &err));
     const loci_model_config *c = loci_model_config_of(model);
     encoded kv = encode(model, tokens, begin, 3);
     loci_buf_append(out, kv.all, 2 * kv.count * sizeof *kv.all);
@@ -425,8 +429,12 @@ static void test_deferred_backend_gives_the_same_bytes(void **state) {
     loci_backend *cpu = open_cpu(NULL, 2), *deferred;
     loci_buf now = LOCI_BUF_INIT, later = LOCI_BUF_INIT;
     ok(deferred_open(cpu, &deferred, &err));
-    run_all(cpu, &now);
-    run_all(deferred, &later);
+    for (size_t i = 0; i < sizeof tiny / sizeof *tiny; i++) {
+        char dir[64];
+        snprintf(dir, sizeof dir, DATA "tiny-%s", tiny[i]);
+        run_all(cpu, dir, &now);
+        run_all(deferred, dir, &later);
+    }
     assert_int_equal(loci_buf_status(&now), LOCI_OK);
     assert_int_equal(now.len, later.len);
     assert_memory_equal(now.data, later.data, now.len);
