@@ -85,8 +85,9 @@ static void call_ref(loci_rpc_call *call) {
 static void call_unref(loci_rpc_call *call) {
     if (atomic_fetch_sub_explicit(&call->refs, 1, memory_order_acq_rel) != 1) return;
     loci_rpc_server *server = call->server;
+    bool late = call->late;
     loci__call_free(call);
-    loci__server_call_ended(server);
+    loci__server_call_ended(server, late);
 }
 
 /* Under call->mu. Takes a reference for the batch. */
@@ -246,8 +247,7 @@ void loci__call_accepted(loci_rpc_call *call) {
     pthread_mutex_unlock(&call->mu);
 
     loci_error err;
-    bool builtin = false;
-    call->method = loci__server_find(server, call->details.method, &call->service_ctx, &builtin);
+    call->method = loci__server_find(server, call->details.method, &call->service_ctx);
     if (!call->method) {
         loci_slice path = loci_slice_of(GRPC_SLICE_START_PTR(call->details.method),
                                         GRPC_SLICE_LENGTH(call->details.method));
@@ -256,14 +256,12 @@ void loci__call_accepted(loci_rpc_call *call) {
         refuse(call, 0, &err);
         return;
     }
-    if (loci__server_draining(server)) {
+    if (call->late) {
         loci_fail_reason(&err, LOCI_E_UNAVAILABLE, "DRAINING", "the server is shutting down");
         refuse(call, RETRY_MS, &err);
         return;
     }
-    call->pool = call->method->long_lived ? &server->long_calls
-                 : builtin                ? &server->builtin
-                                          : &server->workers;
+    call->pool = &server->pools[call->method->lane];
     if (!one_request(call)) {
         submit(call);
         return;

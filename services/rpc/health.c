@@ -148,8 +148,8 @@ static loci_status watch(loci_rpc_call *call, void *service_ctx, loci_error *err
 const loci_rpc_method loci__health_methods[2] = {
     {"/grpc.health.v1.Health/Check", LOCI_RPC_UNARY,
      &grpc__health__v1__health_check_request__descriptor,
-     &grpc__health__v1__health_check_response__descriptor, check, false},
+     &grpc__health__v1__health_check_response__descriptor, check, LOCI_RPC_PROMPT},
     {"/grpc.health.v1.Health/Watch", LOCI_RPC_SERVER_STREAM,
      &grpc__health__v1__health_check_request__descriptor,
-     &grpc__health__v1__health_check_response__descriptor, watch, true},
+     &grpc__health__v1__health_check_response__descriptor, watch, LOCI_RPC_LONG},
 };

@@ -231,8 +231,8 @@ static loci_status reflect(loci_rpc_call *call, void *service_ctx, loci_error *e
 const loci_rpc_method loci__reflection_methods[2] = {
     {"/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", LOCI_RPC_BIDI,
      &grpc__reflection__v1__server_reflection_request__descriptor,
-     &grpc__reflection__v1__server_reflection_response__descriptor, reflect, true},
+     &grpc__reflection__v1__server_reflection_response__descriptor, reflect, LOCI_RPC_LONG},
     {"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", LOCI_RPC_BIDI,
      &grpc__reflection__v1__server_reflection_request__descriptor,
-     &grpc__reflection__v1__server_reflection_response__descriptor, reflect, true},
+     &grpc__reflection__v1__server_reflection_response__descriptor, reflect, LOCI_RPC_LONG},
 };

@@ -8,7 +8,7 @@
  * outstanding), until the call is cancelled, or its deadline passes. Returning ends the call with
  * the status returned and the details in *err as google.rpc.Status with ErrorInfo.
  *
- * Bounds: workers and their queue (a full queue answers RESOURCE_EXHAUSTED with RetryInfo at
+ * Bounds: threads and queues of the lanes (a full one answers RESOURCE_EXHAUSTED with RetryInfo at
  * once), message and metadata sizes, memory of a call (arena), armed slots, drain time.
  *
  * Threading: a loci_rpc_call belongs to its handler's thread, except that any thread may poll
@@ -33,6 +33,17 @@ typedef enum loci_rpc_kind {
     LOCI_RPC_BIDI
 } loci_rpc_kind;
 
+/* Which threads run a method's handlers. Each lane has its own, so none waits for another. */
+typedef enum loci_rpc_lane {
+    LOCI_RPC_WORKERS, /* options.workers threads and a queue: calls that end soon */
+    LOCI_RPC_LONG,   /* a thread each, at once, options.long_calls_max at a time and no queue: calls
+                        that may wait long (Register, questions, health Watch) */
+    LOCI_RPC_PROMPT, /* few threads and a queue: calls that tell how the server is, and must be
+                        answered however full the other lanes are (health Check, node status).
+                        Unary, and their handlers neither wait nor compute. */
+    LOCI_RPC_LANES
+} loci_rpc_lane;
+
 /* service_ctx is the pointer given when the table was added. */
 typedef loci_status (*loci_rpc_handler)(loci_rpc_call *call, void *service_ctx, loci_error *err);
 
@@ -42,11 +53,7 @@ typedef struct loci_rpc_method {
     const ProtobufCMessageDescriptor *request;
     const ProtobufCMessageDescriptor *response;
     loci_rpc_handler handler;
-    /* Runs at once in a pool of its own, so that the workers stay free: for calls that may wait
-     * long (health Watch, Register, questions that wait for the engine) and for those that must
-     * not wait behind others (node status). options.long_calls_max of them run at a time; nothing
-     * is queued, one more is answered with RESOURCE_EXHAUSTED. */
-    bool long_lived;
+    loci_rpc_lane lane;
 } loci_rpc_method;
 
 typedef struct loci_rpc_service {
@@ -87,9 +94,10 @@ LOCI_MUST_CHECK loci_status loci_rpc_server_start(loci_rpc_server *server, loci_
 /* Health of a service name ("" = the whole server); watchers are told. At the start "" and all
  * added services become SERVING, unless this was called for them before. */
 void loci_rpc_server_set_serving(loci_rpc_server *server, const char *service, bool serving);
-/* Graceful: NOT_SERVING, GOAWAY, no new calls, waits up to drain_ms for the running ones, then
- * cancels them and waits until their handlers have returned. Idempotent; any thread but a
- * handler's. Afterwards the server can only be destroyed. */
+/* Graceful: NOT_SERVING, new calls are refused (UNAVAILABLE, reason DRAINING), waits up to drain_ms
+ * for the running ones, then cancels them and waits until their handlers have returned; connections
+ * are closed when their clients have read everything, or 2 s after the last call. Idempotent; any
+ * thread but a handler's. Afterwards the server can only be destroyed. */
 void loci_rpc_server_shutdown(loci_rpc_server *server);
 void loci_rpc_server_destroy(loci_rpc_server *server); /* after shutdown; NULL allowed */
 

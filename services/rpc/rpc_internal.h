@@ -139,6 +139,7 @@ struct loci_rpc_call {
     loci_cancel cancel;
     loci__tag accept_tag, close_tag, recv_tag, send_tag, finish_tag;
     int close_cancelled; /* the core's; read in the close tag only */
+    bool late;           /* it came after the drain began */
 
     pthread_mutex_t mu; /* guards what follows and the starting of batches */
     pthread_cond_t changed;
@@ -229,7 +230,7 @@ struct loci_rpc_server {
     grpc_completion_queue *queue;
     loci_rpc_service services[LOCI__SERVICES_MAX];
     size_t service_count;
-    loci__pool workers, long_calls, builtin;
+    loci__pool pools[LOCI_RPC_LANES];
     loci__health health;
     loci__reflection reflection;
     loci_buf sockets; /* paths of our unix sockets, each with its NUL */
@@ -241,14 +242,16 @@ struct loci_rpc_server {
     pthread_cond_t changed;
     loci__server_state state;
     unsigned armed, live, live_max;
+    unsigned late;           /* live calls that came after the drain began: they are refused */
+    bool closing;            /* the core takes no more calls */
+    uint64_t ended_ns;       /* when a call last ended */
     loci_rpc_call *awaiting; /* accepted calls that wait for their first message */
     bool core_stopped;       /* the shutdown tag came back */
 };
 
-bool loci__server_draining(loci_rpc_server *server);
-void loci__server_call_ended(loci_rpc_server *server);
+void loci__server_call_ended(loci_rpc_server *server, bool late);
 void loci__server_awaiting(loci_rpc_server *server, loci_rpc_call *call, bool add);
 const loci_rpc_method *loci__server_find(const loci_rpc_server *server, grpc_slice path,
-                                         void **service_ctx, bool *builtin);
+                                         void **service_ctx);
 
 #endif

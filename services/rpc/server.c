@@ -7,10 +7,17 @@
  * answered too. A slot is armed again when its call was accepted, unless too many calls live; then
  * when one ends.
  *
- * Order of a stop: health NOT_SERVING, shutdown_and_notify (GOAWAY, armed slots come back), up to
- * drain_ms for running calls, cancel_all_calls, then without bound until no call lives, no slot
- * is armed and the shutdown tag came; only then are the pools and the queue closed, because the
- * shutdown tag can come while handlers still hold calls and a batch on a closed queue aborts.
+ * Order of a stop:
+ *   1. health NOT_SERVING; calls that come from now on are refused; up to drain_ms for the others;
+ *   2. shutdown_and_notify: armed slots come back, and each connection gets GOAWAY and PING and is
+ *      closed when the client has answered the PING, which proves that it has read all replies.
+ *      Were this the first step, the core would close a connection together with its last call,
+ *      and a client that writes (flow control) before it has read all would find a broken pipe;
+ *   3. cancel_all_calls, when a call outlived step 1 or a client does not answer: READ_MS after the
+ *      last call has ended, but at least CLOSE_MS;
+ *   4. without bound until no call lives, no slot is armed and the shutdown tag came; only then are
+ *      the pools and the queue closed, because the shutdown tag can come while handlers still hold
+ *      calls and a batch on a closed queue aborts.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -31,9 +38,10 @@
 #define STREAMS_PER_CONNECTION 256
 #define FIRST_MESSAGE_MS 30000
 #define TICK_MS 250
-#define CLOSE_MS 300 /* for clients to take their last replies and close */
-#define BUILTIN_THREADS 2
-#define BUILTIN_QUEUE 64
+#define READ_MS 2000 /* for a client to read its last reply */
+#define CLOSE_MS 300 /* for clients that have, to close */
+#define PROMPT_THREADS 2
+#define PROMPT_QUEUE 64
 #define NS_PER_MS 1000000u
 
 void loci_rpc_server_options_default(loci_rpc_server_options *options) {
@@ -121,6 +129,16 @@ static void on_core_stopped(void *owner, bool ok) {
     pthread_mutex_unlock(&server->mu);
 }
 
+static loci_status init_pools(loci_rpc_server *server, loci_error *err) {
+    const loci_rpc_server_options *options = &server->options;
+    LOCI_TRY(loci__pool_init(&server->pools[LOCI_RPC_WORKERS], "rpc-worker", options->workers,
+                             options->queue_max, err));
+    LOCI_TRY(loci__pool_init(&server->pools[LOCI_RPC_LONG], "rpc-long", options->long_calls_max, 0,
+                             err));
+    return loci__pool_init(&server->pools[LOCI_RPC_PROMPT], "rpc-prompt", PROMPT_THREADS,
+                           PROMPT_QUEUE, err);
+}
+
 loci_status loci_rpc_server_create(const loci_rpc_server_options *options,
                                    loci_slice descriptor_set, loci_rpc_server **out,
                                    loci_error *err) {
@@ -130,7 +148,7 @@ loci_status loci_rpc_server_create(const loci_rpc_server_options *options,
     if (!server) return loci_fail(err, LOCI_E_NOMEM, "no memory for an rpc server");
     server->options = *options;
     server->live_max = options->workers + options->queue_max + options->long_calls_max +
-                       BUILTIN_QUEUE + LOCI__SLOTS;
+                       PROMPT_THREADS + PROMPT_QUEUE + LOCI__SLOTS;
     server->shutdown_tag = (loci__tag){on_core_stopped, server};
     pthread_mutex_init(&server->mu, NULL);
     pthread_condattr_t attributes;
@@ -140,15 +158,7 @@ loci_status loci_rpc_server_create(const loci_rpc_server_options *options,
     pthread_condattr_destroy(&attributes);
     create_core(server);
 
-    loci_status status =
-        loci__pool_init(&server->workers, "rpc-worker", options->workers, options->queue_max, err);
-    if (status == LOCI_OK) {
-        status = loci__pool_init(&server->long_calls, "rpc-long", options->long_calls_max, 0, err);
-    }
-    if (status == LOCI_OK) {
-        status =
-            loci__pool_init(&server->builtin, "rpc-builtin", BUILTIN_THREADS, BUILTIN_QUEUE, err);
-    }
+    loci_status status = init_pools(server, err);
     if (status == LOCI_OK) {
         status = loci__health_init(&server->health, options->long_calls_max, err);
     }
@@ -176,13 +186,12 @@ loci_status loci_rpc_server_add(loci_rpc_server *server, const loci_rpc_service 
 }
 
 const loci_rpc_method *loci__server_find(const loci_rpc_server *server, grpc_slice path,
-                                         void **service_ctx, bool *builtin) {
+                                         void **service_ctx) {
     for (size_t i = 0; i < server->service_count; i++) {
         const loci_rpc_service *service = &server->services[i];
         for (size_t j = 0; j < service->method_count; j++) {
             if (grpc_slice_str_cmp(path, service->methods[j].path) != 0) continue;
             *service_ctx = service->ctx;
-            *builtin = strncmp(service->name, "grpc.", 5) == 0;
             return &service->methods[j];
         }
     }
@@ -285,10 +294,10 @@ static void remove_sockets(loci_rpc_server *server) {
 
 static void on_accept(void *owner, bool ok);
 
-/* Under server->mu: arms what is missing while the server runs and has room for calls. Every armed
- * slot may become a live call. */
+/* Under server->mu: arms what is missing while the core takes calls and there is room for them.
+ * Every armed slot may become a live call. */
 static void arm_slots(loci_rpc_server *server) {
-    while (server->state == LOCI__RUNNING && server->armed < LOCI__SLOTS &&
+    while (!server->closing && server->armed < LOCI__SLOTS &&
            server->live + server->armed < server->live_max) {
         loci_rpc_call *call = loci__call_create(server, on_accept);
         if (!call) break; /* the next call that ends tries again */
@@ -308,7 +317,9 @@ static void on_accept(void *owner, bool ok) {
     loci_rpc_server *server = call->server;
     pthread_mutex_lock(&server->mu);
     server->armed--;
+    call->late = server->state != LOCI__RUNNING;
     if (ok) server->live++;
+    if (ok && call->late) server->late++;
     arm_slots(server);
     pthread_cond_broadcast(&server->changed);
     pthread_mutex_unlock(&server->mu);
@@ -318,9 +329,11 @@ static void on_accept(void *owner, bool ok) {
         loci__call_free(call);
 }
 
-void loci__server_call_ended(loci_rpc_server *server) {
+void loci__server_call_ended(loci_rpc_server *server, bool late) {
     pthread_mutex_lock(&server->mu);
     server->live--;
+    server->ended_ns = loci_now_ns();
+    if (late) server->late--;
     arm_slots(server);
     pthread_cond_broadcast(&server->changed);
     pthread_mutex_unlock(&server->mu);
@@ -407,45 +420,60 @@ void loci_rpc_server_set_serving(loci_rpc_server *server, const char *service, b
 
 loci_rpc_load loci_rpc_server_load(loci_rpc_server *server) {
     loci_rpc_load load = {0, 0};
-    loci__pool_load(&server->workers, &load);
-    loci__pool_load(&server->long_calls, &load);
+    loci__pool_load(&server->pools[LOCI_RPC_WORKERS], &load);
+    loci__pool_load(&server->pools[LOCI_RPC_LONG], &load);
     return load;
 }
 
 /* ------------------------------------------------------------------ stopping */
 
-bool loci__server_draining(loci_rpc_server *server) {
-    pthread_mutex_lock(&server->mu);
-    bool draining = server->state != LOCI__RUNNING;
-    pthread_mutex_unlock(&server->mu);
-    return draining;
+static bool is_drained(const loci_rpc_server *server) {
+    return server->live == server->late;
 }
 
-/* Waits up to ms until no call lives and, with `core`, the core has closed its connections too. */
-static bool wait_quiet(loci_rpc_server *server, unsigned ms, bool core) {
+static bool is_closed(const loci_rpc_server *server) {
+    return server->live == 0 && server->armed == 0 && server->core_stopped;
+}
+
+static bool wait_until(loci_rpc_server *server, bool (*reached)(const loci_rpc_server *server),
+                       unsigned ms) {
     uint64_t until = loci_now_ns() + (uint64_t)ms * NS_PER_MS;
     struct timespec at = {(time_t)(until / 1000000000u), (long)(until % 1000000000u)};
     pthread_mutex_lock(&server->mu);
-    bool quiet;
-    while (!(quiet = server->live == 0 && server->armed == 0 && (server->core_stopped || !core))) {
+    bool done;
+    while (!(done = reached(server))) {
         if (pthread_cond_timedwait(&server->changed, &server->mu, &at) != 0) break;
     }
     pthread_mutex_unlock(&server->mu);
-    return quiet;
+    return done;
+}
+
+static void close_core(loci_rpc_server *server) {
+    pthread_mutex_lock(&server->mu);
+    server->closing = true;
+    pthread_mutex_unlock(&server->mu);
+    grpc_server_shutdown_and_notify(server->core, server->queue, &server->shutdown_tag);
+}
+
+/* How long clients may take to read and close; idle ones may not look at their connection. */
+static unsigned close_ms(loci_rpc_server *server) {
+    pthread_mutex_lock(&server->mu);
+    uint64_t since_ms = (loci_now_ns() - server->ended_ns) / NS_PER_MS;
+    pthread_mutex_unlock(&server->mu);
+    return since_ms + CLOSE_MS < READ_MS ? READ_MS - (unsigned)since_ms : CLOSE_MS;
 }
 
 static void stop_running(loci_rpc_server *server) {
     loci__health_drain(&server->health);
-    grpc_server_shutdown_and_notify(server->core, server->queue, &server->shutdown_tag);
-    if (!wait_quiet(server, server->options.drain_ms, false)) {
+    bool drained = wait_until(server, is_drained, server->options.drain_ms);
+    close_core(server);
+    if (drained && wait_until(server, is_closed, close_ms(server))) return;
+    if (!drained) {
         loci_log_warn("rpc: calls still run after %u ms of draining; cancelling them",
                       server->options.drain_ms);
-    } else if (wait_quiet(server, CLOSE_MS, true)) {
-        return;
     }
-    /* Also closes connections whose idle clients do not answer the GOAWAY. */
-    grpc_server_cancel_all_calls(server->core);
-    while (!wait_quiet(server, 10000, true)) {
+    grpc_server_cancel_all_calls(server->core); /* closes the connections, too */
+    while (!wait_until(server, is_closed, 10000)) {
         loci_rpc_load load = loci_rpc_server_load(server);
         loci_log_warn("rpc: waiting for %u cancelled handlers to return", load.active);
     }
@@ -462,14 +490,11 @@ void loci_rpc_server_shutdown(loci_rpc_server *server) {
     pthread_mutex_unlock(&server->mu);
     if (!mine) return;
 
-    if (started) {
+    if (started)
         stop_running(server);
-    } else {
-        grpc_server_shutdown_and_notify(server->core, server->queue, &server->shutdown_tag);
-    }
-    loci__pool_stop(&server->workers);
-    loci__pool_stop(&server->long_calls);
-    loci__pool_stop(&server->builtin);
+    else
+        close_core(server);
+    for (int lane = 0; lane < LOCI_RPC_LANES; lane++) loci__pool_stop(&server->pools[lane]);
     grpc_completion_queue_shutdown(server->queue);
     if (server->poller_count == 0) poll_queue(server);
     for (unsigned i = 0; i < server->poller_count; i++) pthread_join(server->pollers[i], NULL);
@@ -486,9 +511,7 @@ void loci_rpc_server_shutdown(loci_rpc_server *server) {
 void loci_rpc_server_destroy(loci_rpc_server *server) {
     if (!server) return;
     loci_rpc_server_shutdown(server);
-    loci__pool_fini(&server->workers);
-    loci__pool_fini(&server->long_calls);
-    loci__pool_fini(&server->builtin);
+    for (int lane = 0; lane < LOCI_RPC_LANES; lane++) loci__pool_fini(&server->pools[lane]);
     loci__health_fini(&server->health);
     pthread_cond_destroy(&server->changed);
     pthread_mutex_destroy(&server->mu);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Pools of threads that run calls. A pool starts threads as calls need them, up to its bound, then
- * queues up to its bound, then refuses. The worker pool has a queue; the pool of long-lived calls
- * has none, so there a call always has a thread of its own.
+ * Pools of threads that run calls, one for each lane. A pool starts threads as calls need them, up
+ * to its bound, then queues up to its bound, then refuses. The pool of long calls has no queue, so
+ * there a call always has a thread of its own.
  */
 #include <stdio.h>
 #include <stdlib.h>

@@ -257,29 +257,29 @@ static loci_status serving(loci_rpc_call *call, void *ctx, loci_error *err) {
     return reply_text(call, "set", 0, err);
 }
 
-#define METHOD(name, kind, handler, long_lived)                                 \
+#define METHOD(name, kind, handler, lane)                                       \
     {                                                                           \
         "/loci.test.Test/" name, kind, &loci__v1__register_request__descriptor, \
-            &loci__v1__register_request__descriptor, handler, long_lived        \
+            &loci__v1__register_request__descriptor, handler, lane              \
     }
 
 static const loci_rpc_method methods[] = {
-    METHOD("Echo", LOCI_RPC_UNARY, echo, false),
-    METHOD("Fail", LOCI_RPC_UNARY, fail, false),
-    METHOD("Sleep", LOCI_RPC_UNARY, sleeper, false),
-    METHOD("Block", LOCI_RPC_UNARY, block, false),
-    METHOD("NoReply", LOCI_RPC_UNARY, no_reply, false),
-    METHOD("TwoReplies", LOCI_RPC_UNARY, two_replies, false),
-    METHOD("Big", LOCI_RPC_UNARY, big, false),
-    METHOD("Down", LOCI_RPC_SERVER_STREAM, down, false),
-    METHOD("Up", LOCI_RPC_CLIENT_STREAM, up, false),
-    METHOD("Chat", LOCI_RPC_BIDI, chat, false),
-    METHOD("Hold", LOCI_RPC_BIDI, hold, true),
-    METHOD("Duplex", LOCI_RPC_BIDI, duplex, true),
-    METHOD("Stopped", LOCI_RPC_BIDI, stopped, true),
-    METHOD("Leave", LOCI_RPC_BIDI, leave_at_once, false),
-    METHOD("Stats", LOCI_RPC_UNARY, stats, true),
-    METHOD("Serving", LOCI_RPC_UNARY, serving, true),
+    METHOD("Echo", LOCI_RPC_UNARY, echo, LOCI_RPC_WORKERS),
+    METHOD("Fail", LOCI_RPC_UNARY, fail, LOCI_RPC_WORKERS),
+    METHOD("Sleep", LOCI_RPC_UNARY, sleeper, LOCI_RPC_WORKERS),
+    METHOD("Block", LOCI_RPC_UNARY, block, LOCI_RPC_WORKERS),
+    METHOD("NoReply", LOCI_RPC_UNARY, no_reply, LOCI_RPC_WORKERS),
+    METHOD("TwoReplies", LOCI_RPC_UNARY, two_replies, LOCI_RPC_WORKERS),
+    METHOD("Big", LOCI_RPC_UNARY, big, LOCI_RPC_WORKERS),
+    METHOD("Down", LOCI_RPC_SERVER_STREAM, down, LOCI_RPC_WORKERS),
+    METHOD("Up", LOCI_RPC_CLIENT_STREAM, up, LOCI_RPC_WORKERS),
+    METHOD("Chat", LOCI_RPC_BIDI, chat, LOCI_RPC_WORKERS),
+    METHOD("Hold", LOCI_RPC_BIDI, hold, LOCI_RPC_LONG),
+    METHOD("Duplex", LOCI_RPC_BIDI, duplex, LOCI_RPC_LONG),
+    METHOD("Stopped", LOCI_RPC_BIDI, stopped, LOCI_RPC_LONG),
+    METHOD("Leave", LOCI_RPC_BIDI, leave_at_once, LOCI_RPC_WORKERS),
+    METHOD("Stats", LOCI_RPC_UNARY, stats, LOCI_RPC_PROMPT),
+    METHOD("Serving", LOCI_RPC_UNARY, serving, LOCI_RPC_PROMPT),
 };
 
 void test_service_set_server(loci_rpc_server *server) {

@@ -388,28 +388,40 @@ static void test_full_queue_refuses(void **unused) {
     stop(&f);
 }
 
-/* Methods with threads of their own: the workers are free while they wait, and they are bounded. */
-static void test_long_calls_are_apart_and_bounded(void **unused) {
+/* Lanes: long calls are bounded and leave the workers free, and what tells how the server is gets
+ * its answer however full both are. */
+static void test_lanes_are_apart_and_bounded(void **unused) {
     (void)unused;
     loci_rpc_server_options options;
     loci_rpc_server_options_default(&options);
     options.workers = 1;
+    options.queue_max = 0;
     options.long_calls_max = 3;
     fixture f;
     char reply[256];
+    loci_status status;
     start(&f, &options);
     loci_rpc_client_call *calls[3];
-    for (int i = 0; i < 2; i++) calls[i] = open_call(&f, "Hold", 0, NULL);
-    wait_for(&f.state.running, 2);
-    check_ok(unary(&f, "Stats", "", 0, 5000, reply), &f.err);
-    calls[2] = open_call(&f, "Hold", 0, NULL);
+    for (int i = 0; i < 3; i++) calls[i] = open_call(&f, "Hold", 0, NULL);
     wait_for(&f.state.running, 3);
-    assert_int_equal(unary(&f, "Stats", "", 0, 5000, reply), LOCI_E_LIMIT);
+    loci_rpc_client_call *more = open_call(&f, "Hold", 0, NULL);
+    assert_true(read_number(&f, more, &status) == UINT64_MAX);
+    assert_int_equal(status, LOCI_E_LIMIT);
     assert_string_equal(f.err.reason, "OVERLOADED");
+    loci_rpc_call_close(more);
     check_ok(unary(&f, "Echo", "x", 0, 5000, reply), &f.err);
+    for (int i = 0; i < 1000 && loci_rpc_server_load(f.server).active != 3; i++) loci_sleep_ms(1);
+    loci_rpc_client_call *block = open_call(&f, "Block", 0, NULL);
+    send_text(&f, block, "", 1000);
+    wait_for(&f.state.running, 4);
+    assert_int_equal(unary(&f, "Echo", "x", 0, 5000, reply), LOCI_E_LIMIT);
+    for (int i = 0; i < 3; i++) {
+        check_ok(unary(&f, "Stats", "", 0, 5000, reply), &f.err);
+        assert_non_null(strstr(reply, "\"active\": 4"));
+    }
     for (int i = 0; i < 3; i++) loci_rpc_call_close(calls[i]);
+    loci_rpc_call_close(block);
     wait_for(&f.state.running, 0);
-    check_ok(unary(&f, "Stats", "", 0, 5000, reply), &f.err);
     stop(&f);
 }
 
@@ -818,7 +830,7 @@ int main(void) {
         cmocka_unit_test(test_close_cancels),
         cmocka_unit_test(test_stream_idle_ends),
         cmocka_unit_test(test_full_queue_refuses),
-        cmocka_unit_test(test_long_calls_are_apart_and_bounded),
+        cmocka_unit_test(test_lanes_are_apart_and_bounded),
         cmocka_unit_test(test_receipts_can_be_stopped),
         cmocka_unit_test(test_unreachable_is_told_soon),
         cmocka_unit_test(test_bad_listening),
