@@ -95,12 +95,12 @@ typedef struct loci_select_params {
 /* The measured defaults: mode hierarchical; attention/README.md has the figures behind them. */
 void loci_select_defaults(loci_select_params *params);
 
-/* Bytes read by one look-up, counted where they are read, each block once a step. kv_bytes:
- * K and V of the tokens attended and the hashes they are verified by; kv_leaf_bytes: of the
- * whole leaves that hold them (what a cache working in leaves would fetch). */
+/* Bytes read by one look-up, counted where they are read, each block once a step. leaf_bytes: the
+ * blocks of kept roots; hash_bytes: what K and V are verified by; kv_bytes: K and V of the tokens
+ * attended; kv_leaf_bytes: of the whole leaves that hold them. */
 typedef struct loci_lookup_stats {
-    uint64_t root_bytes, leaf_bytes, code_bytes, kv_bytes, kv_leaf_bytes, tail_bytes;
-    uint64_t dense_kv_bytes;  /* what dense mode would have read */
+    uint64_t root_bytes, leaf_bytes, code_bytes, hash_bytes, kv_bytes, kv_leaf_bytes, tail_bytes;
+    uint64_t dense_kv_bytes;  /* the kv_bytes of dense mode */
     uint64_t selected_tokens; /* over KV heads and query tokens */
     uint64_t candidate_tokens;
 } loci_lookup_stats;

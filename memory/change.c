@@ -11,6 +11,7 @@
 
 #include "base/log.h"
 #include "memory/internal.h"
+#include "memory/lexical.h"
 #include "memory/snapshot.h"
 
 /* --- Pending documents ------------------------------------------------------------------ */
@@ -114,6 +115,16 @@ static bool extent_needed(const loci_corpus *corpus, const uint8_t *id) {
            (corpus->building && memcmp(corpus->building_id, id, LOCI_EXTENT_ID_BYTES) == 0);
 }
 
+/* When that fails, the next open does it. */
+static void drop_terms(const loci_corpus *corpus, const uint8_t *id) {
+    loci_error err;
+    loci_batch *batch = loci_batch_create(corpus->store->rocks);
+    loci_lexical_drop(corpus, id, batch);
+    if (loci_batch_write(batch, false, &err) != LOCI_OK)
+        loci_log_warn("an index of words of corpus %s goes later: %s", corpus->name, err.text);
+    loci_batch_destroy(batch);
+}
+
 /* Caller holds the lock. */
 static void purge_files(loci_corpus *corpus) {
     size_t kept = 0;
@@ -143,6 +154,7 @@ static void purge_files(loci_corpus *corpus) {
         if (unlink(path) != 0 && errno != ENOENT)
             loci_log_warn("cannot remove %s: %s", path, strerror(errno));
         LOCI_FAILPOINT("unlink");
+        drop_terms(corpus, list->ids[i]);
     }
     list->count = kept;
 }

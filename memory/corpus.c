@@ -13,6 +13,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "memory/internal.h"
+#include "memory/lexical.h"
 
 #define UPLOADS_RESERVED 4096u /* numbers taken from the catalogue at a time */
 
@@ -91,6 +92,7 @@ static loci_status erase_corpus(loci_corpus *corpus, loci_error *err) {
     loci_batch_delete_prefix(batch, LOCI_CF_NAME, &prefix);
     loci_batch_delete_prefix(batch, LOCI_CF_CHUNK, &prefix);
     loci_batch_delete_prefix(batch, LOCI_CF_FLAT, &prefix);
+    loci_batch_delete_prefix(batch, LOCI_CF_TERMS, &prefix);
     static const char kinds[] = {'c', 's', 'm', 'g', 'u'};
     for (size_t i = 0; i < sizeof kinds; i++) {
         prefix = loci_key_catalog(kinds[i], corpus->uid);
@@ -416,6 +418,7 @@ static loci_status load_contents(loci_corpus *corpus, loci_error *err) {
     LOCI_TRY(load_graves(corpus, err));
     LOCI_TRY(loci_document_clean(corpus, err));
     LOCI_TRY(clean_flats(corpus, err));
+    LOCI_TRY(loci_lexical_clean(corpus, err));
     clean_directory(corpus->extents_dir, corpus->manifest);
     loci_corpus_purge(corpus);
     return LOCI_OK;
@@ -600,6 +603,22 @@ loci_status loci_corpus_get(loci_store *store, const char *name, loci_corpus_inf
     loci_corpus_fill_info(corpus, out);
     pthread_mutex_unlock(&corpus->lock);
     loci_corpus_release(corpus);
+    return LOCI_OK;
+}
+
+loci_status loci_corpus_manifest_hash(loci_store *store, const char *name, char out[33],
+                                      loci_error *err) {
+    loci_corpus *corpus = NULL;
+    LOCI_TRY(loci_corpus_acquire(store, name, &corpus, err));
+    pthread_mutex_lock(&corpus->lock);
+    loci_manifest *manifest = loci_manifest_ref(corpus->manifest);
+    pthread_mutex_unlock(&corpus->lock);
+    uint8_t hash[LOCI_EXTENT_ID_BYTES];
+    bool done = loci_manifest_hash(manifest, hash);
+    loci_manifest_unref(manifest);
+    loci_corpus_release(corpus);
+    if (!done) return loci_fail(err, LOCI_E_NOMEM, "no memory to hash the manifest of %s", name);
+    loci_extent_name(hash, out); /* as hexadecimal */
     return LOCI_OK;
 }
 

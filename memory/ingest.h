@@ -57,6 +57,11 @@ typedef struct loci_encoder {
 
 typedef struct loci_ingest loci_ingest;
 
+/* The most memory that the pipeline holds for a corpus of this geometry, what the encoder itself
+ * takes not counted: one document, one batch, two extents' worth of segments, one index being
+ * built. document_bytes_max and extent_tokens of the options count. */
+uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_options *options);
+
 typedef struct loci_ingest_progress {
     uint64_t stored_sequence;                /* last committed document of the corpus */
     uint64_t searchable_sequence;            /* every document up to it is searchable */

@@ -6,6 +6,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <xxhash.h>
 
 /* Smallest encoded sizes, to bound counts by the bytes that are there. */
 #define EXTENT_BYTES_MIN 45u
@@ -129,6 +130,28 @@ void loci_manifest_encode(const loci_manifest *manifest, loci_buf *out) {
         loci_buf_u64(out, flat->end);
         loci_buf_u32(out, flat->tokens);
     }
+}
+
+bool loci_manifest_hash(const loci_manifest *manifest, uint8_t out[LOCI_EXTENT_ID_BYTES]) {
+    loci_manifest *plain = loci_manifest_clone(manifest);
+    if (!plain) return false;
+    /* Without what tells of the way to it. */
+    plain->revision = plain->next_flat = 0;
+    plain->cursor = (loci_cursor){0};
+    for (uint32_t i = 0; i < plain->extent_count; i++)
+        for (uint32_t r = 0; r < plain->extents[i].run_count; r++)
+            plain->extents[i].runs[r].sequence = 0;
+    for (uint32_t i = 0; i < plain->flat_count; i++)
+        plain->flats[i].number = plain->flats[i].sequence = 0;
+    loci_buf bytes = LOCI_BUF_INIT;
+    loci_manifest_encode(plain, &bytes);
+    bool done = loci_buf_status(&bytes) == LOCI_OK;
+    XXH128_canonical_t canonical;
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits(bytes.data, bytes.len));
+    memcpy(out, canonical.digest, sizeof canonical.digest);
+    loci_buf_fini(&bytes);
+    loci_manifest_unref(plain);
+    return done;
 }
 
 static void read_raw(loci_reader *reader, void *out, size_t len) {

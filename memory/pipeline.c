@@ -67,6 +67,11 @@ static loci_status check_model(const loci_corpus *corpus, const loci_encoder *en
                             "corpus %s was made with another geometry of its model", corpus->name);
 }
 
+uint32_t loci_pipeline_batch_tokens(const loci_geometry *geometry) {
+    uint64_t most = BATCH_KV_BYTES / loci_geometry_kv_bytes(geometry);
+    return most < BATCH_TOKENS ? (uint32_t)most : BATCH_TOKENS;
+}
+
 loci_status loci_pipeline_open(loci_corpus *corpus, const loci_encoder *encoder,
                                struct loci_pool *pool, const loci_cancel *cancel,
                                loci_pipeline **out, loci_error *err) {
@@ -79,8 +84,7 @@ loci_status loci_pipeline_open(loci_corpus *corpus, const loci_encoder *encoder,
     pipeline->pool = pool;
     pipeline->cancel = cancel;
     pipeline->sink_tokens = corpus->geometry.has_sink ? 1 : 0;
-    uint64_t most = BATCH_KV_BYTES / loci_geometry_kv_bytes(&corpus->geometry);
-    pipeline->batch_tokens = most < BATCH_TOKENS ? (uint32_t)most : BATCH_TOKENS;
+    pipeline->batch_tokens = loci_pipeline_batch_tokens(&corpus->geometry);
     uint32_t pairs = corpus->geometry.retrieval_layers * corpus->geometry.kv_heads;
     pipeline->k = calloc(pairs, sizeof *pipeline->k);
     pipeline->v = calloc(pairs, sizeof *pipeline->v);
@@ -142,6 +146,19 @@ static void skip_document(loci_pipeline *pipeline) {
     pipeline->open = false;
 }
 
+/* Documents are refused by size when they come; one may be here since the memory was larger. */
+static loci_status check_size(const loci_pipeline *pipeline, loci_error *err) {
+    const loci_document *document = &pipeline->document;
+    uint64_t most = pipeline->corpus->store->options.document_bytes_max;
+    if (document->bytes <= most) return LOCI_OK;
+    return loci_fail_reason(
+        err, LOCI_E_LIMIT, "MEMORY_BUDGET",
+        "document \"%.100s\" of corpus %s has %llu bytes, and the memory budget "
+        "allows %llu; it waits for a larger one",
+        document->id, pipeline->corpus->name, (unsigned long long)document->bytes,
+        (unsigned long long)most);
+}
+
 /* Loads the document at `ahead` or the first pending one after it; *found false: none. */
 static loci_status open_document(loci_pipeline *pipeline, bool *found, loci_error *err) {
     loci_corpus *corpus = pipeline->corpus;
@@ -159,6 +176,7 @@ static loci_status open_document(loci_pipeline *pipeline, bool *found, loci_erro
         loci_view *view = loci_view_open(corpus->store->rocks);
         loci_status status = loci_document_load(corpus, view, sequence, document, err);
         bool gone = status == LOCI_E_NOTFOUND || (status == LOCI_OK && document->dead);
+        if (status == LOCI_OK && !gone) status = check_size(pipeline, err);
         if (status == LOCI_OK && !gone)
             status = loci_document_text(corpus, view, document, 0, document->bytes, &pipeline->text,
                                         err);

@@ -4,8 +4,8 @@
  * batches that may span documents, gathered, and committed. Owned by the ingest thread.
  *
  * What is held in memory: the text of one document, one encode batch, and at most one extent's
- * worth of encoded segments. Losing it costs encoding time only: everything starts again from the
- * manifest's cursor.
+ * worth of encoded segments; loci_ingest_memory adds it up. Losing it costs encoding time only:
+ * everything starts again from the manifest's cursor.
  */
 #ifndef LOCI_MEMORY_PIPELINE_H
 #define LOCI_MEMORY_PIPELINE_H
@@ -26,6 +26,8 @@ LOCI_MUST_CHECK loci_status loci_pipeline_open(loci_corpus *corpus, const loci_e
                                                struct loci_pool *pool, const loci_cancel *cancel,
                                                loci_pipeline **out, loci_error *err);
 void loci_pipeline_close(loci_pipeline *pipeline); /* NULL allowed */
+/* Tokens that are encoded together. */
+uint32_t loci_pipeline_batch_tokens(const loci_geometry *geometry);
 
 /* Splits the next documents into a batch. *more: something was pending. */
 LOCI_MUST_CHECK loci_status loci_pipeline_gather(loci_pipeline *pipeline, bool *more,

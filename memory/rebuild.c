@@ -16,6 +16,7 @@
 #include "base/log.h"
 #include "memory/ingest.h"
 #include "memory/internal.h"
+#include "memory/lexical.h"
 
 /* --- What is due ------------------------------------------------------------------------- */
 
@@ -415,6 +416,10 @@ static loci_status seal(loci_corpus *corpus, const loci_rebuild_plan *plan,
     /* Read back and verified before anything that it replaces goes. */
     if (status == LOCI_OK) status = loci_corpus_extent(corpus, &extent, &opened, err);
     extent.partial = partial;
+    /* Without its words the extent is as good: who asks makes them anew. */
+    loci_error words;
+    if (status == LOCI_OK && loci_lexical_write(corpus, builder, extent.id, &words) != LOCI_OK)
+        loci_log_warn("corpus %s: %s", corpus->name, words.text);
     if (status == LOCI_OK)
         status = commit(corpus, plan, builder, &extent, fresh,
                         plan->rewrite ? "rewrite_commit" : "manifest_commit", err);

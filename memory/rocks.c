@@ -5,7 +5,8 @@
  *   was written, at least up to the last sync.
  * - Block checksums XXH3; Debian's build computes CRC32C in software.
  * - No compression: documents are zstd frames already, K and V do not compress.
- * - Cache and write buffers share memory_bytes: three quarters cache, one quarter buffers.
+ * - memory_bytes: five eighths cache, one quarter write buffers, the rest for what exceeds them
+ *   (buffers while they are flushed, blocks that are read).
  * The library asserts (and aborts) on leaked column family handles: close in order.
  */
 #include "memory/rocks.h"
@@ -18,8 +19,8 @@
 
 #define RECORD_VERSION 1u
 
-static const char *const family_names[LOCI_CF_COUNT] = {"default", "catalog", "document",
-                                                        "name",    "chunk",   "flat"};
+static const char *const family_names[LOCI_CF_COUNT] = {"default", "catalog", "document", "name",
+                                                        "chunk",   "flat",    "terms"};
 
 struct loci_rocks {
     rocksdb_t *db;
@@ -157,7 +158,7 @@ static loci_status translate(char *text, loci_error *err, const char *what) {
 
 static void set_options(loci_rocks *rocks, uint64_t memory_bytes) {
     uint64_t buffers = memory_bytes / 4;
-    rocks->cache = rocksdb_cache_create_lru((size_t)(memory_bytes - buffers));
+    rocks->cache = rocksdb_cache_create_lru((size_t)(memory_bytes / 8 * 5));
     rocks->table = rocksdb_block_based_options_create();
     rocksdb_block_based_options_set_block_cache(rocks->table, rocks->cache);
     rocksdb_block_based_options_set_checksum(rocks->table, 4); /* kXXH3 */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A thin wrapper around RocksDB's C interface: one database, six column families, error
+ * A thin wrapper around RocksDB's C interface: one database, seven column families, error
  * translation and checked values. Every value is wrapped in the envelope of FORMAT.md section 1;
  * nothing else in memory/ sees raw RocksDB values. Thread-safe, except that one batch or one
  * iterator belongs to one thread.
@@ -18,6 +18,7 @@ typedef enum loci_family {
     LOCI_CF_NAME,
     LOCI_CF_CHUNK,
     LOCI_CF_FLAT,
+    LOCI_CF_TERMS,
     LOCI_CF_COUNT
 } loci_family;
 
@@ -34,6 +35,7 @@ typedef enum loci_family {
 #define LOCI_KIND_NAME LOCI_KIND('i', 'd')
 #define LOCI_KIND_CHUNK LOCI_KIND('c', 'h')
 #define LOCI_KIND_FLAT LOCI_KIND('f', 'l')
+#define LOCI_KIND_TERMS LOCI_KIND('t', 'e')
 
 #define LOCI_KEY_MAX 560u
 #define LOCI_ENVELOPE_BYTES 16u
@@ -58,7 +60,7 @@ typedef struct loci_view loci_view;   /* a consistent view for several reads */
 typedef struct loci_scan loci_scan;   /* an iterator over a prefix */
 typedef struct loci_value loci_value; /* a checked value that stays pinned */
 
-/* memory_bytes bounds block cache and write buffers together. */
+/* memory_bytes bounds block cache, write buffers and what goes with them. */
 LOCI_MUST_CHECK loci_status loci_rocks_open(const char *path, uint64_t memory_bytes,
                                             loci_rocks **out, loci_error *err);
 void loci_rocks_close(loci_rocks *rocks); /* NULL allowed */

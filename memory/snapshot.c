@@ -18,30 +18,7 @@
 
 #include "memory/internal.h"
 
-/* Ids handed out by loci_snapshot_segment; they stay until the snapshot goes. */
-typedef struct known_document {
-    uint64_t sequence;
-    loci_document *document;
-} known_document;
-
-struct loci_snapshot {
-    atomic_uint refs;
-    loci_snapshot *older, *newer; /* the corpus's list, under its lock */
-    loci_corpus *corpus;
-    loci_manifest *manifest;
-    loci_corpus_info info;
-    loci_corpus_view view;
-    loci_extent **extents;
-    loci_extent_view *extent_views;
-    uint32_t extent_segments; /* of all extents */
-    uint16_t *flat_data;      /* K then V of each layer */
-    loci_buffer **flat_k, **flat_v;
-    uint32_t *flat_begin;
-    loci_view *rocks_view; /* of the manifest's moment; while the snapshot is being made */
-    pthread_mutex_t lock;  /* guards what follows */
-    known_document *known;
-    size_t known_count;
-};
+#define FLAT_TERM_BYTES 32u /* at most, of a flat token's words while they are gathered */
 
 uint64_t loci_snapshots_oldest(const loci_snapshot *list) {
     uint64_t oldest = UINT64_MAX;
@@ -201,10 +178,35 @@ static loci_status fill_flats(loci_snapshot *snapshot, loci_error *err) {
 
 /* --- Making and releasing ------------------------------------------------------------------- */
 
+/* Reserves what fill_view is about to allocate. */
+static loci_status reserve(loci_snapshot *snapshot, loci_error *err) {
+    const loci_manifest *manifest = snapshot->manifest;
+    const loci_corpus *corpus = snapshot->corpus;
+    uint64_t pairs = (uint64_t)corpus->geometry.retrieval_layers * corpus->geometry.kv_heads;
+    uint64_t flat = loci_geometry_kv_bytes(&corpus->geometry) + FLAT_TERM_BYTES;
+    uint64_t bytes =
+        manifest->flat_tokens * flat + manifest->flat_count * sizeof *snapshot->flat_begin;
+    for (uint32_t i = 0; i < manifest->extent_count; i++) {
+        const loci_manifest_extent *entry = &manifest->extents[i];
+        bytes += sizeof *snapshot->extents + sizeof *snapshot->extent_views;
+        uint64_t last = entry->runs[entry->run_count - 1].sequence;
+        if (entry->dead_segments == 0 && !loci_manifest_hides(manifest, last)) continue;
+        bytes += pairs * (sizeof(uint64_t *) + (entry->tokens + 63u) / 64u * sizeof(uint64_t)) +
+                 entry->segments;
+    }
+    char what[LOCI_NAME_MAX + 32];
+    snprintf(what, sizeof what, "a snapshot of corpus %s", corpus->name);
+    LOCI_TRY(
+        loci_budget_take(corpus->store->options.budget, LOCI_MEMORY_SNAPSHOTS, bytes, what, err));
+    snapshot->reserved = bytes;
+    return LOCI_OK;
+}
+
 static loci_status fill_view(loci_snapshot *snapshot, loci_error *err) {
     loci_corpus *corpus = snapshot->corpus;
     const loci_geometry *geometry = &corpus->geometry;
     loci_corpus_view *view = &snapshot->view;
+    LOCI_TRY(reserve(snapshot, err));
     LOCI_TRY(fill_extents(snapshot, err));
     LOCI_TRY(fill_flats(snapshot, err));
     view->retrieval_layers = geometry->retrieval_layers;
@@ -228,7 +230,8 @@ static loci_status fill_view(loci_snapshot *snapshot, loci_error *err) {
 
 /* Everything but the list and the corpus's reference. */
 static void snapshot_free(loci_snapshot *snapshot) {
-    loci_backend *backend = snapshot->corpus->store->backend;
+    loci_store *store = snapshot->corpus->store;
+    loci_backend *backend = store->backend;
     uint32_t layers = snapshot->corpus->geometry.retrieval_layers;
     for (uint32_t i = 0; i < layers; i++) {
         if (snapshot->flat_k) backend->ops->free(backend, snapshot->flat_k[i]);
@@ -248,7 +251,9 @@ static void snapshot_free(loci_snapshot *snapshot) {
     free(snapshot->flat_k);
     free(snapshot->flat_v);
     free(snapshot->flat_begin);
+    loci_buf_fini(&snapshot->flat_terms);
     loci_manifest_unref(snapshot->manifest);
+    loci_budget_give(store->options.budget, LOCI_MEMORY_SNAPSHOTS, snapshot->reserved);
     pthread_mutex_destroy(&snapshot->lock);
     free(snapshot);
 }
@@ -345,6 +350,22 @@ void loci_snapshot_release(loci_snapshot *snapshot) {
     loci_corpus_release(corpus);
 }
 
+void loci_snapshots_let_go(void *store) {
+    uint64_t after = 0;
+    for (loci_corpus *corpus; (corpus = loci_corpus_next(store, after));) {
+        after = corpus->uid;
+        loci_snapshot *idle = NULL;
+        pthread_mutex_lock(&corpus->lock);
+        if (corpus->current && atomic_load(&corpus->current->refs) == 1) {
+            idle = corpus->current;
+            corpus->current = NULL;
+        }
+        pthread_mutex_unlock(&corpus->lock);
+        loci_snapshot_release(idle);
+        loci_corpus_release(corpus);
+    }
+}
+
 /* --- Reading ---------------------------------------------------------------------------- */
 
 const loci_corpus_view *loci_snapshot_view(const loci_snapshot *snapshot) {
@@ -419,8 +440,12 @@ static loci_status load_known(loci_snapshot *snapshot, uint64_t sequence, const 
         *out = snapshot->known[place].document;
         return LOCI_OK;
     }
+    uint64_t bytes = sizeof(loci_document) + sizeof(loci_known_document);
+    LOCI_TRY(loci_budget_take(snapshot->corpus->store->options.budget, LOCI_MEMORY_SNAPSHOTS, bytes,
+                              "a cited document", err));
+    snapshot->reserved += bytes;
     loci_document *document = malloc(sizeof *document);
-    known_document *grown =
+    loci_known_document *grown =
         realloc(snapshot->known, (snapshot->known_count + 1) * sizeof *snapshot->known);
     if (grown) snapshot->known = grown;
     loci_status status = LOCI_E_NOMEM;
@@ -430,12 +455,14 @@ static loci_status load_known(loci_snapshot *snapshot, uint64_t sequence, const 
         loci_fail(err, status, "no memory for a document of corpus %s", snapshot->corpus->name);
     if (status != LOCI_OK) {
         free(document);
+        snapshot->reserved -= bytes;
+        loci_budget_give(snapshot->corpus->store->options.budget, LOCI_MEMORY_SNAPSHOTS, bytes);
         if (status != LOCI_E_NOTFOUND) return status;
         return loci_fail(err, LOCI_E_CORRUPT, "document %llu of corpus %s has no record",
                          (unsigned long long)sequence, snapshot->corpus->name);
     }
     memmove(&grown[place + 1], &grown[place], (snapshot->known_count - place) * sizeof *grown);
-    grown[place] = (known_document){sequence, document};
+    grown[place] = (loci_known_document){sequence, document};
     snapshot->known_count++;
     *out = document;
     return LOCI_OK;

@@ -5,9 +5,39 @@
 #ifndef LOCI_MEMORY_SNAPSHOT_H
 #define LOCI_MEMORY_SNAPSHOT_H
 
-#include "memory/store.h"
+#include "memory/internal.h"
+
+/* Ids handed out by loci_snapshot_segment; they stay until the snapshot goes. */
+typedef struct loci_known_document {
+    uint64_t sequence;
+    loci_document *document;
+} loci_known_document;
+
+struct loci_snapshot {
+    atomic_uint refs;
+    loci_snapshot *older, *newer; /* the corpus's list, under its lock */
+    loci_corpus *corpus;
+    loci_manifest *manifest;
+    loci_corpus_info info;
+    loci_corpus_view view;
+    loci_extent **extents;
+    loci_extent_view *extent_views;
+    uint32_t extent_segments; /* of all extents */
+    uint16_t *flat_data;      /* K then V of each layer */
+    loci_buffer **flat_k, **flat_v;
+    uint32_t *flat_begin;
+    loci_view *rocks_view; /* of the manifest's moment; while the snapshot is being made */
+    pthread_mutex_t lock;  /* guards what follows */
+    uint64_t reserved;     /* in the budget */
+    loci_known_document *known;
+    size_t known_count;
+    loci_buf flat_terms; /* block of the flat segments (lexical.c); empty until it is needed */
+};
 
 /* The smallest revision in a corpus's list of snapshots; UINT64_MAX when it is empty. */
 uint64_t loci_snapshots_oldest(const loci_snapshot *list);
+/* Releases the snapshots that are only kept for the next question; for loci_budget_on_shortage,
+ * ctx is the store. */
+void loci_snapshots_let_go(void *store);
 
 #endif

@@ -12,17 +12,23 @@
 #include <unistd.h>
 
 #include "memory/internal.h"
+#include "memory/snapshot.h"
 
 const char *const loci_failpoints[] = {
-    "doc_chunk",      "doc_commit",    "store_sync",  "encode",          "extent_write",
-    "extent_fsync",   "extent_rename", "flat_commit", "manifest_commit", "delete_commit",
-    "rewrite_commit", "unlink",        NULL,
+    "doc_chunk",       "doc_commit",
+    "store_sync",      "encode",
+    "extent_write",    "extent_fsync",
+    "extent_rename",   "flat_commit",
+    "manifest_commit", "delete_commit",
+    "rewrite_commit",  "unlink",
+    "terms_write",     NULL,
 };
 
 void loci_store_options_default(loci_store_options *options) {
     options->document_bytes_max = 64u << 20;
     options->memory_bytes = 256u << 20;
     options->extent_tokens = LOCI_EXTENT_TOKENS_MAX;
+    options->budget = NULL;
 }
 
 static loci_status fail_path(loci_error *err, const char *what, const char *path) {
@@ -86,7 +92,13 @@ static loci_status check_layout(const loci_store *store, loci_error *err) {
         version = strtoul(text + sizeof head - 1, &end, 10);
     if (version == 0 || strcmp(end, "\n") != 0)
         return loci_fail(err, LOCI_E_CORRUPT, "%s does not say a layout version", path);
-    if (version != LOCI_LAYOUT_VERSION)
+    if (version < LOCI_LAYOUT_VERSION)
+        return loci_fail_reason(
+            err, LOCI_E_UNSUPPORTED, "LAYOUT_TOO_OLD",
+            "data directory %s has layout %lu, this program writes %u: register "
+            "its documents again in a new directory",
+            store->dir, version, LOCI_LAYOUT_VERSION);
+    if (version > LOCI_LAYOUT_VERSION)
         return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "LAYOUT_TOO_NEW",
                                 "data directory %s has layout %lu, this program knows %u",
                                 store->dir, version, LOCI_LAYOUT_VERSION);
@@ -125,6 +137,8 @@ loci_status loci_store_open(const char *dir, const loci_store_options *options,
         loci_store_close(store);
         return status;
     }
+    if (store->options.budget)
+        loci_budget_on_shortage(store->options.budget, loci_snapshots_let_go, store);
     *out = store;
     return LOCI_OK;
 }

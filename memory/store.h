@@ -21,6 +21,7 @@
 #define LOCI_MEMORY_STORE_H
 
 #include "attention/index.h"
+#include "base/budget.h"
 #include "base/cancel.h"
 
 #define LOCI_NAME_MAX 63
@@ -45,6 +46,7 @@ typedef struct loci_store_options {
     uint64_t document_bytes_max; /* default 64 MiB */
     uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
     uint32_t extent_tokens;      /* most tokens of an extent; default (and most) 32768 */
+    loci_budget *budget;         /* snapshots reserve their memory there; NULL = not counted */
 } loci_store_options;
 
 /* Names of all kill points (base/failpoint.h) of this module, NULL at the end. */
@@ -58,6 +60,8 @@ LOCI_MUST_CHECK loci_status loci_store_open(const char *dir, const loci_store_op
 void loci_store_close(loci_store *store);
 /* Everything written so far survives power loss after this returns (group commit). */
 LOCI_MUST_CHECK loci_status loci_store_sync(loci_store *store, loci_error *err);
+/* Bytes of the extents that are mapped, and about how many of them are in RAM (page cache). */
+void loci_store_mapped(loci_store *store, uint64_t *mapped, uint64_t *resident);
 
 /* --- Corpora -------------------------------------------------------------------------- */
 typedef struct loci_corpus_info {
@@ -80,6 +84,9 @@ LOCI_MUST_CHECK loci_status loci_corpus_create(loci_store *store, const char *na
                                                loci_error *err);
 LOCI_MUST_CHECK loci_status loci_corpus_get(loci_store *store, const char *name,
                                             loci_corpus_info *out, loci_error *err);
+/* Hexadecimal hash of what is searchable and in which extents (loci_manifest_hash). */
+LOCI_MUST_CHECK loci_status loci_corpus_manifest_hash(loci_store *store, const char *name,
+                                                      char out[33], loci_error *err);
 /* Names in order, the first strictly after `after` ("" = from the start); *count <= limit. */
 LOCI_MUST_CHECK loci_status loci_corpus_list(loci_store *store, const char *after, size_t limit,
                                              loci_corpus_info *out, size_t *count, loci_error *err);
@@ -150,6 +157,15 @@ uint32_t loci_snapshot_segments(const loci_snapshot *snapshot); /* dead ones inc
 bool loci_snapshot_segment_live(const loci_snapshot *snapshot, uint32_t segment);
 LOCI_MUST_CHECK loci_status loci_snapshot_segment(const loci_snapshot *snapshot, uint32_t segment,
                                                   loci_segment_info *out, loci_error *err);
+/* Where terms (memory/terms.h, as hashes) stand: fn is called for every live segment that holds
+ * terms[term], times in `tokens` tokens, in the same order at every call. *bytes: what was read is
+ * added. */
+typedef void (*loci_posting_fn)(void *ctx, uint32_t term, uint32_t segment, uint32_t tokens,
+                                uint32_t times);
+LOCI_MUST_CHECK loci_status loci_snapshot_postings(const loci_snapshot *snapshot,
+                                                   const uint64_t *terms, uint32_t count,
+                                                   loci_posting_fn fn, void *ctx, uint64_t *bytes,
+                                                   loci_error *err);
 /* Bytes of a document as of this snapshot, even if it was deleted or replaced since. */
 LOCI_MUST_CHECK loci_status loci_snapshot_read(const loci_snapshot *snapshot, uint32_t segment,
                                                uint64_t start, uint64_t end, loci_buf *out,

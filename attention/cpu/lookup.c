@@ -550,6 +550,7 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
         stats->root_bytes += pair->stats.root_bytes;
         stats->leaf_bytes += pair->stats.leaf_bytes;
         stats->code_bytes += pair->stats.code_bytes;
+        stats->hash_bytes += pair->stats.hash_bytes;
         stats->kv_bytes += pair->stats.kv_bytes;
         stats->kv_leaf_bytes += pair->stats.kv_leaf_bytes;
         stats->tail_bytes += pair->stats.tail_bytes;

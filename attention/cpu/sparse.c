@@ -147,8 +147,9 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
             if (!load_tokens(&w, all, values)) return;
             if (values) {
                 size_t hashes = w.leaf->count * sizeof(uint64_t);
-                pair->stats.kv_bytes += w.n * 4u * lookup->dim + hashes;
-                pair->stats.kv_leaf_bytes += w.leaf->count * 4u * lookup->dim + hashes;
+                pair->stats.hash_bytes += hashes;
+                pair->stats.kv_bytes += w.n * 4u * lookup->dim;
+                pair->stats.kv_leaf_bytes += w.leaf->count * 4u * lookup->dim;
             }
             for (uint32_t b = 0; b < lookup->blocks; b++) {
                 if (!set_allowed(&w, b, all)) continue;

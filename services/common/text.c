@@ -62,6 +62,51 @@ void loci_utf8_append_clean(loci_buf *out, loci_slice text) {
     }
 }
 
+static bool is_space(uint8_t c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+static uint8_t lower(uint8_t c) {
+    return c >= 'A' && c <= 'Z' ? (uint8_t)(c | 0x20) : c;
+}
+
+static bool is_alnum(uint8_t c) {
+    return (c >= '0' && c <= '9') || (lower(c) >= 'a' && lower(c) <= 'z');
+}
+
+/* End of `wanted` in `text` when it stands at `at`, else 0. Neither is empty. */
+static size_t match_at(loci_slice text, size_t at, loci_slice wanted) {
+    size_t w = 0;
+    if (at > 0 && is_alnum(text.data[at - 1]) && is_alnum(wanted.data[0])) return 0;
+    while (w < wanted.len) {
+        if (at >= text.len) return 0;
+        bool space = is_space(wanted.data[w]);
+        if (space != is_space(text.data[at])) return 0;
+        if (!space && lower(wanted.data[w]) != lower(text.data[at])) return 0;
+        w++;
+        at++;
+        if (!space) continue;
+        while (w < wanted.len && is_space(wanted.data[w])) w++;
+        while (at < text.len && is_space(text.data[at])) at++;
+    }
+    if (at < text.len && is_alnum(text.data[at]) && is_alnum(wanted.data[w - 1])) return 0;
+    return at;
+}
+
+bool loci_text_find(loci_slice text, size_t from, loci_slice wanted, size_t *start, size_t *end) {
+    while (wanted.len > 0 && is_space(wanted.data[wanted.len - 1])) wanted.len--;
+    while (wanted.len > 0 && is_space(wanted.data[0]))
+        wanted = loci_slice_of(wanted.data + 1, wanted.len - 1);
+    if (wanted.len == 0) return false;
+    for (size_t at = from; at < text.len; at++) {
+        *end = match_at(text, at, wanted);
+        if (*end == 0) continue;
+        *start = at;
+        return true;
+    }
+    return false;
+}
+
 bool loci_parse_u64(const char *text, uint64_t min, uint64_t max, uint64_t *out) {
     if (!isdigit((unsigned char)text[0])) return false;
     char *end = NULL;

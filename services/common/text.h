@@ -15,6 +15,11 @@ bool loci_utf8_valid(loci_slice text);
 /* Appends text with every malformed byte replaced by U+FFFD. */
 void loci_utf8_append_clean(loci_buf *out, loci_slice text);
 
+/* The first place at or after `from` where `wanted` stands in `text`: without regard to ASCII case,
+ * runs of white space alike, not inside a run of ASCII letters and digits that goes on beyond it.
+ * White space around `wanted` is ignored; nothing is found of nothing. */
+bool loci_text_find(loci_slice text, size_t from, loci_slice wanted, size_t *start, size_t *end);
+
 /* Whole-text decimal numbers; false when malformed or outside [min, max]. */
 bool loci_parse_u64(const char *text, uint64_t min, uint64_t max, uint64_t *out);
 bool loci_parse_double(const char *text, double min, double max, double *out);

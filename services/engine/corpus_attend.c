@@ -125,7 +125,7 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
     const loci_backend *backend = query->engine->backend;
     const loci_backend_ops *ops = backend->ops;
     uint64_t begun = loci_now_ns();
-    loci_lookup *lookup = query->slot->lookups[call->retrieval_index];
+    loci_lookup *lookup = query->slot->lookup;
     ops->lookup_begin(call->stream, lookup, view, call->retrieval_index, call->q, call->q_stride,
                       call->rows, call->q_heads, call->scale, call->lse, &query->params);
     ops->score_nodes(call->stream, lookup);
@@ -136,7 +136,8 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
     ops->attribute(call->stream, lookup, call->lse, row_begin, loci_ref_at(query->slot->mass, 0));
     ops->lookup_stats(call->stream, lookup, &s->stats);
     LOCI_TRY(ops->sync(call->stream, err));
-    uint64_t index = s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes;
+    uint64_t index =
+        s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes + s->stats.hash_bytes;
     query->usage.index_read_bytes += index;
     query->usage.kv_read_bytes += s->stats.kv_bytes + s->stats.tail_bytes;
     query->usage.kv_dense_bytes += s->stats.dense_kv_bytes;

@@ -24,15 +24,18 @@ static loci_status on_piece(void *ctx, const char *text, loci_error *err) {
     return state->on_event(state->ctx, &event, err);
 }
 
-/* The passages with most attention so far. */
-static loci_status load_evidence(loci_query *query, uint32_t limit, loci_buf *bytes,
-                                 loci_passage *passages, uint32_t *count, loci_error *err) {
+/* The passages with most attention so far; "" while there is no answer. */
+static loci_status load_evidence(loci_query *query, const loci_answer_request *request,
+                                 const char *answer, loci_buf *bytes, loci_passage *passages,
+                                 uint32_t *count, loci_error *err) {
+    uint32_t limit = request->evidence_count ? request->evidence_count : 4;
     loci_ranked ranked[LOCI_EVIDENCE_MAX];
     bytes->len = 0;
     LOCI_TRY(loci_corpus_attend_best(query, limit, ranked, count, err));
     for (uint32_t i = 0; i < *count; i++)
         LOCI_TRY(loci_passage_load(query, &ranked[i], bytes, &passages[i], err));
     loci_passages_bind(passages, *count, bytes);
+    loci_passages_cite(passages, *count, request->question, answer);
     return LOCI_OK;
 }
 
@@ -71,7 +74,7 @@ static loci_status finish(loci_query *query, const loci_generation *answer,
 
 loci_status loci_answer_direct(loci_query *query, const loci_answer_request *request,
                                loci_event_fn on_event, void *ctx, loci_error *err) {
-    uint32_t limit = request->evidence_count ? request->evidence_count : 4, count = 0;
+    uint32_t count = 0;
     loci_passage passages[LOCI_EVIDENCE_MAX];
     loci_buf bytes = LOCI_BUF_INIT;
     loci_generation answer = {.text = LOCI_BUF_INIT};
@@ -81,7 +84,7 @@ loci_status loci_answer_direct(loci_query *query, const loci_answer_request *req
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
     LOCI_TRY_GOTO(loci_corpus_attend_begin(query, err), out);
     LOCI_TRY_GOTO(ask_question(query, err), out);
-    LOCI_TRY_GOTO(load_evidence(query, limit, &bytes, passages, &count, err), out);
+    LOCI_TRY_GOTO(load_evidence(query, request, "", &bytes, passages, &count, err), out);
     event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
     if (query->view->live_segments == 0) { /* nothing to answer from */
@@ -93,7 +96,8 @@ loci_status loci_answer_direct(loci_query *query, const loci_answer_request *req
     double seconds = (double)(loci_now_ns() - begun) / 1e9;
     query->usage.decode_steps = answer.tokens;
     if (seconds > 0) query->usage.decode_tokens_per_s = (double)answer.tokens / seconds;
-    LOCI_TRY_GOTO(load_evidence(query, limit, &bytes, passages, &count, err), out);
+    const char *text = (const char *)answer.text.data;
+    LOCI_TRY_GOTO(load_evidence(query, request, text, &bytes, passages, &count, err), out);
     status = finish(query, &answer, passages, count, on_event, ctx, err);
 out:
     loci_buf_fini(&answer.text);

@@ -11,12 +11,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "base/half.h"
 #include "base/log.h"
 #include "base/pool.h"
+#include "model/config.h"
 #include "services/engine/query.h"
 
 #define SEGMENT_TOKENS 255u
-#define MEMORY_MIN (256ull << 20)
+#define SEQUENCE_TOKENS (2 * LOCI_QUESTION_TOKENS_MAX + SEGMENT_TOKENS + LOCI_ANSWER_TOKENS_MAX + 8)
 
 static loci_status encoder_split(void *ctx, loci_slice text, uint64_t from, uint32_t segments_max,
                                  const loci_split **out, loci_error *err) {
@@ -30,14 +32,6 @@ static loci_status encoder_encode(void *ctx, const uint32_t *tokens, const uint3
     loci_engine *engine = ctx;
     loci_encode_out out = {k, v};
     return loci_model_encode(engine->model, tokens, begin, segments, &out, cancel, err);
-}
-
-static float widen(uint16_t bits) {
-    union {
-        uint32_t u;
-        float f;
-    } value = {(uint32_t)bits << 16};
-    return value.f;
 }
 
 /* K and V of the shared prefix token: it sees only itself, so they are the same in every segment.
@@ -63,47 +57,28 @@ static loci_status compute_sink(loci_engine *engine, loci_error *err) {
         status = encoder_encode(engine, &token, begin, 1, k, v, NULL, err);
     }
     for (size_t i = 0; status == LOCI_OK && i < (size_t)pairs * dim; i++) {
-        engine->sink_k[i] = widen(rows[i]);
-        engine->sink_v[i] = widen(rows[(size_t)pairs * dim + i]);
+        engine->sink_k[i] = loci_bf16_to_f32(rows[i]);
+        engine->sink_v[i] = loci_bf16_to_f32(rows[(size_t)pairs * dim + i]);
     }
     free(rows);
     free(k);
     return status;
 }
 
+static loci_geometry shape_of(const loci_model_config *config) {
+    return (loci_geometry){.retrieval_layers = config->retrieval_count,
+                           .kv_heads = config->kv_heads,
+                           .head_dim = config->head_dim,
+                           .ranking_layer = 0,
+                           .segment_tokens = SEGMENT_TOKENS};
+}
+
 static void set_geometry(loci_engine *engine) {
-    const loci_model_config *config = loci_model_config_of(engine->model);
     loci_geometry *geometry = &engine->geometry;
+    *geometry = shape_of(loci_model_config_of(engine->model));
     snprintf(geometry->fingerprint, sizeof geometry->fingerprint, "%s",
              loci_model_fingerprint(engine->model));
-    geometry->retrieval_layers = config->retrieval_count;
-    geometry->kv_heads = config->kv_heads;
-    geometry->head_dim = config->head_dim;
-    geometry->ranking_layer = 0;
-    geometry->segment_tokens = SEGMENT_TOKENS;
     geometry->has_sink = loci_model_specials(engine->model)->doc != UINT32_MAX;
-}
-
-/* The limit of the memory cgroup that the process lives in (v2, then v1), as containers see it. */
-static uint64_t cgroup_limit(void) {
-    static const char *const paths[] = {"/sys/fs/cgroup/memory.max",
-                                        "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
-    for (size_t i = 0; i < 2; i++) {
-        unsigned long long bytes;
-        FILE *file = fopen(paths[i], "r");
-        if (!file) continue;
-        int found = fscanf(file, "%llu", &bytes);
-        fclose(file);
-        if (found == 1) return bytes;
-    }
-    return UINT64_MAX;
-}
-
-static uint64_t half_of_ram(void) {
-    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    uint64_t ram = pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size : 8ull << 30;
-    uint64_t limit = cgroup_limit();
-    return (limit < ram ? limit : ram) / 2;
 }
 
 static loci_status choose_precision(const char *name, loci_backend *backend, loci_dtype *out,
@@ -120,20 +95,78 @@ static loci_status choose_precision(const char *name, loci_backend *backend, loc
     return loci_fail(err, LOCI_E_INVAL, "precision %s is not known; auto, f32 or bf16 is", name);
 }
 
-static loci_status open_slots(loci_engine *engine, unsigned count, loci_error *err) {
+/* --- Memory ----------------------------------------------------------------------------- */
+
+/* Shares the budget out before anything large is there. */
+static loci_status plan_memory(loci_engine *engine, const loci_engine_options *options,
+                               loci_dtype precision, loci_error *err) {
+    loci_model_config *config = calloc(1, sizeof *config);
+    if (!config) return loci_fail(err, LOCI_E_NOMEM, "no memory for the engine");
+    loci_buf path = LOCI_BUF_INIT;
+    struct stat tokenizer = {0};
+    loci_status status;
+    LOCI_TRY_GOTO(loci_model_config_load(options->model, config, err), out);
+    loci_buf_printf(&path, "%s/tokenizer.json", options->model);
+    LOCI_TRY_GOTO(loci_buf_status(&path), out);
+    (void)stat(loci_buf_text(&path), &tokenizer); /* loci_model_open names it when it is missing */
+    loci_geometry shape = shape_of(config);
+    const loci_plan_request request = {
+        .config = config,
+        .geometry = &shape,
+        .precision = precision,
+        .tokenizer_bytes = (uint64_t)tokenizer.st_size,
+        .threads = loci_pool_threads(loci_backend_pool(engine->backend)),
+        .calls_bytes = options->calls_bytes,
+        .sequence_tokens = SEQUENCE_TOKENS,
+        .queries = options->queries_max,
+        .limit = options->memory_bytes ? options->memory_bytes : loci_plan_default_limit()};
+    LOCI_TRY_GOTO(loci_plan_make(&request, &engine->plan, err), out);
+    LOCI_TRY_GOTO(loci_budget_create(request.limit, &engine->budget, err), out);
+    status = loci_plan_take(&engine->plan, engine->budget, err);
+out:
+    loci_buf_fini(&path);
+    free(config);
+    return status;
+}
+
+static loci_status lookup_memory(void *ctx, int64_t bytes, loci_error *err) {
+    loci_engine *engine = ctx;
+    if (bytes >= 0)
+        return loci_budget_take(engine->budget, LOCI_MEMORY_LOOKUPS, (uint64_t)bytes, "a look-up",
+                                err);
+    loci_budget_give(engine->budget, LOCI_MEMORY_LOOKUPS, (uint64_t)-bytes);
+    return LOCI_OK;
+}
+
+/* Frees the look-ups of idle slots; a question makes a new one. */
+static void idle_lookups_let_go(void *ctx) {
+    loci_engine *engine = ctx;
+    for (unsigned i = 0; i < engine->slot_count; i++) {
+        loci_lookup *idle = NULL;
+        pthread_mutex_lock(&engine->lock);
+        loci_slot *slot = &engine->slots[i];
+        if (!slot->busy) {
+            idle = slot->lookup;
+            slot->lookup = NULL;
+        }
+        pthread_mutex_unlock(&engine->lock);
+        if (idle) engine->backend->ops->lookup_free(engine->backend, idle);
+    }
+}
+
+static void watch_memory(loci_engine *engine) {
     loci_backend *backend = engine->backend;
-    uint32_t tokens_max =
-        2 * LOCI_QUESTION_TOKENS_MAX + SEGMENT_TOKENS + LOCI_ANSWER_TOKENS_MAX + 8;
+    if (backend->ops->lookup_account) backend->ops->lookup_account(backend, lookup_memory, engine);
+    loci_budget_on_shortage(engine->budget, idle_lookups_let_go, engine);
+}
+
+static loci_status open_slots(loci_engine *engine, unsigned count, loci_error *err) {
     engine->slots = calloc(count, sizeof *engine->slots);
     if (!engine->slots) return loci_fail(err, LOCI_E_NOMEM, "no memory for %u questions", count);
     engine->slot_count = count;
     for (unsigned i = 0; i < count; i++) {
         loci_slot *slot = &engine->slots[i];
-        LOCI_TRY(loci_sequence_open(engine->model, tokens_max, &slot->sequence, err));
-        slot->lookups = calloc(engine->geometry.retrieval_layers, sizeof(loci_lookup *));
-        if (!slot->lookups) return loci_fail(err, LOCI_E_NOMEM, "no memory for look-ups");
-        for (uint32_t r = 0; r < engine->geometry.retrieval_layers; r++)
-            LOCI_TRY(backend->ops->lookup_create(backend, &slot->lookups[r], err));
+        LOCI_TRY(loci_sequence_open(engine->model, SEQUENCE_TOKENS, &slot->sequence, err));
     }
     return LOCI_OK;
 }
@@ -143,9 +176,7 @@ static void close_slots(loci_engine *engine) {
     for (unsigned i = 0; i < engine->slot_count; i++) {
         loci_slot *slot = &engine->slots[i];
         loci_sequence_close(slot->sequence);
-        for (uint32_t r = 0; slot->lookups && r < engine->geometry.retrieval_layers; r++)
-            if (slot->lookups[r]) backend->ops->lookup_free(backend, slot->lookups[r]);
-        free(slot->lookups);
+        if (slot->lookup) backend->ops->lookup_free(backend, slot->lookup);
         backend->ops->free(backend, slot->part);
         backend->ops->free(backend, slot->mass);
     }
@@ -158,8 +189,9 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
                          strerror(errno));
     loci_store_options options;
     loci_store_options_default(&options);
-    uint64_t share = engine->memory_budget_bytes / 16;
-    if (share < options.memory_bytes) options.memory_bytes = share;
+    options.memory_bytes = engine->plan.database;
+    options.document_bytes_max = engine->plan.document_bytes_max;
+    options.budget = engine->budget;
     LOCI_TRY(loci_store_open(data, &options, engine->backend, &engine->store, err));
     loci_encoder encoder = {engine, engine->geometry, encoder_split, encoder_encode};
     return loci_ingest_start(engine->store, &encoder, loci_backend_pool(engine->backend),
@@ -168,31 +200,30 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
 
 loci_status loci_engine_open(const loci_engine_options *options, loci_engine **out,
                              loci_error *err) {
-    uint64_t memory = options->memory_bytes ? options->memory_bytes : half_of_ram();
-    if (memory < MEMORY_MIN)
-        return loci_fail(err, LOCI_E_INVAL, "memory budget %llu is below the least, %llu bytes",
-                         (unsigned long long)memory, (unsigned long long)MEMORY_MIN);
     loci_engine *engine = calloc(1, sizeof *engine);
     if (!engine) return loci_fail(err, LOCI_E_NOMEM, "no memory for the engine");
     pthread_mutex_init(&engine->lock, NULL);
     pthread_cond_init(&engine->slot_free, NULL);
-    engine->memory_budget_bytes = memory;
     engine->waiting_max = options->queries_waiting_max ? options->queries_waiting_max : 64;
+    engine->lexical_percent = options->lexical_percent ? options->lexical_percent : 100;
     loci_backend_options backend_options = {options->threads, NULL};
     const char *name = options->backend ? options->backend : "cpu";
     loci_dtype precision = LOCI_F32;
     loci_status status;
     LOCI_TRY_GOTO(loci_backend_open(name, &backend_options, &engine->backend, err), out);
     LOCI_TRY_GOTO(choose_precision(options->precision, engine->backend, &precision, err), out);
+    LOCI_TRY_GOTO(plan_memory(engine, options, precision, err), out);
     LOCI_TRY_GOTO(loci_model_open(options->model, engine->backend, precision, &engine->model, err),
                   out);
+    LOCI_TRY_GOTO(loci_model_require_specials(engine->model, err), out);
     set_geometry(engine);
     LOCI_TRY_GOTO(loci_splitter_open(loci_model_tokenizer(engine->model), SEGMENT_TOKENS,
                                      loci_model_specials(engine->model)->doc, &engine->splitter,
                                      err),
                   out);
     LOCI_TRY_GOTO(compute_sink(engine, err), out);
-    LOCI_TRY_GOTO(open_slots(engine, options->queries_max ? options->queries_max : 2, err), out);
+    watch_memory(engine);
+    LOCI_TRY_GOTO(open_slots(engine, engine->plan.slots, err), out);
     status = open_store(engine, options->data, err);
 out:
     if (status != LOCI_OK) {
@@ -211,6 +242,7 @@ void loci_engine_close(loci_engine *engine) {
     loci_splitter_close(engine->splitter);
     loci_model_close(engine->model);
     loci_backend_close(engine->backend);
+    loci_budget_destroy(engine->budget);
     free(engine->sink_k);
     free(engine->sink_v);
     pthread_cond_destroy(&engine->slot_free);
@@ -247,8 +279,9 @@ static uint64_t anonymous_bytes(void) {
 }
 
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
-    *out = (loci_engine_status){.memory_budget_bytes = engine->memory_budget_bytes,
-                                .memory_used_bytes = anonymous_bytes()};
+    *out = (loci_engine_status){.memory_used_bytes = anonymous_bytes()};
+    loci_budget_usage_of(engine->budget, &out->memory);
+    loci_store_mapped(engine->store, &out->mapped_bytes, &out->resident_bytes);
     pthread_mutex_lock(&engine->lock);
     out->queries_waiting = engine->waiting;
     for (unsigned i = 0; i < engine->slot_count; i++)
@@ -289,6 +322,12 @@ static loci_status check_request(const loci_engine *engine, const loci_answer_re
     return LOCI_OK;
 }
 
+/* Scores of all nodes while the thresholds of squeezed mode are found; a leaf has at least eight
+ * tokens or so. */
+static uint64_t calibration_bytes(const loci_corpus_view *view) {
+    return 2 * view->tokens * view->kv_heads * view->retrieval_layers;
+}
+
 static loci_status set_params(loci_query *query, const loci_answer_request *request,
                               loci_error *err) {
     loci_select_params *params = &query->params;
@@ -299,10 +338,10 @@ static loci_status set_params(loci_query *query, const loci_answer_request *requ
     }
     if (request->budget) params->budget = request->budget;
     if (request->no_budget) params->budget = 0;
-    if (params->mode == LOCI_MODE_SQUEEZED)
-        return loci_query_squeezed_threshold(query, request->sparsity > 0 ? request->sparsity : 0.9,
-                                             err);
-    return LOCI_OK;
+    if (params->mode != LOCI_MODE_SQUEEZED) return LOCI_OK;
+    LOCI_TRY(loci_query_reserve(query, calibration_bytes(query->view), err));
+    return loci_query_squeezed_threshold(query, request->sparsity > 0 ? request->sparsity : 0.9,
+                                         err);
 }
 
 loci_status loci_engine_answer(loci_engine *engine, const loci_answer_request *request,

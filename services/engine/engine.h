@@ -6,6 +6,10 @@
  * Threading: one engine serves any number of threads; at most options.queries_max questions run
  * at once, others wait for a place (bounded by their cancel) or get LOCI_E_LIMIT when more than
  * options.queries_waiting_max wait.
+ *
+ * Memory: options.memory_bytes bounds what the process allocates (plan.h, base/budget.h). What a
+ * question needs beyond its slot is refused with LOCI_E_LIMIT, reason MEMORY_BUDGET, when it does
+ * not fit. Extents are mapped files, page cache, and not part of it.
  */
 #ifndef LOCI_SERVICES_ENGINE_ENGINE_H
 #define LOCI_SERVICES_ENGINE_ENGINE_H
@@ -22,10 +26,14 @@ typedef struct loci_engine_options {
     const char *model;            /* model folder */
     const char *backend;          /* "cpu" */
     const char *precision;        /* "auto" (bf16 where the CPU has it), "f32", "bf16" */
-    uint64_t memory_bytes;        /* 0 = half of RAM */
+    uint64_t memory_bytes;        /* the budget; 0 = half of RAM */
+    uint64_t calls_bytes;         /* of it for messages of running calls */
     unsigned threads;             /* 0 = one per CPU */
-    unsigned queries_max;         /* 0 = 2 */
+    unsigned queries_max;         /* 0 = 2, or 1 where memory is short */
     unsigned queries_waiting_max; /* 0 = 64 */
+    /* Weight of the lexical score in ranking, in percent of the tuned one (rank.c): 0 = 100; below
+     * 0 = none. */
+    int lexical_percent;
 } loci_engine_options;
 
 LOCI_MUST_CHECK loci_status loci_engine_open(const loci_engine_options *options, loci_engine **out,
@@ -37,7 +45,9 @@ loci_model *loci_engine_model(loci_engine *engine);
 const char *loci_engine_backend_name(loci_engine *engine); /* describe() of the backend */
 
 typedef struct loci_engine_status {
-    uint64_t memory_budget_bytes, memory_used_bytes, cache_bytes, cache_hits, cache_misses;
+    loci_budget_usage memory;
+    uint64_t memory_used_bytes;            /* anonymous memory of the process */
+    uint64_t mapped_bytes, resident_bytes; /* of extents: mapped files, and how much is in RAM */
     unsigned queries_running, queries_waiting;
 } loci_engine_status;
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out);
@@ -46,11 +56,14 @@ void loci_engine_status_of(loci_engine *engine, loci_engine_status *out);
 LOCI_MUST_CHECK loci_status loci_engine_create_corpus(loci_engine *engine, const char *name,
                                                       loci_corpus_info *out, loci_error *err);
 
+/* Evidence quotes the sentences that matter (quote.h); a hit quotes its whole passage. */
 typedef struct loci_passage {
-    const char *document; /* id */
-    uint64_t start, end;
-    loci_slice quote; /* exactly those bytes */
-    double share;     /* or the score, in hits */
+    const char *document;                /* id */
+    uint64_t start, end;                 /* of the quote */
+    loci_slice quote;                    /* exactly those bytes */
+    uint64_t passage_start, passage_end; /* of the passage that holds it */
+    loci_slice passage;                  /* exactly those bytes */
+    double share;                        /* of the passage; or its score, in hits */
 } loci_passage;
 
 typedef struct loci_usage {

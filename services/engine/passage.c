@@ -3,6 +3,7 @@
  * Passages: segments with their document, byte range and exact bytes.
  */
 #include "services/engine/query.h"
+#include "services/engine/quote.h"
 
 loci_status loci_passage_load(loci_query *query, const loci_ranked *ranked, loci_buf *bytes,
                               loci_passage *out, loci_error *err) {
@@ -19,6 +20,9 @@ loci_status loci_passage_load(loci_query *query, const loci_ranked *ranked, loci
                           .start = info.start,
                           .end = info.end,
                           .quote = {NULL, bytes->len - before},
+                          .passage_start = info.start,
+                          .passage_end = info.end,
+                          .passage = {NULL, bytes->len - before},
                           .share = ranked->score};
     return LOCI_OK;
 }
@@ -26,7 +30,20 @@ loci_status loci_passage_load(loci_query *query, const loci_ranked *ranked, loci
 void loci_passages_bind(loci_passage *passages, size_t count, const loci_buf *bytes) {
     size_t at = 0;
     for (size_t i = 0; i < count; i++) {
-        passages[i].quote.data = bytes->data + at;
-        at += passages[i].quote.len;
+        passages[i].passage.data = bytes->data + at;
+        passages[i].quote = passages[i].passage;
+        at += passages[i].passage.len;
+    }
+}
+
+void loci_passages_cite(loci_passage *passages, size_t count, const char *question,
+                        const char *answer) {
+    for (loci_passage *p = passages; p < passages + count; p++) {
+        uint64_t from, to;
+        loci_quote_choose(p->passage, loci_slice_text(question), loci_slice_text(answer), &from,
+                          &to);
+        p->start = p->passage_start + from;
+        p->end = p->passage_start + to;
+        p->quote = loci_slice_of(p->passage.data + from, to - from);
     }
 }

@@ -5,9 +5,13 @@
 #include "services/engine/query.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+/* What ranking and attribution keep of each segment: its number, scores, masses. */
+#define SEGMENT_BYTES 24u
 
 static loci_slot *find_free(loci_engine *engine) {
     for (unsigned i = 0; i < engine->slot_count; i++) {
@@ -50,6 +54,8 @@ static loci_status take_slot(loci_engine *engine, const loci_cancel *cancel, loc
 }
 
 static void give_slot(loci_engine *engine, loci_slot *slot) {
+    engine->backend->ops->free(engine->backend, slot->mass);
+    slot->mass = NULL;
     pthread_mutex_lock(&engine->lock);
     slot->busy = false;
     pthread_cond_signal(&engine->slot_free);
@@ -75,10 +81,20 @@ static loci_status tokenize_question(loci_query *query, const char *question, lo
     return status;
 }
 
+loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *err) {
+    char what[64];
+    snprintf(what, sizeof what, "a question to %llu tokens",
+             (unsigned long long)query->view->tokens);
+    LOCI_TRY(loci_budget_take(query->engine->budget, LOCI_MEMORY_LOOKUPS, bytes, what, err));
+    query->reserved += bytes;
+    return LOCI_OK;
+}
+
 loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *corpus,
                             const char *question, uint64_t min_revision, const loci_cancel *cancel,
                             loci_error *err) {
-    *query = (loci_query){.engine = engine, .cancel = cancel, .started_ns = loci_now_ns()};
+    *query = (loci_query){
+        .engine = engine, .cancel = cancel, .text = question, .started_ns = loci_now_ns()};
     loci_select_defaults(&query->params);
     LOCI_TRY(tokenize_question(query, question, err));
     /* First the turn, then the snapshot: whoever waits pins nothing. */
@@ -99,12 +115,16 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
     query->usage.question_tokens = query->question.count;
     loci_sequence_reset(query->slot->sequence);
     loci_sequence_set_attend(query->slot->sequence, NULL, NULL);
-    return LOCI_OK;
+    LOCI_TRY(loci_query_reserve(
+        query, SEGMENT_BYTES * (uint64_t)loci_snapshot_segments(query->snapshot), err));
+    if (query->slot->lookup) return LOCI_OK;
+    return engine->backend->ops->lookup_create(engine->backend, &query->slot->lookup, err);
 }
 
 void loci_query_fini(loci_query *query) {
     if (query->slot) give_slot(query->engine, query->slot);
     loci_snapshot_release(query->snapshot);
+    loci_budget_give(query->engine->budget, LOCI_MEMORY_LOOKUPS, query->reserved);
     loci_tokens_fini(&query->question);
     *query = (loci_query){0};
 }

@@ -12,9 +12,12 @@
 #include <pthread.h>
 
 #include "services/engine/engine.h"
+#include "services/engine/plan.h"
 #include "services/engine/split.h"
 
-#define LOCI_QUESTION_TOKENS_MAX 256u
+/* With <q> and <a> one chunk of a sequence (256 rows, model/sequence.c): ranking reads the queries
+ * of the whole question in one call. */
+#define LOCI_QUESTION_TOKENS_MAX 254u
 #define LOCI_ANSWER_TOKENS_MAX 512u
 #define LOCI_RETRIEVE_MAX 100u
 #define LOCI_EVIDENCE_MAX 16u
@@ -22,10 +25,10 @@
 typedef struct loci_slot {
     bool busy;
     loci_sequence *sequence;
-    loci_lookup **lookups; /* one for each retrieval layer */
-    loci_buffer *part;     /* out and lse of one part of the attention; grown on demand */
+    loci_lookup *lookup; /* of one layer after another; NULL when memory was short */
+    loci_buffer *part;   /* out and lse of one part of the attention; grown on demand */
     size_t part_bytes;
-    loci_buffer *mass; /* f32, one for each segment of the view */
+    loci_buffer *mass; /* f32, one for each segment of the view; while a question runs */
 } loci_slot;
 
 struct loci_engine {
@@ -36,7 +39,9 @@ struct loci_engine {
     loci_splitter *splitter; /* of the ingest thread */
     loci_geometry geometry;
     float *sink_k, *sink_v;
-    uint64_t memory_budget_bytes;
+    loci_budget *budget;
+    loci_plan plan;
+    double lexical_percent;
     pthread_mutex_t lock;
     pthread_cond_t slot_free;
     loci_slot *slots;
@@ -55,12 +60,14 @@ typedef struct loci_query {
     const loci_corpus_view *view;
     const loci_cancel *cancel;
     loci_select_params params;
+    const char *text;     /* the question, the caller's */
     loci_tokens question; /* ids of " question" */
     loci_usage usage;
     uint64_t started_ns;
     double
         sink_mass; /* attention on the shared prefix so far, summed over layers, rows and heads */
     uint64_t step_bytes; /* read since it was last set to 0 */
+    uint64_t reserved;   /* in the memory budget, beyond the slot */
 } loci_query;
 
 /* query.c: takes a slot and a snapshot, tokenises the question; fini releases all. */
@@ -69,6 +76,8 @@ LOCI_MUST_CHECK loci_status loci_query_init(loci_query *query, loci_engine *engi
                                             uint64_t min_revision, const loci_cancel *cancel,
                                             loci_error *err);
 void loci_query_fini(loci_query *query);
+/* Reserves memory of the budget until fini. */
+LOCI_MUST_CHECK loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *err);
 double loci_query_elapsed_ms(const loci_query *query);
 /* [<q>] question [<a>] into *out. */
 LOCI_MUST_CHECK loci_status loci_query_prompt(const loci_query *query, loci_tokens *out,
@@ -91,15 +100,23 @@ LOCI_MUST_CHECK loci_status loci_slot_part(loci_engine *engine, loci_slot *slot,
                                            uint32_t heads, uint32_t head_dim, uint32_t extra_rows,
                                            loci_ref *out, loci_ref *lse, loci_error *err);
 
-/* rank.c: the best passages for the question by late interaction, best first. */
+/* rank.c: the best passages for the question by late interaction and words, best first. */
 LOCI_MUST_CHECK loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out,
                                             uint32_t *count, loci_error *err);
 
-/* passage.c: a segment as a passage; its bytes are appended to *bytes and quote.len set, quote.data
- * left NULL until loci_passages_bind (the buffer may move while it grows). */
+/* lexical.c: the BM25 score of every segment; 0 for those that hold no term of the question. */
+LOCI_MUST_CHECK loci_status loci_query_lexical(loci_query *query, float *scores, loci_error *err);
+/* The segments of highest positive score, best first, equal ones in order; returns their number. */
+uint32_t loci_lexical_best(const float *scores, uint32_t segments, uint32_t limit, uint32_t *out);
+
+/* passage.c: a segment as a passage that is quoted whole; its bytes are appended to *bytes and the
+ * lengths set, the data left NULL until loci_passages_bind (the buffer may move while it grows). */
 LOCI_MUST_CHECK loci_status loci_passage_load(loci_query *query, const loci_ranked *ranked,
                                               loci_buf *bytes, loci_passage *out, loci_error *err);
 void loci_passages_bind(loci_passage *passages, size_t count, const loci_buf *bytes);
+/* Quotes of each what matters for the question and the answer ("" = none yet). */
+void loci_passages_cite(loci_passage *passages, size_t count, const char *question,
+                        const char *answer);
 
 /* generate.c: one answer, token by token. */
 typedef struct loci_generation {

@@ -2,7 +2,13 @@
  *
  * Passage ranking by late interaction in the ranking layer, in two stages as in ColBERT's PLAID
  * (arXiv 2205.09707): candidates from the centroid look-up, then the score of each from the
- * position-order codes. Small corpora are scored whole.
+ * position-order codes. Small corpora are scored whole. A lexical score (lexical.c) adds candidates
+ * of its own and joins in the score of all:
+ *
+ *   rank score = late interaction + LEXICAL_WEIGHT * lexical_percent / 100 * BM25
+ *
+ * Both are sums over the question's words of differences of log-probabilities, so one weight serves
+ * short and long questions in any corpus.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +16,7 @@
 #include "services/engine/query.h"
 
 #define CANDIDATES 64u
+#define LEXICAL_WEIGHT 3.0      /* attention/README.md says how it was chosen */
 #define SCORE_ALL_SEGMENTS 256u /* up to here every segment is a candidate */
 
 typedef struct rank_state {
@@ -17,7 +24,22 @@ typedef struct rank_state {
     loci_ranked *out;
     uint32_t limit;
     uint32_t *count;
+    float *lexical; /* [segments]; NULL = off */
 } rank_state;
+
+/* Adds the candidates that only their words speak for. */
+static void add_lexical(const rank_state *state, uint32_t limit, uint32_t *segments,
+                        uint32_t *count) {
+    uint32_t found[LOCI_RETRIEVE_MAX], known = *count;
+    if (!state->lexical) return;
+    uint32_t more = loci_lexical_best(state->lexical,
+                                      loci_snapshot_segments(state->query->snapshot), limit, found);
+    for (uint32_t i = 0; i < more; i++) {
+        uint32_t at = 0;
+        while (at < known && segments[at] != found[i]) at++;
+        if (at == known) segments[(*count)++] = found[i];
+    }
+}
 
 static loci_status list_candidates(rank_state *state, const loci_attend_call *call, loci_ref lse,
                                    uint32_t *segments, uint32_t *count, loci_error *err) {
@@ -31,7 +53,7 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
         }
         return LOCI_OK;
     }
-    loci_lookup *lookup = query->slot->lookups[call->retrieval_index];
+    loci_lookup *lookup = query->slot->lookup;
     loci_lookup_stats stats;
     loci_ref q = call->q;
     q.offset += (size_t)call->q_stride * sizeof(float); /* the question's tokens, not <q> */
@@ -49,6 +71,7 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     query->usage.index_read_bytes += bytes;
     query->usage.fetched_bytes += bytes;
     query->usage.kv_dense_bytes += stats.dense_kv_bytes;
+    add_lexical(state, limit, segments, count);
     return LOCI_OK;
 }
 
@@ -94,7 +117,11 @@ static loci_status score_candidates(rank_state *state, const loci_attend_call *c
     }
     if (status == LOCI_OK) status = count_reads(query, segments, count, err);
     if (status == LOCI_OK) {
-        for (uint32_t i = 0; i < count; i++) all[i] = (loci_ranked){segments[i], (double)scores[i]};
+        double weight = LEXICAL_WEIGHT * query->engine->lexical_percent / 100;
+        for (uint32_t i = 0; i < count; i++) {
+            double words = state->lexical ? (double)state->lexical[segments[i]] : 0;
+            all[i] = (loci_ranked){segments[i], (double)scores[i] + weight * words};
+        }
         qsort(all, count, sizeof *all, by_score);
         *state->count = count < state->limit ? count : state->limit;
         memcpy(state->out, all, *state->count * sizeof *all);
@@ -128,13 +155,21 @@ out:
 
 loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out, uint32_t *count,
                             loci_error *err) {
-    rank_state state = {query, out, limit, count};
+    rank_state state = {query, out, limit, count, NULL};
     uint64_t begun = loci_now_ns();
     *count = 0;
     if (query->view->live_segments == 0) return LOCI_OK;
     loci_tokens prompt = {0};
     loci_sequence *sequence = query->slot->sequence;
     loci_status status;
+    if (query->engine->lexical_percent > 0) {
+        state.lexical = malloc(loci_snapshot_segments(query->snapshot) * sizeof *state.lexical);
+        if (!state.lexical) {
+            status = loci_fail(err, LOCI_E_NOMEM, "no memory to rank passages");
+            goto out;
+        }
+        LOCI_TRY_GOTO(loci_query_lexical(query, state.lexical, err), out);
+    }
     LOCI_TRY_GOTO(loci_query_prompt(query, &prompt, err), out);
     loci_sequence_reset(sequence);
     loci_sequence_set_attend(sequence, rank_hook, &state);
@@ -143,6 +178,7 @@ loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out,
     loci_sequence_set_attend(sequence, NULL, NULL);
 out:
     loci_tokens_fini(&prompt);
+    free(state.lexical);
     query->usage.lookup_ms += (double)(loci_now_ns() - begun) / 1e6;
     return status;
 }

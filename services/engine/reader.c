@@ -4,6 +4,11 @@
  * question, one at a time and without the rest of the corpus, and the likeliest answer is chosen by
  *
  *   log p(answer) + log(1 - p(<none>)) + RANK_WEIGHT * rank score
+ *
+ * There is an answer where the passage surest of holding it, and the lead of the best-ranked
+ * passage over the next three, together speak for it:
+ *
+ *   max log((1 - p(<none>)) / p(<none>)) + LEAD_WEIGHT * lead >= FOUND_LEAST
  */
 #include <math.h>
 #include <stdlib.h>
@@ -13,9 +18,14 @@
 
 #define RANK_WEIGHT 0.3 /* temperature of the ranking loss that trained the score */
 
+/* Fitted on questions of the training data, answerable and not (attention/README.md, Segments). */
+#define LEAD_WEIGHT 0.05
+#define LEAD_OVER 3u /* passages */
+#define FOUND_LEAST 2.0
+
 typedef struct reading {
     loci_generation answer;
-    double score;
+    double rank, score;
 } reading;
 
 static loci_status push_all(loci_tokens *out, const loci_tokens *tokens) {
@@ -30,7 +40,7 @@ static loci_status reading_prompt(loci_query *query, const loci_passage *passage
     loci_buf text = LOCI_BUF_INIT;
     loci_tokens words = {0};
     loci_status status;
-    loci_passage_text(passage->quote, &text);
+    loci_passage_text(passage->passage, &text);
     LOCI_TRY_GOTO(loci_buf_status(&text), out);
     LOCI_TRY_GOTO(loci_tokenizer_encode(loci_model_tokenizer(query->engine->model),
                                         loci_slice_of(text.data, text.len), false, &words, err),
@@ -64,15 +74,18 @@ static loci_status read_passage(loci_query *query, const loci_answer_request *re
     loci_tokens_fini(&prompt);
     LOCI_TRY(status);
     LOCI_TRY(loci_generate(query, request, &out->answer, NULL, NULL, err));
+    out->rank = rank;
     double some = 1 - exp(out->answer.none_logprob);
     out->score = out->answer.logprob + log(some > 1e-4 ? some : 1e-4) + RANK_WEIGHT * rank;
     return LOCI_OK;
 }
 
-static loci_status emit_candidate(const reading *read, const loci_passage *passage,
+static loci_status emit_candidate(const reading *read, const char *question, loci_passage *passage,
                                   loci_event_fn on_event, void *ctx, loci_error *err) {
+    const char *answer = (const char *)read->answer.text.data;
+    loci_passages_cite(passage, 1, question, read->answer.says_none ? "" : answer);
     loci_event event = {.kind = LOCI_EVENT_CANDIDATE,
-                        .text = (const char *)read->answer.text.data,
+                        .text = answer,
                         .found = !read->answer.says_none,
                         .score = read->score,
                         .passages = passage,
@@ -93,22 +106,37 @@ static int by_share(const void *a, const void *b) {
     return x->share > y->share ? -1 : x->share < y->share;
 }
 
-static uint32_t choose(const reading *readings, uint32_t count, bool *found) {
+/* Passages stand by rank. */
+static bool believed(const reading *readings, uint32_t count) {
+    double surest = -INFINITY, others = 0;
+    uint32_t over = count - 1 < LEAD_OVER ? count - 1 : LEAD_OVER;
+    for (uint32_t i = 0; i < count; i++) {
+        double none = readings[i].answer.none_logprob, some = 1 - exp(none);
+        double odds = log(some > 1e-4 ? some : 1e-4) - (none > -9.2 ? none : -9.2);
+        if (odds > surest) surest = odds;
+        if (i > 0 && i <= over) others += readings[i].rank / over;
+    }
+    double lead = over > 0 ? readings[0].rank - others : 0;
+    return surest + LEAD_WEIGHT * lead >= FOUND_LEAST;
+}
+
+/* The likeliest answer, of passages that do not say <none> if there are any. */
+static uint32_t choose(const reading *readings, uint32_t count) {
     uint32_t best = 0;
-    *found = false;
+    bool said = false;
     for (uint32_t i = 0; i < count; i++) {
         bool some = !readings[i].answer.says_none;
-        if ((some && !*found) || (some == *found && readings[i].score > readings[best].score))
-            best = i;
-        *found = *found || some;
+        if ((some && !said) || (some == said && readings[i].score > readings[best].score)) best = i;
+        said = said || some;
     }
     return best;
 }
 
-static loci_status finish(loci_query *query, reading *readings, loci_passage *passages,
-                          uint32_t count, loci_event_fn on_event, void *ctx, loci_error *err) {
-    bool found;
-    uint32_t best = choose(readings, count, &found);
+static loci_status finish(loci_query *query, const char *question, const reading *readings,
+                          loci_passage *passages, uint32_t count, loci_event_fn on_event, void *ctx,
+                          loci_error *err) {
+    bool found = count > 0 && believed(readings, count);
+    uint32_t best = choose(readings, count);
     double scores[LOCI_EVIDENCE_MAX];
     for (uint32_t i = 0; i < count; i++) scores[i] = readings[i].score;
     loci_usage *usage = &query->usage;
@@ -120,6 +148,7 @@ static loci_status finish(loci_query *query, reading *readings, loci_passage *pa
         loci_event delta = {.kind = LOCI_EVENT_DELTA, .text = text};
         LOCI_TRY(on_event(ctx, &delta, err));
     }
+    loci_passages_cite(passages, count, question, text);
     share_scores(passages, scores, count);
     if (count > 0) { /* the chosen passage first, then by share */
         loci_passage chosen = passages[best];
@@ -138,13 +167,14 @@ static loci_status finish(loci_query *query, reading *readings, loci_passage *pa
     return on_event(ctx, &event, err);
 }
 
-static loci_status load_best(loci_query *query, uint32_t limit, loci_ranked *ranked,
-                             uint32_t *count, loci_buf *bytes, loci_passage *passages,
-                             loci_error *err) {
+static loci_status load_best(loci_query *query, const char *question, uint32_t limit,
+                             loci_ranked *ranked, uint32_t *count, loci_buf *bytes,
+                             loci_passage *passages, loci_error *err) {
     LOCI_TRY(loci_query_rank(query, limit, ranked, count, err));
     for (uint32_t i = 0; i < *count; i++)
         LOCI_TRY(loci_passage_load(query, &ranked[i], bytes, &passages[i], err));
     loci_passages_bind(passages, *count, bytes);
+    loci_passages_cite(passages, *count, question, "");
     double scores[LOCI_EVIDENCE_MAX];
     for (uint32_t i = 0; i < *count; i++) scores[i] = RANK_WEIGHT * ranked[i].score;
     share_scores(passages, scores, *count);
@@ -161,7 +191,8 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     loci_status status;
     loci_event event = {.kind = LOCI_EVENT_PROGRESS, .stage = "rank", .total = 1};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
-    LOCI_TRY_GOTO(load_best(query, limit, ranked, &count, &bytes, passages, err), out);
+    LOCI_TRY_GOTO(load_best(query, request->question, limit, ranked, &count, &bytes, passages, err),
+                  out);
     query->usage.question_read_bytes = query->usage.index_read_bytes + query->usage.kv_read_bytes;
     event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
@@ -169,7 +200,8 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     for (uint32_t i = 0; i < count; i++) {
         LOCI_TRY_GOTO(
             read_passage(query, request, &passages[i], ranked[i].score, &readings[i], err), out);
-        LOCI_TRY_GOTO(emit_candidate(&readings[i], &passages[i], on_event, ctx, err), out);
+        LOCI_TRY_GOTO(
+            emit_candidate(&readings[i], request->question, &passages[i], on_event, ctx, err), out);
         query->usage.decode_steps += readings[i].answer.tokens;
         event = (loci_event){
             .kind = LOCI_EVENT_PROGRESS, .stage = "read", .done = i + 1, .total = count};
@@ -179,7 +211,7 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     if (query->usage.read_twice_ms > 0)
         query->usage.decode_tokens_per_s =
             (double)query->usage.decode_steps * 1e3 / query->usage.read_twice_ms;
-    status = finish(query, readings, passages, count, on_event, ctx, err);
+    status = finish(query, request->question, readings, passages, count, on_event, ctx, err);
 out:
     for (uint32_t i = 0; i < count; i++) loci_buf_fini(&readings[i].answer.text);
     loci_buf_fini(&bytes);

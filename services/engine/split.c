@@ -41,6 +41,10 @@ static bool is_space(uint8_t c) {
     return c == ' ' || (c >= '\t' && c <= '\r');
 }
 
+static bool is_letter(uint8_t c) {
+    return (c | 0x20) >= 'a' && (c | 0x20) <= 'z';
+}
+
 /* Does a line that starts at `at` begin a block of its own (heading, list item, table row)? */
 static bool starts_block(loci_slice text, uint64_t at) {
     while (at < text.len && (text.data[at] == ' ' || text.data[at] == '\t')) at++;
@@ -105,15 +109,30 @@ static bool sentence_border(loci_slice text, uint64_t begin, uint64_t at, uint64
     return (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || strchr("\"'([", c) || c >= 0x80;
 }
 
+/* Does the word before `end` (a full stop) ask for what follows: an initial, a title? */
+static bool ends_abbreviated(loci_slice text, uint64_t begin, uint64_t end) {
+    static const char *const titles[] = {"Dr", "Mr", "Mrs", "Ms", "Prof", "St"};
+    if (end == begin || text.data[end - 1] != '.') return false;
+    uint64_t word = --end;
+    while (word > begin && is_letter(text.data[word - 1])) word--;
+    size_t len = end - word;
+    if (len == 1) return true;
+    for (size_t i = 0; i < sizeof titles / sizeof titles[0]; i++) {
+        if (len == strlen(titles[i]) && memcmp(text.data + word, titles[i], len) == 0) return true;
+    }
+    return false;
+}
+
 static uint64_t skip_space(loci_slice text, uint64_t at) {
     while (at < text.len && is_space(text.data[at])) at++;
     return at;
 }
 
 /* End of the sentence that starts at `start`, looked for in `most` bytes; *next: start of what
- * follows; *paragraph: whether that begins a paragraph. */
-static uint64_t sentence_end(loci_slice text, uint64_t start, uint64_t most, uint64_t *next,
-                             bool *paragraph) {
+ * follows; *paragraph: whether that begins a paragraph. abbreviations: their full stops count not.
+ */
+static uint64_t sentence_end(loci_slice text, uint64_t start, uint64_t most, bool abbreviations,
+                             uint64_t *next, bool *paragraph) {
     uint64_t at = start;
     for (;;) {
         while (at < text.len && !is_space(text.data[at]) && at - start < most) at++;
@@ -123,7 +142,10 @@ static uint64_t sentence_end(loci_slice text, uint64_t start, uint64_t most, uin
         *paragraph = false;
         *next = space_run(text, start, at, paragraph);
         if (*next >= text.len || *paragraph || *next == end || *next - end > GAP_BYTES_MAX ||
-            *next - start >= most || sentence_border(text, start, end, *next))
+            *next - start >= most)
+            return end;
+        if (sentence_border(text, start, end, *next) &&
+            !(abbreviations && ends_abbreviated(text, start, end)))
             return end;
         at = *next;
     }
@@ -171,7 +193,7 @@ static loci_status next_piece(loci_splitter *splitter, loci_slice text, uint64_t
                               uint64_t *next, bool *paragraph, loci_error *err) {
     uint32_t limit = splitter->tokens_max - SLACK_TOKENS;
     uint64_t most = (uint64_t)limit * TOKEN_BYTES;
-    uint64_t end = sentence_end(text, at, most, next, paragraph);
+    uint64_t end = sentence_end(text, at, most, false, next, paragraph);
     *out = (piece){at, end, 0, false};
     LOCI_TRY(count_tokens(splitter, loci_slice_of(text.data + at, end - at), &out->tokens, err));
     if (out->tokens <= limit) return LOCI_OK;
@@ -314,20 +336,23 @@ loci_status loci_splitter_split(loci_splitter *splitter, loci_slice text, uint64
     return LOCI_OK;
 }
 
+bool loci_sentence_next(loci_slice text, uint64_t *at, uint64_t *from, uint64_t *to) {
+    *at = *from = skip_space(text, *at);
+    if (*at >= text.len) return false;
+    bool paragraph;
+    *to = sentence_end(text, *from, text.len, true, at, &paragraph);
+    return true;
+}
+
 void loci_sentence_around(loci_slice text, uint64_t start, uint64_t end, uint64_t *from,
                           uint64_t *to) {
-    uint64_t at = skip_space(text, 0);
-    *from = at;
+    uint64_t at = 0, first, last;
+    *from = skip_space(text, 0);
     *to = text.len;
-    while (at < text.len) {
-        uint64_t next;
-        bool paragraph;
-        uint64_t stop = sentence_end(text, at, text.len, &next, &paragraph);
-        if (at <= start) *from = at;
-        if (stop >= end) {
-            *to = stop;
-            return;
-        }
-        at = next;
+    while (loci_sentence_next(text, &at, &first, &last)) {
+        if (first <= start) *from = first;
+        if (last < end) continue;
+        *to = last;
+        return;
     }
 }

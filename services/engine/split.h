@@ -27,7 +27,11 @@ LOCI_MUST_CHECK loci_status loci_splitter_split(loci_splitter *splitter, loci_sl
                                                 const loci_split **out, loci_error *err);
 /* Appends " " and the text with its white space made uniform. */
 void loci_passage_text(loci_slice text, loci_buf *out);
-/* The sentence of `text` that holds [start, end): borders to *from, *to (trimmed). */
+/* The first sentence of `text` at or after *at, which is moved to the one that follows: its borders
+ * to *from, *to (trimmed); false when there is none. For quotes: unlike in segments, the full stop
+ * of an initial or a title ("Dr.") ends no sentence. */
+bool loci_sentence_next(loci_slice text, uint64_t *at, uint64_t *from, uint64_t *to);
+/* The sentences of `text` that hold [start, end): borders to *from, *to (trimmed). */
 void loci_sentence_around(loci_slice text, uint64_t start, uint64_t end, uint64_t *from,
                           uint64_t *to);
 

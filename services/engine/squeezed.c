@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/rng.h"
 #include "services/engine/query.h"
 
 #define RECORDED 100u
@@ -31,14 +32,6 @@ static loci_status record_hook(void *ctx, const loci_attend_call *call, loci_err
     from.offset += (size_t)(call->rows - 1) * call->q_stride * sizeof(float);
     backend->ops->copy(call->stream, to, from, row);
     return backend->ops->sync(call->stream, err);
-}
-
-static uint64_t draw(uint64_t *state) { /* splitmix64 */
-    *state += 0x9e3779b97f4a7c15u;
-    uint64_t z = *state;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
 }
 
 /* Runs one segment as it was encoded and records its last token's queries. */
@@ -77,7 +70,7 @@ static loci_status record_all(recorder *self, loci_error *err) {
     loci_sequence_set_attend(query->slot->sequence, record_hook, self);
     loci_status status = LOCI_OK;
     for (uint32_t tries = 0; tries < 4 * RECORDED && self->taken < RECORDED; tries++) {
-        uint32_t segment = (uint32_t)(draw(&state) % segments);
+        uint32_t segment = (uint32_t)(loci_rng_next(&state) % segments);
         if (!loci_snapshot_segment_live(query->snapshot, segment)) continue;
         status = record_segment(self, segment, err);
         if (status != LOCI_OK) break;
@@ -158,7 +151,7 @@ static loci_status calibrate(recorder *self, double sparsity, float thresholds[2
     size_t vectors = (size_t)RECORDED * config->q_heads;
     LOCI_TRY_GOTO(ops->alloc(engine->backend, vectors * sizeof(float), &steady, err), out);
     for (uint32_t layer = 0; layer < engine->geometry.retrieval_layers; layer++) {
-        loci_lookup *lookup = query->slot->lookups[layer];
+        loci_lookup *lookup = query->slot->lookup;
         ops->lookup_begin(stream, lookup, query->view, layer, loci_ref_at(self->q[layer], 0),
                           config->q_heads * config->head_dim, self->taken, config->q_heads,
                           1.0f / sqrtf((float)config->head_dim), loci_ref_at(steady, 0), &params);

@@ -30,8 +30,11 @@ static json_t *evidence_json(Loci__V1__Evidence *const *items, size_t count) {
     json_t *array = json_array();
     for (size_t i = 0; i < count; i++) {
         const Loci__V1__Evidence *e = items[i];
-        json_array_append_new(
-            array, loci_json_passage(e->document, e->start, e->end, e->quote, "share", e->share));
+        json_t *object =
+            loci_json_passage(e->document, e->start, e->end, e->quote, "share", e->share);
+        json_object_set_new(object, "passage_start", json_integer((json_int_t)e->passage_start));
+        json_object_set_new(object, "passage_end", json_integer((json_int_t)e->passage_end));
+        json_array_append_new(array, object);
     }
     return array;
 }

@@ -17,14 +17,17 @@ static const char *corpus_id(const Loci__V1__Corpus *corpus) {
 }
 
 static json_t *corpus_json(const Loci__V1__Corpus *c) {
-    return json_pack("{s:s,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:s,s:s,s:I,s:s}", "corpus",
-                     corpus_id(c), "documents", (json_int_t)c->documents, "pending_documents",
-                     (json_int_t)c->pending_documents, "segments", (json_int_t)c->segments,
-                     "tokens", (json_int_t)c->tokens, "bytes", (json_int_t)c->bytes,
-                     "bytes_on_disk", (json_int_t)c->bytes_on_disk, "extents",
-                     (json_int_t)c->extents, "revision", (json_int_t)c->revision, "encoding",
-                     c->encoding, "model_fingerprint", c->model_fingerprint, "create_time",
-                     (json_int_t)c->create_time, "name", c->name);
+    json_t *object =
+        json_pack("{s:s,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:I,s:s,s:s,s:I,s:s}", "corpus", corpus_id(c),
+                  "documents", (json_int_t)c->documents, "pending_documents",
+                  (json_int_t)c->pending_documents, "segments", (json_int_t)c->segments, "tokens",
+                  (json_int_t)c->tokens, "bytes", (json_int_t)c->bytes, "bytes_on_disk",
+                  (json_int_t)c->bytes_on_disk, "extents", (json_int_t)c->extents, "revision",
+                  (json_int_t)c->revision, "encoding", c->encoding, "model_fingerprint",
+                  c->model_fingerprint, "create_time", (json_int_t)c->create_time, "name", c->name);
+    if (c->manifest_hash[0])
+        json_object_set_new(object, "manifest_hash", json_string(c->manifest_hash));
+    return object;
 }
 
 static void print_corpus(const Loci__V1__Corpus *c) {

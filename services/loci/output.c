@@ -110,14 +110,12 @@ static size_t character_at(const loci_buf *text, size_t at) {
 
 void loci_clip_quote(loci_slice quote, const char *answer, size_t width, bool color,
                      loci_buf *out) {
-    loci_buf text = LOCI_BUF_INIT, wanted = LOCI_BUF_INIT;
+    loci_buf text = LOCI_BUF_INIT;
     normalise(quote, &text);
-    normalise(loci_slice_text(answer), &wanted);
-    const uint8_t *hit = NULL;
-    if (wanted.len > 0 && text.len > 0) hit = memmem(text.data, text.len, wanted.data, wanted.len);
-    size_t at = hit ? (size_t)(hit - text.data) : 0;
-    size_t len = hit ? wanted.len : 0;
-    size_t begin = 0;
+    size_t at = 0, stop = 0, begin = 0;
+    bool hit =
+        loci_text_find(loci_slice_of(text.data, text.len), 0, loci_slice_text(answer), &at, &stop);
+    size_t len = hit ? stop - at : 0;
     size_t lead = len < width ? (width - len) / 2 : 0;
     if (text.len > width && at > lead) begin = at - lead;
     if (text.len > width && begin + width > text.len) begin = text.len - width;
@@ -135,9 +133,8 @@ void loci_clip_quote(loci_slice quote, const char *answer, size_t width, bool co
         loci_buf_append(out, text.data + begin, end - begin);
     }
     if (end < text.len) loci_buf_append_text(out, "...");
-    out->failed = out->failed || text.failed || wanted.failed;
+    out->failed = out->failed || text.failed;
     loci_buf_fini(&text);
-    loci_buf_fini(&wanted);
 }
 
 void loci_print_passage(const char *name, uint64_t start, uint64_t end, ProtobufCBinaryData quote,

@@ -21,8 +21,8 @@ json_t *loci_json_usage(const Loci__V1__Usage *usage);
 
 bool loci_color(void); /* standard output takes colours */
 /* Appends one line of at most `width` characters from the quote: whitespace runs become one
- * space, the part around `answer` is shown where it occurs (in bold if color), else the
- * beginning; "..." marks what was cut. */
+ * space, the part around `answer` is shown where it occurs (loci_text_find; in bold if color),
+ * else the beginning; "..." marks what was cut. */
 void loci_clip_quote(loci_slice quote, const char *answer, size_t width, bool color, loci_buf *out);
 /* The passage as text: document:start-end, value, and the clipped quote below. */
 void loci_print_passage(const char *name, uint64_t start, uint64_t end, ProtobufCBinaryData quote,

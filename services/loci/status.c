@@ -22,9 +22,9 @@ static json_t *status_json(const Loci__V1__NodeStatus *s, const char *address) {
         uint64_t value;
     } counts[] = {{"memory_budget_bytes", s->memory_budget_bytes},
                   {"memory_used_bytes", s->memory_used_bytes},
-                  {"cache_bytes", s->cache_bytes},
-                  {"cache_hits", s->cache_hits},
-                  {"cache_misses", s->cache_misses},
+                  {"memory_reserved_bytes", s->memory_reserved_bytes},
+                  {"mapped_bytes", s->mapped_bytes},
+                  {"resident_bytes", s->resident_bytes},
                   {"corpora", s->corpora},
                   {"tokens", s->tokens},
                   {"pending_documents", s->pending_documents},
@@ -32,24 +32,46 @@ static json_t *status_json(const Loci__V1__NodeStatus *s, const char *address) {
                   {"queued_calls", s->queued_calls}};
     for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++)
         json_object_set_new(object, counts[i].name, json_integer((json_int_t)counts[i].value));
+    json_t *parts = json_object();
+    for (size_t i = 0; i < s->n_memory_parts; i++)
+        json_object_set_new(parts, s->memory_parts[i]->name,
+                            json_integer((json_int_t)s->memory_parts[i]->reserved_bytes));
+    json_object_set_new(object, "memory_parts", parts);
     return object;
 }
 
+/* "model 48 MiB, lookups 12 MiB": parts that hold something. */
+static void print_parts(const Loci__V1__NodeStatus *s) {
+    const char *before = "          reserved for ";
+    for (size_t i = 0; i < s->n_memory_parts; i++) {
+        char size[32];
+        if (s->memory_parts[i]->reserved_bytes == 0) continue;
+        printf("%s%s %s", before, s->memory_parts[i]->name,
+               loci_format_size(size, s->memory_parts[i]->reserved_bytes));
+        before = ", ";
+    }
+    printf("\n");
+}
+
 static void print_status(const Loci__V1__NodeStatus *s, const char *address) {
-    char used[32], budget[32], tokens[32];
+    char used[32], budget[32], reserved[32], tokens[32], mapped[32], resident[32];
     printf("locid %s at %s: %s for %.0f s\n"
            "backend   %s\n"
            "model     %s, %s (%.12s)\n"
            "data      %s\n"
            "holds     %llu corpora, %s tokens, %llu documents not yet searchable\n"
-           "memory    %s used of %s\n"
-           "calls     %llu active, %llu queued\n",
+           "extents   %s mapped, %s of them in RAM\n"
+           "calls     %llu active, %llu queued\n"
+           "memory    %s used, %s reserved of %s\n",
            s->version, address, s->state, s->uptime_s, s->backend, s->model, s->architecture,
            s->model_fingerprint, s->data, (unsigned long long)s->corpora,
            loci_format_count(tokens, s->tokens), (unsigned long long)s->pending_documents,
+           loci_format_size(mapped, s->mapped_bytes), loci_format_size(resident, s->resident_bytes),
+           (unsigned long long)s->active_calls, (unsigned long long)s->queued_calls,
            loci_format_size(used, s->memory_used_bytes),
-           loci_format_size(budget, s->memory_budget_bytes), (unsigned long long)s->active_calls,
-           (unsigned long long)s->queued_calls);
+           loci_format_size(reserved, s->memory_reserved_bytes),
+           loci_format_size(budget, s->memory_budget_bytes));
+    print_parts(s);
 }
 
 static loci_status run_status(loci_cli *cli, const loci_command *command, int argc, char **argv,

@@ -11,10 +11,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "model/model.h"
 #include "services/common/text.h"
 
-#define MEMORY_MIN (256ull << 20)
-#define SETTINGS 14
+#define SETTINGS 15
 
 typedef enum setting_kind { KIND_TEXT, KIND_LIST, KIND_SIZE, KIND_U64, KIND_BOOL } setting_kind;
 
@@ -50,12 +50,14 @@ static const setting settings[SETTINGS] = {
      "where numbers are crunched (default cpu)"},
     {"engine", "precision", "precision", KIND_TEXT, AT(precision), 0, 0, "auto", "NAME",
      "auto, f32 or bf16 (default auto)"},
-    {"engine", "memory", "memory", KIND_SIZE, AT(memory_bytes), MEMORY_MIN, INT64_MAX, NULL,
-     "BYTES", "memory budget, with suffix K, M or G; at least 256M (default: half of RAM)"},
+    {"engine", "memory", "memory", KIND_SIZE, AT(memory_bytes), 1u << 20, INT64_MAX, NULL,
+     "BYTES", "memory budget, with suffix K, M or G (default: half of RAM)"},
     {"engine", "threads", "threads", KIND_U64, AT(threads), 0, 1024, "0", "N",
      "threads of the backend; 0 = one per CPU (default 0)"},
-    {"engine", "queries", "queries", KIND_U64, AT(queries), 1, 64, "2", "N",
-     "questions answered at the same time (default 2)"},
+    {"engine", "queries", "queries", KIND_U64, AT(queries), 0, 64, "0", "N",
+     "questions answered at the same time; 0 = 2, or 1 where memory is short (default 0)"},
+    {"engine", "lexical", "lexical", KIND_U64, AT(lexical_percent), 0, 1000, "100", "PERCENT",
+     "weight of the question's words in ranking, in percent of the usual; 0 = none (default 100)"},
     {"log", "level", "log-level", KIND_TEXT, AT(log_level), 0, 0, "info", "LEVEL",
      "debug, info, warn or error (default info)"},
     {"log", "json", "log-json", KIND_BOOL, AT(log_json), 0, 0, "false", NULL,
@@ -136,7 +138,7 @@ typedef struct file_server {
     char *insecure, *workers, *drain_seconds;
 } file_server;
 typedef struct file_engine {
-    char *backend, *precision, *memory, *threads, *queries;
+    char *backend, *precision, *memory, *threads, *queries, *lexical;
 } file_engine;
 typedef struct file_log {
     char *level, *json;
@@ -160,10 +162,13 @@ static const cyaml_schema_field_t server_fields[] = {
                          &listen_entry, 1, LOCI_LIST_MAX),
     TEXT_FIELD(file_server, insecure), TEXT_FIELD(file_server, workers),
     TEXT_FIELD(file_server, drain_seconds), CYAML_FIELD_END};
-static const cyaml_schema_field_t engine_fields[] = {
-    TEXT_FIELD(file_engine, backend), TEXT_FIELD(file_engine, precision),
-    TEXT_FIELD(file_engine, memory),  TEXT_FIELD(file_engine, threads),
-    TEXT_FIELD(file_engine, queries), CYAML_FIELD_END};
+static const cyaml_schema_field_t engine_fields[] = {TEXT_FIELD(file_engine, backend),
+                                                     TEXT_FIELD(file_engine, precision),
+                                                     TEXT_FIELD(file_engine, memory),
+                                                     TEXT_FIELD(file_engine, threads),
+                                                     TEXT_FIELD(file_engine, queries),
+                                                     TEXT_FIELD(file_engine, lexical),
+                                                     CYAML_FIELD_END};
 static const cyaml_schema_field_t log_fields[] = {TEXT_FIELD(file_log, level),
                                                   TEXT_FIELD(file_log, json), CYAML_FIELD_END};
 static const cyaml_schema_field_t root_fields[] = {
@@ -209,8 +214,9 @@ static const char *file_text(const file_root *root, size_t index) {
     case 8: return engine ? engine->memory : NULL;
     case 9: return engine ? engine->threads : NULL;
     case 10: return engine ? engine->queries : NULL;
-    case 11: return log ? log->level : NULL;
-    case 12: return log ? log->json : NULL;
+    case 11: return engine ? engine->lexical : NULL;
+    case 12: return log ? log->level : NULL;
+    case 13: return log ? log->json : NULL;
     default: return NULL;
     }
 }
@@ -368,10 +374,14 @@ static loci_status check(const loci_config *config, loci_error *err) {
     }
     char path[LOCI_CONFIG_TEXT_MAX + 16];
     snprintf(path, sizeof path, "%s/config.json", config->model);
-    if (access(path, R_OK) != 0)
+    if (access(path, R_OK) != 0) {
+        int why = errno;
+        loci_status status = loci_model_check_folder(config->model, err);
+        if (status == LOCI_E_UNSUPPORTED) return status;
         return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_CONFIG",
                                 "model folder %.200s has no readable config.json: %s",
-                                config->model, strerror(errno));
+                                config->model, strerror(why));
+    }
     return LOCI_OK;
 }
 

@@ -23,10 +23,11 @@ typedef struct loci_config {
     size_t listen_count;
     char backend[64];
     char precision[16];
-    uint64_t memory_bytes; /* 0 = half of RAM */
-    uint64_t threads;      /* 0 = one per CPU */
-    uint64_t queries;      /* questions at a time */
-    uint64_t workers;      /* threads for calls */
+    uint64_t memory_bytes;    /* 0 = half of RAM */
+    uint64_t threads;         /* 0 = one per CPU */
+    uint64_t queries;         /* questions at a time */
+    uint64_t lexical_percent; /* weight of words in ranking */
+    uint64_t workers;         /* threads for calls */
     uint64_t drain_seconds;
     char log_level[16];
     bool log_json;

@@ -58,10 +58,16 @@ static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
     out->extents = info->extents;
 }
 
-static loci_status send_corpus(loci_rpc_call *call, const loci_corpus_info *info, loci_error *err) {
+static loci_status send_corpus(loci_rpc_call *call, const loci_daemon *node,
+                               const loci_corpus_info *info, loci_error *err) {
     Loci__V1__Corpus reply;
-    char name[LOCI_RESOURCE_MAX];
+    char name[LOCI_RESOURCE_MAX], hash[33];
     fill_corpus(&reply, name, info);
+    loci_status status =
+        loci_corpus_manifest_hash(loci_engine_store(node->engine), info->name, hash, err);
+    if (status != LOCI_OK)
+        return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
+    reply.manifest_hash = hash;
     return loci_rpc_send(call, &reply.base, err);
 }
 
@@ -86,18 +92,19 @@ static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err
         status = LOCI_OK;
     if (status != LOCI_OK) return loci_daemon_reason(err, status, LOCI_E_EXISTS, "CORPUS_EXISTS");
     if (named) remember(request->request_id, info.uid);
-    return send_corpus(call, &info, err);
+    return send_corpus(call, node, &info, err);
 }
 
 static loci_status get_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
+    loci_daemon *node = ctx;
     ProtobufCMessage *message = NULL;
     LOCI_TRY(loci_rpc_recv(call, &message, err));
     const Loci__V1__GetCorpusRequest *request = (void *)message;
     char corpus[LOCI_NAME_MAX + 1];
     LOCI_TRY(loci_corpus_name_parse(request->name, "name", corpus, err));
     loci_corpus_info info;
-    LOCI_TRY(loci_daemon_corpus(ctx, call, corpus, &info, err));
-    return send_corpus(call, &info, err);
+    LOCI_TRY(loci_daemon_corpus(node, call, corpus, &info, err));
+    return send_corpus(call, node, &info, err);
 }
 
 typedef struct listed_corpus {
@@ -111,7 +118,6 @@ static loci_status send_corpora(loci_rpc_call *call, const char *parent,
                                 loci_error *err) {
     listed_corpus *items = calloc(count + 1, sizeof *items);
     Loci__V1__Corpus **pointers = calloc(count + 1, sizeof *pointers);
-    loci_buf token = LOCI_BUF_INIT;
     loci_status status = LOCI_OK;
     if (!items || !pointers) {
         status = loci_fail(err, LOCI_E_NOMEM, "no memory for a page of %zu corpora", count);
@@ -124,14 +130,9 @@ static loci_status send_corpora(loci_rpc_call *call, const char *parent,
     }
     reply.n_corpora = count;
     reply.corpora = pointers;
-    if (more) {
-        loci_page_token_make("ListCorpora", parent, infos[count - 1].name, &token);
-        reply.next_page_token = (char *)(uintptr_t)loci_buf_text(&token);
-        LOCI_TRY_GOTO(loci_buf_status(&token), out);
-    }
-    status = loci_rpc_send(call, &reply.base, err);
+    status = loci_page_send(call, &reply.base, &reply.next_page_token, "ListCorpora", parent,
+                            more ? infos[count - 1].name : NULL, err);
 out:
-    loci_buf_fini(&token);
     free(pointers);
     free(items);
     return status;
@@ -180,14 +181,14 @@ static loci_status delete_corpus(loci_rpc_call *call, void *ctx, loci_error *err
 const loci_rpc_method loci_corpus_methods[] = {
     {"/loci.v1.CorpusService/CreateCorpus", LOCI_RPC_UNARY,
      &loci__v1__create_corpus_request__descriptor, &loci__v1__corpus__descriptor, create_corpus,
-     false},
+     LOCI_RPC_WORKERS},
     {"/loci.v1.CorpusService/GetCorpus", LOCI_RPC_UNARY, &loci__v1__get_corpus_request__descriptor,
-     &loci__v1__corpus__descriptor, get_corpus, false},
+     &loci__v1__corpus__descriptor, get_corpus, LOCI_RPC_WORKERS},
     {"/loci.v1.CorpusService/ListCorpora", LOCI_RPC_UNARY,
      &loci__v1__list_corpora_request__descriptor, &loci__v1__list_corpora_response__descriptor,
-     list_corpora, false},
+     list_corpora, LOCI_RPC_WORKERS},
     {"/loci.v1.CorpusService/DeleteCorpus", LOCI_RPC_UNARY,
      &loci__v1__delete_corpus_request__descriptor, &loci__v1__delete_corpus_response__descriptor,
-     delete_corpus, false},
+     delete_corpus, LOCI_RPC_WORKERS},
 };
 const size_t loci_corpus_method_count = sizeof loci_corpus_methods / sizeof loci_corpus_methods[0];

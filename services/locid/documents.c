@@ -68,7 +68,6 @@ static loci_status send_documents(loci_rpc_call *call, const char *parent, const
                                   loci_error *err) {
     listed_document *items = calloc(count + 1, sizeof *items);
     Loci__V1__Document **pointers = calloc(count + 1, sizeof *pointers);
-    loci_buf token = LOCI_BUF_INIT;
     loci_status status = LOCI_OK;
     if (!items || !pointers) {
         status = loci_fail(err, LOCI_E_NOMEM, "no memory for a page of %zu documents", count);
@@ -81,14 +80,9 @@ static loci_status send_documents(loci_rpc_call *call, const char *parent, const
     }
     reply.n_documents = count;
     reply.documents = pointers;
-    if (more) {
-        loci_page_token_make("ListDocuments", parent, infos[count - 1].id, &token);
-        reply.next_page_token = (char *)(uintptr_t)loci_buf_text(&token);
-        LOCI_TRY_GOTO(loci_buf_status(&token), out);
-    }
-    status = loci_rpc_send(call, &reply.base, err);
+    status = loci_page_send(call, &reply.base, &reply.next_page_token, "ListDocuments", parent,
+                            more ? infos[count - 1].id : NULL, err);
 out:
-    loci_buf_fini(&token);
     free(pointers);
     free(items);
     return status;
@@ -162,19 +156,19 @@ static loci_status read_document(loci_rpc_call *call, void *ctx, loci_error *err
 
 const loci_rpc_method loci_document_methods[] = {
     {"/loci.v1.DocumentService/Register", LOCI_RPC_BIDI, &loci__v1__register_request__descriptor,
-     &loci__v1__register_response__descriptor, loci_register_handler, true},
+     &loci__v1__register_response__descriptor, loci_register_handler, LOCI_RPC_LONG},
     {"/loci.v1.DocumentService/GetDocument", LOCI_RPC_UNARY,
      &loci__v1__get_document_request__descriptor, &loci__v1__document__descriptor, get_document,
-     false},
+     LOCI_RPC_WORKERS},
     {"/loci.v1.DocumentService/ListDocuments", LOCI_RPC_UNARY,
      &loci__v1__list_documents_request__descriptor, &loci__v1__list_documents_response__descriptor,
-     list_documents, false},
+     list_documents, LOCI_RPC_WORKERS},
     {"/loci.v1.DocumentService/DeleteDocument", LOCI_RPC_UNARY,
      &loci__v1__delete_document_request__descriptor,
-     &loci__v1__delete_document_response__descriptor, delete_document, false},
+     &loci__v1__delete_document_response__descriptor, delete_document, LOCI_RPC_WORKERS},
     {"/loci.v1.DocumentService/ReadDocument", LOCI_RPC_SERVER_STREAM,
      &loci__v1__read_document_request__descriptor, &loci__v1__read_document_response__descriptor,
-     read_document, false},
+     read_document, LOCI_RPC_WORKERS},
 };
 const size_t loci_document_method_count =
     sizeof loci_document_methods / sizeof loci_document_methods[0];

@@ -8,6 +8,7 @@
  * was acknowledged is on disk.
  */
 #include <errno.h>
+#include <malloc.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -39,11 +40,29 @@ static void raise_file_limit(void) {
     setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+/* Large blocks go back to the system when they are freed, which glibc otherwise stops doing for
+ * sizes that it has seen freed; few arenas, so that what one thread frees serves another. Measured:
+ * 264 MiB of anonymous memory after a registration of 300,000 tokens without, 145 with. */
+static void tune_malloc(void) {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 256 << 10);
+    mallopt(M_TRIM_THRESHOLD, 1 << 20);
+    mallopt(M_ARENA_MAX, 4);
+#endif
+}
+
 /* Ends this process when its parent does; false when the parent is gone already. */
 static bool follow_parent(uint64_t parent) {
     if (parent == 0) return true;
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     return (uint64_t)getppid() == parent;
+}
+
+/* A worker holds one received message and what is made of it. */
+static uint64_t calls_bytes(const loci_config *config) {
+    loci_rpc_server_options options;
+    loci_rpc_server_options_default(&options);
+    return config->workers * (options.message_bytes_max + (1u << 20));
 }
 
 static loci_status open_engine(const loci_config *config, loci_engine **out, loci_error *err) {
@@ -53,8 +72,10 @@ static loci_status open_engine(const loci_config *config, loci_engine **out, loc
     options.backend = config->backend;
     options.precision = config->precision;
     options.memory_bytes = config->memory_bytes;
+    options.calls_bytes = calls_bytes(config);
     options.threads = (unsigned)config->threads;
     options.queries_max = (unsigned)config->queries;
+    options.lexical_percent = config->lexical_percent > 0 ? (int)config->lexical_percent : -1;
     return loci_engine_open(&options, out, err);
 }
 
@@ -83,7 +104,7 @@ static loci_status start_server(const loci_config *config, loci_daemon *node, lo
     loci_engine_status engine;
     loci_engine_status_of(node->engine, &engine);
     char budget[32];
-    loci_format_size(budget, engine.memory_budget_bytes);
+    loci_format_size(budget, engine.memory.limit);
     for (size_t i = 0; i < config->listen_count; i++) {
         int port = 0;
         LOCI_TRY(loci_rpc_server_listen(node->server, config->listen[i], &port, err));
@@ -140,6 +161,7 @@ static int run(const loci_config *config) {
     sigset_t signals;
     block_signals(&signals);
     raise_file_limit();
+    tune_malloc();
     loci_rpc_init();
     loci_error err = {LOCI_OK, "", ""};
     loci_daemon node = {.model = config->model, .data = config->data, .started_ns = loci_now_ns()};

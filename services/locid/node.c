@@ -44,6 +44,16 @@ static loci_status count_corpora(loci_daemon *node, Loci__V1__NodeStatus *status
     return result;
 }
 
+static void fill_parts(const loci_budget_usage *memory, Loci__V1__MemoryPart *parts,
+                       Loci__V1__MemoryPart **list) {
+    for (unsigned i = 0; i < LOCI_MEMORY_PARTS; i++) {
+        parts[i] = (Loci__V1__MemoryPart)LOCI__V1__MEMORY_PART__INIT;
+        parts[i].name = (char *)(uintptr_t)loci_memory_part_name((loci_memory_part)i);
+        parts[i].reserved_bytes = memory->part[i];
+        list[i] = &parts[i];
+    }
+}
+
 static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
     loci_daemon *node = ctx;
     ProtobufCMessage *request = NULL;
@@ -60,12 +70,16 @@ static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
     reply.model_fingerprint = (char *)(uintptr_t)loci_model_fingerprint(model);
     reply.architecture = (char *)(uintptr_t)loci_model_config_of(model)->architecture;
     reply.uptime_s = (double)(loci_now_ns() - node->started_ns) / 1e9;
-    reply.memory_budget_bytes = engine.memory_budget_bytes;
+    Loci__V1__MemoryPart parts[LOCI_MEMORY_PARTS], *part_list[LOCI_MEMORY_PARTS];
+    fill_parts(&engine.memory, parts, part_list);
+    reply.memory_budget_bytes = engine.memory.limit;
     reply.memory_used_bytes = engine.memory_used_bytes;
-    reply.cache_bytes = engine.cache_bytes;
-    reply.cache_hits = engine.cache_hits;
-    reply.cache_misses = engine.cache_misses;
-    reply.active_calls = load.active > 0 ? load.active - 1 : 0; /* all but this one */
+    reply.memory_reserved_bytes = engine.memory.used;
+    reply.n_memory_parts = LOCI_MEMORY_PARTS;
+    reply.memory_parts = part_list;
+    reply.mapped_bytes = engine.mapped_bytes;
+    reply.resident_bytes = engine.resident_bytes;
+    reply.active_calls = load.active; /* this one not counted */
     reply.queued_calls = load.queued;
     reply.pending_documents = loci_ingest_pending(loci_engine_ingest(node->engine));
     reply.state = atomic_load(&node->draining) ? "draining" : "serving";
@@ -76,6 +90,6 @@ static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
 
 const loci_rpc_method loci_node_methods[] = {
     {"/loci.v1.NodeService/GetStatus", LOCI_RPC_UNARY, &loci__v1__get_status_request__descriptor,
-     &loci__v1__node_status__descriptor, get_status, true},
+     &loci__v1__node_status__descriptor, get_status, LOCI_RPC_PROMPT},
 };
 const size_t loci_node_method_count = sizeof loci_node_methods / sizeof loci_node_methods[0];

@@ -89,3 +89,20 @@ loci_status loci_page_token_open(const char *method, const char *parent, const c
     return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_PAGE_TOKEN",
                             "field page_token: it was not made by this method for these arguments");
 }
+
+loci_status loci_page_send(loci_rpc_call *call, const ProtobufCMessage *reply, char **token,
+                           const char *method, const char *parent, const char *last,
+                           loci_error *err) {
+    loci_buf next = LOCI_BUF_INIT;
+    if (last) {
+        loci_page_token_make(method, parent, last, &next);
+        *token = (char *)(uintptr_t)loci_buf_text(&next);
+    }
+    loci_status status = loci_buf_status(&next);
+    if (status == LOCI_OK)
+        status = loci_rpc_send(call, reply, err);
+    else
+        (void)loci_fail(err, status, "no memory for a page token");
+    loci_buf_fini(&next);
+    return status;
+}

@@ -9,7 +9,7 @@
 #ifndef LOCI_SERVICES_LOCID_PAGE_H
 #define LOCI_SERVICES_LOCID_PAGE_H
 
-#include "base/buf.h"
+#include "services/rpc/rpc.h"
 
 #define LOCI_PAGE_DEFAULT 100
 #define LOCI_PAGE_MAX 1000
@@ -24,5 +24,10 @@ void loci_page_token_make(const char *method, const char *parent, const char *cu
 LOCI_MUST_CHECK loci_status loci_page_token_open(const char *method, const char *parent,
                                                  const char *token,
                                                  char cursor[LOCI_CURSOR_MAX + 1], loci_error *err);
+/* Sends the reply of a List method: *token, its next_page_token, is made for the page behind
+ * `last`, the name of the last item, or left as it is when that is NULL: no page follows. */
+LOCI_MUST_CHECK loci_status loci_page_send(loci_rpc_call *call, const ProtobufCMessage *reply,
+                                           char **token, const char *method, const char *parent,
+                                           const char *last, loci_error *err);
 
 #endif

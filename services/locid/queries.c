@@ -103,6 +103,8 @@ static size_t fill_evidence(answer_stream *stream, const loci_event *event) {
         slot->message.quote.data = (uint8_t *)(uintptr_t)passage->quote.data;
         slot->message.quote.len = passage->quote.len;
         slot->message.share = passage->share;
+        slot->message.passage_start = passage->passage_start;
+        slot->message.passage_end = passage->passage_end;
         stream->pointers[i] = &slot->message;
     }
     return count;
@@ -307,8 +309,8 @@ static loci_status retrieve(loci_rpc_call *call, void *ctx, loci_error *err) {
 
 const loci_rpc_method loci_query_methods[] = {
     {"/loci.v1.QueryService/Answer", LOCI_RPC_SERVER_STREAM, &loci__v1__answer_request__descriptor,
-     &loci__v1__answer_event__descriptor, answer, true},
+     &loci__v1__answer_event__descriptor, answer, LOCI_RPC_LONG},
     {"/loci.v1.QueryService/Retrieve", LOCI_RPC_UNARY, &loci__v1__retrieve_request__descriptor,
-     &loci__v1__retrieve_response__descriptor, retrieve, true},
+     &loci__v1__retrieve_response__descriptor, retrieve, LOCI_RPC_LONG},
 };
 const size_t loci_query_method_count = sizeof loci_query_methods / sizeof loci_query_methods[0];

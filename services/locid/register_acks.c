@@ -177,12 +177,13 @@ static loci_status check_going(loci_registration *r, const loci_ingest_progress 
                             r->corpus);
 }
 
-/* The tail of a corpus that grew by much is sealed before the summary, so that the size on disk in
- * the summary is the one at rest. It can be at rest only while nobody else registers into the
- * corpus: after SETTLE_NS the summary goes out with the size that there is. */
+/* After a stream of many tokens the tail of the corpus is sealed before the summary, so that the
+ * size on disk in the summary is the one at rest, and that a registration that was interrupted and
+ * is repeated ends as an uninterrupted one. It can be at rest only while nobody else registers into
+ * the corpus: after SETTLE_NS the summary goes out with the size that there is. */
 static loci_status settle(loci_registration *r, loci_ingest_progress *progress, loci_error *err) {
     loci_ingest *ingest = loci_engine_ingest(r->node->engine);
-    if (r->tokens < SETTLE_TOKENS || r->unchanged == r->stored) return LOCI_OK;
+    if (r->tokens < SETTLE_TOKENS) return LOCI_OK;
     loci_ingest_settle(ingest, r->corpus);
     uint64_t until = loci_now_ns() + SETTLE_NS;
     while (loci_now_ns() < until && !loci_ingest_settled(ingest, r->corpus)) {

@@ -185,7 +185,7 @@ static void print_tally(tally *t, const fixture *f, const options *o, uint32_t l
     for (uint32_t i = 0; i < t->all; i++) mean_error += t->errors[i] / t->all;
     double dense = (double)t->stats.dense_kv_bytes, steps = (double)t->steps;
     double bytes = (double)(t->stats.root_bytes + t->stats.leaf_bytes + t->stats.code_bytes +
-                            t->stats.kv_bytes + t->stats.tail_bytes);
+                            t->stats.hash_bytes + t->stats.kv_bytes + t->stats.tail_bytes);
     printf("{\"bench\":\"attention\",\"backend\":\"%s\",\"layer\":%u,\"kind\":\"%s\","
            "\"tokens\":%u,\"steps\":%.0f,\"rows\":%.1f,\"recall\":%.4f,\"recall_worst_head\":%.4f,"
            "\"recall_min\":%.4f,\"below_half\":%.4f,\"rows_counted\":%u,\"mass\":%.4f,\"mass_worst_"
@@ -195,14 +195,15 @@ static void print_tally(tally *t, const fixture *f, const options *o, uint32_t l
            (double)t->rows / steps, t->count ? t->recall / t->count : 1.0, worst, t->recall_min,
            t->count ? (double)t->below_half / t->count : 0.0, t->count, t->mass / t->all,
            worst_mass, t->mass_min, mean_error, t->errors[t->all * 95 / 100]);
-    printf("\"root_share\":%.5f,\"leaf_share\":%.5f,\"code_share\":%.5f,\"kv_share\":%.5f,"
-           "\"kv_leaf_share\":%.5f,\"tail_share\":%.5f,\"share\":%.5f,"
+    printf("\"root_share\":%.5f,\"leaf_share\":%.5f,\"code_share\":%.5f,\"hash_share\":%.5f,"
+           "\"kv_share\":%.5f,\"kv_leaf_share\":%.5f,\"tail_share\":%.5f,\"share\":%.5f,"
            "\"selected_row_head\":%.0f,\"nodes_us\":%.0f,\"codes_us\":%.0f,\"select_us\":%.0f,"
            "\"attend_us\":%.0f,\"total_us\":%.0f}\n",
            (double)t->stats.root_bytes / dense, (double)t->stats.leaf_bytes / dense,
-           (double)t->stats.code_bytes / dense, (double)t->stats.kv_bytes / dense,
-           (double)t->stats.kv_leaf_bytes / dense, (double)t->stats.tail_bytes / dense,
-           bytes / dense, (double)t->stats.selected_tokens / (double)t->rows / f->kv_heads,
+           (double)t->stats.code_bytes / dense, (double)t->stats.hash_bytes / dense,
+           (double)t->stats.kv_bytes / dense, (double)t->stats.kv_leaf_bytes / dense,
+           (double)t->stats.tail_bytes / dense, bytes / dense,
+           (double)t->stats.selected_tokens / (double)t->rows / f->kv_heads,
            (double)t->ns[0] / steps / 1e3, (double)t->ns[1] / steps / 1e3,
            (double)t->ns[2] / steps / 1e3, (double)t->ns[3] / steps / 1e3,
            (double)(t->ns[0] + t->ns[1] + t->ns[2] + t->ns[3]) / steps / 1e3);
@@ -213,6 +214,7 @@ static void add_stats(loci_lookup_stats *sum, const loci_lookup_stats *s) {
     sum->root_bytes += s->root_bytes;
     sum->leaf_bytes += s->leaf_bytes;
     sum->code_bytes += s->code_bytes;
+    sum->hash_bytes += s->hash_bytes;
     sum->kv_bytes += s->kv_bytes;
     sum->kv_leaf_bytes += s->kv_leaf_bytes;
     sum->tail_bytes += s->tail_bytes;

@@ -87,11 +87,12 @@ typedef struct host_parts {
 
 static void add_bytes(tally *to, const loci_lookup_stats *stats, double nanoseconds) {
     double bytes =
-        (double)(stats->root_bytes + stats->leaf_bytes + stats->code_bytes + stats->kv_bytes);
+        (double)(stats->root_bytes + stats->leaf_bytes + stats->code_bytes + stats->hash_bytes +
+                 stats->kv_bytes);
     to->root += (double)stats->root_bytes;
     to->leaf += (double)stats->leaf_bytes;
     to->code += (double)stats->code_bytes;
-    to->kv += (double)stats->kv_bytes;
+    to->kv += (double)(stats->hash_bytes + stats->kv_bytes);
     to->bytes += bytes;
     to->dense += (double)stats->dense_kv_bytes;
     to->nanoseconds += nanoseconds;

@@ -38,10 +38,10 @@ static loci_status stream(loci_rpc_call *call, void *ctx, loci_error *err) {
 
 static const loci_rpc_method methods[] = {
     {"/loci.bench.Bench/Echo", LOCI_RPC_UNARY, &loci__v1__read_document_response__descriptor,
-     &loci__v1__read_document_response__descriptor, echo, false},
+     &loci__v1__read_document_response__descriptor, echo, LOCI_RPC_WORKERS},
     {"/loci.bench.Bench/Stream", LOCI_RPC_SERVER_STREAM,
      &loci__v1__read_document_response__descriptor, &loci__v1__read_document_response__descriptor,
-     stream, false},
+     stream, LOCI_RPC_WORKERS},
 };
 static const loci_rpc_service service = {"loci.bench.Bench", methods, 2, NULL};
 

@@ -83,6 +83,22 @@ class Daemon:
         return subprocess.Popen([LOCI, *args], env=self.env(), cwd=ROOT, text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
+    def searchable_after(self, corpus, name, text):
+        """Registers a document; seconds from its STORED to its SEARCHABLE acknowledgement."""
+        process = self.start_loci("register", corpus, "-", "--id", name, "--json",
+                                  stdin=subprocess.PIPE)
+        process.stdin.write(text)
+        process.stdin.close()
+        seen = {}
+        for line in process.stdout:
+            seen.setdefault(json.loads(line).get("state"), time.monotonic())
+        process.stdout.close()
+        error = process.stderr.read()
+        process.stderr.close()
+        if process.wait(CALL_S) != 0:
+            raise AssertionError("loci register: " + error)
+        return seen["searchable"] - seen["stored"]
+
     def status(self):
         return json.loads(self.loci("status", "--json").stdout)
 

@@ -71,6 +71,27 @@ class Signals(Case):
             asking.kill()
         self.wait_for(lambda: self.busy() == 0, "the daemon has stopped working on them", 5)
 
+    def test_status_answers_when_no_more_long_calls_are_taken(self):
+        try:
+            import grpc
+        except ImportError:
+            self.skipTest("python3-grpcio is not installed")
+        over = threading.Event()
+        with grpc.insecure_channel(self.daemon.address) as channel:
+            register = channel.stream_stream("/loci.v1.DocumentService/Register")
+            streams = [register(iter(lambda: over.wait(60) and None, None)) for _ in range(128)]
+            self.wait_for(lambda: self.busy() == 128, "128 clients register")
+            for _ in range(3):
+                self.ok("status")
+            health = channel.unary_unary("/grpc.health.v1.Health/Check")
+            self.assertEqual(health(b"", timeout=5), b"\x08\x01")  # SERVING
+            self.refused("ask", "notes", QUESTION, says="too many calls")
+            over.set()
+            for stream in streams:
+                stream.cancel()
+        self.wait_for(lambda: self.busy() == 0, "they are gone")
+        self.assertTrue(self.result("ask", "notes", QUESTION)["found"])
+
     def register_and_wait(self, corpus):
         """A client that has registered one document and then sends nothing more."""
         idle = self.daemon.start_loci("register", corpus, "-", "--jsonl", "--json", "--create",

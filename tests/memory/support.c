@@ -14,6 +14,8 @@
 #include "attention/index.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/rng.h"
+#include "memory/terms.h"
 
 /* --- Backend and encoder ------------------------------------------------------------------ */
 
@@ -48,10 +50,7 @@ loci_geometry test_geometry(void) {
 }
 
 static uint64_t mix(uint64_t x) {
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
+    return loci_rng_next(&x);
 }
 
 /* A bf16 number of magnitude 0.5 to 2. */
@@ -310,6 +309,67 @@ static uint64_t hash_segment(uint64_t hash, const loci_segment_info *info, uint6
     return mix(mix(mix(hash ^ info->start) ^ info->end) ^ place);
 }
 
+/* --- Words ------------------------------------------------------------------------------ */
+
+typedef struct posting_list {
+    loci_term *items; /* one for each time that a term stands somewhere */
+    size_t count;
+    const uint64_t *terms;
+    const loci_snapshot *snapshot;
+} posting_list;
+
+static int by_term(const void *a, const void *b) {
+    const loci_term *x = a, *y = b;
+    if (x->hash != y->hash) return x->hash < y->hash ? -1 : 1;
+    return x->segment < y->segment ? -1 : x->segment > y->segment;
+}
+
+static void take_posting(void *ctx, uint32_t term, uint32_t segment, uint32_t tokens,
+                         uint32_t times) {
+    posting_list *list = ctx;
+    loci_error err;
+    loci_segment_info info;
+    assert_ok(loci_snapshot_segment(list->snapshot, segment, &info, &err));
+    assert_int_equal(tokens, info.tokens);
+    list->items = realloc(list->items, (list->count + times) * sizeof *list->items);
+    assert_non_null(list->items);
+    for (uint32_t i = 0; i < times; i++)
+        list->items[list->count++] = (loci_term){list->terms[term], segment};
+}
+
+/* The postings of all words, and of one that is not there, against the text. */
+static void check_words(loci_snapshot *snapshot) {
+    loci_error err;
+    loci_term_list expected = {0};
+    loci_buf text = LOCI_BUF_INIT;
+    loci_segment_info info;
+    for (uint32_t s = 0; s < loci_snapshot_segments(snapshot); s++) {
+        if (!loci_snapshot_segment_live(snapshot, s)) continue;
+        const uint8_t *bytes = segment_text(snapshot, s, &text, &info);
+        assert_ok(loci_terms_of(loci_slice_of(bytes, text.len), s, false, &expected, &err));
+    }
+    if (expected.count > 0) qsort(expected.items, expected.count, sizeof *expected.items, by_term);
+    uint64_t *terms = malloc((expected.count + 1) * sizeof *terms), bytes = 0;
+    assert_non_null(terms);
+    uint32_t count = 0;
+    for (size_t i = 0; i < expected.count; i++)
+        if (i == 0 || expected.items[i].hash != expected.items[i - 1].hash)
+            terms[count++] = expected.items[i].hash;
+    terms[count++] = 12345;
+    posting_list found = {.terms = terms, .snapshot = snapshot};
+    assert_ok(loci_snapshot_postings(snapshot, terms, count, take_posting, &found, &bytes, &err));
+    assert_int_equal(found.count, expected.count);
+    if (found.count > 0) qsort(found.items, found.count, sizeof *found.items, by_term);
+    for (size_t i = 0; i < found.count; i++) {
+        assert_int_equal(found.items[i].hash, expected.items[i].hash);
+        assert_int_equal(found.items[i].segment, expected.items[i].segment);
+    }
+    free(found.items);
+    free(terms);
+    loci_term_list_fini(&expected);
+    loci_buf_fini(&text);
+}
+
 uint64_t check_snapshot(fixture *f, const char *corpus) {
     loci_error err;
     loci_snapshot *snapshot;
@@ -360,6 +420,7 @@ uint64_t check_snapshot(fixture *f, const char *corpus) {
     assert_int_equal(view->tokens, live_tokens);
     assert_int_equal(loci_snapshot_info(snapshot)->tokens, live_tokens);
     assert_true(view->has_sink && view->sink_v.offset == 2 * 2 * 16 * sizeof(float));
+    check_words(snapshot);
     free(k);
     free(v);
     loci_buf_fini(&text);
@@ -428,4 +489,18 @@ unsigned count_extents(fixture *f, const char *corpus) {
 void wait_extents(fixture *f, const char *corpus, uint64_t expected) {
     for (int i = 0; i < 500 && count_extents(f, corpus) != expected; i++) loci_sleep_ms(10);
     assert_int_equal(count_extents(f, corpus), expected);
+}
+
+loci_corpus_info info_of(fixture *f, const char *corpus) {
+    loci_error err;
+    loci_corpus_info info;
+    assert_ok(loci_corpus_get(f->store, corpus, &info, &err));
+    return info;
+}
+
+void delete_document(fixture *f, const char *corpus, const char *id) {
+    loci_error err;
+    uint64_t revision = 0, before = info_of(f, corpus).revision;
+    assert_ok(loci_document_delete(f->store, corpus, id, &revision, &err));
+    assert_true(revision > before);
 }

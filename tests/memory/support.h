@@ -72,8 +72,8 @@ void wait_settled(fixture *f, const char *corpus);
 /* The expected K (v = 0) or V (v = 1) value of a token. */
 uint16_t fake_value(uint32_t token, uint32_t offset, uint32_t pair, uint32_t channel, uint32_t v);
 /* Every live segment of a snapshot against the text and the encoder: K and V of all pairs through
- * the view, document bytes, counts. Returns a hash of (document id, start, end, place: extent id or
- * flat) of the live segments in order. */
+ * the view, document bytes, counts, the postings of all words. Returns a hash of (document id,
+ * start, end, place: extent id or flat) of the live segments in order. */
 uint64_t check_snapshot(fixture *f, const char *corpus);
 /* Keys of a column family that begin with prefix ("" = all); the store must be closed. */
 size_t count_keys(const char *dir, loci_family family, const char *prefix);
@@ -83,5 +83,9 @@ bool find_extent(fixture *f, const char *corpus, char path[512]);
 unsigned count_extents(fixture *f, const char *corpus); /* files */
 /* Superseded files go a moment after the commit: waits up to 5 s for so many. */
 void wait_extents(fixture *f, const char *corpus, uint64_t expected);
+
+loci_corpus_info info_of(fixture *f, const char *corpus);
+/* Asserts success. */
+void delete_document(fixture *f, const char *corpus, const char *id);
 
 #endif

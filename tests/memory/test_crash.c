@@ -176,13 +176,18 @@ static uint64_t check_store(const char *dir, size_t acknowledged) {
     check_acknowledged(&f, acknowledged);
     uint64_t hash = 0;
     uint32_t flats = 0;
+    uint64_t extents = 0, visible = 0;
     if (loci_snapshot_acquire(f.store, "a", &snapshot, &err) == LOCI_OK) {
         flats = loci_snapshot_view(snapshot)->flat_segments;
+        visible = loci_snapshot_view(snapshot)->extent_count;
+        extents = loci_snapshot_info(snapshot)->extents;
         loci_snapshot_release(snapshot);
         hash = check_snapshot(&f, "a");
     }
     fixture_close(&f);
     assert_int_equal(count_keys(dir, LOCI_CF_FLAT, ""), flats);
+    /* One index of words for each extent; of an unfinished document it may be still to come. */
+    assert_in_range(count_keys(dir, LOCI_CF_TERMS, ""), visible, extents);
     assert_int_equal(count_keys(dir, LOCI_CF_CATALOG, "g"), 0);
     assert_int_equal(count_keys(dir, LOCI_CF_CATALOG, "u"), 0);
     return hash;

@@ -124,11 +124,14 @@ static void test_layout_version(void **state) {
     fixture_open(f);
     fixture_create(f, "a");
     fixture_close(f);
-    write_layout(f, "loci store layout 2\n");
+    write_layout(f, "loci store layout 3\n");
     assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_UNSUPPORTED);
     assert_string_equal(err.reason, "LAYOUT_TOO_NEW");
-    static const char *const bad[] = {"", "loci store layout \n", "loci store layout 1", "x 1\n",
-                                      "loci store layout 1\nmore"};
+    write_layout(f, "loci store layout 1\n");
+    assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_UNSUPPORTED);
+    assert_string_equal(err.reason, "LAYOUT_TOO_OLD");
+    static const char *const bad[] = {"", "loci store layout \n", "loci store layout 2", "x 1\n",
+                                      "loci store layout 2\nmore"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         write_layout(f, bad[i]);
         assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_CORRUPT);
@@ -137,7 +140,7 @@ static void test_layout_version(void **state) {
     snprintf(path, sizeof path, "%s/LAYOUT", f->dir);
     unlink(path);
     assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_CORRUPT);
-    write_layout(f, "loci store layout 1\n");
+    write_layout(f, "loci store layout 2\n");
     fixture_open(f);
 }
 
@@ -207,12 +210,14 @@ static void test_damaged_catalogue(void **state) {
 /* Flips byte i of the value of key i of the flat family, behind the wrapper's back, and copies
  * the value of the last key to the key after it. */
 static void damage_envelopes(const char *path, size_t count) {
-    static const char *const names[] = {"default", "catalog", "document", "name", "chunk", "flat"};
+    static const char *const names[] = {"default", "catalog", "document", "name",
+                                        "chunk",   "flat",    "terms"};
     rocksdb_options_t *options = rocksdb_options_create();
-    const rocksdb_options_t *all[6] = {options, options, options, options, options, options};
-    rocksdb_column_family_handle_t *handles[6];
+    const rocksdb_options_t *all[7] = {options, options, options, options,
+                                       options, options, options};
+    rocksdb_column_family_handle_t *handles[7];
     char *text = NULL;
-    rocksdb_t *db = rocksdb_open_column_families(options, path, 6, names, all, handles, &text);
+    rocksdb_t *db = rocksdb_open_column_families(options, path, 7, names, all, handles, &text);
     assert_null(text);
     rocksdb_readoptions_t *read = rocksdb_readoptions_create();
     rocksdb_writeoptions_t *write = rocksdb_writeoptions_create();
@@ -231,7 +236,7 @@ static void damage_envelopes(const char *path, size_t count) {
     }
     rocksdb_readoptions_destroy(read);
     rocksdb_writeoptions_destroy(write);
-    for (int i = 0; i < 6; i++) rocksdb_column_family_handle_destroy(handles[i]);
+    for (int i = 0; i < 7; i++) rocksdb_column_family_handle_destroy(handles[i]);
     rocksdb_close(db);
     rocksdb_options_destroy(options);
 }

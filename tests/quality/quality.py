@@ -5,10 +5,14 @@
 Drives the `loci` command line against a daemon of its own, prints one JSON line a row.
 
   quality.py qa --data FOLDER        1,000 questions of qa_valid.jsonl.xz, all paragraphs registered
-  quality.py needles --data FOLDER   needles in public-domain books, at given sizes and modes
+  quality.py needles --data FOLDER   needles in public-domain books, at given sizes and modes;
+                                     --compare-dense: how many hierarchical and dense mode find
+  quality.py same --data FOLDER      share of hierarchical mode's answers that equal dense mode's to
+                                     the letter: half needles, half questions of qa_valid
   quality.py handbook                the handbook's questions, answerable or not
 
-FOLDER holds the data files (they are not part of the repository).
+FOLDER holds the data files (they are not part of the repository). needles and same ask without
+reading twice and at temperature 0.
 """
 import argparse
 import collections
@@ -17,12 +21,14 @@ import lzma
 import os
 import random
 import re
+import shutil
 import string
 import subprocess
 import sys
 import tempfile
 import time
 
+COMPARED = ("hierarchical", "dense")
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
@@ -41,36 +47,53 @@ def f1(answer, gold):
 
 
 class Daemon:
-    """A locid on a temporary data directory, driven through the command line."""
+    """A locid on a temporary data directory, driven through the command line. `with` ends it."""
 
-    def __init__(self, build, data=None, extra=()):
+    def __init__(self, build):
+        self.build = build
         self.folder = tempfile.mkdtemp(prefix="loci-quality-")
-        self.data = data or os.path.join(self.folder, "data")
+        self.data = os.path.join(self.folder, "data")
         self.address = "unix:" + os.path.join(self.folder, "locid.sock")
         self.cli = os.path.join(build, "loci")
-        log = open(os.path.join(self.folder, "locid.log"), "w")
-        self.process = subprocess.Popen(
-            [os.path.join(build, "locid"), "--data", self.data, "--listen", self.address, *extra],
-            stdout=log, stderr=log)
+        self.process = None
+        self.start()
+
+    def start(self):
+        log = os.path.join(self.folder, "locid.log")
+        with open(log, "a") as out:
+            self.process = subprocess.Popen(
+                [os.path.join(self.build, "locid"), "--data", self.data, "--listen", self.address],
+                stdout=out, stderr=out)
         for _ in range(300):
             if self.run("status", check=False).returncode == 0:
                 return
+            if self.process.poll() is not None:
+                break
             time.sleep(0.1)
-        sys.exit(f"locid did not start; see {log.name}")
+        self.stop()
+        sys.exit("locid did not start: " + open(log).read()[-500:])
 
-    def run(self, *args, check=True, text=None):
-        done = subprocess.run([self.cli, *args, "--address", self.address], input=text,
-                              capture_output=True, text=True)
+    def stop(self):
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(60)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, *args, check=True):
+        done = subprocess.run([self.cli, *args, "--address", self.address], capture_output=True,
+                              text=True)
         if check and done.returncode != 0:
             raise RuntimeError(f"loci {' '.join(args)}: {done.stderr.strip()}")
         return done
 
     def last(self, *args):
         return json.loads(self.run(*args, "--json").stdout.strip().splitlines()[-1])
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(60)
 
 
 def emit(**row):
@@ -87,34 +110,62 @@ def quantile(values, share):
     return values[min(len(values) - 1, int(share * len(values)))] if values else 0
 
 
-def run_qa(options):
-    path = os.path.join(options.data, "qa_valid.jsonl.xz")
-    paragraphs = [json.loads(line) for line in lzma.open(path, "rt", encoding="utf-8")]
-    clean = [re.sub(r"\s+", " ", p["c"]).strip() for p in paragraphs]
-    questions = [(i, re.sub(r"\s+", " ", q).strip(), re.sub(r"\s+", " ", a).strip())
-                 for i, p in enumerate(paragraphs) for q, a in p["q"]]
+def percent(part, whole, digits=2):
+    return round(100 * part / max(1, whole), digits)
+
+
+def squash(text):
+    """Runs of white space as one space."""
+    return re.sub(r"\s+", " ", text).strip()
+
+
+# --- questions on paragraphs -----------------------------------------------------------------
+
+def load_qa(options):
+    """Paragraphs and shuffled (paragraph, question, answer) of qa_valid."""
+    with lzma.open(os.path.join(options.data, "qa_valid.jsonl.xz"), "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    questions = [(i, squash(q), squash(a)) for i, row in enumerate(rows) for q, a in row["q"]]
     random.Random(options.seed).shuffle(questions)
+    return [squash(row["c"]) for row in rows], questions
+
+
+def write_qa(daemon, paragraphs):
+    """A JSON lines file to register: paragraph i is document p<i>."""
+    path = os.path.join(daemon.folder, "qa.jsonl")
+    with open(path, "w", encoding="utf-8") as out:
+        for i, text in paragraphs:
+            out.write(json.dumps({"id": f"p{i}", "text": text}) + "\n")
+    return path
+
+
+def run_qa(options):
+    paragraphs, questions = load_qa(options)
     questions = questions[:options.count]
-    daemon = Daemon(options.build)
-    daemon.run("corpus", "create", "qa")
-    rows = "".join(json.dumps({"id": f"p{i}", "text": text}) + "\n" for i, text in enumerate(clean))
-    jsonl = os.path.join(daemon.folder, "qa.jsonl")
-    with open(jsonl, "w", encoding="utf-8") as out:
-        out.write(rows)
-    done = daemon.last("register", "qa", jsonl)
-    emit(row="register", **{k: done[k] for k in ("documents", "tokens", "segments", "seconds")})
+    with Daemon(options.build) as daemon:
+        daemon.run("corpus", "create", "qa")
+        done = daemon.last("register", "qa", write_qa(daemon, enumerate(paragraphs)))
+        emit(row="register", **{k: done[k] for k in ("documents", "tokens", "segments", "seconds")})
+        search_qa(daemon, questions, options.seed)
+        if not options.search_only:
+            answer_qa(daemon, questions)
+
+
+def search_qa(daemon, questions, seed):
     ranks = []
     for gold, question, _ in questions:
         hits = daemon.last("search", "qa", question, "-k", "20")["hits"]
         documents = list(dict.fromkeys(h["document"] for h in hits))
         ranks.append(documents.index(f"p{gold}") if f"p{gold}" in documents else 1000)
-    emit(row="search", questions=len(ranks), seed=options.seed,
-         **{f"recall@{k}": round(100 * sum(r < k for r in ranks) / len(ranks), 1) for k in (1, 4, 8)})
-    if options.search_only:
-        return daemon.close()
+    emit(row="search", questions=len(ranks), seed=seed,
+         **{f"recall@{k}": percent(sum(r < k for r in ranks), len(ranks), 1) for k in (1, 4, 8)})
+
+
+def answer_qa(daemon, questions):
     scores, forced, exact, found, times = [], [], [], [], []
     for _, question, gold in questions:
-        events = [json.loads(line) for line in daemon.run("ask", "qa", question, "--json").stdout.splitlines()]
+        lines = daemon.run("ask", "qa", question, "--json").stdout.splitlines()
+        events = [json.loads(line) for line in lines]
         answer = events[-1]
         readings = [e for e in events[:-1] if "score" in e]
         best = max(readings, key=lambda e: e["score"])["answer"] if readings else ""
@@ -123,25 +174,30 @@ def run_qa(options):
         exact.append(normalize(answer["answer"]) == normalize(gold))
         found.append(answer["found"])
         times.append(answer["usage"]["total_ms"])
-    emit(row="read_twice", questions=len(scores), f1=round(100 * sum(scores) / len(scores), 2),
-         f1_forced=round(100 * sum(forced) / len(forced), 2), exact=round(100 * sum(exact) / len(exact), 2),
-         found=round(100 * sum(found) / len(found), 1), median_ms=round(median(times)))
-    daemon.close()
+    count = len(scores)
+    emit(row="read_twice", questions=count, f1=percent(sum(scores), count),
+         f1_forced=percent(sum(forced), count), exact=percent(sum(exact), count),
+         found=percent(sum(found), count, 1), median_ms=round(median(times)))
 
+
+# --- needles ---------------------------------------------------------------------------------
 
 NEEDLE = "One of the special magic numbers for {} is: {}."
 QUESTION = "What is the special magic number for {} mentioned in the provided text?"
+BYTES_A_TOKEN = 4.05  # of English text under the built-in tokenizer
 
 
-def book_paragraphs(folder, characters, seed):
-    """Paragraphs of public-domain books, about `characters` in all."""
-    books = [json.loads(line)["t"] for line in
-             lzma.open(os.path.join(folder, "books.jsonl.xz"), "rt", encoding="utf-8")]
+def book_paragraphs(source, characters, seed):
+    """Paragraphs of books, about `characters` in all; fewer characters give a prefix. Source:
+    xz-compressed JSON lines with the text in "t", or the folder of books.jsonl.xz."""
+    path = os.path.join(source, "books.jsonl.xz") if os.path.isdir(source) else source
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        books = [json.loads(line)["t"] for line in file]
     random.Random(seed).shuffle(books)
     out, total = [], 0
     for book in books:
         for part in re.split(r"\n\s*\n", book.replace("\r", "")):
-            part = re.sub(r"\s+", " ", part).strip()
+            part = squash(part)
             if len(part) > 60:
                 out.append(part)
                 total += len(part) + 2
@@ -151,7 +207,9 @@ def book_paragraphs(folder, characters, seed):
 
 
 def plant(paragraphs, words, rng):
-    """Puts one needle for each word into a paragraph of its own; returns word -> number."""
+    """Puts one needle for each word into a paragraph of its own; returns word -> number. Words
+    that find no paragraph are left out."""
+    words = words[:len(paragraphs)]
     places = rng.sample(range(len(paragraphs)), len(words))
     values = {}
     for word, place in zip(words, places):
@@ -164,55 +222,155 @@ def plant(paragraphs, words, rng):
 
 
 def make_words(count, rng):
-    parts = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we", "zy"]
+    parts = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we",
+             "zy"]
     words = set()
     while len(words) < count:
         words.add("".join(rng.choice(parts) for _ in range(3)) + rng.choice(["n", "l", "rk", "st"]))
     return sorted(words)
 
 
+def write_books(daemon, paragraphs):
+    """A folder of text files to register."""
+    folder = os.path.join(daemon.folder, "books")
+    os.mkdir(folder)
+    for i in range(0, len(paragraphs), 200):
+        with open(os.path.join(folder, f"part{i:06d}.txt"), "w", encoding="utf-8") as out:
+            out.write("\n\n".join(paragraphs[i:i + 200]) + "\n")
+    return folder
+
+
+class DenseBytes:
+    """What dense mode reads over one corpus, for a question and for a decoding step, counted by
+    the service: an answer of one token takes no decoding step, one of two takes one. All
+    questions must be about as long as `question` (long ones are read in several passes)."""
+
+    def __init__(self, ask, question):
+        one, two = (ask(question, "--max-tokens", n)["usage"]["kv_dense_bytes"] for n in "12")
+        self.question, self.step = one, two - one
+
+    def percents(self, answer):
+        """Of dense: bytes of the question, and of a decoding step (None if there was none)."""
+        usage = answer["usage"]
+        steps, rest = divmod(usage["kv_dense_bytes"] - self.question, self.step)
+        if rest or not 0 <= usage["decode_steps"] - steps <= 1:  # cut short: one less
+            raise RuntimeError(f"{usage['kv_dense_bytes']} bytes are not those of a question and "
+                               f"{usage['decode_steps']} decoding steps in dense mode")
+        question = 100 * usage["question_read_bytes"] / self.question
+        return question, 100 * usage["decode_read_bytes"] / (steps * self.step) if steps else None
+
+
 def run_needles(options):
     rng = random.Random(options.seed)
     for tokens in options.tokens:
-        paragraphs = book_paragraphs(options.data, int(tokens * 4.05), options.seed)
+        paragraphs = book_paragraphs(options.data, int(tokens * BYTES_A_TOKEN), options.seed)
         values = plant(paragraphs, make_words(options.count, rng), rng)
-        daemon = Daemon(options.build)
-        daemon.run("corpus", "create", "needles")
-        folder = os.path.join(daemon.folder, "books")
-        os.mkdir(folder)
-        for i in range(0, len(paragraphs), 200):
-            with open(os.path.join(folder, f"part{i:06d}.txt"), "w", encoding="utf-8") as out:
-                out.write("\n\n".join(paragraphs[i:i + 200]) + "\n")
-        done = daemon.last("register", "needles", folder)
-        emit(row="register", **done)
-        for mode in options.modes:
-            ask_needles(daemon, values, mode, done["tokens"])
-        daemon.close()
+        with Daemon(options.build) as daemon:
+            daemon.run("corpus", "create", "needles")
+            done = daemon.last("register", "needles", write_books(daemon, paragraphs))
+            emit(row="register", **done)
+            answers = {mode: ask_needles(daemon, values, mode, done["tokens"])
+                       for mode in options.modes}
+        if options.compare_dense:
+            compare_needles(values, answers, done["tokens"])
+
+
+def ask_directly(daemon, corpus, mode, question, *flags):
+    return daemon.last("ask", corpus, question, "--mode", mode, "--no-read-twice", "--temperature",
+                       "0", *flags)
 
 
 def ask_needles(daemon, values, mode, tokens):
-    right, first, rate, question, decode = [], [], [], [], []
-    for word, value in values.items():
-        answer = daemon.last("ask", "needles", QUESTION.format(word), "--mode", mode,
-                             "--no-read-twice")
-        usage = answer["usage"]
-        right.append(answer["answer"].strip() == value)
-        first.append(usage["first_token_ms"])
-        rate.append(usage["decode_tokens_per_s"])
-        dense_step = usage["kv_dense_bytes"] / (1 + usage["decode_steps"])
-        question.append(100 * usage["question_read_bytes"] / dense_step)
-        if usage["decode_steps"]:
-            decode.append(100 * usage["decode_read_bytes"] / usage["decode_steps"] / dense_step)
-    emit(row="needles", mode=mode, tokens=tokens, right=sum(right), of=len(right),
-         first_token_ms=round(median(first)), decode_tokens_per_s=round(median(rate), 1),
-         question_percent=round(median(question), 3), question_percent_p95=round(quantile(question, .95), 3),
-         decode_percent=round(median(decode), 3), decode_percent_p95=round(quantile(decode, .95), 3))
+    """Asks for each needle and prints a row; returns word -> answer."""
+    def ask(text, *flags):
+        return ask_directly(daemon, "needles", mode, text, *flags)
 
+    dense = DenseBytes(ask, QUESTION.format(next(iter(values))))
+    answers, first, rate, question, decode = {}, [], [], [], []
+    for word in values:
+        answer = ask(QUESTION.format(word))
+        answers[word] = answer["answer"].strip()
+        first.append(answer["usage"]["first_token_ms"])
+        rate.append(answer["usage"]["decode_tokens_per_s"])
+        for percents, value in zip((question, decode), dense.percents(answer)):
+            if value is not None:
+                percents.append(value)
+    emit(row="needles", mode=mode, tokens=tokens,
+         right=sum(answers[word] == value for word, value in values.items()), of=len(values),
+         first_token_ms=round(median(first)), decode_tokens_per_s=round(median(rate), 1),
+         question_percent=round(median(question), 3),
+         question_percent_p95=round(quantile(question, .95), 3),
+         decode_percent=round(median(decode), 3),
+         decode_percent_p95=round(quantile(decode, .95), 3))
+    return answers
+
+
+def compare_needles(values, answers, tokens):
+    """Who found what: a row."""
+    finds = collections.Counter(tuple(answers[mode][word] == value for mode in COMPARED)
+                                for word, value in values.items())
+    emit(row="compare", tokens=tokens, needles=len(values),
+         hierarchical=finds[True, True] + finds[True, False],
+         dense=finds[True, True] + finds[False, True], both=finds[True, True],
+         only_hierarchical=finds[True, False], only_dense=finds[False, True],
+         neither=finds[False, False],
+         same_text=sum(len({answers[mode][word] for mode in COMPARED}) == 1 for word in values))
+
+
+# --- same answers as dense -------------------------------------------------------------------
+
+def same_questions(options, tokens):
+    """A corpus and its questions: (paragraphs of books, (number, paragraph) of qa_valid,
+    [(kind, question, answer)]). Paragraphs of qa_valid take at most half of the corpus."""
+    rng = random.Random(options.seed)
+    paragraphs, questions = load_qa(options)
+    order = list(range(len(paragraphs)))
+    rng.shuffle(order)
+    budget, chosen = int(tokens * BYTES_A_TOKEN / 2), {}
+    for i in order:
+        budget -= len(paragraphs[i])
+        if budget < 0:
+            break
+        chosen[i] = paragraphs[i]
+    qa = [("qa", question, answer) for i, question, answer in questions if i in chosen]
+    left = int(tokens * BYTES_A_TOKEN) - sum(map(len, chosen.values()))
+    books = book_paragraphs(options.data, left, options.seed)
+    values = plant(books, make_words(options.count - options.count // 2, rng), rng)
+    needles = [("needle", QUESTION.format(word), value) for word, value in values.items()]
+    return books, chosen.items(), needles + qa[:options.count // 2]
+
+
+def run_same(options):
+    for tokens in options.tokens:
+        books, qa, questions = same_questions(options, tokens)
+        counts = collections.Counter()
+        with Daemon(options.build) as daemon:
+            daemon.run("corpus", "create", "same")
+            done = daemon.last("register", "same", write_books(daemon, books), write_qa(daemon, qa))
+            for kind, question, gold in questions:
+                texts = [ask_directly(daemon, "same", mode, question)["answer"]
+                         for mode in COMPARED]
+                counts[f"{kind}_questions"] += 1
+                counts[f"{kind}_same"] += texts[0] == texts[1]
+                for mode, text in zip(COMPARED, texts):
+                    counts[f"{kind}_right_{mode}"] += normalize(text) == normalize(gold)
+                if options.verbose and texts[0] != texts[1]:
+                    print(kind, question, gold, texts, sep=" | ", file=sys.stderr)
+        same = counts["needle_same"] + counts["qa_same"]
+        emit(row="same", tokens=done["tokens"], seed=options.seed, questions=len(questions),
+             same=same, same_percent=percent(same, len(questions), 1), **counts)
+
+
+# --- the handbook ----------------------------------------------------------------------------
 
 def run_handbook(options):
-    daemon = Daemon(options.build)
-    daemon.run("corpus", "create", "handbook")
-    daemon.run("register", "handbook", os.path.join(ROOT, "tests/data/handbook"))
+    with Daemon(options.build) as daemon:
+        daemon.run("corpus", "create", "handbook")
+        daemon.run("register", "handbook", os.path.join(ROOT, "tests/data/handbook"))
+        ask_handbook(daemon, options)
+
+
+def ask_handbook(daemon, options):
     answered, right, total = 0, 0, 0
     for line in open(os.path.join(ROOT, "tests/data/handbook-questions.jsonl"), encoding="utf-8"):
         row = json.loads(line)
@@ -233,24 +391,30 @@ def run_handbook(options):
             print("absent", answer["found"], answer["answer"], json.loads(line)["question"], file=sys.stderr)
     emit(row="handbook", questions=total, right=right, answered=answered, unanswerable=absent,
          refused=refused)
-    daemon.close()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["qa", "needles", "handbook"])
+    parser.add_argument("what", choices=["qa", "needles", "same", "handbook"])
     parser.add_argument("--data", help="folder of the data files")
     parser.add_argument("--build", default=os.path.join(ROOT, "build/release"))
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 131072, 1000000])
-    parser.add_argument("--modes", nargs="*", default=["hierarchical", "dense"])
+    parser.add_argument("--modes", nargs="*", default=list(COMPARED))
+    parser.add_argument("--compare-dense", action="store_true",
+                        help="needles: hierarchical and dense side by side")
     parser.add_argument("--search-only", action="store_true", help="qa: no answers")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     if options.count is None:
-        options.count = 1000 if options.what == "qa" else 200
-    {"qa": run_qa, "needles": run_needles, "handbook": run_handbook}[options.what](options)
+        options.count = {"qa": 1000, "same": 100}.get(options.what, 200)
+    if options.compare_dense:
+        options.modes = list(dict.fromkeys([*options.modes, *COMPARED]))
+    if options.what != "handbook" and not options.data:
+        parser.error(f"{options.what} needs --data")
+    {"qa": run_qa, "needles": run_needles, "same": run_same,
+     "handbook": run_handbook}[options.what](options)
 
 
 if __name__ == "__main__":

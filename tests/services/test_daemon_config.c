@@ -70,6 +70,7 @@ static void test_defaults(void **state) {
     assert_string_equal(config.listen[0], "127.0.0.1:7411");
     assert_string_equal(config.backend, "cpu");
     assert_int_equal(config.memory_bytes, 0);
+    assert_int_equal(config.lexical_percent, 100);
     assert_false(config.insecure);
     assert_false(config.log_json);
     assert_int_equal(LOAD("--model", MODEL), LOCI_E_INVAL);
@@ -129,9 +130,9 @@ static void test_file_errors_are_named(void **state) {
 
 static void test_values_are_checked(void **state) {
     (void)state;
-    assert_int_equal(LOAD("--data", "/d", "--memory", "255M"), LOCI_E_INVAL);
-    refused("256 MiB");
-    assert_int_equal(LOAD("--data", "/d", "--memory", "256M", "--model", MODEL), LOCI_OK);
+    assert_int_equal(LOAD("--data", "/d", "--memory", "1023K"), LOCI_E_INVAL);
+    refused("1.00 MiB");
+    assert_int_equal(LOAD("--data", "/d", "--memory", "1M", "--model", MODEL), LOCI_OK);
     assert_int_equal(LOAD("--data", "/d", "--threads", "many"), LOCI_E_INVAL);
     refused("engine.threads");
     assert_int_equal(LOAD("--data", "/d", "--log-level", "loud"), LOCI_E_INVAL);

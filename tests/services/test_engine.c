@@ -18,6 +18,7 @@
 
 #include <cmocka.h>
 
+#include "base/rng.h"
 #include "services/engine/engine.h"
 
 #define HANDBOOK "tests/data/handbook"
@@ -115,7 +116,7 @@ static int tear_down(void **state) {
 }
 
 typedef struct outcome {
-    char answer[512], streamed[512], stop[32], first[128];
+    char answer[512], streamed[512], stop[32], first[128], quote[1024];
     bool found;
     double shares; /* evidence + sink + rest */
     size_t passages;
@@ -143,6 +144,8 @@ static loci_status keep(void *ctx, const loci_event *event, loci_error *err) {
                          LOCI_OK);
         assert_true(loci_slice_equal(loci_slice_of(bytes.data, bytes.len), passage->quote));
         loci_buf_fini(&bytes);
+        assert_true(passage->passage_start <= passage->start &&
+                    passage->end <= passage->passage_end);
         if (strcmp(passage->document, "orchid") == 0) out->mentions_orchid = true;
     }
     if (event->kind == LOCI_EVENT_FINISHED) {
@@ -151,8 +154,12 @@ static loci_status keep(void *ctx, const loci_event *event, loci_error *err) {
         out->found = event->found;
         out->passages = event->passage_count;
         for (size_t i = 0; i < event->passage_count; i++) out->shares += event->passages[i].share;
-        if (event->passage_count)
-            snprintf(out->first, sizeof out->first, "%s", event->passages[0].document);
+        if (event->passage_count) {
+            const loci_passage *first = &event->passages[0];
+            snprintf(out->first, sizeof out->first, "%s", first->document);
+            snprintf(out->quote, sizeof out->quote, "%.*s", (int)first->quote.len,
+                     (const char *)first->quote.data);
+        }
         out->finished = 1;
     }
     return LOCI_OK;
@@ -189,6 +196,7 @@ static void test_every_mode_answers_with_evidence(void **state) {
             assert_string_equal(out.answer, "Philippa Rouncewell");
             assert_true(out.found);
             assert_string_equal(out.first, "north-dome.md");
+            assert_non_null(strstr(out.quote, "Philippa Rouncewell"));
             assert_string_equal(out.stop, "eos");
         }
     }
@@ -227,6 +235,7 @@ static void test_flat_segments_answer_at_once(void **state) {
     }
     outcome out = asked("flat", "Who is the keeper of the orchid house?", -1, 1, 0);
     assert_string_equal(out.answer, "Dagny Holmqvist");
+    assert_string_equal(out.quote, "Its keeper is Dagny Holmqvist, who came in 1998.");
 }
 
 /* 600 copies of a segment have 600 sinks: stored once, weighed 600 times, the shares of sink
@@ -387,14 +396,6 @@ static void flip(off_t offset, unsigned bit) {
     close(file);
 }
 
-static uint64_t next_random(uint64_t *state) {
-    *state += 0x9e3779b97f4a7c15u;
-    uint64_t z = *state;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 /* 200 single bits anywhere in an extent that is in use. */
 static void test_damage_is_named_or_harmless(void **state) {
     (void)state;
@@ -414,9 +415,9 @@ static void test_damage_is_named_or_harmless(void **state) {
     static const int modes[3] = {LOCI_MODE_DENSE, LOCI_MODE_SQUEEZED, LOCI_MODE_HIERARCHICAL};
     for (int m = 0; m < 3; m++) clean[m] = asked("handbook", QUESTION, modes[m], 0, 0);
     for (int round = 0; round < 200; round++) {
-        off_t offset = (off_t)(next_random(&seed) % (uint64_t)info.st_size);
+        off_t offset = (off_t)(loci_rng_next(&seed) % (uint64_t)info.st_size);
         if (round % 4 == 0) offset %= 1 << 17; /* headers and nodes more often */
-        unsigned bit = (unsigned)(next_random(&seed) % 8);
+        unsigned bit = (unsigned)(loci_rng_next(&seed) % 8);
         int m = round % 3;
         flip(offset, bit);
         loci_status status = ask("handbook", QUESTION, modes[m], 0, 0, &out, &err);

@@ -11,6 +11,7 @@
 
 #include <cmocka.h>
 
+#include "base/rng.h"
 #include "services/engine/split.h"
 
 static loci_tokenizer *tokenizer;
@@ -28,14 +29,6 @@ static int close_tokenizer(void **state) {
     return 0;
 }
 
-static uint64_t next_random(uint64_t *state) {
-    *state += 0x9e3779b97f4a7c15u;
-    uint64_t z = *state;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    return z ^ (z >> 31);
-}
-
 /* Words, sentences, paragraphs, headings, lists, long words, bytes that are not UTF-8. */
 static void random_text(uint64_t seed, size_t bytes, loci_buf *out) {
     static const char *const parts[] = {"mirror",        "The",         "dome",     "of",
@@ -43,7 +36,7 @@ static void random_text(uint64_t seed, size_t bytes, loci_buf *out) {
                                         "M\xc3\xbcller", "\"quoted\"",  "\xff\xfe", "a"};
     static const char *const ends[] = {". ", "? ", "! ", ".\n\n", "\n", "\n- ", "\n# ", ", ", " "};
     while (out->len < bytes) {
-        uint64_t r = next_random(&seed);
+        uint64_t r = loci_rng_next(&seed);
         loci_buf_append_text(out, parts[r % 12]);
         loci_buf_append_text(out, (r >> 8) % 6 == 0 ? ends[(r >> 16) % 9] : " ");
         if ((r >> 24) % 400 == 0) {
@@ -171,6 +164,27 @@ static void test_sentence_around(void **state) {
     loci_sentence_around(loci_slice_text(text), at, at + 9, &from, &to);
     assert_int_equal(from, 16);
     assert_int_equal(to, 35);
+    loci_sentence_around(loci_slice_text(text), 4, at, &from, &to);
+    assert_int_equal(from, 0);
+    assert_int_equal(to, 35);
+    loci_sentence_around(loci_slice_text(" a. "), 1, 2, &from, &to);
+    assert_int_equal(from, 1);
+    assert_int_equal(to, 3);
+}
+
+static void test_sentences(void **state) {
+    (void)state;
+    static const char *const sentences[] = {
+        "# St. Ann", "Dr. J. Crane came in May.", "He left, cf. p. 5!", "- \"No.\"", "Why?", "Mr."};
+    loci_slice text = loci_slice_text(
+        "\n# St. Ann\nDr. J. Crane came in May.  He left, cf. p. 5!\n- \"No.\" Why?\n\nMr.\n\n");
+    uint64_t at = 0, from, to;
+    for (size_t i = 0; i < sizeof sentences / sizeof sentences[0]; i++) {
+        assert_true(loci_sentence_next(text, &at, &from, &to));
+        assert_true(loci_slice_equal(loci_slice_of(text.data + from, to - from),
+                                     loci_slice_text(sentences[i])));
+    }
+    assert_false(loci_sentence_next(text, &at, &from, &to));
 }
 
 int main(void) {
@@ -181,6 +195,7 @@ int main(void) {
         cmocka_unit_test(test_split_white_space_only),
         cmocka_unit_test(test_passage_text),
         cmocka_unit_test(test_sentence_around),
+        cmocka_unit_test(test_sentences),
     };
     return cmocka_run_group_tests(tests, open_tokenizer, close_tokenizer);
 }

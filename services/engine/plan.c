@@ -1,0 +1,155 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Shares of the memory budget; see plan.h. The sizes follow what the named files allocate; where
+ * these grow by doubling, the double is counted.
+ */
+#include "services/engine/plan.h"
+
+#include <stdio.h>
+#include <unistd.h>
+
+#include "memory/ingest.h"
+
+#define MIB (1ull << 20)
+#define PROCESS_BYTES (24 * MIB) /* libraries, stacks, catalogue, what malloc keeps */
+#define DATABASE_LEAST (16 * MIB)
+#define DATABASE_MOST (256 * MIB)
+#define DOCUMENT_LEAST (4 * MIB)
+#define DOCUMENT_MOST (64 * MIB)
+#define LOOKUPS_LEAST (32 * MIB) /* look-ups and snapshots, so that small corpora always answer */
+#define SLOTS_DEFAULT 2u
+#define ENCODE_ROWS 1024u  /* model/encode.c */
+#define SEQUENCE_ROWS 256u /* model/sequence.c */
+#define PRODUCT_ROWS 256u  /* of one thread's task in attention/cpu/gemm.c */
+
+/* The limit of the memory cgroup that the process lives in (v2, then v1), as containers see it. */
+static uint64_t cgroup_limit(void) {
+    static const char *const paths[] = {"/sys/fs/cgroup/memory.max",
+                                        "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+    for (size_t i = 0; i < 2; i++) {
+        unsigned long long bytes;
+        FILE *file = fopen(paths[i], "r");
+        if (!file) continue;
+        int found = fscanf(file, "%llu", &bytes);
+        fclose(file);
+        if (found == 1) return bytes;
+    }
+    return UINT64_MAX;
+}
+
+uint64_t loci_plan_default_limit(void) {
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    uint64_t ram = pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size : 8ull << 30;
+    uint64_t limit = cgroup_limit();
+    return (limit < ram ? limit : ram) / 2;
+}
+
+static uint64_t round_up(uint64_t value, uint64_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+/* A packed weight (attention/cpu/gemm.c): 64 rows a block, columns filled up. */
+static uint64_t weight_bytes(uint64_t rows, uint64_t cols, loci_dtype precision) {
+    uint64_t elements = round_up(rows, 64) * round_up(cols, 32);
+    return elements * (precision == LOCI_BF16 ? 2 : 4);
+}
+
+/* Weights, and the tokenizer: about four times its file while that is read. */
+static uint64_t model_bytes(const loci_plan_request *r) {
+    const loci_model_config *c = r->config;
+    uint64_t q = (uint64_t)c->q_heads * c->head_dim, kv = (uint64_t)c->kv_heads * c->head_dim;
+    uint64_t layer = weight_bytes(q + 2 * kv, c->hidden, r->precision) +
+                     weight_bytes(c->hidden, q, r->precision) +
+                     weight_bytes(2ull * c->intermediate, c->hidden, r->precision) +
+                     weight_bytes(c->hidden, c->intermediate, r->precision) +
+                     (4ull * c->hidden + q + 2 * kv) * sizeof(float);
+    uint64_t tables = c->tied_embeddings ? 1 : 2;
+    return c->layers * layer + tables * weight_bytes(c->vocab, c->hidden, r->precision) +
+           4 * r->tokenizer_bytes;
+}
+
+/* A row of activations (model/decoder.c). */
+static uint64_t row_bytes(const loci_model_config *c) {
+    uint64_t q = (uint64_t)c->q_heads * c->head_dim, kv = (uint64_t)c->kv_heads * c->head_dim;
+    return sizeof(float) * (2 + 2ull * c->hidden + (q + 2 * kv) + q + 3ull * c->intermediate);
+}
+
+/* A sequence (model/sequence.c) and the parts of its attention (corpus_attend.c). */
+static uint64_t slot_bytes(const loci_plan_request *r) {
+    const loci_model_config *c = r->config;
+    uint64_t width = (uint64_t)c->kv_heads * c->head_dim;
+    uint64_t cache = 2ull * c->layers * r->sequence_tokens * width * sizeof(float);
+    uint64_t part =
+        (uint64_t)r->sequence_tokens * c->q_heads * (c->head_dim + 4ull) * sizeof(float);
+    return cache + part + SEQUENCE_ROWS * row_bytes(c) + 4ull * c->vocab * sizeof(float) + MIB;
+}
+
+static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document_bytes) {
+    loci_store_options options;
+    loci_store_options_default(&options);
+    options.document_bytes_max = document_bytes;
+    uint64_t kv = 4ull * r->geometry->retrieval_layers * r->geometry->kv_heads *
+                  r->geometry->head_dim; /* a token's K and V on their way out of the encoder */
+    return loci_ingest_memory(r->geometry, &options) + ENCODE_ROWS * (row_bytes(r->config) + kv) +
+           4 * MIB;
+}
+
+static uint64_t process_bytes(const loci_plan_request *r) {
+    const loci_model_config *c = r->config;
+    uint64_t widest = c->intermediate > c->hidden ? c->intermediate : c->hidden;
+    return PROCESS_BYTES + r->calls_bytes +
+           r->threads * (PRODUCT_ROWS * widest * sizeof(float) + MIB / 2);
+}
+
+static unsigned long long mib(uint64_t bytes) {
+    return round_up(bytes, MIB) / MIB;
+}
+
+loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loci_error *err) {
+    loci_plan plan = {.process = process_bytes(request),
+                      .model = model_bytes(request),
+                      .database = DATABASE_LEAST,
+                      .registration = registration_bytes(request, DOCUMENT_LEAST),
+                      .slot = slot_bytes(request),
+                      .slots = request->queries ? request->queries : 1,
+                      .document_bytes_max = DOCUMENT_LEAST};
+    uint64_t least = plan.process + plan.model + plan.database + plan.registration +
+                     plan.slots * plan.slot + LOOKUPS_LEAST;
+    if (request->limit < least)
+        return loci_fail_reason(
+            err, LOCI_E_INVAL, "MEMORY_TOO_SMALL",
+            "a memory budget of %llu MiB is too small; the smallest that works here is %lluM "
+            "(model %llu MiB, registration %llu, %u question%s %llu, database %llu, process %llu)",
+            (unsigned long long)(request->limit / MIB), mib(least), mib(plan.model),
+            mib(plan.registration), plan.slots, plan.slots == 1 ? "" : "s",
+            mib(plan.slots * plan.slot), mib(plan.database), mib(plan.process));
+    /* Half of what is over makes the fixed shares larger, the other half is for look-ups. */
+    uint64_t over = request->limit - least, grown = DATABASE_LEAST + over / 8;
+    plan.database = grown < DATABASE_MOST ? grown : DATABASE_MOST;
+    if (request->queries == 0 && plan.slot <= over / 4) plan.slots = SLOTS_DEFAULT;
+    while (plan.document_bytes_max < DOCUMENT_MOST) {
+        uint64_t twice = registration_bytes(request, 2 * plan.document_bytes_max);
+        if (twice - registration_bytes(request, DOCUMENT_LEAST) > over / 8) break;
+        plan.document_bytes_max *= 2;
+        plan.registration = twice;
+    }
+    *out = plan;
+    return LOCI_OK;
+}
+
+loci_status loci_plan_take(const loci_plan *plan, loci_budget *budget, loci_error *err) {
+    const struct {
+        loci_memory_part part;
+        uint64_t bytes;
+        const char *what;
+    } shares[] = {
+        {LOCI_MEMORY_PROCESS, plan->process, "the process"},
+        {LOCI_MEMORY_MODEL, plan->model, "the model"},
+        {LOCI_MEMORY_DATABASE, plan->database, "the database"},
+        {LOCI_MEMORY_REGISTRATION, plan->registration, "registration"},
+        {LOCI_MEMORY_QUESTIONS, plan->slots * plan->slot, "the questions' slots"},
+    };
+    for (size_t i = 0; i < sizeof shares / sizeof *shares; i++)
+        LOCI_TRY(loci_budget_take(budget, shares[i].part, shares[i].bytes, shares[i].what, err));
+    return LOCI_OK;
+}

@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * How the memory budget is shared out when a node starts: what the process, the model, the
+ * database, registration and the questions' slots take whatever happens. The rest is for look-ups
+ * and snapshots, which reserve what they need while they run (base/budget.h).
+ */
+#ifndef LOCI_SERVICES_ENGINE_PLAN_H
+#define LOCI_SERVICES_ENGINE_PLAN_H
+
+#include "base/budget.h"
+#include "memory/store.h"
+#include "model/model.h"
+
+typedef struct loci_plan_request {
+    const loci_model_config *config;
+    const loci_geometry *geometry; /* the fingerprint does not matter */
+    loci_dtype precision;
+    uint64_t tokenizer_bytes; /* of tokenizer.json */
+    unsigned threads;         /* of the backend */
+    uint64_t calls_bytes;     /* messages of running calls */
+    uint32_t sequence_tokens; /* of a slot */
+    unsigned queries;         /* slots; 0 = two, or one where memory is short */
+    uint64_t limit;           /* the budget */
+} loci_plan_request;
+
+typedef struct loci_plan {
+    uint64_t process, model, database, registration, slot; /* slot: of one question */
+    unsigned slots;
+    uint64_t document_bytes_max;
+} loci_plan;
+
+/* Half of the RAM that this process may use. */
+uint64_t loci_plan_default_limit(void);
+/* LOCI_E_INVAL, reason MEMORY_TOO_SMALL, when the limit does not suffice; the text names the
+ * smallest that does. */
+LOCI_MUST_CHECK loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out,
+                                           loci_error *err);
+/* Reserves all of it. */
+LOCI_MUST_CHECK loci_status loci_plan_take(const loci_plan *plan, loci_budget *budget,
+                                           loci_error *err);
+
+#endif
