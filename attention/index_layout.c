@@ -7,6 +7,9 @@
 #include <math.h>
 #include <string.h>
 #include <xxhash.h>
+#if defined(__x86_64__)
+#include <xxh_x86dispatch.h> /* XXH3 by the CPU's instruction set; the same values */
+#endif
 
 _Static_assert(sizeof(loci_node) == 8 && sizeof(loci_root) == 40 && sizeof(loci_leaf) == 24,
                "nodes, roots and leaves are a format");

@@ -139,9 +139,16 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
             head->fill[e] = 0;
             kept |= head->leaf_mask[e];
         }
+        const loci_leaf *leaves = loci_root_leaves(pair->blob, root);
+        for (uint64_t left = kept; left; left &= left - 1) {
+            const loci_leaf *leaf = &leaves[__builtin_ctzll(left)];
+            const uint8_t *codes = loci_leaf_codes(pair->blob, leaf);
+            for (size_t at = 0; at < leaf->count * loci_code_stride(lookup->dim); at += 64)
+                __builtin_prefetch(codes + at);
+        }
         for (uint32_t l = 0; l < root->count; l++) {
             if (!(kept >> l & 1)) continue;
-            const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
+            const loci_leaf *leaf = &leaves[l];
             if (!loci_leaf_check_codes(pair->blob, leaf)) {
                 lookup_fault(pair, "codes of leaf", root->begin + l);
                 return;

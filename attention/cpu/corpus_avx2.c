@@ -202,9 +202,20 @@ static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups,
     }
 }
 
+static uint32_t reaching(const float *x, uint32_t n, float least) {
+    __m256 limit = _mm256_set1_ps(least);
+    uint32_t mask = 0;
+    for (uint32_t i = 0; i < n; i += 8) {
+        __m256 at_least = _mm256_cmp_ps(_mm256_loadu_ps(x + i), limit, _CMP_GE_OQ);
+        mask |= (uint32_t)_mm256_movemask_ps(at_least) << i;
+    }
+    return n < 32 ? mask & ((1u << n) - 1) : mask;
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .sketch_sums = sketch_sums,
     .masked_top = body_masked_top,
+    .reaching = reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = body_unpack,

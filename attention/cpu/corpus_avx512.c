@@ -190,9 +190,18 @@ static uint16_t masked_top(const uint16_t *sum, uint32_t mask) {
     return (uint16_t)~_mm_extract_epi16(least, 0);
 }
 
+static uint32_t reaching(const float *x, uint32_t n, float least) {
+    __m512 limit = _mm512_set1_ps(least);
+    uint32_t mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), limit, _CMP_GE_OQ);
+    if (n > 16)
+        mask |= (uint32_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), limit, _CMP_GE_OQ) << 16;
+    return n < 32 ? mask & ((1u << n) - 1) : mask;
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .sketch_sums = sketch_sums,
     .masked_top = masked_top,
+    .reaching = reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = unpack,

@@ -115,6 +115,12 @@ static void body_widen(float *out, const uint16_t *bf16, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = loci_bf16_to_f32(bf16[i]);
 }
 
+static inline uint32_t body_reaching(const float *x, uint32_t n, float least) {
+    uint32_t mask = 0;
+    for (uint32_t i = 0; i < n; i++) mask |= (uint32_t)(x[i] >= least) << i;
+    return mask;
+}
+
 static inline uint16_t body_masked_top(const uint16_t *sum, uint32_t mask) {
     uint16_t top = 0;
     for (; mask; mask &= mask - 1) {

@@ -74,6 +74,7 @@ static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups,
 const loci_corpus_kernels loci_corpus_kernels_portable = {
     .sketch_sums = sketch_sums,
     .masked_top = body_masked_top,
+    .reaching = body_reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = body_unpack,

@@ -570,12 +570,12 @@ void loci_select_defaults(loci_select_params *params) {
     *params = (loci_select_params){
         .mode = LOCI_MODE_HIERARCHICAL,
         .top_p = 0.995f,
-        .budget = 4096,
+        .budget = 0,
         .root_cover = 0.9999f,
-        .leaf_cover = 0.9999f,
-        .root_share_max = 0.5f,
+        .leaf_cover = 0.999f,
+        .root_share_max = 1.0f,
         .roots_min = 64,
-        .leaf_tokens_share_max = 0.1f,
+        .leaf_tokens_share_max = 0.2f,
         .leaf_tokens_min = 4096,
         .estimate_tail = false,
     };

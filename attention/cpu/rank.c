@@ -278,8 +278,7 @@ static float floor_of(const loci_lookup *lookup, uint32_t kv_head, uint32_t vect
             for (uint32_t l = 0; l < count; l++) {
                 uint32_t live = head->leaf_live[head->leaf_at[r] + l];
                 if (!live || head->leaf_mask[entry] >> l & 1) continue;
-                float mean = score[l] - logf((float)live);
-                best = mean > best ? mean : best;
+                best = score[l] > best ? score[l] : best;
             }
         }
     }

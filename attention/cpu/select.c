@@ -226,75 +226,145 @@ static bool next_entry(entry_walk *w) {
     return false;
 }
 
+/* The scores of one entry that a step looks at: [group][count]. */
+static const float *scores_of(const entry_walk *w, bool tokens, size_t *count) {
+    const lookup_head *head = w->head;
+    *count = w->node->count;
+    if (!tokens) return head->leaf_score + head->score_at[w->entry];
+    *count = (head->token_at[w->entry + 1] - head->token_at[w->entry]) / w->lookup->group;
+    return head->token_score + head->token_at[w->entry];
+}
+
+/* What an element must reach with one head at least to take part, cut [group]: all that fall short
+ * of it together hold less than 1 - top_p, since each holds less than that by the number of tokens.
+ */
+static void find_cuts(entry_walk walk, bool tokens, float *cut) {
+    const loci_lookup *lookup = walk.lookup;
+    float slack = 1.0f - lookup->params.top_p;
+    float reach = slack > 0.0f ? logf((float)walk.head->live_tokens / slack) : INFINITY;
+    size_t vector = (size_t)walk.kv_head * lookup->vectors + walk.row * lookup->group, count;
+    const float *rest = walk.head->rest + walk.row * lookup->group;
+    for (uint32_t g = 0; g < lookup->group; g++)
+        cut[g] = fmaxf(rest[g], lookup->steady[vector + g]);
+    while (next_entry(&walk)) {
+        const float *score = scores_of(&walk, tokens, &count);
+        for (uint32_t g = 0; g < lookup->group; g++)
+            cut[g] = fmaxf(cut[g], lookup->kernels->max(score + g * count, count));
+    }
+    for (uint32_t g = 0; g < lookup->group; g++)
+        cut[g] = cut[g] == -INFINITY ? INFINITY : fmaxf(cut[g] - reach, -3.0e38f);
+}
+
+/* Which of n <= 32 elements reach a cut; stride: from one head's scores to the next one's. */
+static uint32_t reaching(const loci_lookup *lookup, const float *score, size_t stride, uint32_t n,
+                         const float *cut) {
+    uint32_t mask = 0;
+    for (uint32_t g = 0; g < lookup->group; g++)
+        mask |= lookup->kernels->reaching(score + g * stride, n, cut[g]);
+    return mask;
+}
+
+/* Appends the scores of the elements of `mask` to the choice. */
+static void take_scores(row_choice *c, size_t at, const float *score, size_t stride,
+                        uint32_t mask) {
+    for (; mask; mask &= mask - 1, at++)
+        for (uint32_t g = 0; g < c->group; g++)
+            c->score[g * c->n + at] = score[g * stride + (uint32_t)__builtin_ctz(mask)];
+}
+
+/* Leaves in `mask` the elements that were taken; at: of its first. */
+static uint32_t take_bits(const row_choice *c, size_t *at, uint32_t mask) {
+    uint32_t taken = 0;
+    for (; mask; mask &= mask - 1)
+        if (c->taken[(*at)++]) taken |= mask & (0u - mask);
+    return taken;
+}
+
 void lookup_keep_leaves_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
-    entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk = start;
-    size_t n = 0, at = 0;
-    while (next_entry(&walk)) n += walk.node->count;
+    entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk;
+    float *cut = lookup->scratch[thread];
+    size_t n = 0, at = 0, count;
+    find_cuts(start, false, cut);
+    for (walk = start; next_entry(&walk);) {
+        const float *score = scores_of(&walk, false, &count);
+        head->leaf_mask[walk.entry] = reaching(lookup, score, count, walk.node->count, cut);
+        n += lookup_count_bits(head->leaf_mask[walk.entry]);
+    }
     row_choice c = choice_of(lookup, h, row, n, thread);
     c.rest = head->rest + row * lookup->group;
-    for (walk = start; next_entry(&walk); at += walk.node->count) {
-        const float *from = head->leaf_score + head->score_at[walk.entry];
-        uint32_t r = walk.pair->root_base + walk.root - 1, count = walk.node->count;
-        for (uint32_t g = 0; g < lookup->group; g++)
-            memcpy(c.score + g * n + at, from + g * count, count * sizeof *from);
-        memcpy(c.weight + at, head->leaf_live + head->leaf_at[r], count);
+    for (walk = start; next_entry(&walk);) {
+        const float *score = scores_of(&walk, false, &count);
+        const uint8_t *live = head->leaf_live + head->leaf_at[walk.pair->root_base + walk.root - 1];
+        uint32_t mask = (uint32_t)head->leaf_mask[walk.entry];
+        take_scores(&c, at, score, count, mask);
+        for (; mask; mask &= mask - 1) c.weight[at++] = live[__builtin_ctz(mask)];
     }
     share_out(lookup->kernels, &c);
     uint64_t least = lookup->params.leaf_tokens_min;
-    lookup_cut cut = {
+    lookup_cut enough_leaves = {
         .target = (double)lookup->params.leaf_cover * c.shares,
         .weight_min = least,
         .weight_max = share_of(lookup->params.leaf_tokens_share_max, head->live_tokens, least),
     };
-    lookup_choose(c.share, c.weight, n, &cut, c.taken);
-    for (walk = start, at = 0; next_entry(&walk); at += walk.node->count) {
-        uint64_t mask = 0;
-        for (uint32_t l = 0; l < walk.node->count; l++) mask |= (uint64_t)c.taken[at + l] << l;
-        head->leaf_mask[walk.entry] = mask;
-    }
+    lookup_choose(c.share, c.weight, n, &enough_leaves, c.taken);
+    for (walk = start, at = 0; next_entry(&walk);)
+        head->leaf_mask[walk.entry] = take_bits(&c, &at, (uint32_t)head->leaf_mask[walk.entry]);
     for (uint32_t g = 0; g < lookup->group; g++) {
         float rest = rest_after(&c, g);
         head->rest[row * lookup->group + g] = rest;
     }
 }
 
+/* Puts in the masks the tokens that reach a cut; returns their number. */
+static size_t mark_tokens(entry_walk walk, const float *cut) {
+    const lookup_head *head = walk.head;
+    size_t n = 0, count;
+    while (next_entry(&walk)) {
+        const float *score = scores_of(&walk, true, &count);
+        const loci_leaf *leaves = loci_root_leaves(walk.pair->blob, walk.node);
+        uint32_t *mask = head->token_mask + head->mask_at[walk.entry];
+        for (uint64_t kept = head->leaf_mask[walk.entry]; kept; kept &= kept - 1) {
+            uint32_t tokens = leaves[__builtin_ctzll(kept)].count;
+            *mask = reaching(walk.lookup, score, count, tokens, cut);
+            n += lookup_count_bits(*mask++);
+            score += tokens;
+        }
+    }
+    return n;
+}
+
 void lookup_select_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
-    entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk = start;
-    size_t n = 0, at = 0;
-    while (next_entry(&walk))
-        n += (head->token_at[walk.entry + 1] - head->token_at[walk.entry]) / lookup->group;
+    entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk;
+    float *cut = lookup->scratch[thread];
+    find_cuts(start, true, cut);
+    size_t n = mark_tokens(start, cut), at = 0, count;
     row_choice c = choice_of(lookup, h, row, n, thread);
     c.rest = head->rest + row * lookup->group;
     for (walk = start; next_entry(&walk);) {
-        const float *from = head->token_score + head->token_at[walk.entry];
-        size_t tokens =
-            (head->token_at[walk.entry + 1] - head->token_at[walk.entry]) / lookup->group;
-        for (uint32_t g = 0; g < lookup->group; g++)
-            memcpy(c.score + g * n + at, from + g * tokens, tokens * sizeof *from);
-        at += tokens;
+        const float *score = scores_of(&walk, true, &count);
+        const loci_leaf *leaves = loci_root_leaves(walk.pair->blob, walk.node);
+        const uint32_t *mask = head->token_mask + head->mask_at[walk.entry];
+        for (uint64_t kept = head->leaf_mask[walk.entry]; kept; kept &= kept - 1) {
+            take_scores(&c, at, score, count, *mask);
+            at += lookup_count_bits(*mask++);
+            score += leaves[__builtin_ctzll(kept)].count;
+        }
     }
     share_out(lookup->kernels, &c);
-    lookup_cut cut = {
+    lookup_cut enough_tokens = {
         .target = (double)lookup->params.top_p - c.steady_share,
         .weight_max = lookup->params.budget ? lookup->params.budget : UINT64_MAX,
     };
-    lookup_choose(c.share, NULL, n, &cut, c.taken);
-    at = 0;
-    for (walk = start; next_entry(&walk);) {
-        uint32_t *mask = head->token_mask + head->mask_at[walk.entry];
-        for (uint32_t l = 0; l < walk.node->count; l++) {
-            if (!(head->leaf_mask[walk.entry] >> l & 1)) continue;
-            uint32_t count = loci_root_leaves(walk.pair->blob, walk.node)[l].count;
-            uint32_t bits = 0;
-            for (uint32_t t = 0; t < count; t++) bits |= (uint32_t)c.taken[at + t] << t;
-            *mask++ = bits;
-            at += count;
-        }
+    lookup_choose(c.share, NULL, n, &enough_tokens, c.taken);
+    for (walk = start, at = 0; next_entry(&walk);) {
+        size_t end = head->mask_at[walk.entry + 1];
+        for (size_t i = head->mask_at[walk.entry]; i < end; i++)
+            head->token_mask[i] = take_bits(&c, &at, head->token_mask[i]);
     }
 }

@@ -59,12 +59,13 @@ static void make_table(sketch_table *table, const float *q, const float *book, u
         widest = high - low[p] > widest ? high - low[p] : widest;
         table->base += low[p];
     }
-    float inverse = widest > 0.0f ? 255.0f / widest : 0.0f;
-    table->scale = widest / 255.0f;
+    bool usable = widest > 1e-30f && widest < 1e30f; /* else all alike, or a hostile codebook */
+    float inverse = usable ? 255.0f / widest : 0.0f;
+    table->scale = usable ? widest / 255.0f : 0.0f;
     for (uint32_t p = 0; p < parts; p++)
         for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++) {
             size_t i = (size_t)p * LOCI_SKETCH_WORDS + w;
-            table->entry[i] = (uint8_t)((value[i] - low[p]) * inverse + 0.5f);
+            table->entry[i] = usable ? (uint8_t)((value[i] - low[p]) * inverse + 0.5f) : 0;
         }
 }
 

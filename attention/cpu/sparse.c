@@ -18,9 +18,10 @@ typedef struct leaf_work {
     loci_lookup *lookup;
     lookup_pair *pair;
     const loci_leaf *leaf;
-    uint32_t root, bit;    /* number of the root among the head's; of the leaf in the root */
-    uint32_t n;            /* tokens that some row needs */
-    uint8_t index[TOKENS]; /* their places in the leaf */
+    uint32_t root, bit; /* number of the root among the head's; of the leaf in the root */
+    uint32_t all[LOCI_ROOT_LEAVES_MAX]; /* of each leaf of the root, tokens that some row needs */
+    uint32_t n;                         /* their number in this leaf */
+    uint8_t index[TOKENS];              /* their places in the leaf */
     float k[TOKENS * LOCI_HEAD_DIM_MAX], v[TOKENS * LOCI_HEAD_DIM_MAX];
     float logits[TOKENS * LOCI_LANES];
     uint32_t allowed[LOCI_LANES]; /* tokens of the leaf that a lane's row selected */
@@ -51,11 +52,12 @@ static uint32_t mask_of(const lookup_head *head, size_t entry, uint32_t bit) {
     return head->token_mask[head->mask_at[entry] + lookup_count_bits(below)];
 }
 
-/* Gathers, verifies and widens the tokens of `all`, a bit each. False when one is damaged. */
+/* Gathers, verifies and widens the tokens of `all`, a bit each. False when one is damaged. Without
+ * values nothing is verified: attend_sparse has done it. */
 static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
     const uint8_t *blob = w->pair->blob;
     uint32_t dim = w->lookup->dim;
-    if (!loci_leaf_check_kv_hashes(blob, w->leaf)) {
+    if (values && !loci_leaf_check_kv_hashes(blob, w->leaf)) {
         lookup_fault(w->pair, "KV hashes of the leaf at slot", w->leaf->begin);
         return false;
     }
@@ -63,7 +65,7 @@ static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
     w->n = 0;
     for (uint32_t t = 0; t < w->leaf->count; t++) {
         if (!(all >> t & 1)) continue;
-        if (!loci_slot_check_kv(blob, w->leaf->begin + t, hashes[t])) {
+        if (values && !loci_slot_check_kv(blob, w->leaf->begin + t, hashes[t])) {
             lookup_fault(w->pair, "KV of slot", w->leaf->begin + t);
             return false;
         }
@@ -126,11 +128,31 @@ static void add_block(const loci_lookup *lookup, const partial *part, uint32_t b
 
 typedef void (*leaf_fn)(attend_job *job, leaf_work *work, uint32_t block, size_t index);
 
+/* Which tokens of each leaf of the root some row needs, on their way to the cache. */
+static void find_selected(leaf_work *w, const loci_root *root) {
+    const loci_lookup *lookup = w->lookup;
+    const lookup_head *head = &lookup->heads[w->pair->kv_head];
+    const loci_leaf *leaves = loci_root_leaves(w->pair->blob, root);
+    memset(w->all, 0, sizeof w->all);
+    for (size_t e = head->entry_begin[w->root]; e < head->entry_begin[w->root + 1]; e++) {
+        const uint32_t *mask = head->token_mask + head->mask_at[e];
+        for (uint64_t kept = head->leaf_mask[e]; kept; kept &= kept - 1)
+            w->all[__builtin_ctzll(kept)] |= *mask++;
+    }
+    for (uint32_t l = 0; l < root->count && !lookup_shared(lookup); l++) {
+        if (w->all[l]) __builtin_prefetch(loci_leaf_kv_hashes(w->pair->blob, &leaves[l]));
+        for (uint32_t all = w->all[l]; all; all &= all - 1) {
+            uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(all);
+            const uint16_t *row = loci_slot_kv(w->pair->blob, slot);
+            for (uint32_t i = 0; i < 2 * lookup->dim; i += 32) __builtin_prefetch(row + i);
+        }
+    }
+}
+
 /* Calls fn for each selected leaf of a pair and each block of lanes with a stake in it. */
 static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn) {
     loci_lookup *lookup = job->lookup;
     lookup_pair *pair = &lookup->pairs[index];
-    const lookup_head *head = &lookup->heads[pair->kv_head];
     uint32_t roots = loci_pair_header_of(pair->blob)->roots;
     leaf_work w;
     w.lookup = lookup;
@@ -138,10 +160,9 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
     for (uint32_t i = 0; i < roots; i++) {
         const loci_root *root = loci_pair_root(pair->blob, i);
         w.root = pair->root_base + i;
+        find_selected(&w, root);
         for (w.bit = 0; w.bit < root->count; w.bit++) {
-            uint32_t all = 0;
-            for (size_t e = head->entry_begin[w.root]; e < head->entry_begin[w.root + 1]; e++)
-                if (head->leaf_mask[e] >> w.bit & 1) all |= mask_of(head, e, w.bit);
+            uint32_t all = w.all[w.bit];
             if (!all) continue;
             w.leaf = &loci_root_leaves(pair->blob, root)[w.bit];
             if (!load_tokens(&w, all, values)) return;
@@ -413,9 +434,9 @@ static void attribute_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t
     }
 }
 
-/* Verifies the slots (they stand with the codes) before they name a segment. */
+/* Slots name a segment and stand with the codes, which score_codes has verified if it read them. */
 static void attribute_verified(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
-    if (!loci_leaf_check_codes(w->pair->blob, w->leaf)) {
+    if (!w->lookup->tokens_scored && !loci_leaf_check_codes(w->pair->blob, w->leaf)) {
         lookup_fault(w->pair, "codes of the leaf at slot", w->leaf->begin);
         return;
     }

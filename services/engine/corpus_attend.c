@@ -11,6 +11,7 @@
 #include "services/engine/query.h"
 
 #define TILE_ROWS 32u
+#define TILE_BYTES (128ull << 20) /* about what the scores of one tile may take */
 
 loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows, uint32_t heads,
                            uint32_t head_dim, uint32_t extra_rows, loci_ref *out, loci_ref *lse,
@@ -47,7 +48,8 @@ typedef struct step {
     loci_attend_span span;
     loci_attend_dense args;
     loci_lookup_stats stats;
-    float *lse; /* [2][rows][heads]: sink, total */
+    float *lse;       /* [2][rows][heads]: sink, total */
+    bool dense_reads; /* dense mode would read the corpus again for these rows */
 } step;
 
 static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus_view *view,
@@ -114,7 +116,7 @@ static loci_status attend_flat(loci_query *query, const loci_attend_call *call, 
     LOCI_TRY(backend->ops->sync(call->stream, err));
     uint64_t bytes = (uint64_t)view->flat_tokens * view->kv_heads * view->head_dim * 4u;
     query->usage.kv_read_bytes += bytes;
-    query->usage.kv_dense_bytes += bytes;
+    if (s->dense_reads) query->usage.kv_dense_bytes += bytes;
     query->step_bytes += bytes;
     return LOCI_OK;
 }
@@ -140,7 +142,7 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
         s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes + s->stats.hash_bytes;
     query->usage.index_read_bytes += index;
     query->usage.kv_read_bytes += s->stats.kv_bytes + s->stats.tail_bytes;
-    query->usage.kv_dense_bytes += s->stats.dense_kv_bytes;
+    if (s->dense_reads) query->usage.kv_dense_bytes += s->stats.dense_kv_bytes;
     query->usage.fetched_bytes += index + s->stats.kv_leaf_bytes;
     query->step_bytes += index + s->stats.kv_bytes + s->stats.tail_bytes;
     query->usage.lookup_ms += (double)(loci_now_ns() - begun) / 1e6;
@@ -157,12 +159,13 @@ static void add_sink_mass(loci_query *query, const loci_attend_call *call, const
 }
 
 /* All parts for the rows of one tile. */
-static loci_status attend_tile(loci_query *query, const loci_attend_call *call, loci_error *err) {
+static loci_status attend_tile(loci_query *query, const loci_attend_call *call, bool dense_reads,
+                               loci_error *err) {
     const loci_backend *backend = query->engine->backend;
     LOCI_TRY(loci_cancel_check(query->cancel));
     uint32_t row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
     size_t lse_count = (size_t)call->rows * call->q_heads;
-    step s = {0};
+    step s = {.dense_reads = dense_reads};
     s.lse = calloc(2 * lse_count, sizeof(float));
     if (!s.lse) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
     loci_ref out, lse;
@@ -181,11 +184,23 @@ out:
     return status;
 }
 
-/* Long questions go in tiles: memory stays bounded and cancelling takes effect between them. In
- * squeezed mode all rows share one set and stay together. */
+/* Rows of one tile: a row's scores are floats for each root's leaves and each kept leaf's tokens.
+ */
+static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call) {
+    const loci_select_params *params = &query->params;
+    if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
+    bool all = params->top_p >= 1.0f && params->budget == 0;
+    if (params->mode == LOCI_MODE_DENSE || all) return TILE_ROWS; /* no scores */
+    double share = 1.0 / LOCI_LEAF_TOKENS + (double)params->leaf_tokens_share_max;
+    double row = share * (double)query->view->tokens * call->q_heads * sizeof(float) + 1;
+    double most = (double)TILE_BYTES / row;
+    return most >= TILE_ROWS ? TILE_ROWS : most > 1 ? (uint32_t)most : 1;
+}
+
+/* Long questions go in tiles: memory stays bounded and cancelling takes effect between them. */
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
     loci_query *query = ctx;
-    uint32_t most = query->params.mode == LOCI_MODE_SQUEEZED ? call->rows : TILE_ROWS;
+    uint32_t most = tile_rows(query, call);
     for (uint32_t row = 0; row < call->rows; row += most) {
         loci_attend_call tile = *call;
         tile.rows = call->rows - row < most ? call->rows - row : most;
@@ -193,7 +208,9 @@ loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_err
         tile.q.offset += (size_t)row * call->q_stride * sizeof(float);
         tile.out.offset += (size_t)row * call->out_stride * sizeof(float);
         tile.lse.offset += (size_t)row * call->q_heads * sizeof(float);
-        LOCI_TRY(attend_tile(query, &tile, err));
+        /* Dense mode's tiles are of TILE_ROWS, however few rows are together here. */
+        bool dense_reads = row == 0 || row / TILE_ROWS != (row - most) / TILE_ROWS;
+        LOCI_TRY(attend_tile(query, &tile, dense_reads, err));
     }
     return LOCI_OK;
 }

@@ -172,6 +172,23 @@ static void choose(list *l, double target, double least, double most) {
     qsort(l->items, l->count, sizeof *l->items, by_index);
 }
 
+/* Drops the elements that are more than `reach` below the greatest of what the step names, for all
+ * heads. */
+static void drop_far(list *l, uint32_t g, const double *rest, const float *steady, double reach) {
+    size_t kept = 0;
+    double top[16];
+    for (uint32_t j = 0; j < g; j++) {
+        top[j] = fmax(rest[j], (double)steady[j]);
+        for (size_t i = 0; i < l->count; i++) top[j] = fmax(top[j], l->items[i].s[j]);
+    }
+    for (size_t i = 0; i < l->count; i++) {
+        bool near = false;
+        for (uint32_t j = 0; j < g; j++) near |= l->items[i].s[j] >= top[j] - reach;
+        if (near) l->items[kept++] = l->items[i];
+    }
+    l->count = kept;
+}
+
 /* Sets p; returns its sum. rest [g] grows by what the previous step left unkept. z [g]: output. */
 static double set_shares(list *l, uint32_t g, const double *rest, const float *steady, double *z) {
     double sum = 0.0;
@@ -275,11 +292,14 @@ static void select_row(const scene *s, const float *steady, const loci_select_pa
            most_of(p->root_share_max, all, p->roots_min));
     leave_rest(&roots, s->g, rest);
     list_leaves(s, &roots, &leaves);
+    double reach = log(live / (1.0 - (double)p->top_p));
+    drop_far(&leaves, s->g, rest, steady, reach);
     sum = set_shares(&leaves, s->g, rest, steady, z);
     choose(&leaves, (double)p->leaf_cover * sum, p->leaf_tokens_min,
            most_of(p->leaf_tokens_share_max, live, p->leaf_tokens_min));
     leave_rest(&leaves, s->g, rest);
     list_tokens(s, &leaves, &tokens);
+    drop_far(&tokens, s->g, rest, steady, reach);
     (void)set_shares(&tokens, s->g, rest, steady, z);
     for (uint32_t j = 0; j < s->g; j++) share += exp((double)steady[j] - z[j]) / s->g;
     choose(&tokens, (double)p->top_p - share, 0.0,

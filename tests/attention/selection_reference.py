@@ -128,6 +128,12 @@ def shares(scores, rest, steady):
     return p, z
 
 
+def near(scores, rest, steady, reach):
+    """Which elements are at most `reach` below the greatest of what the step names, for one head."""
+    tops = [max([r, t, *s]) for s, r, t in zip(scores, rest, steady)]
+    return (scores >= np.array(tops)[:, None] - reach).any(0)
+
+
 def unkept(scores, taken, rest):
     return [log_sum(s[~taken], [r]) for s, r in zip(scores, rest)]
 
@@ -154,6 +160,9 @@ def select_row(q, pairs, steady, par):
               if pairs[e].leaves[l]["live"]]
     by_token = [[sketch_scores(v, pair) for pair in pairs] for v in q]
     s = np.array([[of[e][live_slots(pairs[e], l)].max() for e, l in leaves] for of in by_token])
+    reach = math.log(sum(int(x.live.sum()) for x in pairs) / (1 - par["top_p"]))
+    keep = near(s, rest, steady, reach)
+    s, leaves = s[:, keep], [x for x, k in zip(leaves, keep) if k]
     p, _ = shares(s, rest, steady)
     weight = np.array([pairs[e].leaves[l]["live"] for e, l in leaves])
     most = math.ceil(par["leaf_tokens_share_max"] * sum(int(x.live.sum()) for x in pairs))
@@ -165,6 +174,8 @@ def select_row(q, pairs, steady, par):
                              pairs[e].leaves[l]["begin"] + pairs[e].leaves[l]["count"])
               if pairs[e].live[t]]
     s = np.array([[token_scores(v, pairs[e], [t])[0] for e, t in tokens] for v in q])
+    keep = near(s, rest, steady, reach)
+    s, tokens = s[:, keep], [x for x, k in zip(tokens, keep) if k]
     p, z = shares(s, rest, steady)
     steady_share = sum(math.exp(t - zz) for t, zz in zip(steady, z)) / g
     taken = choose(p, np.ones(len(p)), par["top_p"] - steady_share, 0, par["budget"] or math.inf)

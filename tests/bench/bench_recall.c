@@ -86,9 +86,8 @@ typedef struct host_parts {
 } host_parts;
 
 static void add_bytes(tally *to, const loci_lookup_stats *stats, double nanoseconds) {
-    double bytes =
-        (double)(stats->root_bytes + stats->leaf_bytes + stats->code_bytes + stats->hash_bytes +
-                 stats->kv_bytes);
+    double bytes = (double)(stats->root_bytes + stats->leaf_bytes + stats->code_bytes +
+                            stats->hash_bytes + stats->kv_bytes);
     to->root += (double)stats->root_bytes;
     to->leaf += (double)stats->leaf_bytes;
     to->code += (double)stats->code_bytes;
