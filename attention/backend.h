@@ -87,7 +87,7 @@ typedef struct loci_select_params {
     float root_share_max; /* at most this share of the roots, but at least roots_min */
     uint32_t roots_min;
     float leaf_tokens_share_max; /* at most this share of the tokens under kept leaves, */
-    uint32_t leaf_tokens_min;    /* but at least this many */
+    uint32_t leaf_tokens_min;    /* but at least this many, as far as they can matter */
     bool estimate_tail;          /* add the unread nodes by centroid, size and value mean */
     float squeezed_threshold[2]; /* T of roots and leaves; mode squeezed */
 } loci_select_params;

@@ -20,8 +20,8 @@
  *    mode hierarchical the roots.
  *  - A sketch is a key less its root's centroid in one bit a channel: a product quantiser (Jegou,
  *    Douze, Schmid, 2011) with one of 16 codewords for each LOCI_SKETCH_CHANNELS channels. All
- *    sketches of a root are read together; they rank its leaves far better than leaf centroids
- *    do, for a little fewer bytes.
+ *    sketches of a root are read together; they rank its leaves as well as leaf nodes do for a
+ *    tenth fewer bytes, and tell the mass that is left unread far better (attention/README.md).
  *  - A code has 4 bits a channel and ranks the tokens of a leaf.
  *
  * Integrity: a tree of hashes (XXH3, 64 bits). The owner of the blob keeps the hash of
@@ -85,7 +85,7 @@ typedef struct loci_leaf {
 typedef struct loci_pair_header {
     uint32_t magic, version;
     uint32_t head_dim, tokens, leaves, roots;
-    uint32_t kv_dtype; /* loci_dtype: BF16 in version 1 */
+    uint32_t kv_dtype; /* loci_dtype: BF16 */
     uint32_t order;    /* 0 = cluster order; 1 = position order (landmark blocks) */
     uint64_t blob_bytes;
     uint64_t roots_at, blocks_at, leaf_nodes_at, value_means_at, codes_at, kv_hashes_at, kv_at;
@@ -118,7 +118,7 @@ typedef struct loci_pair_header {
 
 /* One live extent as a backend sees it. `pairs` are offsets of pair blobs in `buffer`,
  * indexed [retrieval_layer * kv_heads + kv_head]; pair_hash holds the expected hash of each
- * pair's header with its mean and scales. live, or NULL when every segment is live: for each
+ * pair's header with its mean, scales and codebook. live, or NULL when every segment is live: for each
  * pair a bitmap over slots. All memory is owned by whoever made the view and outlives it. */
 typedef struct loci_extent_view {
     loci_buffer *buffer;

@@ -411,6 +411,7 @@ void loci_cpu_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref o
     run_pairs(stream, &job, attend_task);
     if (!lookup->ready) return;
     loci_pool_run(lookup->cpu->pool, (size_t)lookup->kv_heads * lookup->rows, join_task, &job);
+    lookup->attended = true;
 }
 
 /* --- attribution ----------------------------------------------------------------------- */
@@ -483,7 +484,7 @@ static void attribute_flat_task(void *arg, size_t index, unsigned thread) {
 
 void loci_cpu_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                         uint32_t row_begin, loci_ref mass) {
-    if (!lookup->ready || !lookup->tokens_selected) return;
+    if (!lookup->ready || !lookup->attended) return;
     const loci_corpus_view *corpus = lookup->corpus;
     size_t segments = (size_t)corpus->flat_segment_base + corpus->flat_segments;
     float *to = loci_cpu_ptr(mass, segments * sizeof *to);

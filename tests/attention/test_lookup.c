@@ -169,6 +169,33 @@ static void test_selection_equals_reference(void **state) {
     close_scene(&s);
 }
 
+/* Asked to keep everything, a look-up still leaves out what cannot matter, and only that. */
+static void test_what_is_out_of_reach_takes_no_part(void **state) {
+    (void)state;
+    setting c = usual;
+    c.sharpness = 6.0f;
+    scene s = open_scene(c);
+    loci_select_params params = narrow(0.99f, 0);
+    params.root_cover = params.leaf_cover = 1.0f;
+    params.root_share_max = params.leaf_tokens_share_max = 1.0f;
+    params.roots_min = params.leaf_tokens_min = 1u << 30;
+    uint64_t all = (uint64_t)reference_tokens(&s.f) * s.f.kv_heads * s.rows;
+    (void)check_run(&s, params, "sharp queries");
+    uint64_t candidates = run(&s, params, true).stats.candidate_tokens;
+    assert_in_range(candidates, 1, all / 2);
+    /* Nearly flat: every token may matter. */
+    for (size_t i = 0; i < (size_t)s.rows * s.f.q_heads * s.f.dim; i++) s.q[i] *= 1e-3f;
+    for (size_t i = 0; i < (size_t)s.rows * s.f.q_heads; i++) s.steady[i] = 2.0f;
+    (void)check_run(&s, params, "flat queries");
+    assert_int_equal(run(&s, params, true).stats.candidate_tokens, all);
+    /* The steady zone outweighs the corpus: nothing there may matter. */
+    for (size_t i = 0; i < (size_t)s.rows * s.f.q_heads; i++) s.steady[i] = 40.0f;
+    fixture_run r = run(&s, params, true);
+    assert_int_equal(r.stats.candidate_tokens, 0);
+    assert_int_equal(r.selected_count, 0);
+    close_scene(&s);
+}
+
 static void test_selection_at_odd_shapes(void **state) {
     (void)state;
     static const uint32_t dims[] = {16, 64, 128, 32}, groups[] = {7, 4, 1, 3, 16};
@@ -593,6 +620,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_choose_equals_sorting),
         cmocka_unit_test(test_selection_equals_reference),
         cmocka_unit_test(test_selection_equals_numpy),
+        cmocka_unit_test(test_what_is_out_of_reach_takes_no_part),
         cmocka_unit_test(test_selection_at_odd_shapes),
         cmocka_unit_test(test_deleted_segments_take_no_part),
         cmocka_unit_test(test_no_extents),
