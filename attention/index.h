@@ -118,8 +118,8 @@ typedef struct loci_pair_header {
 
 /* One live extent as a backend sees it. `pairs` are offsets of pair blobs in `buffer`,
  * indexed [retrieval_layer * kv_heads + kv_head]; pair_hash holds the expected hash of each
- * pair's header with its mean, scales and codebook. live, or NULL when every segment is live: for each
- * pair a bitmap over slots. All memory is owned by whoever made the view and outlives it. */
+ * pair's header with its mean, scales and codebook. live, or NULL when every segment is live: for
+ * each pair a bitmap over slots. All memory is owned by whoever made the view and outlives it. */
 typedef struct loci_extent_view {
     loci_buffer *buffer;
     const uint64_t *pair_at;

@@ -7,7 +7,7 @@
 #include <math.h>
 #include <string.h>
 #include <xxhash.h>
-#if defined(__x86_64__)
+#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
 #include <xxh_x86dispatch.h> /* XXH3 by the CPU's instruction set; the same values */
 #endif
 

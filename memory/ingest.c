@@ -510,13 +510,3 @@ bool loci_ingest_settled(loci_ingest *ingest, const char *name) {
     loci_corpus_release(corpus);
     return done;
 }
-
-uint64_t loci_ingest_pending(loci_ingest *ingest) {
-    uint64_t count = 0, after = 0;
-    for (loci_corpus *corpus; (corpus = loci_corpus_next(ingest->store, after));) {
-        after = corpus->uid;
-        count += pending_of(corpus);
-        loci_corpus_release(corpus);
-    }
-    return count;
-}

@@ -93,6 +93,5 @@ LOCI_MUST_CHECK loci_status loci_ingest_wait(loci_ingest *ingest, const char *co
  * and asks again if others registered meanwhile. Who stops waiting leaves nothing behind. */
 void loci_ingest_settle(loci_ingest *ingest, const char *corpus);
 bool loci_ingest_settled(loci_ingest *ingest, const char *corpus);
-uint64_t loci_ingest_pending(loci_ingest *ingest); /* documents, all corpora */
 
 #endif

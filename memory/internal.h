@@ -46,6 +46,11 @@ struct loci_store {
     pthread_cond_t sync_done;
     uint64_t sync_wanted, sync_reached;
     bool sync_running;
+    /* usage.c: the last figures; a leaf. */
+    pthread_mutex_t figures_lock;
+    loci_store_figures figures;
+    double resident_share; /* under store->lock, as what follows */
+    uint64_t resident_ns;  /* when it was looked at; 0 = never */
 };
 
 typedef struct loci_grave {
@@ -72,6 +77,10 @@ struct loci_corpus {
     loci_buffer *sink_buffer;
     char *extents_dir;
     loci_error damage; /* status OK unless a catalogue value could not be read */
+
+    /* usage.c, under store->lock: what it saw last. */
+    uint64_t seen_tokens, seen_pending, seen_mapped;
+    size_t seen_extents;
 
     pthread_mutex_t build_lock;
     pthread_mutex_t lock; /* guards what follows */

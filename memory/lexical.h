@@ -6,7 +6,10 @@
  * A block follows from the text alone. It is written before the manifest that names its extent, and
  * goes with the extent's file. One that is missing or damaged is made anew from the documents when
  * it is needed, so nothing else has to be atomic: a question sees the postings of the segments that
- * live in its snapshot, whatever happened before.
+ * live in its snapshot, whatever happened before. A snapshot keeps those that cannot be stored.
+ *
+ * A text that is damaged has no words in a block, which is logged when the block is made: it cannot
+ * be found by them, and every other document can.
  */
 #ifndef LOCI_MEMORY_LEXICAL_H
 #define LOCI_MEMORY_LEXICAL_H

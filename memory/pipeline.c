@@ -146,15 +146,16 @@ static void skip_document(loci_pipeline *pipeline) {
     pipeline->open = false;
 }
 
-/* Documents are refused by size when they come; one may be here since the memory was larger. */
+/* Documents are refused by size when they come; one may be here since the memory was larger. Those
+ * after it wait with it: segments are in the order of documents, and the cursor never goes back. */
 static loci_status check_size(const loci_pipeline *pipeline, loci_error *err) {
     const loci_document *document = &pipeline->document;
     uint64_t most = pipeline->corpus->store->options.document_bytes_max;
     if (document->bytes <= most) return LOCI_OK;
     return loci_fail_reason(
         err, LOCI_E_LIMIT, "MEMORY_BUDGET",
-        "document \"%.100s\" of corpus %s has %llu bytes, and the memory budget "
-        "allows %llu; it waits for a larger one",
+        "document \"%.100s\" of corpus %s has %llu bytes, and the memory budget allows %llu: it "
+        "and those after it wait until it is deleted or replaced, or locid has a larger --memory",
         document->id, pipeline->corpus->name, (unsigned long long)document->bytes,
         (unsigned long long)most);
 }

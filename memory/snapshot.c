@@ -78,7 +78,8 @@ static loci_status fill_extents(loci_snapshot *snapshot, loci_error *err) {
     snapshot->view.extent_count = count;
     snapshot->extents = calloc(count + 1u, sizeof *snapshot->extents);
     snapshot->extent_views = calloc(count + 1u, sizeof *snapshot->extent_views);
-    if (!snapshot->extents || !snapshot->extent_views)
+    snapshot->terms = calloc(count + 1u, sizeof *snapshot->terms);
+    if (!snapshot->extents || !snapshot->extent_views || !snapshot->terms)
         return loci_fail(err, LOCI_E_NOMEM, "no memory for a snapshot of %s",
                          snapshot->corpus->name);
     for (uint32_t i = 0; i < count; i++) {
@@ -188,7 +189,8 @@ static loci_status reserve(loci_snapshot *snapshot, loci_error *err) {
         manifest->flat_tokens * flat + manifest->flat_count * sizeof *snapshot->flat_begin;
     for (uint32_t i = 0; i < manifest->extent_count; i++) {
         const loci_manifest_extent *entry = &manifest->extents[i];
-        bytes += sizeof *snapshot->extents + sizeof *snapshot->extent_views;
+        bytes +=
+            sizeof *snapshot->extents + sizeof *snapshot->extent_views + sizeof *snapshot->terms;
         uint64_t last = entry->runs[entry->run_count - 1].sequence;
         if (entry->dead_segments == 0 && !loci_manifest_hides(manifest, last)) continue;
         bytes += pairs * (sizeof(uint64_t *) + (entry->tokens + 63u) / 64u * sizeof(uint64_t)) +
@@ -251,7 +253,9 @@ static void snapshot_free(loci_snapshot *snapshot) {
     free(snapshot->flat_k);
     free(snapshot->flat_v);
     free(snapshot->flat_begin);
-    loci_buf_fini(&snapshot->flat_terms);
+    for (uint32_t i = 0; snapshot->terms && i <= snapshot->view.extent_count; i++)
+        loci_buf_fini(&snapshot->terms[i]);
+    free(snapshot->terms);
     loci_manifest_unref(snapshot->manifest);
     loci_budget_give(store->options.budget, LOCI_MEMORY_SNAPSHOTS, snapshot->reserved);
     pthread_mutex_destroy(&snapshot->lock);

@@ -31,7 +31,10 @@ struct loci_snapshot {
     uint64_t reserved;     /* in the budget */
     loci_known_document *known;
     size_t known_count;
-    loci_buf flat_terms; /* block of the flat segments (lexical.c); empty until it is needed */
+    /* [extents + 1] blocks of words that are only in memory (lexical.c), the last of the flat
+     * segments; each empty until it is needed. */
+    loci_buf *terms;
+    bool terms_unkept; /* one found no room; said in the log */
 };
 
 /* The smallest revision in a corpus's list of snapshots; UINT64_MAX when it is empty. */

@@ -131,6 +131,7 @@ loci_status loci_store_open(const char *dir, const loci_store_options *options,
     store->lock_fd = -1;
     pthread_mutex_init(&store->lock, NULL);
     pthread_mutex_init(&store->sync_lock, NULL);
+    pthread_mutex_init(&store->figures_lock, NULL);
     pthread_cond_init(&store->sync_done, NULL);
     loci_status status = open_in(store, dir, err);
     if (status != LOCI_OK) {
@@ -158,6 +159,7 @@ void loci_store_close(loci_store *store) {
     if (store->lock_fd >= 0) close(store->lock_fd);
     pthread_cond_destroy(&store->sync_done);
     pthread_mutex_destroy(&store->sync_lock);
+    pthread_mutex_destroy(&store->figures_lock);
     pthread_mutex_destroy(&store->lock);
     free(store->dir);
     free(store);

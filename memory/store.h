@@ -60,7 +60,19 @@ LOCI_MUST_CHECK loci_status loci_store_open(const char *dir, const loci_store_op
 void loci_store_close(loci_store *store);
 /* Everything written so far survives power loss after this returns (group commit). */
 LOCI_MUST_CHECK loci_status loci_store_sync(loci_store *store, loci_error *err);
-/* Bytes of the extents that are mapped, and about how many of them are in RAM (page cache). */
+/* Sums over all corpora. */
+typedef struct loci_store_figures {
+    uint64_t corpora, tokens;   /* tokens: searchable */
+    uint64_t pending_documents; /* of corpora that are not damaged */
+    uint64_t mapped_bytes;      /* extents that are open */
+    uint64_t resident_bytes;    /* about how much of that is in RAM; looked at once a second */
+} loci_store_figures;
+
+/* For those who must be answered whatever goes on: waits a few milliseconds at most; a corpus that
+ * is busy for longer (a write to a slow disk) counts with its last figures. Takes no references, so
+ * nothing is ever freed or removed here. */
+void loci_store_figures_of(loci_store *store, loci_store_figures *out);
+/* mapped_bytes and resident_bytes of these. */
 void loci_store_mapped(loci_store *store, uint64_t *mapped, uint64_t *resident);
 
 /* --- Corpora -------------------------------------------------------------------------- */
@@ -159,13 +171,13 @@ LOCI_MUST_CHECK loci_status loci_snapshot_segment(const loci_snapshot *snapshot,
                                                   loci_segment_info *out, loci_error *err);
 /* Where terms (memory/terms.h, as hashes) stand: fn is called for every live segment that holds
  * terms[term], times in `tokens` tokens, in the same order at every call. *bytes: what was read is
- * added. */
+ * added. Texts that are damaged have no words here. */
 typedef void (*loci_posting_fn)(void *ctx, uint32_t term, uint32_t segment, uint32_t tokens,
                                 uint32_t times);
 LOCI_MUST_CHECK loci_status loci_snapshot_postings(const loci_snapshot *snapshot,
                                                    const uint64_t *terms, uint32_t count,
-                                                   loci_posting_fn fn, void *ctx, uint64_t *bytes,
-                                                   loci_error *err);
+                                                   const loci_cancel *cancel, loci_posting_fn fn,
+                                                   void *ctx, uint64_t *bytes, loci_error *err);
 /* Bytes of a document as of this snapshot, even if it was deleted or replaced since. */
 LOCI_MUST_CHECK loci_status loci_snapshot_read(const loci_snapshot *snapshot, uint32_t segment,
                                                uint64_t start, uint64_t end, loci_buf *out,

@@ -1,17 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * How much memory the store's parts take: registration at most, and extents in the page cache.
+ * How much memory the store's parts take: registration at most, and extents in the page cache;
+ * and the other figures of a status.
  */
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "memory/ingest.h"
+#include "memory/internal.h"
 #include "memory/pipeline.h"
 
-#define EXTENTS_LOOKED_AT                                                  \
-    64u /* for the share in RAM: a few milliseconds even when all are full \
-         */
+#define PATIENCE_NS 10000000 /* for all locks of a status together */
+#define RESIDENT_NS 1000000000u
+#define EXTENTS_LOOKED_AT 64u
+#define PAGES_LOOKED_AT 1024u /* of each: some milliseconds for all of them */
 
 static uint64_t power_of_two(uint64_t value) {
     uint64_t power = 64;
@@ -39,49 +44,97 @@ uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_opti
            extent * dim * 4 /* K and V of a pair, read back */ + index_memory(extent, dim);
 }
 
-/* Bytes of the map that are in RAM; 0 where the system does not tell. */
-static uint64_t resident_bytes(const loci_extent *extent) {
-    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (extent->bytes + page - 1) / page;
-    unsigned char *in_ram = malloc(pages);
-    uint64_t count = 0;
-    if (in_ram && mincore((void *)(uintptr_t)extent->map, (size_t)extent->bytes, in_ram) == 0)
-        for (size_t i = 0; i < pages; i++) count += in_ram[i] & 1u;
-    free(in_ram);
-    return count * page;
+/* --- Figures for status ------------------------------------------------------------------ */
+
+/* One moment after which no lock is waited for any more. */
+static struct timespec patience_ends(void) {
+    struct timespec at;
+    clock_gettime(CLOCK_REALTIME, &at);
+    at.tv_nsec += PATIENCE_NS;
+    if (at.tv_nsec >= 1000000000) {
+        at.tv_sec++;
+        at.tv_nsec -= 1000000000;
+    }
+    return at;
 }
 
-/* References to the opened extents of a corpus; NULL when there is no memory or none is open. */
-static loci_extent **opened_of(loci_corpus *corpus, size_t *count) {
-    pthread_mutex_lock(&corpus->lock);
-    *count = corpus->opened_count;
-    loci_extent **list = *count ? malloc(*count * sizeof *list) : NULL;
-    for (size_t i = 0; list && i < *count; i++) list[i] = loci_extent_ref(corpus->opened[i]);
+/* Caller holds store->lock, as below. */
+static void look_at_corpus(loci_corpus *corpus, const struct timespec *until) {
+    if (pthread_mutex_timedlock(&corpus->lock, until) != 0) return;
+    corpus->seen_tokens = corpus->manifest ? corpus->manifest->live_tokens : 0;
+    corpus->seen_pending =
+        corpus->damage.status == LOCI_OK ? corpus->pending_end - corpus->pending_first : 0;
+    corpus->seen_extents = corpus->opened_count;
+    corpus->seen_mapped = 0;
+    for (size_t i = 0; i < corpus->opened_count; i++)
+        corpus->seen_mapped += corpus->opened[i]->bytes;
     pthread_mutex_unlock(&corpus->lock);
-    if (!list) *count = 0;
-    return list;
+}
+
+/* Pages of some part of the map, and how many of them are in RAM: none where the system does not
+ * tell. `turn` moves the part. */
+static void count_pages(const loci_extent *extent, size_t turn, uint64_t *looked_at,
+                        uint64_t *found) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), pages = (extent->bytes + page - 1) / page;
+    size_t part = pages < PAGES_LOOKED_AT ? pages : PAGES_LOOKED_AT;
+    size_t first = turn * PAGES_LOOKED_AT % (pages - part + 1);
+    unsigned char in_ram[PAGES_LOOKED_AT];
+    if (mincore((void *)(uintptr_t)(extent->map + first * page), part * page, in_ram) != 0) return;
+    *looked_at += part;
+    for (size_t i = 0; i < part; i++) *found += in_ram[i] & 1u;
+}
+
+/* Of all open extents some stand for all. They stay open since their corpus is locked. */
+static void look_at_pages(loci_store *store, const struct timespec *until) {
+    size_t count = 0, at = 0, next = 0;
+    uint64_t looked_at = 0, found = 0;
+    for (size_t i = 0; i < store->corpus_count; i++) count += store->corpora[i]->seen_extents;
+    size_t step = (count + EXTENTS_LOOKED_AT - 1) / EXTENTS_LOOKED_AT;
+    for (size_t i = 0; i < store->corpus_count; i++) {
+        loci_corpus *corpus = store->corpora[i];
+        size_t end = at + corpus->seen_extents;
+        if (next < end && pthread_mutex_timedlock(&corpus->lock, until) == 0) {
+            for (; next < end && next - at < corpus->opened_count; next += step)
+                count_pages(corpus->opened[next - at], next, &looked_at, &found);
+            pthread_mutex_unlock(&corpus->lock);
+        }
+        while (next < end) next += step;
+        at = end;
+    }
+    if (looked_at == 0) return;
+    store->resident_share = (double)found / (double)looked_at;
+    store->resident_ns = loci_now_ns();
+}
+
+static loci_store_figures add_up(const loci_store *store) {
+    loci_store_figures sum = {.corpora = store->corpus_count};
+    for (size_t i = 0; i < store->corpus_count; i++) {
+        sum.tokens += store->corpora[i]->seen_tokens;
+        sum.pending_documents += store->corpora[i]->seen_pending;
+        sum.mapped_bytes += store->corpora[i]->seen_mapped;
+    }
+    sum.resident_bytes = (uint64_t)(store->resident_share * (double)sum.mapped_bytes);
+    return sum;
+}
+
+void loci_store_figures_of(loci_store *store, loci_store_figures *out) {
+    struct timespec until = patience_ends();
+    bool locked = pthread_mutex_timedlock(&store->lock, &until) == 0;
+    if (locked) {
+        for (size_t i = 0; i < store->corpus_count; i++) look_at_corpus(store->corpora[i], &until);
+        if (store->resident_ns == 0 || loci_now_ns() - store->resident_ns >= RESIDENT_NS)
+            look_at_pages(store, &until);
+    }
+    pthread_mutex_lock(&store->figures_lock);
+    if (locked) store->figures = add_up(store);
+    *out = store->figures;
+    pthread_mutex_unlock(&store->figures_lock);
+    if (locked) pthread_mutex_unlock(&store->lock);
 }
 
 void loci_store_mapped(loci_store *store, uint64_t *mapped, uint64_t *resident) {
-    uint64_t after = 0, looked_at = 0;
-    double found = 0;
-    *mapped = 0;
-    for (loci_corpus *corpus; (corpus = loci_corpus_next(store, after));) {
-        after = corpus->uid;
-        size_t count = 0, step;
-        loci_extent **list = opened_of(corpus, &count);
-        step = count / EXTENTS_LOOKED_AT + 1; /* of many extents, some stand for all */
-        for (size_t i = 0; i < count; i++) {
-            *mapped += list[i]->bytes;
-            if (i % step == 0) {
-                looked_at += list[i]->bytes;
-                found += (double)resident_bytes(list[i]);
-            }
-            loci_extent_unref(list[i]);
-        }
-        free(list);
-        loci_corpus_release(corpus);
-    }
-    double share = looked_at > 0 ? found / (double)looked_at : 0;
-    *resident = (uint64_t)(share * (double)*mapped);
-    if (*resident > *mapped) *resident = *mapped; /* whole pages were counted */
+    loci_store_figures figures;
+    loci_store_figures_of(store, &figures);
+    *mapped = figures.mapped_bytes;
+    *resident = figures.resident_bytes;
 }

@@ -153,24 +153,27 @@ loci_status loci_chat_open(const char *dir, const loci_tokenizer *tokenizer, loc
     set_plain(tokenizer, out);
     if (snprintf(path, sizeof path, "%s/chat_template.jinja", dir) >= (int)sizeof path)
         return loci_fail(err, LOCI_E_INVAL, "the name of the model folder is too long");
-    LOCI_TRY_GOTO(read_template(path, &text, err), out);
+    loci_error damage = {0};
+    status = read_template(path, &text, &damage);
+    if (status != LOCI_OK) goto out;
     if (text.len > 0) {
         recognise(dir, loci_buf_text(&text), tokenizer, out);
         goto out;
     }
     snprintf(path, sizeof path, "%s/tokenizer_config.json", dir);
-    loci_error missing;
-    status = loci_json_read(path, CONFIG_BYTES_MAX, &config, &missing);
-    if (status == LOCI_E_NOTFOUND) {
+    status = loci_json_read(path, CONFIG_BYTES_MAX, &config, &damage);
+    if (status == LOCI_OK)
+        recognise(dir, template_of(json_object_get(config, "chat_template")), tokenizer, out);
+    else if (status == LOCI_E_NOTFOUND)
         status = LOCI_OK;
-        goto out;
-    }
-    if (status != LOCI_OK) {
-        if (err) *err = missing;
-        goto out;
-    }
-    recognise(dir, template_of(json_object_get(config, "chat_template")), tokenizer, out);
 out:
+    /* Text is read without a template, too. */
+    if (status != LOCI_OK && status != LOCI_E_NOMEM) {
+        loci_log_warn("%s: plain prompts are used", damage.text);
+        status = LOCI_OK;
+    } else if (status != LOCI_OK && err) {
+        *err = damage;
+    }
     json_decref(config);
     loci_buf_fini(&text);
     return status;

@@ -47,8 +47,9 @@ typedef struct loci_chat_turn {
 } loci_chat_turn;
 
 /* Reads the template of a model folder: chat_template.jinja, else "chat_template" in
- * tokenizer_config.json. A template that is not known is reported in one log line, and the family
- * is plain. Fails only for files that cannot be read. */
+ * tokenizer_config.json. A template that is not known, or a file that cannot be read, is reported
+ * in one log line, and the family is plain. Fails only for want of memory or a name that is too
+ * long. */
 LOCI_MUST_CHECK loci_status loci_chat_open(const char *dir, const loci_tokenizer *tokenizer,
                                            loci_chat *out, loci_error *err);
 const char *loci_chat_family_name(loci_chat_family family);

@@ -302,30 +302,20 @@ static loci_status check_vocabulary(const loci_model *model, const char *dir, lo
                      size, model->config.vocab);
 }
 
-loci_status loci_model_open(const char *dir, loci_backend *backend, loci_dtype precision,
-                            loci_model **out, loci_error *err) {
+loci_status loci_model_prepare(const char *dir, loci_model **out, loci_error *err) {
     *out = NULL;
     loci_model *model = calloc(1, sizeof *model);
     if (!model) return loci_fail(err, LOCI_E_NOMEM, "no memory for a model");
-    model->backend = backend;
-    loader l = {.model = model, .dir = dir, .precision = precision};
     loci_buf path = LOCI_BUF_INIT;
     loci_buf_printf(&path, "%s/tokenizer.json", dir);
-    const char *tokenizer_path = loci_buf_text(&path);
     loci_status status;
     LOCI_TRY_GOTO(loci_buf_status(&path), out);
     LOCI_TRY_GOTO(loci_model_config_load(dir, &model->config, err), out);
-    LOCI_TRY_GOTO(loci_tokenizer_open(tokenizer_path, &model->tokenizer, err), out);
+    LOCI_TRY_GOTO(loci_tokenizer_open(loci_buf_text(&path), &model->tokenizer, err), out);
     LOCI_TRY_GOTO(check_vocabulary(model, dir, err), out);
     LOCI_TRY_GOTO(loci_chat_open(dir, model->tokenizer, &model->chat, err), out);
     find_specials(model);
-    LOCI_TRY_GOTO(loci_safetensors_open(dir, &l.file, err), out);
-    LOCI_TRY_GOTO(load_weights(&l, err), out);
-    LOCI_TRY_GOTO(make_fingerprint(&l, tokenizer_path, err), out);
 out:
-    if (l.stream) backend->ops->stream_close(backend, l.stream);
-    loci_safetensors_close(l.file);
-    free(l.used);
     loci_buf_fini(&path);
     if (status == LOCI_OK)
         *out = model;
@@ -334,8 +324,40 @@ out:
     return status;
 }
 
-void loci_model_close(loci_model *model) {
-    if (!model) return;
+loci_status loci_model_load(loci_model *model, const char *dir, loci_backend *backend,
+                            loci_dtype precision, loci_error *err) {
+    LOCI_ASSERT(!model->backend);
+    model->backend = backend;
+    loader l = {.model = model, .dir = dir, .precision = precision};
+    loci_buf path = LOCI_BUF_INIT;
+    loci_buf_printf(&path, "%s/tokenizer.json", dir);
+    loci_status status;
+    LOCI_TRY_GOTO(loci_buf_status(&path), out);
+    LOCI_TRY_GOTO(loci_safetensors_open(dir, &l.file, err), out);
+    LOCI_TRY_GOTO(load_weights(&l, err), out);
+    LOCI_TRY_GOTO(make_fingerprint(&l, loci_buf_text(&path), err), out);
+out:
+    if (l.stream) backend->ops->stream_close(backend, l.stream);
+    loci_safetensors_close(l.file);
+    free(l.used);
+    loci_buf_fini(&path);
+    return status;
+}
+
+loci_status loci_model_open(const char *dir, loci_backend *backend, loci_dtype precision,
+                            loci_model **out, loci_error *err) {
+    loci_model *model;
+    *out = NULL;
+    LOCI_TRY(loci_model_prepare(dir, &model, err));
+    loci_status status = loci_model_load(model, dir, backend, precision, err);
+    if (status == LOCI_OK)
+        *out = model;
+    else
+        loci_model_close(model);
+    return status;
+}
+
+static void free_weights(loci_model *model) {
     loci_backend *backend = model->backend;
     backend->ops->weight_free(backend, model->embedding);
     backend->ops->weight_free(backend, model->head);
@@ -348,7 +370,12 @@ void loci_model_close(loci_model *model) {
         backend->ops->weight_free(backend, layer->qkv_bias);
     }
     backend->ops->free(backend, model->constants);
+}
+
+void loci_model_close(loci_model *model) {
+    if (!model) return;
     loci_tokenizer_close(model->tokenizer);
+    if (model->backend) free_weights(model);
     free(model);
 }
 

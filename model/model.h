@@ -63,6 +63,13 @@ LOCI_MUST_CHECK loci_status loci_model_check_folder(const char *dir, loci_error 
 LOCI_MUST_CHECK loci_status loci_model_open(const char *dir, loci_backend *backend,
                                             loci_dtype precision, loci_model **out,
                                             loci_error *err);
+/* Opening in two steps. After the first only configuration, tokenizer, special tokens and chat are
+ * there: enough to tell whether the model will do, before its weights are read. */
+LOCI_MUST_CHECK loci_status loci_model_prepare(const char *dir, loci_model **out, loci_error *err);
+/* Once; a model whose weights failed to load can only be closed. */
+LOCI_MUST_CHECK loci_status loci_model_load(loci_model *model, const char *dir,
+                                            loci_backend *backend, loci_dtype precision,
+                                            loci_error *err);
 void loci_model_close(loci_model *model);
 const loci_model_config *loci_model_config_of(const loci_model *model);
 const loci_tokenizer *loci_model_tokenizer(const loci_model *model);

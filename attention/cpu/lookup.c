@@ -569,13 +569,13 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
 void loci_select_defaults(loci_select_params *params) {
     *params = (loci_select_params){
         .mode = LOCI_MODE_HIERARCHICAL,
-        .top_p = 0.995f,
+        .top_p = 0.998f,
         .budget = 0,
         .root_cover = 0.9999f,
         .leaf_cover = 0.999f,
         .root_share_max = 1.0f,
         .roots_min = 64,
-        .leaf_tokens_share_max = 0.2f,
+        .leaf_tokens_share_max = 0.3f,
         .leaf_tokens_min = 4096,
         .estimate_tail = false,
     };

@@ -11,7 +11,7 @@
 #include "services/engine/query.h"
 
 #define TILE_ROWS 32u
-#define TILE_BYTES (128ull << 20) /* about what the scores of one tile may take */
+#define TILE_BYTES (192ull << 20) /* about what the scores of one tile may take */
 
 loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows, uint32_t heads,
                            uint32_t head_dim, uint32_t extra_rows, loci_ref *out, loci_ref *lse,

@@ -14,7 +14,6 @@
 #include "base/half.h"
 #include "base/log.h"
 #include "base/pool.h"
-#include "model/config.h"
 #include "services/engine/query.h"
 
 #define SEGMENT_TOKENS 255u
@@ -95,20 +94,38 @@ static loci_status choose_precision(const char *name, loci_backend *backend, loc
     return loci_fail(err, LOCI_E_INVAL, "precision %s is not known; auto, f32 or bf16 is", name);
 }
 
+/* What no memory and no weights would change comes first. */
+static loci_status check_model(const loci_model *model, loci_error *err) {
+    const loci_model_config *config = loci_model_config_of(model);
+    LOCI_TRY(loci_model_require_specials(model, err));
+    if (config->positions_max < SEQUENCE_TOKENS)
+        return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_POSITIONS",
+                                "this %s has %u positions (max_position_embeddings); questions, "
+                                "passages and answers need %u",
+                                config->architecture, config->positions_max, SEQUENCE_TOKENS);
+    return LOCI_OK;
+}
+
+loci_status loci_engine_check_model(const char *dir, loci_error *err) {
+    loci_model *model;
+    LOCI_TRY(loci_model_prepare(dir, &model, err));
+    loci_status status = check_model(model, err);
+    loci_model_close(model);
+    return status;
+}
+
 /* --- Memory ----------------------------------------------------------------------------- */
 
-/* Shares the budget out before anything large is there. */
+/* Shares the budget out before the weights are there. */
 static loci_status plan_memory(loci_engine *engine, const loci_engine_options *options,
                                loci_dtype precision, loci_error *err) {
-    loci_model_config *config = calloc(1, sizeof *config);
-    if (!config) return loci_fail(err, LOCI_E_NOMEM, "no memory for the engine");
+    const loci_model_config *config = loci_model_config_of(engine->model);
     loci_buf path = LOCI_BUF_INIT;
     struct stat tokenizer = {0};
     loci_status status;
-    LOCI_TRY_GOTO(loci_model_config_load(options->model, config, err), out);
     loci_buf_printf(&path, "%s/tokenizer.json", options->model);
     LOCI_TRY_GOTO(loci_buf_status(&path), out);
-    (void)stat(loci_buf_text(&path), &tokenizer); /* loci_model_open names it when it is missing */
+    (void)stat(loci_buf_text(&path), &tokenizer); /* it has just been read */
     loci_geometry shape = shape_of(config);
     const loci_plan_request request = {
         .config = config,
@@ -125,7 +142,6 @@ static loci_status plan_memory(loci_engine *engine, const loci_engine_options *o
     status = loci_plan_take(&engine->plan, engine->budget, err);
 out:
     loci_buf_fini(&path);
-    free(config);
     return status;
 }
 
@@ -212,10 +228,11 @@ loci_status loci_engine_open(const loci_engine_options *options, loci_engine **o
     loci_status status;
     LOCI_TRY_GOTO(loci_backend_open(name, &backend_options, &engine->backend, err), out);
     LOCI_TRY_GOTO(choose_precision(options->precision, engine->backend, &precision, err), out);
+    LOCI_TRY_GOTO(loci_model_prepare(options->model, &engine->model, err), out);
+    LOCI_TRY_GOTO(check_model(engine->model, err), out);
     LOCI_TRY_GOTO(plan_memory(engine, options, precision, err), out);
-    LOCI_TRY_GOTO(loci_model_open(options->model, engine->backend, precision, &engine->model, err),
+    LOCI_TRY_GOTO(loci_model_load(engine->model, options->model, engine->backend, precision, err),
                   out);
-    LOCI_TRY_GOTO(loci_model_require_specials(engine->model, err), out);
     set_geometry(engine);
     LOCI_TRY_GOTO(loci_splitter_open(loci_model_tokenizer(engine->model), SEGMENT_TOKENS,
                                      loci_model_specials(engine->model)->doc, &engine->splitter,
@@ -337,7 +354,6 @@ static loci_status set_params(loci_query *query, const loci_answer_request *requ
         if (request->top_p >= 1 && !request->budget) params->budget = 0;
     }
     if (request->budget) params->budget = request->budget;
-    if (request->no_budget) params->budget = 0;
     if (params->mode != LOCI_MODE_SQUEEZED) return LOCI_OK;
     LOCI_TRY(loci_query_reserve(query, calibration_bytes(query->view), err));
     return loci_query_squeezed_threshold(query, request->sparsity > 0 ? request->sparsity : 0.9,

@@ -36,6 +36,9 @@ typedef struct loci_engine_options {
     int lexical_percent;
 } loci_engine_options;
 
+/* Whether an engine can run the model of this folder, told from its configuration and tokenizer
+ * alone. Opening begins with this, before memory is shared out and weights are read. */
+LOCI_MUST_CHECK loci_status loci_engine_check_model(const char *dir, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_engine_open(const loci_engine_options *options, loci_engine **out,
                                              loci_error *err);
 void loci_engine_close(loci_engine *engine);
@@ -106,10 +109,9 @@ typedef loci_status (*loci_event_fn)(void *ctx, const loci_event *event, loci_er
 
 typedef struct loci_answer_request {
     const char *corpus, *question;
-    int mode;        /* loci_mode, or -1 = default (hierarchical) */
-    double top_p;    /* 0 = default */
-    uint32_t budget; /* 0 = default */
-    bool no_budget;
+    int mode;            /* loci_mode, or -1 = default (hierarchical) */
+    double top_p;        /* 0 = default */
+    uint32_t budget;     /* 0 = no limit */
     int read_twice;      /* 1 on, 0 off, -1 = default: on for models that know <ev> and <none> */
     uint32_t max_tokens; /* 0 = default (32) */
     double temperature;

@@ -89,13 +89,17 @@ static loci_status sample_next(loci_query *query, const loci_answer_request *req
                                const uint32_t *ids, uint32_t count, uint32_t *id, float *logprob,
                                loci_error *err) {
     const loci_special_tokens *special = loci_model_specials(query->engine->model);
-    uint32_t banned[8], banned_count = 0;
+    const loci_model_config *config = loci_model_config_of(query->engine->model);
+    uint32_t banned[8 + LOCI_EOS_MAX], banned_count = 0;
     const uint32_t never[] = {special->none,     special->doc,    special->question,
                               special->evidence, special->answer, special->bos};
     for (size_t i = 0; i < sizeof never / sizeof never[0]; i++) {
         if (never[i] != UINT32_MAX) banned[banned_count++] = never[i];
     }
-    if (count == 0 && special->eos != UINT32_MAX) banned[banned_count++] = special->eos;
+    for (uint32_t i = 0; count == 0 && i < config->eos_count; i++)
+        banned[banned_count++] = config->eos[i];
+    uint32_t stop = loci_model_chat(query->engine->model)->stop;
+    if (count == 0 && stop != UINT32_MAX) banned[banned_count++] = stop;
     loci_sample_params params = {.temperature = (float)request->temperature,
                                  .top_p = 1,
                                  .repetition_penalty = 1,
@@ -110,7 +114,6 @@ loci_status loci_generate(loci_query *query, const loci_answer_request *request,
                           loci_generation *out, loci_piece_fn on_piece, void *ctx,
                           loci_error *err) {
     const loci_tokenizer *tokenizer = loci_model_tokenizer(query->engine->model);
-    uint32_t eos = loci_model_config_of(query->engine->model)->eos_id;
     uint32_t most = request->max_tokens ? request->max_tokens : DEFAULT_ANSWER_TOKENS;
     if (most > LOCI_ANSWER_TOKENS_MAX) most = LOCI_ANSWER_TOKENS_MAX;
     uint32_t ids[LOCI_ANSWER_TOKENS_MAX];
@@ -124,7 +127,7 @@ loci_status loci_generate(loci_query *query, const loci_answer_request *request,
         float logprob = 0;
         LOCI_TRY_GOTO(sample_next(query, request, ids, out->tokens, &id, &logprob, err), out);
         out->logprob += (double)logprob;
-        if (id == eos) {
+        if (loci_model_ends(query->engine->model, id)) {
             out->stop = "eos";
             break;
         }

@@ -70,13 +70,14 @@ static loci_status score_terms(loci_query *query, const uint64_t *terms, uint32_
                                loci_error *err) {
     double all = (double)query->view->live_segments;
     uint64_t bytes = 0;
-    LOCI_TRY(
-        loci_snapshot_postings(query->snapshot, terms, count, count_posting, self, &bytes, err));
+    LOCI_TRY(loci_snapshot_postings(query->snapshot, terms, count, query->cancel, count_posting,
+                                    self, &bytes, err));
     for (uint32_t t = 0; t < count; t++) {
         double df = (double)self->frequency[t];
         self->weight[t] = log(1 + (all - df + 0.5) / (df + 0.5));
     }
-    LOCI_TRY(loci_snapshot_postings(query->snapshot, terms, count, add_posting, self, &bytes, err));
+    LOCI_TRY(loci_snapshot_postings(query->snapshot, terms, count, query->cancel, add_posting, self,
+                                    &bytes, err));
     query->usage.index_read_bytes += bytes;
     query->usage.fetched_bytes += bytes;
     return LOCI_OK;

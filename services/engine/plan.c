@@ -63,6 +63,7 @@ static uint64_t model_bytes(const loci_plan_request *r) {
                      weight_bytes(2ull * c->intermediate, c->hidden, r->precision) +
                      weight_bytes(c->hidden, c->intermediate, r->precision) +
                      (4ull * c->hidden + q + 2 * kv) * sizeof(float);
+    if (c->qkv_bias) layer += weight_bytes(1, q + 2 * kv, LOCI_F32);
     uint64_t tables = c->tied_embeddings ? 1 : 2;
     return c->layers * layer + tables * weight_bytes(c->vocab, c->hidden, r->precision) +
            4 * r->tokenizer_bytes;

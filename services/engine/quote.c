@@ -15,7 +15,10 @@
 
 static bool is_word(loci_slice text, size_t at) {
     uint8_t c = text.data[at];
-    if (c == 0xe2 && at + 1 < text.len) return (text.data[at + 1] & 0xfe) != 0x80;
+    if (c == 0xe2 && at + 2 < text.len) {
+        uint8_t second = text.data[at + 1], third = text.data[at + 2];
+        return second != 0x80 && !(second == 0x81 && third < 0xb0);
+    }
     return (c >= '0' && c <= '9') || ((c | 0x20) >= 'a' && (c | 0x20) <= 'z') || c >= 0x80;
 }
 

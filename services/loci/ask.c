@@ -197,7 +197,6 @@ typedef struct ask_options {
     double temperature;
     uint64_t budget, max_tokens, seed, evidence;
     int read_twice;
-    bool no_budget;
 } ask_options;
 
 /* On the wire 0 stands for the default, so a 0 that was typed must not get there. */
@@ -227,7 +226,6 @@ static loci_status fill_request(loci_cli *cli, const ask_options *o, const char 
     request->temperature = o->temperature;
     request->sparsity = o->sparsity > 0 ? o->sparsity : 0;
     request->budget = (uint32_t)o->budget;
-    request->no_budget = o->no_budget;
     request->max_tokens = (uint32_t)o->max_tokens;
     request->seed = o->seed;
     request->evidence_count = (uint32_t)o->evidence;
@@ -246,8 +244,6 @@ static loci_status run_ask(loci_cli *cli, const loci_command *command, int argc,
         {"top-p", 0, LOCI_OPTION_DOUBLE, &o.top_p, 0, 1, "P", "share of the attention to read"},
         {"budget", 0, LOCI_OPTION_U64, &o.budget, 1, UINT32_MAX, "TOKENS",
          "most tokens read for each head and query token"},
-        {"no-budget", 0, LOCI_OPTION_FLAG, &o.no_budget, 0, 0, NULL,
-         "read until top-p, however many tokens that takes"},
         {"sparsity", 0, LOCI_OPTION_DOUBLE, &o.sparsity, 0, 0.999, "S",
          "squeezed: share of the keys to drop (default 0.9)"},
         {"read-twice", 0, LOCI_OPTION_SWITCH, &o.read_twice, 0, 0, NULL,

@@ -13,6 +13,7 @@
 
 #include "model/model.h"
 #include "services/common/text.h"
+#include "services/engine/engine.h"
 
 #define SETTINGS 15
 
@@ -347,7 +348,8 @@ static void resolve_model(loci_config *config) {
     snprintf(config->model, sizeof config->model, "%s", LOCI_SOURCE_MODEL);
 }
 
-static loci_status check(const loci_config *config, loci_error *err) {
+/* thoroughly: also what the start finds out, as far as it takes a moment only. */
+static loci_status check(const loci_config *config, bool thoroughly, loci_error *err) {
     loci_log_level level;
     if (config->data[0] == '\0')
         return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_CONFIG",
@@ -382,7 +384,7 @@ static loci_status check(const loci_config *config, loci_error *err) {
                                 "model folder %.200s has no readable config.json: %s",
                                 config->model, strerror(why));
     }
-    return LOCI_OK;
+    return thoroughly ? loci_engine_check_model(config->model, err) : LOCI_OK;
 }
 
 loci_status loci_config_load(int argc, char **argv, char *(*environment)(const char *name),
@@ -411,7 +413,7 @@ loci_status loci_config_load(int argc, char **argv, char *(*environment)(const c
     LOCI_TRY(load_environment(environment, config, err));
     LOCI_TRY(apply_flags(&values, config, err));
     resolve_model(config);
-    return check(config, err);
+    return check(config, request->check, err);
 }
 
 /* Single-quoted YAML: the only escape is a doubled quote. */

@@ -58,11 +58,14 @@ static bool follow_parent(uint64_t parent) {
     return (uint64_t)getppid() == parent;
 }
 
-/* A worker holds one received message and what is made of it. */
-static uint64_t calls_bytes(const loci_config *config) {
+/* For messages and streams of all calls together, which the server keeps to: a message and what is
+ * made of it for each worker, and not less than what the server asks for. */
+static size_t calls_bytes(const loci_config *config) {
     loci_rpc_server_options options;
     loci_rpc_server_options_default(&options);
-    return config->workers * (options.message_bytes_max + (1u << 20));
+    size_t bytes = (size_t)config->workers * (options.message_bytes_max + (1u << 20));
+    size_t least = 8 * options.message_bytes_max;
+    return bytes > least ? bytes : least;
 }
 
 static loci_status open_engine(const loci_config *config, loci_engine **out, loci_error *err) {
@@ -98,6 +101,7 @@ static loci_status start_server(const loci_config *config, loci_daemon *node, lo
     loci_rpc_server_options options;
     loci_rpc_server_options_default(&options);
     options.workers = (unsigned)config->workers;
+    options.calls_bytes_max = calls_bytes(config);
     options.drain_ms = (unsigned)config->drain_seconds * 1000u;
     LOCI_TRY(loci_rpc_server_create(&options, loci_descriptor_set(), &node->server, err));
     LOCI_TRY(add_services(node, err));

@@ -5,10 +5,6 @@
 #include "services/locid/node.h"
 
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#define COUNT_PAGE 64u
 
 loci_status loci_daemon_reason(loci_error *err, loci_status status, loci_status when,
                                const char *reason) {
@@ -22,26 +18,6 @@ loci_status loci_daemon_corpus(loci_daemon *node, loci_rpc_call *call, const cha
     loci_rpc_error_metadata(call, "corpus", corpus);
     loci_status status = loci_corpus_get(loci_engine_store(node->engine), corpus, out, err);
     return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
-}
-
-/* Adds up what GetStatus tells about all corpora. */
-static loci_status count_corpora(loci_daemon *node, Loci__V1__NodeStatus *status, loci_error *err) {
-    loci_corpus_info *page = calloc(COUNT_PAGE, sizeof *page);
-    if (!page) return loci_fail(err, LOCI_E_NOMEM, "no memory to list corpora");
-    char after[LOCI_NAME_MAX + 1] = "";
-    loci_status result = LOCI_OK;
-    size_t count = 0;
-    do {
-        result =
-            loci_corpus_list(loci_engine_store(node->engine), after, COUNT_PAGE, page, &count, err);
-        for (size_t i = 0; result == LOCI_OK && i < count; i++) {
-            status->corpora++;
-            status->tokens += page[i].tokens;
-        }
-        if (result == LOCI_OK && count > 0) memcpy(after, page[count - 1].name, sizeof after);
-    } while (result == LOCI_OK && count == COUNT_PAGE);
-    free(page);
-    return result;
 }
 
 static void fill_parts(const loci_budget_usage *memory, Loci__V1__MemoryPart *parts,
@@ -81,10 +57,13 @@ static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
     reply.resident_bytes = engine.resident_bytes;
     reply.active_calls = load.active; /* this one not counted */
     reply.queued_calls = load.queued;
-    reply.pending_documents = loci_ingest_pending(loci_engine_ingest(node->engine));
+    loci_store_figures figures;
+    loci_store_figures_of(loci_engine_store(node->engine), &figures);
+    reply.corpora = figures.corpora;
+    reply.tokens = figures.tokens;
+    reply.pending_documents = figures.pending_documents;
     reply.state = atomic_load(&node->draining) ? "draining" : "serving";
     reply.data = (char *)(uintptr_t)node->data;
-    LOCI_TRY(count_corpora(node, &reply, err));
     return loci_rpc_send(call, &reply.base, err);
 }
 

@@ -62,7 +62,6 @@ static loci_status translate(const Loci__V1__AnswerRequest *in, const char *corp
     out->mode = modes[in->mode];
     out->top_p = in->top_p;
     out->budget = in->budget;
-    out->no_budget = in->no_budget;
     out->read_twice = switches[in->read_twice];
     out->max_tokens = in->max_tokens;
     out->temperature = in->temperature;

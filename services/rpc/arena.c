@@ -3,6 +3,8 @@
  * Bump allocation for the messages of one call. A hostile message may ask for far more memory
  * than it has bytes (an empty submessage costs 2 bytes on the wire and a struct here); the limit
  * makes that an error. Not thread-safe: an arena is used by one thread at a time.
+ *
+ * And the count of what the messages of all calls of a server take together (any thread).
  */
 #include <stdlib.h>
 #include <string.h>
@@ -11,13 +13,63 @@
 
 #define ALIGNMENT 16
 #define BLOCK_BYTES_MIN 2048
-#define KEEP_BYTES_MAX (2u << 20) /* a reset keeps a block up to this size for the next message */
+#define KEEP_BYTES_MAX (64u << 10) /* a reset keeps a block up to this size */
+#define SMALL_BYTES (16u << 10)    /* always fits: the bounds on calls bound these, too */
 
 struct loci__arena_block {
     loci__arena_block *older;
     size_t size, used;
     _Alignas(ALIGNMENT) uint8_t data[];
 };
+
+/* ------------------------------------------------------------------ the memory of all calls */
+
+void loci__memory_init(loci__memory *memory, size_t most) {
+    *memory = (loci__memory){.most = most};
+    pthread_mutex_init(&memory->mu, NULL);
+}
+
+void loci__memory_fini(loci__memory *memory) {
+    pthread_mutex_destroy(&memory->mu);
+}
+
+bool loci__memory_take(loci__memory *memory, size_t bytes) {
+    if (!memory) return true;
+    pthread_mutex_lock(&memory->mu);
+    bool fits = memory->most == 0 || bytes <= SMALL_BYTES ||
+                (memory->used <= memory->most && bytes <= memory->most - memory->used);
+    if (fits) memory->used += bytes;
+    pthread_mutex_unlock(&memory->mu);
+    return fits;
+}
+
+void loci__memory_give(loci__memory *memory, size_t bytes) {
+    if (!memory || bytes == 0) return;
+    pthread_mutex_lock(&memory->mu);
+    LOCI_ASSERT(bytes <= memory->used);
+    memory->used -= bytes;
+    pthread_mutex_unlock(&memory->mu);
+}
+
+bool loci__memory_take_stream(loci__memory *memory) {
+    pthread_mutex_lock(&memory->mu);
+    bool fits = memory->most == 0 || (memory->streams + 1) * LOCI__STREAM_BYTES <= memory->most / 2;
+    if (fits) {
+        memory->streams++;
+        memory->used += LOCI__STREAM_BYTES;
+    }
+    pthread_mutex_unlock(&memory->mu);
+    return fits;
+}
+
+void loci__memory_give_stream(loci__memory *memory) {
+    loci__memory_give(memory, LOCI__STREAM_BYTES);
+    pthread_mutex_lock(&memory->mu);
+    memory->streams--;
+    pthread_mutex_unlock(&memory->mu);
+}
+
+/* ------------------------------------------------------------------ arenas */
 
 static void *proto_alloc(void *arena, size_t bytes) {
     return loci__arena_alloc(arena, bytes);
@@ -51,13 +103,29 @@ void loci__arena_reset(loci__arena *arena) {
     }
     arena->head = keep;
     arena->allocated_bytes = keep ? keep->size : 0;
-    arena->exhausted = false;
+    loci__memory_give(arena->memory, arena->paid_bytes - arena->allocated_bytes);
+    arena->paid_bytes = arena->allocated_bytes;
+    arena->exhausted = arena->refused = false;
 }
 
 void loci__arena_fini(loci__arena *arena) {
     loci__arena_reset(arena);
     free(arena->head);
     arena->head = NULL;
+    loci__memory_give(arena->memory, arena->paid_bytes);
+    arena->allocated_bytes = arena->paid_bytes = 0;
+}
+
+/* Pays for the arena as it would be with `more` bytes. */
+static bool pay(loci__arena *arena, size_t more) {
+    size_t need = arena->allocated_bytes + more;
+    if (need <= arena->paid_bytes) return true;
+    if (!loci__memory_take(arena->memory, need - arena->paid_bytes)) {
+        arena->refused = true;
+        return false;
+    }
+    arena->paid_bytes = need;
+    return true;
 }
 
 static loci__arena_block *add_block(loci__arena *arena, size_t bytes) {
@@ -68,6 +136,7 @@ static loci__arena_block *add_block(loci__arena *arena, size_t bytes) {
     if (size > (64u << 10)) size = 64u << 10;
     if (size > room) size = room;
     if (size < bytes) size = bytes;
+    if (!pay(arena, size)) return NULL;
     loci__arena_block *block = malloc(sizeof *block + size);
     if (!block) return NULL;
     block->older = arena->head;

@@ -24,6 +24,7 @@
  * cancellation by the client. */
 #define DEADLINE_SLACK_NS 50000000u
 #define RETRY_MS 1000
+#define ROOM_MS 10 /* between two looks for room for a stream's message */
 #define ERROR_KEY_MAX 64
 #define ERROR_VALUE_MAX 256
 #define NS_PER_MS 1000000u
@@ -60,6 +61,7 @@ loci_rpc_call *loci__call_create(loci_rpc_server *server, void (*on_accept)(void
     size_t limit = 4 * server->options.message_bytes_max + (64u << 10);
     loci__arena_init(&call->arena, limit);
     loci__arena_init(&call->recv_arena, limit);
+    call->arena.memory = call->recv_arena.memory = &server->memory;
     return call;
 }
 
@@ -73,6 +75,8 @@ void loci__call_free(loci_rpc_call *call) {
     if (call->core) grpc_call_unref(call->core);
     loci__arena_fini(&call->arena);
     loci__arena_fini(&call->recv_arena);
+    loci__memory_give(&call->server->memory, call->held_bytes);
+    if (call->streaming) loci__memory_give_stream(&call->server->memory);
     pthread_cond_destroy(&call->changed);
     pthread_mutex_destroy(&call->mu);
     free(call);
@@ -227,9 +231,32 @@ static void start_recv(loci_rpc_call *call) {
     start_batch(call, &op, 1, &call->recv_tag);
 }
 
-/* Gives the owner's reference to the pool. */
-static void submit(loci_rpc_call *call) {
+static loci_status no_room(loci_rpc_call *call, loci_error *err) {
+    call->retry_ms = RETRY_MS;
+    return loci_fail_reason(err, LOCI_E_LIMIT, "MEMORY_BUDGET",
+                            "the calls at this moment take all of the %zu MiB of memory that is "
+                            "for calls; try again, or give locid more --workers",
+                            call->server->memory.most >> 20);
+}
+
+/* Under call->mu. A message takes its bytes three times while it is unpacked: as it came, joined,
+ * and in the arena, which is paid for that much. */
+static bool take_message(loci_rpc_call *call, grpc_byte_buffer *buffer, loci__arena *arena) {
+    size_t len = grpc_byte_buffer_length(buffer);
+    if (!loci__memory_take(&call->server->memory, 3 * len)) return false;
+    call->held_bytes += 2 * len;
+    arena->paid_bytes += len;
+    return true;
+}
+
+/* Gives the owner's reference to the pool. room: there was memory for what the call holds. */
+static void submit(loci_rpc_call *call, bool room) {
     loci_error err;
+    if (!room) {
+        (void)no_room(call, &err);
+        refuse(call, RETRY_MS, &err);
+        return;
+    }
     if (loci__pool_submit(call->pool, call)) return;
     loci_fail_reason(&err, LOCI_E_LIMIT, "OVERLOADED", "the server has too many calls; try again");
     refuse(call, RETRY_MS, &err);
@@ -263,7 +290,8 @@ void loci__call_accepted(loci_rpc_call *call) {
     }
     call->pool = &server->pools[call->method->lane];
     if (!one_request(call)) {
-        submit(call);
+        call->streaming = loci__memory_take_stream(&server->memory);
+        submit(call, call->streaming);
         return;
     }
     /* A client that sends no message must not hold a worker: the call waits outside of the pools
@@ -300,9 +328,10 @@ static void on_close(void *owner, bool ok) {
 
 static void on_recv(void *owner, bool ok) {
     loci_rpc_call *call = owner;
-    bool first;
+    bool first, room = true;
     pthread_mutex_lock(&call->mu);
     first = one_request(call) && !call->first_taken;
+    if (first && call->received) room = take_message(call, call->received, &call->arena);
     call->recv_pending = false;
     call->recv_ready = true;
     call->recv_ok = ok;
@@ -311,7 +340,7 @@ static void on_recv(void *owner, bool ok) {
     pthread_mutex_unlock(&call->mu);
     if (first) {
         loci__server_awaiting(call->server, call, false);
-        submit(call);
+        submit(call, room);
     }
     call_unref(call);
 }
@@ -420,32 +449,64 @@ static loci_status next_buffer(loci_rpc_call *call, grpc_byte_buffer **buffer, l
     return LOCI_OK;
 }
 
+/* Under call->mu: waits until there is memory for a stream's message, as long as a stream may stand
+ * still. The client waits with it, since nothing more is received meanwhile. */
+static loci_status await_room(loci_rpc_call *call, grpc_byte_buffer *buffer, loci_error *err) {
+    uint64_t idle = (uint64_t)call->server->options.stream_idle_ms * NS_PER_MS;
+    uint64_t started = loci_now_ns();
+    while (!take_message(call, buffer, &call->recv_arena)) {
+        LOCI_TRY(check_open(call, err));
+        uint64_t now = loci_now_ns();
+        if (call->recv_stopped || (idle && now - started >= idle)) return no_room(call, err);
+        wait_changed(call, now + ROOM_MS * (uint64_t)NS_PER_MS);
+    }
+    return LOCI_OK;
+}
+
+/* Under call->mu. *buffer NULL: no message. */
+static loci_status take_buffer(loci_rpc_call *call, bool first, grpc_byte_buffer **buffer,
+                               loci_error *err) {
+    *buffer = NULL;
+    if (one_request(call)) return first ? next_buffer(call, buffer, err) : LOCI_OK;
+    loci__arena_reset(&call->recv_arena); /* now: an idle stream keeps little */
+    LOCI_TRY(next_buffer(call, buffer, err));
+    if (!*buffer) return LOCI_OK;
+    loci_status status = await_room(call, *buffer, err);
+    if (status != LOCI_OK) grpc_byte_buffer_destroy(*buffer);
+    return status;
+}
+
+/* Takes the buffer and gives back what was taken for it, but for the arena's. */
+static loci_status unpack(loci_rpc_call *call, grpc_byte_buffer *buffer, loci__arena *arena,
+                          ProtobufCMessage **message, loci_error *err) {
+    size_t bytes = 2 * grpc_byte_buffer_length(buffer);
+    loci_status status =
+        loci__message_unpack(call->method->request, buffer, &arena->allocator, message, err);
+    loci__memory_give(&call->server->memory, bytes);
+    pthread_mutex_lock(&call->mu);
+    call->held_bytes -= bytes;
+    pthread_mutex_unlock(&call->mu);
+    if (status == LOCI_OK || !arena->exhausted) return status;
+    if (arena->refused) return no_room(call, err);
+    return loci_fail_reason(err, LOCI_E_LIMIT, "MESSAGE_TOO_LARGE",
+                            "a message %s needs more than the %zu bytes of memory of a call",
+                            call->method->request->name, arena->limit_bytes);
+}
+
 loci_status loci_rpc_recv(loci_rpc_call *call, ProtobufCMessage **message, loci_error *err) {
     *message = NULL;
     grpc_byte_buffer *buffer;
     pthread_mutex_lock(&call->mu);
     bool first = !call->first_taken;
     call->first_taken = true;
-    loci_status status = LOCI_OK;
-    if (first || !one_request(call))
-        status = next_buffer(call, &buffer, err);
-    else
-        buffer = NULL;
+    loci_status status = take_buffer(call, first, &buffer, err);
     pthread_mutex_unlock(&call->mu);
     if (status != LOCI_OK) return status;
     if (!buffer) {
         if (!first || !one_request(call)) return LOCI_OK;
         return loci_fail_reason(err, LOCI_E_INVAL, "NO_REQUEST", "the call came without a request");
     }
-    loci__arena *arena = first ? &call->arena : &call->recv_arena;
-    if (!first) loci__arena_reset(arena);
-    status = loci__message_unpack(call->method->request, buffer, &arena->allocator, message, err);
-    if (status != LOCI_OK && arena->exhausted) {
-        return loci_fail_reason(err, LOCI_E_LIMIT, "MESSAGE_TOO_LARGE",
-                                "a message %s needs more than the %zu bytes of memory of a call",
-                                call->method->request->name, arena->limit_bytes);
-    }
-    return status;
+    return unpack(call, buffer, one_request(call) ? &call->arena : &call->recv_arena, message, err);
 }
 
 void loci_rpc_stop_recv(loci_rpc_call *call) {
@@ -468,6 +529,12 @@ loci_status loci_rpc_send(loci_rpc_call *call, const ProtobufCMessage *message, 
         goto out;
     }
     if (one_response(call)) {
+        size_t len = grpc_byte_buffer_length(buffer);
+        if (!loci__memory_take(&call->server->memory, len)) {
+            status = no_room(call, err);
+            goto out;
+        }
+        call->held_bytes += len;
         call->reply = buffer;
         buffer = NULL;
         goto out;

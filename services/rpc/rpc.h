@@ -9,7 +9,8 @@
  * the status returned and the details in *err as google.rpc.Status with ErrorInfo.
  *
  * Bounds: threads and queues of the lanes (a full one answers RESOURCE_EXHAUSTED with RetryInfo at
- * once), message and metadata sizes, memory of a call (arena), armed slots, drain time.
+ * once), message and metadata sizes, memory of a call (arena) and of all messages together (what
+ * does not fit is refused, reason MEMORY_BUDGET; a stream waits), armed slots, drain time.
  *
  * Threading: a loci_rpc_call belongs to its handler's thread, except that any thread may poll
  * loci_rpc_cancel_of and call loci_rpc_stop_recv while the handler runs. recv and send may be
@@ -71,6 +72,8 @@ typedef struct loci_rpc_server_options {
     size_t message_bytes_max;  /* received; default 4 MiB */
     size_t send_bytes_max;     /* default 4 MiB */
     size_t metadata_bytes_max; /* default 8 KiB */
+    size_t calls_bytes_max;    /* received messages, replies and open streams of all calls together;
+                                  at least 8 * message_bytes_max; default 0 = no bound */
     unsigned drain_ms;         /* grace after shutdown; default 10,000 */
     unsigned stream_idle_ms;   /* a stream that moves no message for so long ends with
                                   DEADLINE_EXCEEDED; default 300,000; 0 = never */
@@ -107,10 +110,9 @@ typedef struct loci_rpc_load {
 loci_rpc_load loci_rpc_server_load(loci_rpc_server *server);
 
 /* --- Inside a handler ---------------------------------------------------------------- */
-/* Next request message, in the call's arena (valid until the next recv of this call, except for
- * the first message, which lives as long as the call). *message = NULL when the client has
- * half-closed. LOCI_E_CANCELLED, LOCI_E_TIMEOUT, LOCI_E_INVAL (malformed) end the call. For unary
- * and server-stream methods call it once. */
+/* Next request message, in the call's memory, valid until the next recv of this call. *message =
+ * NULL when the client has half-closed. LOCI_E_CANCELLED, LOCI_E_TIMEOUT, LOCI_E_INVAL (malformed)
+ * end the call. For unary and server-stream methods call it once. */
 LOCI_MUST_CHECK loci_status loci_rpc_recv(loci_rpc_call *call, ProtobufCMessage **message,
                                           loci_error *err);
 /* From now on a recv that would wait, also one that waits already, fails with LOCI_E_CANCELLED

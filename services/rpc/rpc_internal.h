@@ -11,8 +11,8 @@
  * completion queue is closed only when no call lives: a batch started on a closed queue aborts the
  * process.
  *
- * Lock order: health -> call; server and pool locks are leaves. No lock is held while a handler
- * runs.
+ * Lock order: health -> call; server, pool and memory locks are leaves. No lock is held while a
+ * handler runs.
  */
 #ifndef LOCI_SERVICES_RPC_RPC_INTERNAL_H
 #define LOCI_SERVICES_RPC_RPC_INTERNAL_H
@@ -31,12 +31,35 @@
 #include "services/rpc/rpc.h"
 
 /* --- arena.c: bump allocation with a bound, as a protobuf-c allocator ----------------- */
+/* What a client's stream holds while it is idle: its thread, a kept block of its arena, and what a
+ * handler keeps between two messages (measured with Register inside a document). */
+#define LOCI__STREAM_BYTES (512u << 10)
+
+/* What the messages of all calls of a server take together. */
+typedef struct loci__memory {
+    pthread_mutex_t mu;
+    size_t used, most; /* most 0: no bound */
+    size_t streams;
+} loci__memory;
+
+void loci__memory_init(loci__memory *memory, size_t most);
+void loci__memory_fini(loci__memory *memory);
+/* False when it does not fit. Small amounts always fit. memory NULL: nothing is counted. */
+bool loci__memory_take(loci__memory *memory, size_t bytes);
+void loci__memory_give(loci__memory *memory, size_t bytes);
+/* LOCI__STREAM_BYTES; streams together get at most half, so that their messages find room. */
+bool loci__memory_take_stream(loci__memory *memory);
+void loci__memory_give_stream(loci__memory *memory);
+
 typedef struct loci__arena_block loci__arena_block;
 typedef struct loci__arena {
     loci__arena_block *head;
     size_t allocated_bytes; /* over all blocks */
     size_t limit_bytes;
-    bool exhausted; /* an allocation was refused since the last reset */
+    size_t paid_bytes;    /* taken from `memory`; at least allocated_bytes */
+    bool exhausted;       /* an allocation was refused since the last reset */
+    bool refused;         /* ... because of `memory` */
+    loci__memory *memory; /* NULL = not counted */
     ProtobufCAllocator allocator;
 } loci__arena;
 
@@ -148,11 +171,13 @@ struct loci_rpc_call {
     bool first_taken, half_closed, recv_stopped;
     bool send_pending, send_ok, initial_sent;
     bool poked, closed;
+    bool streaming;          /* it took loci__memory_take_stream */
+    size_t held_bytes;       /* taken from server->memory beside that and the arenas */
     uint64_t moved_ns;       /* when a message last moved */
     grpc_byte_buffer *reply; /* of a method with one response: goes out with the status */
 
-    loci__arena arena;      /* lives as long as the call */
-    loci__arena recv_arena; /* until the next recv */
+    loci__arena arena;      /* lives as long as the call, as the message of one_request calls */
+    loci__arena recv_arena; /* of streams: until the next recv */
     unsigned retry_ms;
     loci__error_pair pairs[LOCI__ERROR_PAIRS_MAX];
     size_t pair_count;
@@ -231,6 +256,7 @@ struct loci_rpc_server {
     loci_rpc_service services[LOCI__SERVICES_MAX];
     size_t service_count;
     loci__pool pools[LOCI_RPC_LANES];
+    loci__memory memory;
     loci__health health;
     loci__reflection reflection;
     loci_buf sockets; /* paths of our unix sockets, each with its NUL */

@@ -73,6 +73,10 @@ static loci_status check_options(const loci_rpc_server_options *options, loci_er
         return loci_fail(err, LOCI_E_INVAL,
                          "rpc options: messages of 1 KiB to 256 MiB, metadata of at least 1 KiB");
     }
+    if (options->calls_bytes_max > 0 && options->calls_bytes_max / 8 < options->message_bytes_max) {
+        return loci_fail(err, LOCI_E_INVAL,
+                         "rpc options: calls_bytes_max is 0 or at least 8 times message_bytes_max");
+    }
     return LOCI_OK;
 }
 
@@ -150,6 +154,7 @@ loci_status loci_rpc_server_create(const loci_rpc_server_options *options,
     server->live_max = options->workers + options->queue_max + options->long_calls_max +
                        PROMPT_THREADS + PROMPT_QUEUE + LOCI__SLOTS;
     server->shutdown_tag = (loci__tag){on_core_stopped, server};
+    loci__memory_init(&server->memory, options->calls_bytes_max);
     pthread_mutex_init(&server->mu, NULL);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -513,6 +518,7 @@ void loci_rpc_server_destroy(loci_rpc_server *server) {
     loci_rpc_server_shutdown(server);
     for (int lane = 0; lane < LOCI_RPC_LANES; lane++) loci__pool_fini(&server->pools[lane]);
     loci__health_fini(&server->health);
+    loci__memory_fini(&server->memory);
     pthread_cond_destroy(&server->changed);
     pthread_mutex_destroy(&server->mu);
     free(server);

@@ -9,6 +9,7 @@ import glob
 import os
 import random
 import re
+import subprocess
 import threading
 import time
 import unittest
@@ -17,6 +18,8 @@ from harness import HANDBOOK, LOCID, ROOT, Case, Daemon, clean_environment, run
 
 MIB = 1 << 20
 QUERIES = 8
+WORKERS = 8
+STREAMS = 5 * WORKERS  # open at once, by README.md
 SLACK = 16 * MIB  # pages that the kernel counts and the budget does not see
 SHORT = "When did the North Telescope see first light?"
 SEED = 7
@@ -38,11 +41,16 @@ def smallest(*flags):
     return int(re.search(r"smallest that works here is (\d+)M", done.stderr).group(1))
 
 
+def anonymous(pid):
+    with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
+        return int(re.search(r"Anonymous:\s+(\d+) kB", file.read()).group(1)) * 1024
+
+
 class Watch:
     """The most anonymous memory that a process has while this runs."""
 
     def __init__(self, pid):
-        self.path = f"/proc/{pid}/smaps_rollup"
+        self.pid = pid
         self.most = 0
         self.going = True
         self.thread = threading.Thread(target=self.look)
@@ -50,12 +58,9 @@ class Watch:
     def look(self):
         while self.going:
             try:
-                with open(self.path, encoding="ascii") as file:
-                    kib = re.search(r"Anonymous:\s+(\d+) kB", file.read())
-            except OSError:
+                self.most = max(self.most, anonymous(self.pid))
+            except (OSError, AttributeError):
                 return
-            if kib:
-                self.most = max(self.most, int(kib.group(1)) * 1024)
             time.sleep(0.02)
 
     def __enter__(self):
@@ -139,6 +144,40 @@ class Memory(Case):
         self.ok("search", "notes", "the " * 254)
         self.refused("search", "notes", "the " * 255, says="at most 254")
         self.ok("status")
+
+    def idle_stream(self, number):
+        """A registration that has sent 3 MiB of a document and then nothing."""
+        process = self.daemon.start_loci("register", "notes", "-", "--id", f"d{number}",
+                                         stdin=subprocess.PIPE)
+        try:
+            process.stdin.write("some words " * (3 * MIB // 11))
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # refused: its status tells why
+        return process
+
+    def test_idle_streams_hold_little(self):
+        self.start(512, "--workers", str(WORKERS))
+        self.ok("corpus", "create", "notes")
+        before = anonymous(self.daemon.process.pid)
+        with Watch(self.daemon.process.pid) as watch:
+            open_ones = [self.idle_stream(number) for number in range(STREAMS + 5)]
+            time.sleep(2)
+            ended = [process for process in open_ones if process.poll() is not None]
+            self.ok("status")
+            self.assertEqual(self.daemon.status()["active_calls"], STREAMS)
+        after = anonymous(self.daemon.process.pid)
+        errors = [process.communicate()[1] for process in ended]
+        for process in open_ones:
+            process.kill()
+            process.communicate()
+        self.assertEqual(len(errors), 5, errors)
+        for line in errors:
+            self.assertIn("of memory that is for calls", line)
+        self.within(watch, "idle streams", "registration", "questions")
+        self.assertLess(after - before, 64 * MIB, "memory that idle streams hold")
+        self.wait_for(lambda: self.daemon.status()["active_calls"] == 0, "the streams' end")
+        self.result("register", "notes", HANDBOOK)
 
     def test_status_tells_who_holds_what(self):
         self.start(512)

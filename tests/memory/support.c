@@ -357,7 +357,8 @@ static void check_words(loci_snapshot *snapshot) {
             terms[count++] = expected.items[i].hash;
     terms[count++] = 12345;
     posting_list found = {.terms = terms, .snapshot = snapshot};
-    assert_ok(loci_snapshot_postings(snapshot, terms, count, take_posting, &found, &bytes, &err));
+    assert_ok(
+        loci_snapshot_postings(snapshot, terms, count, NULL, take_posting, &found, &bytes, &err));
     assert_int_equal(found.count, expected.count);
     if (found.count > 0) qsort(found.items, found.count, sizeof *found.items, by_term);
     for (size_t i = 0; i < found.count; i++) {

@@ -8,7 +8,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "base/log.h"
 #include "base/rng.h"
 #include "memory/terms.h"
 
@@ -232,7 +234,7 @@ static uint32_t frequency(fixture *f, const char *word) {
     uint32_t count = 0;
     uint64_t bytes = 0;
     assert_ok(loci_snapshot_acquire(f->store, "a", &snapshot, &err));
-    assert_ok(loci_snapshot_postings(snapshot, &list.items[0].hash, 1, count_segments, &count,
+    assert_ok(loci_snapshot_postings(snapshot, &list.items[0].hash, 1, NULL, count_segments, &count,
                                      &bytes, &err));
     loci_snapshot_release(snapshot);
     loci_term_list_fini(&list);
@@ -270,8 +272,8 @@ static void test_frequencies_follow_the_documents(void **state) {
     uint32_t count = 0; /* a snapshot stays what it was */
     uint64_t bytes = 0;
     loci_term_list list = terms_of("orchid", false);
-    assert_ok(
-        loci_snapshot_postings(old, &list.items[0].hash, 1, count_segments, &count, &bytes, &err));
+    assert_ok(loci_snapshot_postings(old, &list.items[0].hash, 1, NULL, count_segments, &count,
+                                     &bytes, &err));
     assert_int_equal(count, 3);
     loci_snapshot_release(old);
     loci_term_list_fini(&list);
@@ -398,6 +400,185 @@ static void test_blocks_go_with_extents(void **state) {
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
 
+/* --- Damaged texts, blocks that cannot be stored ------------------------------------------ */
+
+static int log_pipe[2], kept_stderr;
+
+static void catch_log(void) {
+    assert_int_equal(pipe(log_pipe), 0);
+    loci_log_configure(LOCI_LOG_WARN, false);
+    fflush(stderr);
+    kept_stderr = dup(STDERR_FILENO);
+    dup2(log_pipe[1], STDERR_FILENO);
+}
+
+/* How many lines of the caught log hold the words. */
+static size_t logged(const char *words) {
+    static char text[1 << 16];
+    loci_log_configure(LOCI_LOG_ERROR, false);
+    dup2(kept_stderr, STDERR_FILENO);
+    close(kept_stderr);
+    close(log_pipe[1]);
+    size_t len = 0, count = 0;
+    for (ssize_t n; (n = read(log_pipe[0], text + len, sizeof text - 1 - len)) > 0;)
+        len += (size_t)n;
+    close(log_pipe[0]);
+    text[len] = 0;
+    for (const char *at = text; (at = strstr(at, words)); at++) count++;
+    return count;
+}
+
+/* The chunk of a document, in order of registration, becomes one that does not decompress. */
+static void damage_chunk(fixture *f, unsigned which) {
+    loci_error err;
+    loci_rocks *rocks;
+    char path[128];
+    snprintf(path, sizeof path, "%s/db", f->dir);
+    assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
+    loci_key all = {.len = 0};
+    loci_batch *batch = loci_batch_create(rocks);
+    loci_scan *scan = loci_scan_open(rocks, NULL, LOCI_CF_CHUNK, &all, NULL);
+    unsigned count = 0;
+    for (loci_slice found; loci_scan_next(scan, &found); count++) {
+        if (count != which) continue;
+        loci_key key = {.len = found.len};
+        memcpy(key.data, found.data, found.len);
+        loci_batch_put(batch, LOCI_CF_CHUNK, &key, LOCI_KIND_CHUNK, loci_slice_text("damaged"));
+    }
+    assert_true(which < count);
+    assert_ok(loci_scan_close(scan, &err));
+    assert_ok(loci_batch_write(batch, true, &err));
+    loci_batch_destroy(batch);
+    loci_rocks_close(rocks);
+}
+
+/* Reading the segments of the document fails and names it; all others are read. */
+static void check_readable_but(fixture *f, const char *damaged) {
+    loci_error err;
+    loci_snapshot *snapshot;
+    loci_segment_info info;
+    loci_buf text = LOCI_BUF_INIT;
+    assert_ok(loci_snapshot_acquire(f->store, "a", &snapshot, &err));
+    for (uint32_t s = 0; s < loci_snapshot_segments(snapshot); s++) {
+        assert_ok(loci_snapshot_segment(snapshot, s, &info, &err));
+        loci_status status = loci_snapshot_read(snapshot, s, info.start, info.end, &text, &err);
+        assert_int_equal(status, strcmp(info.document, damaged) ? LOCI_OK : LOCI_E_CORRUPT);
+        if (status != LOCI_OK) assert_non_null(strstr(err.text, damaged));
+    }
+    loci_snapshot_release(snapshot);
+    loci_buf_fini(&text);
+}
+
+/* Of the chunks of "one" (in an extent), filler, and "two" (flat), one is damaged: the words of the
+ * other documents are found. */
+static void check_damaged(fixture *f, unsigned chunk, const char *id) {
+    loci_error err;
+    loci_snapshot *held;
+    bool first = strcmp(id, "one") == 0;
+    open_with_words(f);
+    fixture_close(f);
+    damage_chunk(f, chunk);
+    assert_true(spoil_blocks(f, 0, loci_slice_text("")) >= 2);
+    fixture_open(f);
+    assert_ok(loci_snapshot_acquire(f->store, "a", &held, &err));
+    catch_log();
+    uint32_t orchids = 0;
+    for (int again = 0; again < 4; again++) orchids += frequency(f, "orchid");
+    uint32_t houses = frequency(f, "house"), seconds = frequency(f, "second");
+    loci_snapshot_release(held);
+    size_t lines = logged("words that cannot be read");
+    assert_int_equal(orchids, 4);
+    assert_int_equal(lines, 1);
+    assert_int_equal(houses, !first);
+    assert_int_equal(seconds, first);
+    check_readable_but(f, id);
+}
+
+static void test_damaged_texts_of_extents_have_no_words(void **state) {
+    check_damaged(*state, 0, "one");
+}
+
+static void test_damaged_flat_texts_have_no_words(void **state) {
+    check_damaged(*state, 2, "two");
+}
+
+/* An extent that is sealed over a damaged text has a block all the same. */
+static void test_extents_of_damaged_texts_have_blocks(void **state) {
+    fixture *f = *state;
+    fixture_open(f);
+    fixture_create(f, "a");
+    fixture_start(f);
+    put(f, "one", "the orchid house");
+    wait_searchable(f, "a");
+    fixture_close(f);
+    damage_chunk(f, 0);
+    fixture_open(f);
+    fixture_start(f);
+    put(f, "two", "an orchid, a second one");
+    put_text(f, "a", "filler", 5, 2500);
+    wait_settled(f, "a");
+    uint64_t extents = info_of(f, "a").extents;
+    fixture_close(f);
+    assert_true(extents >= 2);
+    assert_int_equal(count_keys(f->dir, LOCI_CF_TERMS, ""), extents);
+    fixture_open(f);
+    assert_int_equal(frequency(f, "orchid"), 1);
+    assert_int_equal(frequency(f, "house"), 0);
+    check_readable_but(f, "one");
+}
+
+/* In the place of loci_batch_write (--wrap): a full disk. */
+static bool writes_fail;
+loci_status __real_loci_batch_write(loci_batch *batch, bool sync, loci_error *err);
+loci_status __wrap_loci_batch_write(loci_batch *batch, bool sync, loci_error *err);
+
+loci_status __wrap_loci_batch_write(loci_batch *batch, bool sync, loci_error *err) {
+    if (writes_fail) return loci_fail(err, LOCI_E_IO, "the disk is full");
+    return __real_loci_batch_write(batch, sync, err);
+}
+
+/* A full disk: the block is made and logged once for the snapshot, and answers. */
+static void test_blocks_that_cannot_be_stored_stay_in_memory(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_snapshot *held;
+    open_with_words(f);
+    fixture_close(f);
+    size_t blocks = spoil_blocks(f, 0, loci_slice_text(""));
+    fixture_open(f);
+    assert_ok(loci_snapshot_acquire(f->store, "a", &held, &err));
+    catch_log();
+    writes_fail = true;
+    uint32_t orchids = 0;
+    for (int again = 0; again < 3; again++) orchids += frequency(f, "orchid");
+    writes_fail = false;
+    loci_snapshot_release(held);
+    assert_int_equal(logged("is not kept"), blocks);
+    assert_int_equal(orchids, 6);
+}
+
+static void test_cancelled_questions_end(void **state) {
+    fixture *f = *state;
+    loci_error err = {0};
+    loci_snapshot *snapshot;
+    loci_cancel cancel;
+    uint64_t term = 1, bytes = 0;
+    uint32_t count = 0;
+    open_with_words(f);
+    assert_ok(loci_snapshot_acquire(f->store, "a", &snapshot, &err));
+    loci_cancel_init(&cancel, 0);
+    assert_ok(
+        loci_snapshot_postings(snapshot, &term, 1, &cancel, count_segments, &count, &bytes, &err));
+    assert_true(bytes > 0);
+    bytes = 0;
+    loci_cancel_request(&cancel);
+    assert_int_equal(
+        loci_snapshot_postings(snapshot, &term, 1, &cancel, count_segments, &count, &bytes, &err),
+        LOCI_E_CANCELLED);
+    assert_int_equal(bytes, 0);
+    loci_snapshot_release(snapshot);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_terms_fold_and_stem),
@@ -409,6 +590,11 @@ int main(void) {
         TEST(test_lost_and_damaged_blocks_are_made_anew),
         TEST(test_blocks_that_know_too_little),
         TEST(test_blocks_go_with_extents),
+        TEST(test_damaged_texts_of_extents_have_no_words),
+        TEST(test_damaged_flat_texts_have_no_words),
+        TEST(test_extents_of_damaged_texts_have_blocks),
+        TEST(test_blocks_that_cannot_be_stored_stay_in_memory),
+        TEST(test_cancelled_questions_end),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

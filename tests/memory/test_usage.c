@@ -5,9 +5,13 @@
  */
 #include "support.h"
 
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "base/clock.h"
+#include "memory/internal.h"
 
 #define MIB (1ull << 20)
 
@@ -98,6 +102,38 @@ static void test_mapped_extents_are_counted(void **state) {
     assert_true(resident > 0 && resident <= mapped); /* it was verified just now */
 }
 
+/* Figures come at once whoever holds which lock; what could not be looked at is as it was. */
+static void test_figures_do_not_wait(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_store_figures first, figures;
+    loci_snapshot *snapshot = NULL;
+    fill(f);
+    fixture_open(f);
+    assert_ok(loci_snapshot_acquire(f->store, "dead", &snapshot, &err));
+    loci_snapshot_release(snapshot);
+    put_text(f, "flat", "b", 2, 300);
+    loci_store_figures_of(f->store, &first);
+    assert_true(first.corpora == 2 && first.pending_documents == 1 && first.mapped_bytes > 0);
+    assert_true(first.tokens == info_of(f, "flat").tokens + info_of(f, "dead").tokens);
+    loci_corpus *corpus = f->store->corpora[0];
+    assert_string_equal(corpus->name, "dead");
+    pthread_mutex_t *locks[] = {&corpus->lock, &f->store->lock};
+    for (size_t i = 0; i < 2; i++) {
+        put_text(f, "flat", i == 0 ? "c" : "d", 3, 100); /* seen only if its corpus is */
+        pthread_mutex_lock(locks[i]);
+        uint64_t from = loci_now_ns();
+        loci_store_figures_of(f->store, &figures);
+        assert_true(loci_now_ns() - from < 2000000000u);
+        pthread_mutex_unlock(locks[i]);
+        assert_true(figures.corpora == 2 && figures.tokens == first.tokens &&
+                    figures.mapped_bytes == first.mapped_bytes);
+        assert_int_equal(figures.pending_documents, 2);
+    }
+    loci_store_figures_of(f->store, &figures);
+    assert_int_equal(figures.pending_documents, 3);
+}
+
 static void test_registration_needs_what_it_is_given(void **state) {
     (void)state;
     loci_geometry geometry = test_geometry();
@@ -123,6 +159,10 @@ static void test_a_document_too_large_waits(void **state) {
     fixture_open(f);
     fixture_create(f, "c");
     put_text(f, "c", "large", 1, 3000);
+    put_text(f, "c", "after", 3, 100);
+    fixture_create(f, "way-out");
+    put_text(f, "way-out", "large", 1, 3000);
+    put_text(f, "way-out", "after", 3, 100);
     fixture_close(f);
     f->options.document_bytes_max = 2999;
     fixture_open(f);
@@ -131,6 +171,11 @@ static void test_a_document_too_large_waits(void **state) {
         assert_ok(loci_ingest_wait(f->ingest, "c", 100, &progress, &err));
     assert_int_equal(progress.failure.status, LOCI_E_LIMIT);
     assert_non_null(strstr(progress.failure.text, "\"large\""));
+    assert_non_null(strstr(progress.failure.text, "until it is deleted or replaced"));
+    /* The way out with the memory that is there: those after it wait no more. */
+    delete_document(f, "way-out", "large");
+    wait_searchable(f, "way-out");
+    assert_true(info_of(f, "way-out").tokens > 0);
     char *text = make_text(2, 3000);
     bool unchanged;
     loci_document_info info;
@@ -152,6 +197,7 @@ int main(void) {
                                         fixture_teardown),
         cmocka_unit_test_setup_teardown(test_mapped_extents_are_counted, fixture_setup,
                                         fixture_teardown),
+        cmocka_unit_test_setup_teardown(test_figures_do_not_wait, fixture_setup, fixture_teardown),
         cmocka_unit_test(test_registration_needs_what_it_is_given),
         cmocka_unit_test_setup_teardown(test_a_document_too_large_waits, fixture_setup,
                                         fixture_teardown),

@@ -195,6 +195,11 @@ static void test_requests(void **state) {
     assert_int_equal(LOAD("--version"), LOCI_OK);
     assert_true(request.version);
     assert_int_equal(LOAD("--data", "/d", "--model", MODEL, "--check-config"), LOCI_OK);
+    assert_int_equal(LOAD("--data", "/d", "--model", "tests/data/model/tiny-llama"), LOCI_OK);
+    assert_int_equal(
+        LOAD("--data", "/d", "--model", "tests/data/model/tiny-llama", "--check-config"),
+        LOCI_E_UNSUPPORTED);
+    assert_string_equal(err.reason, "MODEL_POSITIONS");
     assert_true(request.check);
     assert_int_equal(LOAD("--data", "/d", "--model", MODEL, "--parent", "17"), LOCI_OK);
     assert_int_equal(request.parent, 17);

@@ -448,6 +448,79 @@ static void test_reopening_changes_nothing(void **state) {
     assert_true(before.shares == after.shares);
 }
 
+/* --- Other models ------------------------------------------------------------------------- */
+
+/* What no memory helps is said first, not how much memory would be needed. */
+static void test_models_that_cannot_serve_are_refused_at_once(void **state) {
+    (void)state;
+    loci_error err = {0};
+    loci_engine *other = NULL;
+    loci_engine_options options = {
+        .data = "/nowhere", .model = "tests/data/model/tiny-llama", .memory_bytes = 8u << 20};
+    assert_int_equal(loci_engine_open(&options, &other, &err), LOCI_E_UNSUPPORTED);
+    assert_string_equal(err.reason, "MODEL_POSITIONS");
+    assert_non_null(strstr(err.text, "has 512 positions"));
+    assert_null(other);
+    assert_int_equal(loci_engine_check_model("tests/data/model/tiny-llama", &err),
+                     LOCI_E_UNSUPPORTED);
+    assert_int_equal(loci_engine_check_model("model/default", &err), LOCI_OK);
+    options.model = "model/default";
+    assert_int_equal(loci_engine_open(&options, &other, &err), LOCI_E_INVAL);
+    assert_string_equal(err.reason, "MEMORY_TOO_SMALL");
+}
+
+/* The built-in model under another list of ends: the first is a token that is never generated, the
+ * second the one that the model learned. */
+static void make_model(char dir[300]) {
+    static const char *const files[] = {
+        "tokenizer.json", "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+        "model-00003-of-00003.safetensors", "model.safetensors.index.json"};
+    static const char one[] = "\"eos_token_id\": 2", both[] = "\"eos_token_id\": [1, 2]";
+    char from[600], to[600], root[256], config[4096];
+    snprintf(dir, 300, "%s/model", folder);
+    assert_int_equal(mkdir(dir, 0700), 0);
+    assert_non_null(getcwd(root, sizeof root));
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++) {
+        snprintf(from, sizeof from, "%s/model/default/%s", root, files[i]);
+        snprintf(to, sizeof to, "%s/%s", dir, files[i]);
+        assert_int_equal(symlink(from, to), 0);
+    }
+    FILE *file = fopen("model/default/config.json", "rb");
+    assert_non_null(file);
+    config[fread(config, 1, sizeof config - 1, file)] = 0;
+    fclose(file);
+    char *at = strstr(config, one);
+    assert_non_null(at);
+    snprintf(to, sizeof to, "%s/config.json", dir);
+    file = fopen(to, "wb");
+    assert_non_null(file);
+    fprintf(file, "%.*s%s%s", (int)(at - config), config, both, at + strlen(one));
+    fclose(file);
+}
+
+static void test_every_end_of_text_ends_an_answer(void **state) {
+    (void)state;
+    static const char keeper[] = "Who is the keeper of the orchid house?";
+    outcome usual = asked("flat", keeper, LOCI_MODE_DENSE, 0, 0);
+    assert_string_equal(usual.stop, "eos");
+    char model[300], data[300];
+    make_model(model);
+    snprintf(data, sizeof data, "%s/other", folder);
+    loci_engine *kept = engine;
+    loci_engine_options options = {.data = data, .model = model};
+    loci_error err = {0};
+    loci_corpus_info info;
+    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
+    assert_int_equal(loci_engine_create_corpus(engine, "flat", &info, &err), LOCI_OK);
+    add_text("flat", "orchid", loci_slice_text(ORCHID));
+    settle("flat");
+    outcome other = asked("flat", keeper, LOCI_MODE_DENSE, 0, 0);
+    loci_engine_close(engine);
+    engine = kept;
+    assert_string_equal(other.stop, "eos");
+    assert_string_equal(other.answer, usual.answer);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_mode_answers_with_evidence),
@@ -462,6 +535,8 @@ int main(void) {
         cmocka_unit_test(test_reopening_changes_nothing),
         cmocka_unit_test(test_damage_is_named_or_harmless),
         cmocka_unit_test(test_deleted_documents_are_gone),
+        cmocka_unit_test(test_models_that_cannot_serve_are_refused_at_once),
+        cmocka_unit_test(test_every_end_of_text_ends_an_answer),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

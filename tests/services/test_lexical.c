@@ -16,6 +16,7 @@
 #include <cmocka.h>
 
 #include "base/rng.h"
+#include "memory/rocks.h"
 #include "memory/terms.h"
 #include "services/engine/query.h"
 
@@ -247,11 +248,87 @@ static void test_scores_are_bm25(void **state) {
     check_scores("Which brass part weighs 42 grams, nobody ordered?", 100);
 }
 
+/* The text of the last part is damaged and all blocks of words are gone; the engine is closed. */
+static void damage_last_text(void) {
+    loci_error err = {0};
+    loci_rocks *rocks;
+    char path[128];
+    snprintf(path, sizeof path, "%s/db", folder);
+    assert_int_equal(loci_rocks_open(path, 16u << 20, &rocks, &err), LOCI_OK);
+    static const loci_family families[] = {LOCI_CF_TERMS, LOCI_CF_CHUNK};
+    for (size_t i = 0; i < 2; i++) {
+        loci_key all = {.len = 0}, key = {.len = 0};
+        loci_batch *batch = loci_batch_create(rocks);
+        loci_scan *scan = loci_scan_open(rocks, NULL, families[i], &all, NULL);
+        for (loci_slice found; loci_scan_next(scan, &found);) {
+            key.len = found.len;
+            memcpy(key.data, found.data, found.len);
+            if (i == 0) loci_batch_delete(batch, LOCI_CF_TERMS, &key);
+        }
+        assert_int_equal(loci_scan_close(scan, &err), LOCI_OK);
+        assert_true(key.len > 0);
+        if (i == 1)
+            loci_batch_put(batch, LOCI_CF_CHUNK, &key, LOCI_KIND_CHUNK, loci_slice_text("damaged"));
+        assert_int_equal(loci_batch_write(batch, true, &err), LOCI_OK);
+        loci_batch_destroy(batch);
+    }
+    loci_rocks_close(rocks);
+}
+
+static loci_status ignore(void *ctx, const loci_passage *found, size_t count,
+                          const loci_usage *usage, uint64_t revision, loci_error *err) {
+    (void)ctx;
+    (void)found;
+    (void)count;
+    (void)usage;
+    (void)revision;
+    (void)err;
+    return LOCI_OK;
+}
+
+/* One damaged text: questions about other documents are answered; a list of passages that holds it
+ * cannot be given, and the error names it. */
+static void test_a_damaged_text_harms_no_other(void **state) {
+    (void)state;
+    loci_engine_close(engine);
+    damage_last_text();
+    open_engine(0);
+    for (int i = 1; i < PARTS - 1; i += 37) {
+        char question[120];
+        if (gone[i]) continue;
+        snprintf(question, sizeof question, "Which part is %.15s?", codes[i]);
+        assert_string_equal(codes[search(question, 1).part[0]], codes[i]);
+    }
+    loci_error err = {0};
+    char id[16];
+    snprintf(id, sizeof id, "p%d", PARTS - 1);
+    loci_buf text = LOCI_BUF_INIT;
+    assert_int_equal(loci_document_read(loci_engine_store(engine), "parts", id, 0, 10, &text, &err),
+                     LOCI_E_CORRUPT);
+    assert_non_null(strstr(err.text, id));
+    loci_buf_fini(&text);
+    for (int i = 0; i < PARTS - 10; i++) { /* so few are left that all are listed */
+        uint64_t revision;
+        snprintf(id, sizeof id, "p%d", i);
+        if (!gone[i])
+            assert_int_equal(
+                loci_document_delete(loci_engine_store(engine), "parts", id, &revision, &err),
+                LOCI_OK);
+        gone[i] = true;
+    }
+    snprintf(id, sizeof id, "p%d", PARTS - 1);
+    assert_int_equal(
+        loci_engine_retrieve(engine, "parts", "Which part?", 100, 0, NULL, ignore, NULL, &err),
+        LOCI_E_CORRUPT);
+    assert_non_null(strstr(err.text, id));
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_best_are_the_highest),
         cmocka_unit_test(test_codes_are_found),
         cmocka_unit_test(test_scores_are_bm25),
+        cmocka_unit_test(test_a_damaged_text_harms_no_other),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

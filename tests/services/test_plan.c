@@ -116,6 +116,19 @@ static void test_plans_of_a_large_model(void **state) {
     assert_true(plan.model > 14 * GIB && plan.model < 16 * GIB);
 }
 
+/* A bias of queries, keys and values is packed as a weight of one row, filled up to 64, in f32. */
+static void test_biases_are_counted(void **state) {
+    (void)state;
+    loci_model_config biased = built_in;
+    biased.qkv_bias = true;
+    loci_plan without, with;
+    loci_plan_request request = request_of(&built_in, 4 * GIB);
+    assert_int_equal(loci_plan_make(&request, &without, &err), LOCI_OK);
+    request = request_of(&biased, 4 * GIB);
+    assert_int_equal(loci_plan_make(&request, &with, &err), LOCI_OK);
+    assert_int_equal(with.model - without.model, 12 * 64 * (6 + 2 * 2) * 64 * 4);
+}
+
 static void test_questions_that_are_asked_for_are_counted(void **state) {
     (void)state;
     loci_plan_request request = request_of(&built_in, 0);
@@ -136,6 +149,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_plans_of_the_built_in_model),
         cmocka_unit_test(test_plans_of_a_large_model),
+        cmocka_unit_test(test_biases_are_counted),
         cmocka_unit_test(test_questions_that_are_asked_for_are_counted),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

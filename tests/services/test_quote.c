@@ -57,6 +57,18 @@ static void test_else_the_most_similar_sentence(void **state) {
            "A captain is there.");
     expect("He came\xe2\x80\x94Olaf Berg\xe2\x80\x94late. She went.", "Olaf", "",
            "He came\xe2\x80\x94Olaf Berg\xe2\x80\x94late.");
+    /* U+206F separates, U+2074 and U+207F are letters like others. */
+    expect("Then a\xe2\x81\xaf"
+           "bc came. He came bc.",
+           "bc", "",
+           "Then a\xe2\x81\xaf"
+           "bc came.");
+    expect("Then a\xe2\x81\xb4"
+           "bc came. He came bc.",
+           "bc", "", "He came bc.");
+    expect("Then a\xe2\x81\xbf"
+           "bc came. He came bc.",
+           "bc", "", "He came bc.");
     expect("Der Turm ist hoch. Die M\xc3\xbchle mahlt.", "Wo ist die M\xc3\xbchle?", "",
            "Die M\xc3\xbchle mahlt.");
 }
