@@ -416,22 +416,37 @@ void loci_cpu_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref o
 
 /* --- attribution ----------------------------------------------------------------------- */
 
-static void attribute_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
-    (void)index;
-    const loci_lookup *lookup = w->lookup;
-    const loci_extent_view *extent = w->pair->extent;
-    const uint32_t *slots = loci_leaf_slots(w->pair->blob, w->leaf);
+/* By lane, the log-sum-exp that weights are relative to; INFINITY where nothing is attributed. */
+static void lane_totals(const attend_job *job, uint32_t kv_head, uint32_t block, float *total) {
+    const loci_lookup *lookup = job->lookup;
     for (uint32_t l = 0; l < LOCI_LANES; l++) {
         uint32_t vector = block * LOCI_LANES + l, row = vector / lookup->group;
-        if (!w->allowed[l] || row < job->row_begin) continue;
-        uint32_t head = w->pair->kv_head * lookup->group + vector % lookup->group;
-        float total = job->total_lse[(size_t)row * lookup->q_heads + head];
-        for (uint32_t t = 0; t < w->n; t++) {
-            uint32_t segment = LOCI_SLOT_SEGMENT(slots[w->index[t]]);
-            if (segment >= extent->segments) continue;
-            float weight = expf(w->logits[t * LOCI_LANES + l] - total);
-            job->mass[extent->segment_base + segment] += (double)weight;
-        }
+        uint32_t head = kv_head * lookup->group + vector % lookup->group;
+        total[l] = vector < lookup->vectors && row >= job->row_begin
+                       ? job->total_lse[(size_t)row * lookup->q_heads + head]
+                       : INFINITY;
+    }
+}
+
+/* Logits [n][16] become weights. */
+static void lane_weights(const loci_lookup *lookup, float *logits, uint32_t n, const float *total) {
+    for (uint32_t t = 0; t < n; t++)
+        for (uint32_t l = 0; l < LOCI_LANES; l++) logits[t * LOCI_LANES + l] -= total[l];
+    lookup->kernels->exp_sub(logits, logits, (size_t)n * LOCI_LANES, 0.0f);
+}
+
+static void attribute_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
+    (void)index;
+    const loci_extent_view *extent = w->pair->extent;
+    const uint32_t *slots = loci_leaf_slots(w->pair->blob, w->leaf);
+    float total[LOCI_LANES];
+    lane_totals(job, w->pair->kv_head, block, total);
+    lane_weights(w->lookup, w->logits, w->n, total);
+    for (uint32_t t = 0; t < w->n; t++) {
+        uint32_t segment = LOCI_SLOT_SEGMENT(slots[w->index[t]]);
+        if (segment >= extent->segments) continue;
+        job->mass[extent->segment_base + segment] +=
+            (double)w->lookup->kernels->sum(w->logits + (size_t)t * LOCI_LANES, LOCI_LANES);
     }
 }
 
@@ -460,7 +475,7 @@ static void attribute_flat_task(void *arg, size_t index, unsigned thread) {
     const loci_corpus_view *corpus = lookup->corpus;
     const uint16_t *keys = (const void *)corpus->flat_k[lookup->layer]->data;
     uint32_t dim = lookup->dim;
-    float k[LOCI_HEAD_DIM_MAX], logits[LOCI_LANES];
+    float k[LOCI_HEAD_DIM_MAX], logits[LOCI_LANES], total[LOCI_LANES];
     double sum = 0.0;
     for (uint32_t t = corpus->flat_segment_begin[index]; t < corpus->flat_segment_begin[index + 1];
          t++) {
@@ -469,13 +484,9 @@ static void attribute_flat_task(void *arg, size_t index, unsigned thread) {
             for (uint32_t b = 0; b < lookup->blocks; b++) {
                 lookup->kernels->dot_f32(logits, k, 1, dim,
                                          lookup->q_lanes + lookup_lane_at(lookup, h, b));
-                for (uint32_t l = 0; l < LOCI_LANES; l++) {
-                    uint32_t vector = b * LOCI_LANES + l, row = vector / lookup->group;
-                    if (vector >= lookup->vectors || row < job->row_begin) continue;
-                    uint32_t head = h * lookup->group + vector % lookup->group;
-                    float total = job->total_lse[(size_t)row * lookup->q_heads + head];
-                    sum += (double)expf(logits[l] - total);
-                }
+                lane_totals(job, h, b, total);
+                lane_weights(lookup, logits, 1, total);
+                sum += (double)lookup->kernels->sum(logits, LOCI_LANES);
             }
         }
     }
