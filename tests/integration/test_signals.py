@@ -76,6 +76,9 @@ class Signals(Case):
             import grpc
         except ImportError:
             self.skipTest("python3-grpcio is not installed")
+        self.daemon.stop()
+        self.daemon.flags = (*self.daemon.flags, "--workers", "26")  # room for 5 streams each
+        self.daemon.start()
         over = threading.Event()
         with grpc.insecure_channel(self.daemon.address) as channel:
             register = channel.stream_stream("/loci.v1.DocumentService/Register")
