@@ -172,14 +172,7 @@ static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const
 
 static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
                         const uint8_t *const *table, uint32_t count) {
-    for (uint32_t g = 0; g < groups; g++, out += 32, sketches += (size_t)parts * 16) {
-        switch (count) {
-        case 1: sum_group(out, sketches, parts, table, 1); break;
-        case 2: sum_group(out, sketches, parts, table, 2); break;
-        case 3: sum_group(out, sketches, parts, table, 3); break;
-        default: sum_group(out, sketches, parts, table, 4); break;
-        }
-    }
+    body_sketch_sums(out, sketches, groups, parts, table, count, sum_group);
 }
 
 static uint16_t masked_top(const uint16_t *sum, uint32_t mask) {

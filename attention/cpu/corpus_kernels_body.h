@@ -115,6 +115,24 @@ static void body_widen(float *out, const uint16_t *bf16, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = loci_bf16_to_f32(bf16[i]);
 }
 
+/* Sums of one group of tokens for `count` vectors, in the registers of one instruction set. */
+typedef void (*body_sum_group)(uint16_t *out, const uint8_t *group, uint32_t parts,
+                               const uint8_t *const *table, uint32_t count);
+
+/* Walks the groups. Inlined with the sum, count a constant, so that the sums stay in registers. */
+static inline __attribute__((always_inline)) void
+body_sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
+                 const uint8_t *const *table, uint32_t count, body_sum_group sum) {
+    for (uint32_t g = 0; g < groups; g++, out += 32, sketches += (size_t)parts * 16) {
+        switch (count) {
+        case 1: sum(out, sketches, parts, table, 1); break;
+        case 2: sum(out, sketches, parts, table, 2); break;
+        case 3: sum(out, sketches, parts, table, 3); break;
+        default: sum(out, sketches, parts, table, 4); break;
+        }
+    }
+}
+
 static inline uint32_t body_reaching(const float *x, uint32_t n, float least) {
     uint32_t mask = 0;
     for (uint32_t i = 0; i < n; i++) mask |= (uint32_t)(x[i] >= least) << i;
