@@ -72,8 +72,6 @@ typedef struct loci_store_figures {
  * is busy for longer (a write to a slow disk) counts with its last figures. Takes no references, so
  * nothing is ever freed or removed here. */
 void loci_store_figures_of(loci_store *store, loci_store_figures *out);
-/* mapped_bytes and resident_bytes of these. */
-void loci_store_mapped(loci_store *store, uint64_t *mapped, uint64_t *resident);
 
 /* --- Corpora -------------------------------------------------------------------------- */
 typedef struct loci_corpus_info {

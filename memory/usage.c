@@ -131,10 +131,3 @@ void loci_store_figures_of(loci_store *store, loci_store_figures *out) {
     pthread_mutex_unlock(&store->figures_lock);
     if (locked) pthread_mutex_unlock(&store->lock);
 }
-
-void loci_store_mapped(loci_store *store, uint64_t *mapped, uint64_t *resident) {
-    loci_store_figures figures;
-    loci_store_figures_of(store, &figures);
-    *mapped = figures.mapped_bytes;
-    *resident = figures.resident_bytes;
-}

@@ -298,7 +298,6 @@ static uint64_t anonymous_bytes(void) {
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
     *out = (loci_engine_status){.memory_used_bytes = anonymous_bytes()};
     loci_budget_usage_of(engine->budget, &out->memory);
-    loci_store_mapped(engine->store, &out->mapped_bytes, &out->resident_bytes);
     pthread_mutex_lock(&engine->lock);
     out->queries_waiting = engine->waiting;
     for (unsigned i = 0; i < engine->slot_count; i++)

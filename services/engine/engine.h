@@ -49,8 +49,7 @@ const char *loci_engine_backend_name(loci_engine *engine); /* describe() of the 
 
 typedef struct loci_engine_status {
     loci_budget_usage memory;
-    uint64_t memory_used_bytes;            /* anonymous memory of the process */
-    uint64_t mapped_bytes, resident_bytes; /* of extents: mapped files, and how much is in RAM */
+    uint64_t memory_used_bytes; /* anonymous memory of the process */
     unsigned queries_running, queries_waiting;
 } loci_engine_status;
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out);

@@ -53,12 +53,12 @@ static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
     reply.memory_reserved_bytes = engine.memory.used;
     reply.n_memory_parts = LOCI_MEMORY_PARTS;
     reply.memory_parts = part_list;
-    reply.mapped_bytes = engine.mapped_bytes;
-    reply.resident_bytes = engine.resident_bytes;
     reply.active_calls = load.active; /* this one not counted */
     reply.queued_calls = load.queued;
     loci_store_figures figures;
     loci_store_figures_of(loci_engine_store(node->engine), &figures);
+    reply.mapped_bytes = figures.mapped_bytes;
+    reply.resident_bytes = figures.resident_bytes;
     reply.corpora = figures.corpora;
     reply.tokens = figures.tokens;
     reply.pending_documents = figures.pending_documents;

@@ -87,19 +87,20 @@ static void test_mapped_extents_are_counted(void **state) {
     fixture *f = *state;
     loci_error err;
     loci_snapshot *snapshot = NULL;
-    uint64_t mapped = 1, resident = 1;
+    loci_store_figures now;
     fill(f);
     fixture_open(f);
-    loci_store_mapped(f->store, &mapped, &resident);
-    assert_true(mapped == 0 && resident == 0);
+    loci_store_figures_of(f->store, &now);
+    assert_true(now.mapped_bytes == 0 && now.resident_bytes == 0);
     assert_ok(loci_snapshot_acquire(f->store, "dead", &snapshot, &err));
     const loci_corpus_view *view = loci_snapshot_view(snapshot);
     uint64_t expected = 0;
     for (uint32_t e = 0; e < view->extent_count; e++) expected += view->extents[e].buffer->bytes;
-    loci_store_mapped(f->store, &mapped, &resident);
+    loci_store_figures_of(f->store, &now);
     loci_snapshot_release(snapshot);
-    assert_true(expected > 0 && mapped == expected);
-    assert_true(resident > 0 && resident <= mapped); /* it was verified just now */
+    assert_true(expected > 0 && now.mapped_bytes == expected);
+    assert_true(now.resident_bytes > 0 &&
+                now.resident_bytes <= now.mapped_bytes); /* it was verified just now */
 }
 
 /* Figures come at once whoever holds which lock; what could not be looked at is as it was. */
