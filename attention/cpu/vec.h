@@ -77,9 +77,13 @@ VINLINE vf v_scale2(vf a, vf n) {
         _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
     return _mm512_mul_ps(a, _mm512_castsi512_ps(bits));
 }
+/* Unoptimised this is a macro, and gcc 12 names all lanes in it by a number of the other sign. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
 VINLINE vf v_round(vf a) {
     return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+#pragma GCC diagnostic pop
 /* Zero in the lanes where a < b, else c. */
 VINLINE vf v_zero_below(vf a, vf b, vf c) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ), c);
