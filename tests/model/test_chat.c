@@ -4,12 +4,8 @@
  * (Llama 3.1 and 3.2, Qwen2.5, Qwen3 and SmolLM3 were compared with the templates in jinja2); how
  * families are recognised; and that nobody's text becomes a special token.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "support.h"
 
-#include <cmocka.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,32 +14,7 @@
 
 #include "model/chat.h"
 
-static char dir[] = "/tmp/loci-chat-XXXXXX";
 static loci_tokenizer *tokenizer;
-
-static const char *const file_names[] = {"tokenizer.json", "tokenizer_config.json",
-                                         "chat_template.jinja", "log"};
-
-static void path_of(char *out, size_t size, const char *name) {
-    snprintf(out, size, "%s/%s", dir, name);
-}
-
-static void write_file(const char *name, const char *text) {
-    char path[256];
-    path_of(path, sizeof path, name);
-    FILE *file = fopen(path, "wb");
-    assert_non_null(file);
-    fputs(text, file);
-    assert_int_equal(fclose(file), 0);
-}
-
-static void read_file(const char *path, loci_buf *out) {
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s cannot be opened", path);
-    for (int c; (c = getc(file)) != EOF;) loci_buf_u8(out, (uint8_t)c);
-    fclose(file);
-    assert_non_null(loci_buf_text(out));
-}
 
 static const char *const added[] = {"<|begin_of_text|>",
                                     "<|start_header_id|>",
@@ -76,50 +47,34 @@ static void write_tokenizer(size_t skipped) {
                         i > skipped ? ", " : "", 1000 + i, added[i]);
     loci_buf_append_text(&text, "]");
     loci_buf_append_text(&text, at + sizeof empty - 1);
-    write_file("tokenizer.json", loci_buf_text(&text));
+    write_text("tokenizer.json", loci_buf_text(&text));
     loci_buf_fini(&text);
     loci_buf_fini(&sound);
 }
 
 static void open_tokenizer(void) {
-    char path[256];
+    char path[PATH_BYTES];
     loci_error err = {0};
-    path_of(path, sizeof path, "tokenizer.json");
-    if (loci_tokenizer_open(path, &tokenizer, &err) != LOCI_OK) fail_msg("%s", err.text);
+    if (loci_tokenizer_open(path_of(path, "tokenizer.json"), &tokenizer, &err) != LOCI_OK)
+        fail_msg("%s", err.text);
 }
 
-static int make_dir(void **state) {
-    (void)state;
-    if (!mkdtemp(dir)) return -1;
+static int set_up(void **state) {
+    if (make_dir(state) != 0) return -1;
     write_tokenizer(0);
     open_tokenizer();
     return 0;
 }
 
-static int clear(void **state) {
-    (void)state;
-    for (size_t i = 1; i < sizeof file_names / sizeof *file_names; i++) {
-        char path[256];
-        path_of(path, sizeof path, file_names[i]);
-        unlink(path);
-        rmdir(path);
-    }
-    return 0;
-}
-
-static int remove_dir(void **state) {
-    char path[256];
+static int tear_down(void **state) {
     loci_tokenizer_close(tokenizer);
-    clear(state);
-    path_of(path, sizeof path, file_names[0]);
-    unlink(path);
-    return rmdir(dir);
+    return remove_dir(state);
 }
 
 static loci_chat open_with(const char *template) {
     loci_chat chat;
     loci_error err = {0};
-    write_file("chat_template.jinja", template);
+    write_text("chat_template.jinja", template);
     if (loci_chat_open(dir, tokenizer, &chat, &err) != LOCI_OK) fail_msg("%s", err.text);
     return chat;
 }
@@ -298,8 +253,8 @@ static void test_refused_conversations(void **state) {
 
 /* Opens the folder with standard error in a file, whose text is appended to *log. */
 static loci_status open_logged(loci_chat *chat, loci_buf *log, loci_error *err) {
-    char path[256];
-    path_of(path, sizeof path, "log");
+    char path[PATH_BYTES];
+    path_of(path, "log");
     fflush(stderr);
     int kept = dup(STDERR_FILENO), file = open(path, O_RDWR | O_CREAT | O_TRUNC, 0600);
     assert_true(kept >= 0 && file >= 0);
@@ -335,7 +290,7 @@ static void test_files(void **state) {
         loci_chat chat;
         loci_error err = {0};
         loci_buf log = LOCI_BUF_INIT;
-        if (cases[i].config) write_file("tokenizer_config.json", cases[i].config);
+        if (cases[i].config) write_text("tokenizer_config.json", cases[i].config);
         if (open_logged(&chat, &log, &err) != LOCI_OK) fail_msg("case %zu: %s", i, err.text);
         assert_int_equal(chat.family, cases[i].family);
         if (cases[i].logged[0] ? !strstr(loci_buf_text(&log), cases[i].logged) : log.len > 0)
@@ -352,7 +307,7 @@ static void test_damaged_files_and_missing_tokens(void **state) {
     loci_chat chat;
     loci_error err = {0};
     loci_buf log = LOCI_BUF_INIT;
-    write_file("tokenizer_config.json", "{\"chat_template\": ");
+    write_text("tokenizer_config.json", "{\"chat_template\": ");
     assert_int_equal(open_logged(&chat, &log, &err), LOCI_OK);
     assert_int_equal(chat.family, LOCI_CHAT_PLAIN);
     assert_non_null(strstr(loci_buf_text(&log), "tokenizer_config.json is not valid JSON"));
@@ -361,7 +316,7 @@ static void test_damaged_files_and_missing_tokens(void **state) {
     assert_non_null(big);
     memset(big, 'x', 2 << 20);
     big[2 << 20] = 0;
-    write_file("chat_template.jinja", big);
+    write_text("chat_template.jinja", big);
     free(big);
     assert_int_equal(open_logged(&chat, &log, &err), LOCI_OK);
     assert_int_equal(chat.family, LOCI_CHAT_PLAIN);
@@ -370,7 +325,7 @@ static void test_damaged_files_and_missing_tokens(void **state) {
     loci_tokenizer_close(tokenizer);
     write_tokenizer(1);
     open_tokenizer();
-    write_file("chat_template.jinja", LLAMA31);
+    write_text("chat_template.jinja", LLAMA31);
     assert_int_equal(open_logged(&chat, &log, &err), LOCI_OK);
     assert_int_equal(chat.family, LOCI_CHAT_PLAIN);
     assert_null(chat.system_default);
@@ -383,11 +338,11 @@ static void test_damaged_files_and_missing_tokens(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_teardown(test_prompts, clear),
-        cmocka_unit_test_teardown(test_text_never_becomes_special, clear),
-        cmocka_unit_test_teardown(test_refused_conversations, clear),
-        cmocka_unit_test_teardown(test_files, clear),
-        cmocka_unit_test_teardown(test_damaged_files_and_missing_tokens, clear),
+        cmocka_unit_test_teardown(test_prompts, clear_dir),
+        cmocka_unit_test_teardown(test_text_never_becomes_special, clear_dir),
+        cmocka_unit_test_teardown(test_refused_conversations, clear_dir),
+        cmocka_unit_test_teardown(test_files, clear_dir),
+        cmocka_unit_test_teardown(test_damaged_files_and_missing_tokens, clear_dir),
     };
-    return cmocka_run_group_tests(tests, make_dir, remove_dir);
+    return cmocka_run_group_tests(tests, set_up, tear_down);
 }

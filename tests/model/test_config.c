@@ -2,49 +2,16 @@
  *
  * config.json: the built-in model's, the rules for layers, and everything that is refused.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "support.h"
 
-#include <cmocka.h>
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "model/config.h"
 #include "model/rope.h"
-
-static char dir[] = "/tmp/loci-config-XXXXXX";
-
-static int make_dir(void **state) {
-    (void)state;
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static void path_of(char *out, size_t size, const char *name) {
-    snprintf(out, size, "%s/%s", dir, name);
-}
-
-static int remove_dir(void **state) {
-    (void)state;
-    char path[256];
-    path_of(path, sizeof path, "config.json");
-    unlink(path);
-    return rmdir(dir);
-}
-
-static void write_file(const char *name, const char *text) {
-    char path[256];
-    path_of(path, sizeof path, name);
-    FILE *file = fopen(path, "wb");
-    assert_non_null(file);
-    fputs(text, file);
-    assert_int_equal(fclose(file), 0);
-}
 
 static const char base[] =
     "{\"architectures\": [\"SmolLM3ForCausalLM\"], \"vocab_size\": 1000, \"hidden_size\": 96,"
@@ -67,7 +34,7 @@ static void write_config(const char *changes) {
             json_object_set(config, key, value);
     }
     char *text = json_dumps(config, 0);
-    write_file("config.json", text);
+    write_text("config.json", text);
     free(text);
     json_decref(over);
     json_decref(config);
@@ -391,22 +358,15 @@ static void test_refused(void **state) {
 }
 
 static void test_refused_folders(void **state) {
-    (void)state;
-    char gguf[256], safetensors[256], path[256];
-    write_file("config.json", "{\"architectures\": ");
+    write_text("config.json", "{\"architectures\": ");
     expect_refusal("half a file", LOCI_E_CORRUPT, "config.json is not valid JSON");
     write_config("{}");
-    path_of(gguf, sizeof gguf, "model-q4.gguf");
-    write_file("model-q4.gguf", "GGUF");
+    write_text("model-q4.gguf", "GGUF");
     expect_refusal("gguf", LOCI_E_UNSUPPORTED, "holds model-q4.gguf but no .safetensors file");
-    path_of(safetensors, sizeof safetensors, "model.safetensors");
-    write_file("model.safetensors", "");
+    write_text("model.safetensors", "");
     loci_model_config c;
     load_ok(dir, &c);
-    unlink(gguf);
-    unlink(safetensors);
-    path_of(path, sizeof path, "config.json");
-    unlink(path);
+    clear_dir(state);
     expect_refusal("no config.json", LOCI_E_NOTFOUND, "config.json cannot be opened");
     loci_error err;
     assert_int_equal(loci_model_config_load("/models/llama-q4.gguf", &c, &err), LOCI_E_UNSUPPORTED);
@@ -417,13 +377,6 @@ static void test_refused_folders(void **state) {
 }
 
 /* --- Mutations -------------------------------------------------------------------------- */
-
-static uint32_t xorshift(uint32_t *seed) {
-    *seed ^= *seed << 13;
-    *seed ^= *seed >> 17;
-    *seed ^= *seed << 5;
-    return *seed;
-}
 
 /* A value such as no exporter writes. */
 static json_t *odd_value(uint32_t *seed, const json_t *instead_of) {
@@ -498,7 +451,7 @@ static void test_mutated_configs(void **state) {
         size_t len = strlen(text);
         /* A quarter is also damaged as text. */
         if (start % 4 == 0) text[xorshift(&seed) % len] = (char)(xorshift(&seed) % 255 + 1);
-        write_file("config.json", text);
+        write_text("config.json", text);
         loaded += check_outcome(start);
         free(text);
         json_decref(config);

@@ -3,68 +3,26 @@
  * Opening model folders whose configuration and weights do not fit each other, or are damaged: each
  * is refused by name, whatever opens also runs, and nothing crashes.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "support.h"
 
-#include <cmocka.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "model/model.h"
 
-static char dir[] = "/tmp/loci-model-XXXXXX";
 static loci_backend *backend;
 
-static const char *const file_names[] = {"config.json", "tokenizer.json", "model.safetensors",
-                                         "tokenizer_config.json"};
-
-static void path_of(char *out, size_t size, const char *name) {
-    snprintf(out, size, "%s/%s", dir, name);
-}
-
-static int make_dir(void **state) {
-    (void)state;
+static int set_up(void **state) {
     loci_backend_options options = {1, NULL};
-    if (!mkdtemp(dir)) return -1;
+    if (make_dir(state) != 0) return -1;
     return loci_backend_open("cpu", &options, &backend, NULL);
 }
 
-static int clear_dir(void **state) {
-    (void)state;
-    for (size_t i = 0; i < sizeof file_names / sizeof *file_names; i++) {
-        char path[256];
-        path_of(path, sizeof path, file_names[i]);
-        unlink(path);
-    }
-    return 0;
-}
-
-static int remove_dir(void **state) {
-    clear_dir(state);
+static int tear_down(void **state) {
     loci_backend_close(backend);
-    return rmdir(dir);
-}
-
-static void read_file(const char *path, loci_buf *out) {
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s cannot be opened", path);
-    for (int c; (c = getc_unlocked(file)) != EOF;) loci_buf_u8(out, (uint8_t)c);
-    fclose(file);
-    assert_int_equal(loci_buf_status(out), LOCI_OK);
-}
-
-static void write_file(const char *name, const void *data, size_t len) {
-    char path[256];
-    path_of(path, sizeof path, name);
-    FILE *file = fopen(path, "wb");
-    assert_non_null(file);
-    assert_int_equal(fwrite(data, 1, len, file), len);
-    assert_int_equal(fclose(file), 0);
+    return remove_dir(state);
 }
 
 /* Copies one file of a tiny model, `from`, if not NULL, replaced by `to` of the same length. */
@@ -94,7 +52,7 @@ static void copy_config(const char *model, const char *changes) {
     if (!over) fail_msg("the test's own JSON is wrong: %s", changes);
     json_object_update(config, over);
     char *text = json_dumps(config, 0);
-    write_file("config.json", text, strlen(text));
+    write_text("config.json", text);
     free(text);
     json_decref(over);
     json_decref(config);
@@ -245,19 +203,20 @@ static void test_ends_and_chat(void **state) {
     loci_model_close(model);
 }
 
-/* What reads text in the built-in family's way only must be able to ask. */
+/* Told by its special tokens, all of them; what begins a text of others is their own. */
 static void test_built_in_family(void **state) {
     (void)state;
     loci_error err = {0};
     loci_model *model = NULL;
     copy_model("llama", "{}");
     if (loci_model_open(dir, backend, LOCI_F32, &model, &err) != LOCI_OK) fail_msg("%s", err.text);
-    assert_int_equal(loci_model_require_specials(model, &err), LOCI_OK);
+    assert_true(loci_model_is_built_in(model));
+    assert_int_equal(loci_model_specials(model)->begin, 3);
     loci_model_close(model);
     copy_file("llama", "tokenizer.json", "<ev>", "<xx>");
     if (loci_model_open(dir, backend, LOCI_F32, &model, &err) != LOCI_OK) fail_msg("%s", err.text);
-    assert_int_equal(loci_model_require_specials(model, &err), LOCI_E_UNSUPPORTED);
-    assert_non_null(strstr(err.text, "the tokenizer of this LlamaForCausalLM has no <ev>"));
+    assert_false(loci_model_is_built_in(model));
+    assert_int_equal(loci_model_specials(model)->begin, 1);
     loci_model_close(model);
 }
 
@@ -282,13 +241,6 @@ static void test_fingerprint_has_the_rope(void **state) {
 }
 
 /* --- Mutations ------------------------------------------------------------------------ */
-
-static uint32_t xorshift(uint32_t *seed) {
-    *seed ^= *seed << 13;
-    *seed ^= *seed >> 17;
-    *seed ^= *seed << 5;
-    return *seed;
-}
 
 /* Bytes of config.json, or of the head of the weights, overwritten: whatever still opens runs. */
 static void test_mutated_files(void **state) {
@@ -332,5 +284,5 @@ int main(void) {
         cmocka_unit_test_teardown(test_fingerprint_has_the_rope, clear_dir),
         cmocka_unit_test_teardown(test_mutated_files, clear_dir),
     };
-    return cmocka_run_group_tests(tests, make_dir, remove_dir);
+    return cmocka_run_group_tests(tests, set_up, tear_down);
 }

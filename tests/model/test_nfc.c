@@ -4,25 +4,14 @@
  * on random text of the kinds of characters that it treats differently; where changes are said to
  * have come from; and that hostile text takes no longer than other text.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "support.h"
 
-#include <cmocka.h>
 #include <stdlib.h>
 #include <string.h>
 #include <utf8proc.h>
 
 #include "base/clock.h"
 #include "model/nfc.h"
-
-static uint32_t xorshift(uint32_t *seed) {
-    *seed ^= *seed << 13;
-    *seed ^= *seed >> 17;
-    *seed ^= *seed << 5;
-    return *seed;
-}
 
 /* First and number of code points: letters, marks of many classes, Hangul, Indic vowels,
  * singletons, exclusions; none that came after Unicode 9. */

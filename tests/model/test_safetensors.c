@@ -3,59 +3,15 @@
  * The safetensors reader: files that this test writes, sound and broken in every way it checks
  * for, one clear error each; and the weights of the built-in model.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "support.h"
 
-#include <cmocka.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "base/buf.h"
 #include "model/safetensors.h"
-
-static char dir[] = "/tmp/loci-safetensors-XXXXXX";
-
-static const char *const file_names[] = {"model.safetensors", "model.safetensors.index.json",
-                                         "a.safetensors", "b.safetensors"};
-
-static void path_of(char *out, size_t size, const char *name) {
-    snprintf(out, size, "%s/%s", dir, name);
-}
-
-static int make_dir(void **state) {
-    (void)state;
-    return mkdtemp(dir) ? 0 : -1;
-}
-
-static int clear_dir(void **state) {
-    (void)state;
-    for (size_t i = 0; i < sizeof file_names / sizeof file_names[0]; i++) {
-        char path[256];
-        path_of(path, sizeof path, file_names[i]);
-        unlink(path);
-        rmdir(path);
-    }
-    return 0;
-}
-
-static int remove_dir(void **state) {
-    clear_dir(state);
-    return rmdir(dir);
-}
-
-static void write_bytes(const char *name, const void *data, size_t len) {
-    char path[256];
-    path_of(path, sizeof path, name);
-    FILE *file = fopen(path, "wb");
-    assert_non_null(file);
-    assert_int_equal(fwrite(data, 1, len, file), len);
-    assert_int_equal(fclose(file), 0);
-}
 
 /* A file of this header and data_len bytes 0, 1, 2...; the header is padded to eight bytes. */
 static void write_tensors(const char *name, const char *header, size_t data_len) {
@@ -66,7 +22,7 @@ static void write_tensors(const char *name, const char *header, size_t data_len)
     for (size_t i = len; i < padded; i++) loci_buf_u8(&file, ' ');
     for (size_t i = 0; i < data_len; i++) loci_buf_u8(&file, (uint8_t)i);
     assert_int_equal(loci_buf_status(&file), LOCI_OK);
-    write_bytes(name, file.data, file.len);
+    write_file(name, file.data, file.len);
     loci_buf_fini(&file);
 }
 
@@ -196,8 +152,8 @@ static void test_broken_headers(void **state) {
 /* Cut anywhere, a file is refused: no prefix of a sound file is sound. */
 static void test_truncated_files(void **state) {
     (void)state;
-    char path[256];
-    path_of(path, sizeof path, "model.safetensors");
+    char path[PATH_BYTES];
+    path_of(path, "model.safetensors");
     write_tensors("model.safetensors", sound, 44);
     struct stat info;
     assert_int_equal(stat(path, &info), 0);
@@ -217,15 +173,15 @@ static void test_hostile_header_lengths(void **state) {
         loci_buf file = LOCI_BUF_INIT;
         loci_buf_u64(&file, lengths[i]);
         loci_buf_append_text(&file, "{}      ");
-        write_bytes("model.safetensors", file.data, file.len);
+        write_file("model.safetensors", file.data, file.len);
         loci_buf_fini(&file);
         expect_refusal("header length", LOCI_E_CORRUPT, "truncated");
     }
     /* Larger than any real header, in a (sparse) file that could hold it. */
     uint8_t start[8] = {0, 0, 0, 2};
-    char path[256];
-    write_bytes("model.safetensors", start, sizeof start);
-    path_of(path, sizeof path, "model.safetensors");
+    char path[PATH_BYTES];
+    write_file("model.safetensors", start, sizeof start);
+    path_of(path, "model.safetensors");
     assert_int_equal(truncate(path, (off_t)1 << 26), 0);
     expect_refusal("header of 32 MiB", LOCI_E_LIMIT, "header has 33554432 bytes");
 }
@@ -245,7 +201,7 @@ static void test_deep_nesting(void **state) {
 }
 
 static void write_index(const char *text) {
-    write_bytes("model.safetensors.index.json", text, strlen(text));
+    write_text("model.safetensors.index.json", text);
 }
 
 static void test_shards(void **state) {
@@ -293,8 +249,8 @@ static void test_shards(void **state) {
 static void test_no_weights(void **state) {
     (void)state;
     expect_refusal("empty folder", LOCI_E_NOTFOUND, "has neither model.safetensors nor");
-    char path[256];
-    path_of(path, sizeof path, "model.safetensors");
+    char path[PATH_BYTES];
+    path_of(path, "model.safetensors");
     assert_int_equal(mkdir(path, 0700), 0);
     expect_refusal("folder for a file", LOCI_E_IO, "not a regular file");
 }

@@ -3,13 +3,8 @@
  * The tokenizer against what the Hugging Face tokenizers library made of 1,600 strings
  * (make_tokenizer_goldens.py), its promises for any bytes, and the files that it refuses.
  */
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
+#include "support.h"
 
-#include <cmocka.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,23 +22,6 @@ static loci_tokenizer *open_ok(const char *path) {
     loci_error err = {0};
     if (loci_tokenizer_open(path, &tokenizer, &err) != LOCI_OK) fail_msg("%s", err.text);
     return tokenizer;
-}
-
-static void read_file(const char *path, loci_buf *out) {
-    FILE *file = fopen(path, "rb");
-    if (!file) fail_msg("%s cannot be opened", path);
-    uint8_t chunk[4096];
-    for (size_t got; (got = fread(chunk, 1, sizeof chunk, file)) > 0;)
-        loci_buf_append(out, chunk, got);
-    fclose(file);
-    assert_int_equal(loci_buf_status(out), LOCI_OK);
-}
-
-static uint32_t xorshift(uint32_t *state) {
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    *state ^= *state << 5;
-    return *state;
 }
 
 /* Encodes and checks what holds for every text: ends rise and cover it, and, where nothing is
@@ -471,13 +449,10 @@ static const struct {
 
 static void test_refused_files(void **state) {
     (void)state;
-    char path[] = "/tmp/loci-tokenizer-XXXXXX";
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
+    char path[PATH_BYTES];
+    path_of(path, "tokenizer.json");
     loci_buf sound = LOCI_BUF_INIT;
     read_file("tests/data/model/tokenizer-llama3.json", &sound);
-    assert_non_null(loci_buf_text(&sound));
     write_edited(path, &sound, "", "");
     loci_tokenizer_close(open_ok(path));
     write_edited(path, &sound, "\"unk_token\": null", "\"unk_token\": \"!\"");
@@ -521,13 +496,10 @@ static void test_beginning_token(void **state) {
         {"{\"type\": \"Sequence\", \"processors\": 5}", UINT32_MAX},
         {"[\"Sequence\"]", UINT32_MAX},
     };
-    char path[] = "/tmp/loci-tokenizer-XXXXXX";
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
+    char path[PATH_BYTES];
+    path_of(path, "tokenizer.json");
     loci_buf sound = LOCI_BUF_INIT;
     read_file("tests/data/model/tokenizer-llama3.json", &sound);
-    assert_non_null(loci_buf_text(&sound));
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char to[512];
         snprintf(to, sizeof to, "\"post_processor\": %s", cases[i].processor);
@@ -544,13 +516,10 @@ static void test_beginning_token(void **state) {
  * special is kept by decoding. */
 static void test_added_tokens(void **state) {
     (void)state;
-    char path[] = "/tmp/loci-tokenizer-XXXXXX";
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    close(fd);
+    char path[PATH_BYTES];
+    path_of(path, "tokenizer.json");
     loci_buf sound = LOCI_BUF_INIT;
     read_file("tests/data/model/tokenizer-llama3.json", &sound);
-    assert_non_null(loci_buf_text(&sound));
     write_edited(path, &sound, ADDED,
                  "\"added_tokens\": ["
                  "{\"id\": 5000, \"content\": \"<s>\", \"normalized\": false, \"special\": true},"
@@ -591,5 +560,5 @@ int main(void) {
         cmocka_unit_test(test_beginning_token),
         cmocka_unit_test(test_added_tokens),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, make_dir, remove_dir);
 }
