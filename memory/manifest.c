@@ -4,6 +4,7 @@
  */
 #include "memory/manifest.h"
 
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
@@ -46,7 +47,8 @@ void loci_manifest_unref(loci_manifest *manifest) {
 loci_manifest *loci_manifest_clone(const loci_manifest *manifest) {
     loci_manifest *clone = malloc(sizeof *clone);
     if (!clone) return NULL;
-    *clone = *manifest;
+    size_t rest = offsetof(loci_manifest, fingerprint); /* refs change meanwhile */
+    memcpy((char *)clone + rest, (const char *)manifest + rest, sizeof *clone - rest);
     atomic_init(&clone->refs, 1);
     clone->extent_count = clone->flat_count = 0;
     clone->extents = malloc((manifest->extent_count + 1u) * sizeof *clone->extents);

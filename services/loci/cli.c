@@ -15,7 +15,7 @@
 #define UNARY_MS 0 /* calls end when they end; Ctrl-C cancels */
 #define PROBE_MS 5000
 
-volatile sig_atomic_t loci_interrupted = 0;
+atomic_int loci_interrupted = 0;
 
 loci_status loci_cli_usage(loci_cli *cli, loci_error *err, const char *format, ...) {
     cli->usage = true;

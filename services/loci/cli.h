@@ -9,7 +9,7 @@
 #ifndef LOCI_SERVICES_LOCI_CLI_H
 #define LOCI_SERVICES_LOCI_CLI_H
 
-#include <signal.h>
+#include <stdatomic.h>
 
 #include "loci/v1/loci.pb-c.h"
 #include "services/common/names.h"
@@ -18,7 +18,7 @@
 #include "services/rpc/rpc.h"
 
 /* Number of the signal that asked for an end, 0 = none. */
-extern volatile sig_atomic_t loci_interrupted;
+extern atomic_int loci_interrupted;
 
 typedef struct loci_cli {
     const char *address; /* --address, LOCI_ADDRESS, or the default */

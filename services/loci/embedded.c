@@ -116,7 +116,7 @@ static bool accepts(const loci_embedded *embedded) {
     return connected;
 }
 
-static loci_status wait_until_up(loci_embedded *embedded, const volatile sig_atomic_t *interrupt,
+static loci_status wait_until_up(loci_embedded *embedded, const atomic_int *interrupt,
                                  loci_error *err) {
     uint64_t until = loci_now_ns() + START_MS * 1000000ull;
     while (!accepts(embedded)) {
@@ -138,7 +138,7 @@ static loci_status wait_until_up(loci_embedded *embedded, const volatile sig_ato
 }
 
 loci_status loci_embedded_start(loci_embedded *embedded, const char *data,
-                                const volatile sig_atomic_t *interrupt, loci_error *err) {
+                                const atomic_int *interrupt, loci_error *err) {
     LOCI_TRY(spawn(embedded, data, err));
     return wait_until_up(embedded, interrupt, err);
 }

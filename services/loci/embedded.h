@@ -7,7 +7,7 @@
 #ifndef LOCI_SERVICES_LOCI_EMBEDDED_H
 #define LOCI_SERVICES_LOCI_EMBEDDED_H
 
-#include <signal.h>
+#include <stdatomic.h>
 #include <sys/types.h>
 
 #include "base/status.h"
@@ -21,8 +21,7 @@ typedef struct loci_embedded {
 /* Returns when the daemon accepts connections; bounded. When it dies first, *err holds what it
  * said. */
 LOCI_MUST_CHECK loci_status loci_embedded_start(loci_embedded *embedded, const char *data,
-                                                const volatile sig_atomic_t *interrupt,
-                                                loci_error *err);
+                                                const atomic_int *interrupt, loci_error *err);
 /* Ends it: SIGTERM, then SIGKILL when that takes too long. Idempotent. */
 void loci_embedded_stop(loci_embedded *embedded);
 

@@ -3,6 +3,7 @@
  * loci, the command line: finds the command, runs it, reports the one line of a failure.
  */
 #include <errno.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -84,7 +85,7 @@ static void one_line(char *text) {
 }
 
 static int report(const loci_cli *cli, loci_status status, loci_error *err) {
-    if (loci_interrupted) return 128 + (int)loci_interrupted;
+    if (loci_interrupted) return 128 + loci_interrupted;
     if (status != LOCI_OK && strcmp(err->reason, "CANNOT_CONNECT") == 0) {
         fprintf(
             stderr,

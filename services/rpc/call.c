@@ -97,6 +97,7 @@ static void call_unref(loci_rpc_call *call) {
 /* Under call->mu. Takes a reference for the batch. */
 static void start_batch(loci_rpc_call *call, const grpc_op *ops, size_t count, loci__tag *tag) {
     call_ref(call);
+    LOCI__TAG_GIVEN(tag);
     grpc_call_error error = grpc_call_start_batch(call->core, ops, count, tag, NULL);
     LOCI_ASSERT(error == GRPC_CALL_OK);
 }

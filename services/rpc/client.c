@@ -98,7 +98,7 @@ void loci_rpc_channel_close(loci_rpc_channel *channel) {
 struct loci_rpc_client_call {
     loci_rpc_channel *channel;
     const ProtobufCMessageDescriptor *response_type;
-    const volatile int *interrupt;
+    const atomic_int *interrupt;
     grpc_completion_queue *queue;
     grpc_call *core;
     pthread_mutex_t start_mu;  /* the starting of batches */
@@ -152,7 +152,7 @@ static grpc_op status_op(loci_rpc_client_call *call) {
 
 static loci_rpc_client_call *create_call(loci_rpc_channel *channel, const char *path,
                                          const ProtobufCMessageDescriptor *response_type,
-                                         unsigned timeout_ms, const volatile int *interrupt) {
+                                         unsigned timeout_ms, const atomic_int *interrupt) {
     loci_rpc_client_call *call = calloc(1, sizeof *call);
     if (!call) return NULL;
     call->channel = channel;
@@ -245,7 +245,7 @@ static loci_status finish(loci_rpc_client_call *call, loci_error *err) {
 
 loci_status loci_rpc_call_open(loci_rpc_channel *channel, const char *path,
                                const ProtobufCMessageDescriptor *response_type, unsigned timeout_ms,
-                               const volatile int *interrupt, loci_rpc_client_call **out,
+                               const atomic_int *interrupt, loci_rpc_client_call **out,
                                loci_error *err) {
     *out = NULL;
     loci_rpc_client_call *call = create_call(channel, path, response_type, timeout_ms, interrupt);
@@ -341,7 +341,7 @@ void loci_rpc_call_close(loci_rpc_client_call *call) {
 loci_status loci_rpc_unary(loci_rpc_channel *channel, const char *path,
                            const ProtobufCMessage *request,
                            const ProtobufCMessageDescriptor *response_type, unsigned timeout_ms,
-                           const volatile int *interrupt, ProtobufCMessage **response,
+                           const atomic_int *interrupt, ProtobufCMessage **response,
                            loci_error *err) {
     *response = NULL;
     grpc_byte_buffer *buffer;

@@ -19,6 +19,8 @@
 #ifndef LOCI_SERVICES_RPC_RPC_H
 #define LOCI_SERVICES_RPC_RPC_H
 
+#include <stdatomic.h>
+
 #include <protobuf-c/protobuf-c.h>
 
 #include "base/buf.h"
@@ -141,15 +143,15 @@ LOCI_MUST_CHECK loci_status loci_rpc_channel_open(const char *address, loci_rpc_
                                                   loci_error *err);
 void loci_rpc_channel_close(loci_rpc_channel *channel);
 /* timeout_ms 0 = none. While a call waits it polls *interrupt (may be NULL) every 50 ms and cancels
- * the call when it is set (signal handlers set it). */
+ * the call when it is set (by a signal handler or another thread). */
 LOCI_MUST_CHECK loci_status loci_rpc_unary(loci_rpc_channel *channel, const char *path,
                                            const ProtobufCMessage *request,
                                            const ProtobufCMessageDescriptor *response_type,
-                                           unsigned timeout_ms, const volatile int *interrupt,
+                                           unsigned timeout_ms, const atomic_int *interrupt,
                                            ProtobufCMessage **response, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_rpc_call_open(loci_rpc_channel *channel, const char *path,
                                                const ProtobufCMessageDescriptor *response_type,
-                                               unsigned timeout_ms, const volatile int *interrupt,
+                                               unsigned timeout_ms, const atomic_int *interrupt,
                                                loci_rpc_client_call **out, loci_error *err);
 /* send and read may be called from two threads at once, one each. A send to a server that has ended
  * the call fails with the call's status when it is known, else with LOCI_E_RPC, reason

@@ -30,6 +30,17 @@
 
 #include "services/rpc/rpc.h"
 
+/* What a thread wrote before it gave a tag to the core is seen by the thread that polls the tag.
+ * ThreadSanitizer cannot know, since the core is not built with it. */
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#define LOCI__TAG_GIVEN(tag) __tsan_release(tag)
+#define LOCI__TAG_TAKEN(tag) __tsan_acquire(tag)
+#else
+#define LOCI__TAG_GIVEN(tag) ((void)(tag))
+#define LOCI__TAG_TAKEN(tag) ((void)(tag))
+#endif
+
 /* --- arena.c: bump allocation with a bound, as a protobuf-c allocator ----------------- */
 /* What a client's stream holds while it is idle: its thread, a kept block of its arena, and what a
  * handler keeps between two messages (measured with Register inside a document). */

@@ -306,6 +306,7 @@ static void arm_slots(loci_rpc_server *server) {
            server->live + server->armed < server->live_max) {
         loci_rpc_call *call = loci__call_create(server, on_accept);
         if (!call) break; /* the next call that ends tries again */
+        LOCI__TAG_GIVEN(&call->accept_tag);
         grpc_call_error error =
             grpc_server_request_call(server->core, &call->core, &call->details, &call->metadata,
                                      server->queue, server->queue, &call->accept_tag);
@@ -385,6 +386,7 @@ static void *poll_queue(void *arg) {
         if (event.type == GRPC_QUEUE_SHUTDOWN) return NULL;
         if (event.type == GRPC_OP_COMPLETE) {
             loci__tag *tag = event.tag;
+            LOCI__TAG_TAKEN(tag);
             tag->fn(tag->owner, event.success != 0);
         }
         uint64_t now = loci_now_ns();
@@ -457,6 +459,7 @@ static void close_core(loci_rpc_server *server) {
     pthread_mutex_lock(&server->mu);
     server->closing = true;
     pthread_mutex_unlock(&server->mu);
+    LOCI__TAG_GIVEN(&server->shutdown_tag);
     grpc_server_shutdown_and_notify(server->core, server->queue, &server->shutdown_tag);
 }
 

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "base/clock.h"
+#include "memory/manifest.h"
 
 static void test_delete_and_rewrite_leave_what_was_never_there(void **state) {
     fixture *f = *state;
@@ -293,6 +294,34 @@ static void test_deletion_while_a_snapshot_is_made(void **state) {
     loci_snapshot_release(snapshot);
 }
 
+static void *hold_and_drop(void *manifest) {
+    for (int i = 0; i < 2000; i++) loci_manifest_unref(loci_manifest_ref(manifest));
+    return NULL;
+}
+
+/* As when a document is deleted while the indexing thread holds the manifest: nothing but the
+ * references may be written meanwhile, and ThreadSanitizer must agree. */
+static void test_clones_beside_references(void **state) {
+    (void)state;
+    pthread_t thread;
+    loci_manifest *manifest = loci_manifest_create(FINGERPRINT);
+    assert_non_null(manifest);
+    manifest->revision = 7;
+    manifest->live_tokens = 9;
+    assert_int_equal(pthread_create(&thread, NULL, hold_and_drop, manifest), 0);
+    for (int i = 0; i < 2000; i++) {
+        loci_manifest *clone = loci_manifest_clone(manifest);
+        assert_non_null(clone);
+        assert_string_equal(clone->fingerprint, FINGERPRINT);
+        assert_int_equal(clone->revision, 7);
+        assert_int_equal(clone->live_tokens, 9);
+        assert_int_equal(clone->refs, 1);
+        loci_manifest_unref(clone);
+    }
+    pthread_join(thread, NULL);
+    loci_manifest_unref(manifest);
+}
+
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
     const struct CMUnitTest tests[] = {
@@ -303,6 +332,7 @@ int main(void) {
         TEST(test_delete_while_pending_and_empty_documents),
         TEST(test_readers_during_changes),
         TEST(test_deletion_while_a_snapshot_is_made),
+        cmocka_unit_test(test_clones_beside_references),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

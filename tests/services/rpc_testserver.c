@@ -65,9 +65,9 @@ int main(int argc, char **argv) {
     loci_status status = loci_rpc_server_create(&options, loci_descriptor_set(), &server, &err);
     if (status == LOCI_OK) status = loci_rpc_server_add(server, &service, &err);
     if (status == LOCI_OK) status = loci_rpc_server_listen(server, address, &port, &err);
+    test_service_set_server(server);
     if (status == LOCI_OK) status = loci_rpc_server_start(server, &err);
     if (status == LOCI_OK) {
-        test_service_set_server(server);
         printf("port %d\n", port);
         fflush(stdout);
         int signal_number;

@@ -26,6 +26,6 @@ typedef struct test_service {
  * (bidi, long-lived: receives until the end), Leave (bidi: returns at once), Stats (unary: the
  * counters as text), Serving (unary: health of corpus = number). */
 void test_service_fill(loci_rpc_service *service, test_service *state);
-void test_service_set_server(loci_rpc_server *server);
+void test_service_set_server(loci_rpc_server *server); /* before its start */
 
 #endif
