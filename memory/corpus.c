@@ -206,65 +206,7 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
         manifest->file_bytes + manifest->flat_tokens * loci_geometry_kv_bytes(&corpus->geometry);
 }
 
-/* --- Catalogue values --------------------------------------------------------------------- */
-
-static void encode_corpus(const loci_corpus *corpus, bool deleted, loci_buf *out) {
-    const loci_geometry *geometry = &corpus->geometry;
-    loci_buf_bytes(out, corpus->name, strlen(corpus->name));
-    loci_buf_u64(out, (uint64_t)corpus->created);
-    loci_buf_u8(out, deleted);
-    loci_buf_append(out, geometry->fingerprint, LOCI_FINGERPRINT_LEN);
-    loci_buf_u32(out, geometry->retrieval_layers);
-    loci_buf_u32(out, geometry->kv_heads);
-    loci_buf_u32(out, geometry->head_dim);
-    loci_buf_u32(out, geometry->ranking_layer);
-    loci_buf_u32(out, geometry->segment_tokens);
-    loci_buf_u8(out, geometry->has_sink);
-    loci_buf_u32(out, (uint32_t)(corpus->sink_floats / 2));
-    loci_buf_append(out, corpus->sinks, corpus->sink_floats * sizeof(float));
-}
-
-static bool geometry_valid(const loci_geometry *geometry) {
-    return strlen(geometry->fingerprint) == LOCI_FINGERPRINT_LEN &&
-           geometry->retrieval_layers >= 1 && geometry->retrieval_layers <= 1024 &&
-           geometry->kv_heads >= 1 && geometry->kv_heads <= 1024 && geometry->head_dim >= 16 &&
-           geometry->head_dim <= 256 && geometry->head_dim % 16 == 0 &&
-           geometry->ranking_layer < geometry->retrieval_layers && geometry->segment_tokens >= 1 &&
-           geometry->segment_tokens <= LOCI_EXTENT_TOKENS_MAX;
-}
-
-static size_t sink_floats_of(const loci_geometry *geometry) {
-    if (!geometry->has_sink) return 0;
-    return 2u * (size_t)geometry->retrieval_layers * geometry->kv_heads * geometry->head_dim;
-}
-
-static loci_status decode_corpus(loci_corpus *corpus, loci_slice payload, loci_error *err) {
-    loci_reader reader = loci_reader_of(payload);
-    loci_geometry *geometry = &corpus->geometry;
-    loci_slice name = loci_read_bytes(&reader);
-    corpus->created = (int64_t)loci_read_u64(&reader);
-    corpus->deleted = loci_read_u8(&reader) != 0;
-    for (size_t i = 0; i < LOCI_FINGERPRINT_LEN; i++)
-        geometry->fingerprint[i] = (char)loci_read_u8(&reader);
-    geometry->retrieval_layers = loci_read_u32(&reader);
-    geometry->kv_heads = loci_read_u32(&reader);
-    geometry->head_dim = loci_read_u32(&reader);
-    geometry->ranking_layer = loci_read_u32(&reader);
-    geometry->segment_tokens = loci_read_u32(&reader);
-    geometry->has_sink = loci_read_u8(&reader) != 0;
-    size_t floats = 2u * (size_t)loci_read_u32(&reader);
-    if (reader.failed || name.len == 0 || name.len > LOCI_NAME_MAX || !geometry_valid(geometry) ||
-        floats != sink_floats_of(geometry) || reader.len - reader.at != floats * sizeof(float))
-        return loci_fail(err, LOCI_E_CORRUPT, "the catalogue entry of corpus %016llx is damaged",
-                         (unsigned long long)corpus->uid);
-    memcpy(corpus->name, name.data, name.len);
-    corpus->sink_floats = floats;
-    if (floats == 0) return LOCI_OK;
-    corpus->sinks = malloc(floats * sizeof(float));
-    if (!corpus->sinks) return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
-    memcpy(corpus->sinks, reader.data + reader.at, floats * sizeof(float));
-    return LOCI_OK;
-}
+/* --- What creating and loading share -------------------------------------------------------- */
 
 /* What follows from the geometry. */
 static loci_status prepare(loci_corpus *corpus, loci_error *err) {
@@ -431,7 +373,7 @@ static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan,
     loci_corpus *corpus = corpus_alloc(store, uid);
     if (!corpus) return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
     loci_status status = loci_scan_payload(scan, LOCI_KIND_CORPUS, &payload, &damage);
-    if (status == LOCI_OK) status = decode_corpus(corpus, payload, &damage);
+    if (status == LOCI_OK) status = loci_corpus_decode(corpus, payload, &damage);
     bool found = false;
     size_t place = 0;
     if (status == LOCI_OK && !corpus->deleted) {
@@ -511,7 +453,7 @@ static bool name_valid(const char *name) {
 static loci_status write_new(loci_corpus *corpus, loci_error *err) {
     loci_store *store = corpus->store;
     loci_buf record = LOCI_BUF_INIT, manifest = LOCI_BUF_INIT;
-    encode_corpus(corpus, false, &record);
+    loci_corpus_encode(corpus, false, &record);
     loci_manifest_encode(corpus->manifest, &manifest);
     loci_batch *batch = loci_batch_create(store->rocks);
     loci_status status = LOCI_E_NOMEM;
@@ -545,7 +487,7 @@ static loci_status create_at(loci_store *store, size_t place, const char *name,
     corpus->geometry = *geometry;
     corpus->created = loci_wall_seconds();
     corpus->manifest = loci_manifest_create(geometry->fingerprint);
-    corpus->sink_floats = sink_floats_of(geometry);
+    corpus->sink_floats = loci_sink_floats(geometry);
     if (corpus->sink_floats) corpus->sinks = malloc(corpus->sink_floats * sizeof(float));
     if (!corpus->manifest || (corpus->sink_floats && !corpus->sinks)) {
         loci_fail(err, status, "no memory for corpus %s", name);
@@ -575,7 +517,7 @@ loci_status loci_corpus_create(loci_store *store, const char *name, const loci_g
                          "\"%.*s\" is not a corpus name: 1 to %d of a-z 0-9 - _, the first a "
                          "letter or digit",
                          LOCI_NAME_MAX + 1, name, LOCI_NAME_MAX);
-    if (!geometry_valid(geometry) || geometry->has_sink != (sink_k && sink_v))
+    if (!loci_geometry_valid(geometry) || geometry->has_sink != (sink_k && sink_v))
         return loci_fail(err, LOCI_E_INVAL, "corpus %s: the model's geometry is out of range",
                          name);
     pthread_mutex_lock(&store->lock);
@@ -651,7 +593,7 @@ loci_status loci_corpus_check_model(const loci_corpus_info *info, const char *fi
 /* Marks the corpus deleted on disk and in memory; caller holds store->lock. */
 static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current, loci_error *err) {
     loci_buf record = LOCI_BUF_INIT;
-    encode_corpus(corpus, true, &record);
+    loci_corpus_encode(corpus, true, &record);
     loci_status status = loci_buf_status(&record);
     if (status != LOCI_OK) return loci_fail(err, status, "no memory to delete %s", corpus->name);
     loci_batch *batch = loci_batch_create(corpus->store->rocks);

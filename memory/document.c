@@ -437,7 +437,10 @@ loci_status loci_document_commit(loci_document_writer *writer, loci_document_inf
     if (status == LOCI_OK) {
         same = old.sequence != 0 && old.bytes == document.bytes &&
                memcmp(old.content, document.content, sizeof old.content) == 0;
-        if (!same) status = commit_locked(writer, batch, &document, &old, err);
+        if (!same && old.sequence != 0 && corpus->geometry.causal)
+            status = loci_append_only(corpus, writer->id, "replaced", err);
+        else if (!same)
+            status = commit_locked(writer, batch, &document, &old, err);
         if (status == LOCI_OK) loci_document_fill_info(corpus, same ? &old : &document, out);
     }
     pthread_mutex_unlock(&corpus->lock);

@@ -106,6 +106,8 @@ static loci_status delete_locked(loci_corpus *corpus, const char *id, loci_chang
     loci_document document;
     LOCI_TRY(loci_change_begin(corpus, change, err));
     loci_status status = find_document(corpus, NULL, id, &document, err);
+    if (status == LOCI_OK && corpus->geometry.causal && document.segments > 0)
+        status = loci_append_only(corpus, id, "deleted", err);
     if (status == LOCI_OK) status = loci_change_bury(change, document.sequence, err);
     if (status != LOCI_OK) {
         loci_change_abort(change);

@@ -232,7 +232,8 @@ static loci_status index_documents(loci_ingest *ingest, loci_corpus *corpus,
         if (!more) break;
         uint64_t pending = pending_of(corpus), now = loci_now_ns();
         if (!loci_pipeline_dirty(pipeline)) flushed = now;
-        if (loci_flush_due(pending, loci_pipeline_documents(pipeline), now - flushed)) {
+        if (corpus->geometry.causal ||
+            loci_flush_due(pending, loci_pipeline_documents(pipeline), now - flushed)) {
             LOCI_TRY(flush(ingest, corpus, pipeline, err));
             flushed = now;
         }

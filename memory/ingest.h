@@ -21,6 +21,9 @@
  * document does not make an extent anew.
  * - An extent with at least a quarter of its tokens dead is rewritten.
  * - Work never holds more than the builder and one encode batch in memory.
+ * - A causal corpus is committed batch by batch, none of which holds tokens of two documents: what
+ * a batch is encoded after is all in the store. Where batches end changes how floating-point sums
+ *   are rounded, so after an interruption K and V may differ in their last bit.
  */
 #ifndef LOCI_MEMORY_INGEST_H
 #define LOCI_MEMORY_INGEST_H
@@ -53,6 +56,11 @@ typedef struct loci_encoder {
     loci_status (*encode)(void *ctx, const uint32_t *tokens, const uint32_t *begin,
                           uint32_t segments, uint16_t *const *k, uint16_t *const *v,
                           const loci_cancel *cancel, loci_error *err);
+    /* For causal corpora; NULL: there can be none. The same of tokens, without prefix, that follow
+     * all those of `past`, from position loci_snapshot_end(past) on. */
+    loci_status (*encode_after)(void *ctx, const loci_snapshot *past, const uint32_t *tokens,
+                                uint32_t count, uint16_t *const *k, uint16_t *const *v,
+                                const loci_cancel *cancel, loci_error *err);
 } loci_encoder;
 
 typedef struct loci_ingest loci_ingest;

@@ -174,6 +174,15 @@ loci_corpus *loci_corpus_next(loci_store *store, uint64_t after);
 void loci_corpus_release(loci_corpus *corpus); /* NULL allowed */
 /* Caller holds the lock. */
 void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out);
+/* corpus_record.c: the catalogue value; decode fills the name, geometry, creation and sinks. */
+bool loci_geometry_valid(const loci_geometry *geometry);
+size_t loci_sink_floats(const loci_geometry *geometry); /* of K and V together */
+void loci_corpus_encode(const loci_corpus *corpus, bool deleted, loci_buf *out);
+LOCI_MUST_CHECK loci_status loci_corpus_decode(loci_corpus *corpus, loci_slice payload,
+                                               loci_error *err);
+/* The error that a document of a causal corpus cannot be `what` ("deleted"). */
+loci_status loci_append_only(const loci_corpus *corpus, const char *id, const char *what,
+                             loci_error *err);
 bool loci_pending_push(loci_corpus *corpus, uint64_t sequence); /* false: no memory */
 void loci_pending_erase(loci_corpus *corpus, uint64_t sequence);
 bool loci_pending_has(const loci_corpus *corpus, uint64_t sequence);

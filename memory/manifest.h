@@ -104,4 +104,12 @@ static inline uint32_t loci_extent_live_tokens(const loci_manifest_extent *exten
     return extent->tokens - extent->dead_tokens;
 }
 
+/* Live tokens, those of the document at the cursor included. */
+static inline uint64_t loci_manifest_tokens(const loci_manifest *manifest) {
+    uint64_t tokens = manifest->flat_tokens;
+    for (uint32_t i = 0; i < manifest->extent_count; i++)
+        tokens += loci_extent_live_tokens(&manifest->extents[i]);
+    return tokens;
+}
+
 #endif

@@ -11,9 +11,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "memory/snapshot.h"
+
 /* Encoding works best on thousands of tokens at once; KV of a batch is bounded as well. */
 #define BATCH_TOKENS 4096u
 #define BATCH_KV_BYTES (64u << 20)
+/* Of a causal corpus: with one segment more it is still one sequence of any model that serves. */
+#define CAUSAL_BATCH_TOKENS 1024u
+#define LENGTH_SEGMENTS 64u /* looked at together when a document is measured */
 
 typedef struct batch_segment {
     loci_built_segment built;
@@ -34,7 +39,9 @@ struct loci_pipeline {
     const loci_encoder *encoder;
     struct loci_pool *pool;
     const loci_cancel *cancel;
-    uint32_t sink_tokens; /* 1 when every segment begins with the shared prefix */
+    bool causal;
+    uint32_t prefix_tokens; /* 1 when the encoder puts the shared prefix before every segment */
+    uint32_t sink_tokens;   /* of those, the ones that are encoded with it: none if causal */
     uint32_t batch_tokens;
 
     loci_cursor cursor, ahead;
@@ -61,7 +68,8 @@ static loci_status check_model(const loci_corpus *corpus, const loci_encoder *en
     LOCI_TRY(loci_corpus_check_model(&info, b->fingerprint, err));
     if (a->retrieval_layers == b->retrieval_layers && a->kv_heads == b->kv_heads &&
         a->head_dim == b->head_dim && a->ranking_layer == b->ranking_layer &&
-        a->segment_tokens == b->segment_tokens && a->has_sink == b->has_sink)
+        a->segment_tokens == b->segment_tokens && a->has_sink == b->has_sink &&
+        (!a->causal || encoder->encode_after))
         return LOCI_OK;
     return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
                             "corpus %s was made with another geometry of its model", corpus->name);
@@ -83,8 +91,12 @@ loci_status loci_pipeline_open(loci_corpus *corpus, const loci_encoder *encoder,
     pipeline->encoder = encoder;
     pipeline->pool = pool;
     pipeline->cancel = cancel;
-    pipeline->sink_tokens = corpus->geometry.has_sink ? 1 : 0;
+    pipeline->causal = corpus->geometry.causal;
+    pipeline->prefix_tokens = corpus->geometry.has_sink ? 1 : 0;
+    pipeline->sink_tokens = pipeline->causal ? 0 : pipeline->prefix_tokens;
     pipeline->batch_tokens = loci_pipeline_batch_tokens(&corpus->geometry);
+    if (pipeline->causal && pipeline->batch_tokens > CAUSAL_BATCH_TOKENS)
+        pipeline->batch_tokens = CAUSAL_BATCH_TOKENS;
     uint32_t pairs = corpus->geometry.retrieval_layers * corpus->geometry.kv_heads;
     pipeline->k = calloc(pairs, sizeof *pipeline->k);
     pipeline->v = calloc(pairs, sizeof *pipeline->v);
@@ -197,8 +209,8 @@ static loci_status check_split(const loci_pipeline *pipeline, const loci_split *
     bool good = split->segments <= most && split->next > at && split->next <= len;
     for (uint32_t i = 0; good && i < split->segments; i++) {
         uint32_t tokens = split->begin[i + 1] - split->begin[i];
-        good = split->begin[i + 1] >= split->begin[i] && tokens > pipeline->sink_tokens &&
-               tokens - pipeline->sink_tokens <= pipeline->corpus->geometry.segment_tokens &&
+        good = split->begin[i + 1] >= split->begin[i] && tokens > pipeline->prefix_tokens &&
+               tokens - pipeline->prefix_tokens <= pipeline->corpus->geometry.segment_tokens &&
                split->start[i] >= at && split->end[i] > split->start[i] &&
                split->end[i] <= split->next;
         at = split->end[i];
@@ -231,25 +243,25 @@ static bool reserve_batch(encode_batch *batch, size_t tokens, size_t segments) {
 static loci_status take_split(loci_pipeline *pipeline, const loci_split *split, loci_error *err) {
     encode_batch *batch = &pipeline->batch;
     loci_cursor *ahead = &pipeline->ahead;
-    uint32_t first = split->segments ? split->begin[0] : 0;
-    uint32_t tokens = split->segments ? split->begin[split->segments] - first : 0;
+    uint32_t skip = pipeline->prefix_tokens - pipeline->sink_tokens;
+    uint32_t tokens = split->segments ? split->begin[split->segments] - split->begin[0] : 0;
     if (!reserve_batch(batch, tokens, split->segments)) return no_memory(pipeline, err);
-    if (tokens > 0)
-        memcpy(batch->tokens + batch->token_count, split->tokens + first,
-               tokens * sizeof *batch->tokens);
     for (uint32_t i = 0; i < split->segments; i++) {
         batch_segment *segment = &batch->segments[batch->count];
-        uint32_t own = split->begin[i + 1] - split->begin[i] - pipeline->sink_tokens;
+        uint32_t count = split->begin[i + 1] - split->begin[i] - skip;
+        uint32_t own = count - pipeline->sink_tokens;
+        memcpy(batch->tokens + batch->token_count, split->tokens + split->begin[i] + skip,
+               count * sizeof *batch->tokens);
         segment->built =
             (loci_built_segment){ahead->sequence, split->start[i], split->end[i], {0}, own};
         memcpy(segment->built.content, pipeline->document.content, sizeof segment->built.content);
-        batch->begin[batch->count++] = (uint32_t)batch->token_count + split->begin[i] - first;
+        batch->begin[batch->count++] = (uint32_t)batch->token_count;
+        batch->token_count += count;
         ahead->segments++;
         ahead->tokens += own;
         ahead->byte = i + 1 < split->segments ? split->start[i + 1] : split->next;
         segment->after = *ahead;
     }
-    batch->token_count += tokens;
     if (batch->count > 0) batch->begin[batch->count] = (uint32_t)batch->token_count;
     ahead->byte = split->next;
     return LOCI_OK;
@@ -295,6 +307,35 @@ static loci_status gather_some(loci_pipeline *pipeline, loci_error *err) {
     return finish_document(pipeline, segments, err);
 }
 
+/* Whether all that is left of the document fits in a causal corpus, before any of it is encoded. */
+static loci_status check_length(loci_pipeline *pipeline, loci_error *err) {
+    const loci_encoder *encoder = pipeline->encoder;
+    loci_corpus *corpus = pipeline->corpus;
+    uint64_t most = corpus->geometry.tokens_max;
+    if (most == 0) return LOCI_OK;
+    pthread_mutex_lock(&corpus->lock);
+    uint64_t tokens = loci_manifest_tokens(corpus->manifest);
+    pthread_mutex_unlock(&corpus->lock);
+    loci_slice text = loci_slice_of(pipeline->text.data, pipeline->text.len);
+    for (uint64_t at = pipeline->ahead.byte; at < text.len && tokens <= most;) {
+        const loci_split *split;
+        LOCI_TRY(encoder->split(encoder->ctx, text, at, LENGTH_SEGMENTS, &split, err));
+        if (split->segments > 0)
+            tokens += split->begin[split->segments] - split->begin[0] -
+                      split->segments * pipeline->prefix_tokens;
+        at = split->next > at ? split->next : text.len;
+    }
+    if (tokens <= most) return LOCI_OK;
+    pipeline->open = false;
+    return loci_fail_reason(
+        err, LOCI_E_LIMIT, "TRAINED_LENGTH",
+        "with document \"%.100s\" corpus %s would have more than %llu tokens, and its model was "
+        "not "
+        "trained on longer sequences: delete the document, or register in a corpus that was made "
+        "with --beyond-trained-length or --encoding independent",
+        pipeline->document.id, corpus->name, (unsigned long long)most);
+}
+
 loci_status loci_pipeline_gather(loci_pipeline *pipeline, bool *more, loci_error *err) {
     encode_batch *batch = &pipeline->batch;
     batch->count = batch->token_count = 0;
@@ -309,8 +350,12 @@ loci_status loci_pipeline_gather(loci_pipeline *pipeline, bool *more, loci_error
         }
         if (!pipeline->open) {
             bool found;
-            LOCI_TRY(open_document(pipeline, &found, err));
+            if (pipeline->causal && batch->count > 0) break; /* one document at a time */
+            loci_status status = open_document(pipeline, &found, err);
+            if (status != LOCI_OK && batch->count > 0) break; /* those before it do not wait */
+            LOCI_TRY(status);
             if (!found) break;
+            if (pipeline->causal) LOCI_TRY(check_length(pipeline, err));
         }
         LOCI_TRY(gather_some(pipeline, err));
     }
@@ -336,6 +381,19 @@ static bool reserve_rows(loci_pipeline *pipeline, size_t rows) {
     return true;
 }
 
+static loci_status encode_after(loci_pipeline *pipeline, loci_error *err) {
+    const loci_encoder *encoder = pipeline->encoder;
+    const encode_batch *batch = &pipeline->batch;
+    loci_snapshot *past;
+    LOCI_ASSERT(pipeline->builder->segment_count == 0); /* else the past would lack that */
+    LOCI_TRY(loci_snapshot_acquire_past(pipeline->corpus, &past, err));
+    loci_status status =
+        encoder->encode_after(encoder->ctx, past, batch->tokens, (uint32_t)batch->token_count,
+                              pipeline->k, pipeline->v, pipeline->cancel, err);
+    loci_snapshot_release(past);
+    return status;
+}
+
 loci_status loci_pipeline_encode(loci_pipeline *pipeline, loci_error *err) {
     encode_batch *batch = &pipeline->batch;
     if (batch->count == 0) {
@@ -346,8 +404,10 @@ loci_status loci_pipeline_encode(loci_pipeline *pipeline, loci_error *err) {
     const loci_encoder *encoder = pipeline->encoder;
     LOCI_FAILPOINT("encode");
     loci_status status =
-        encoder->encode(encoder->ctx, batch->tokens, batch->begin, (uint32_t)batch->count,
-                        pipeline->k, pipeline->v, pipeline->cancel, err);
+        pipeline->causal
+            ? encode_after(pipeline, err)
+            : encoder->encode(encoder->ctx, batch->tokens, batch->begin, (uint32_t)batch->count,
+                              pipeline->k, pipeline->v, pipeline->cancel, err);
     LOCI_FAILPOINT("encode");
     if (status != LOCI_OK)
         return loci_fail_prefix(err, status, "encoding documents of corpus %s",

@@ -339,6 +339,27 @@ loci_status loci_snapshot_acquire(loci_store *store, const char *corpus_name, lo
     return status;
 }
 
+loci_status loci_snapshot_acquire_past(loci_corpus *corpus, loci_snapshot **out, loci_error *err) {
+    loci_corpus_info info;
+    pthread_mutex_lock(&corpus->build_lock);
+    pthread_mutex_lock(&corpus->lock);
+    loci_manifest *manifest = loci_manifest_clone(corpus->manifest);
+    loci_view *view = loci_view_open(corpus->store->rocks);
+    if (manifest) {
+        manifest->cursor = (loci_cursor){0}; /* so that it hides nothing */
+        loci_manifest_sum(manifest);
+        corpus->snapshot_manifest = manifest;
+        loci_corpus_fill_info(corpus, &info);
+    }
+    pthread_mutex_unlock(&corpus->lock);
+    loci_status status =
+        manifest ? make_snapshot(corpus, manifest, view, &info, out, err)
+                 : loci_fail(err, LOCI_E_NOMEM, "no memory for a snapshot of %s", corpus->name);
+    loci_view_close(view);
+    pthread_mutex_unlock(&corpus->build_lock);
+    return status;
+}
+
 void loci_snapshot_release(loci_snapshot *snapshot) {
     if (!snapshot || atomic_fetch_sub(&snapshot->refs, 1) != 1) return;
     loci_corpus *corpus = snapshot->corpus;
@@ -371,6 +392,10 @@ void loci_snapshots_let_go(void *store) {
 }
 
 /* --- Reading ---------------------------------------------------------------------------- */
+
+uint32_t loci_snapshot_end(const loci_snapshot *snapshot) {
+    return (uint32_t)(snapshot->view.has_sink + snapshot->view.tokens);
+}
 
 const loci_corpus_view *loci_snapshot_view(const loci_snapshot *snapshot) {
     return &snapshot->view;

@@ -37,6 +37,10 @@ struct loci_snapshot {
     bool terms_unkept; /* one found no room; said in the log */
 };
 
+/* Of everything that is committed, the unfinished document too; for encoding what follows it. It is
+ * not kept for others. */
+LOCI_MUST_CHECK loci_status loci_snapshot_acquire_past(loci_corpus *corpus, loci_snapshot **out,
+                                                       loci_error *err);
 /* The smallest revision in a corpus's list of snapshots; UINT64_MAX when it is empty. */
 uint64_t loci_snapshots_oldest(const loci_snapshot *list);
 /* Releases the snapshots that are only kept for the next question; for loci_budget_on_shortage,

@@ -40,6 +40,11 @@ typedef struct loci_geometry {
     uint32_t ranking_layer;  /* retrieval index whose codes are kept in position order too */
     uint32_t segment_tokens; /* most tokens of a segment, shared prefix not counted */
     bool has_sink;
+    /* The corpus's own choice, not its model's. Causal: its text is one growing sequence, each
+     * token encoded with all before it in view; segments are but runs of it. Nothing searchable can
+     * be deleted or replaced then, since what follows was encoded knowing it. */
+    bool causal;
+    uint64_t tokens_max; /* most tokens of a causal corpus, 0 = no limit */
 } loci_geometry;
 
 typedef struct loci_store_options {
@@ -120,7 +125,8 @@ typedef struct loci_document_info {
 
 /* A document arrives in pieces; nothing is visible before commit; abort or a crash leaves nothing.
  * Ids: 1-512 bytes of UTF-8 without control characters. Errors: LOCI_E_NOTFOUND (corpus),
- * LOCI_E_INVAL (id, empty document, metadata), LOCI_E_LIMIT (too large). */
+ * LOCI_E_INVAL (id, empty document, metadata), LOCI_E_LIMIT (too large). In a causal corpus another
+ * content for a known id is LOCI_E_PRECONDITION, reason APPEND_ONLY, at commit. */
 LOCI_MUST_CHECK loci_status loci_document_begin(loci_store *store, const char *corpus,
                                                 const char *id, loci_slice metadata,
                                                 loci_document_writer **out, loci_error *err);
@@ -146,7 +152,8 @@ LOCI_MUST_CHECK loci_status loci_document_list(loci_store *store, const char *co
 LOCI_MUST_CHECK loci_status loci_document_read(loci_store *store, const char *corpus,
                                                const char *id, uint64_t start, uint64_t end,
                                                loci_buf *out, loci_error *err);
-/* The document and its segments are gone from the revision returned on. */
+/* The document and its segments are gone from the revision returned on. LOCI_E_PRECONDITION, reason
+ * APPEND_ONLY, for a searchable document of a causal corpus. */
 LOCI_MUST_CHECK loci_status loci_document_delete(loci_store *store, const char *corpus,
                                                  const char *id, uint64_t *revision,
                                                  loci_error *err);
@@ -161,6 +168,8 @@ typedef struct loci_segment_info {
 LOCI_MUST_CHECK loci_status loci_snapshot_acquire(loci_store *store, const char *corpus,
                                                   loci_snapshot **out, loci_error *err);
 void loci_snapshot_release(loci_snapshot *snapshot); /* NULL allowed */
+/* Where the next token of a causal corpus stands: behind the shared prefix and all live tokens. */
+uint32_t loci_snapshot_end(const loci_snapshot *snapshot);
 const loci_corpus_view *loci_snapshot_view(const loci_snapshot *snapshot);
 const loci_corpus_info *loci_snapshot_info(const loci_snapshot *snapshot);
 uint32_t loci_snapshot_segments(const loci_snapshot *snapshot); /* dead ones included */

@@ -202,8 +202,8 @@ static loci_status read_sizes(const loci_json *in, loci_model_config *out, loci_
     return LOCI_OK;
 }
 
-/* One id or a list of them, each of which ends a text. */
-static loci_status read_eos(const loci_json *in, loci_model_config *out, loci_error *err) {
+/* One id or a list of them, each of which ends a text; and the id that begins one, if any. */
+static loci_status read_ends(const loci_json *in, loci_model_config *out, loci_error *err) {
     const json_t *eos = loci_json_member(in, "eos_token_id");
     if (!eos) return loci_fail(err, LOCI_E_INVAL, "%s lacks \"eos_token_id\"", in->what);
     size_t count = json_is_array(eos) ? json_array_size(eos) : 1;
@@ -224,7 +224,9 @@ static loci_status read_eos(const loci_json *in, loci_model_config *out, loci_er
         out->eos[out->eos_count++] = (uint32_t)id;
     }
     out->eos_id = out->eos[0];
-    return LOCI_OK;
+    out->bos_id = UINT32_MAX;
+    return loci_json_u32(in, "bos_token_id", LOCI_JSON_OPTIONAL, 0, out->vocab - 1, &out->bos_id,
+                         err);
 }
 
 /* Which layers have positions: the list, else every no_rope_layer_interval-th (SmolLM3: fourth)
@@ -341,7 +343,7 @@ static loci_status read_config(const loci_json *in, loci_model_config *out, loci
     LOCI_TRY(refuse_options(in, err));
     LOCI_TRY(read_sizes(in, out, err));
     LOCI_TRY(read_head_dim(in, arch, out, err));
-    LOCI_TRY(read_eos(in, out, err));
+    LOCI_TRY(read_ends(in, out, err));
     LOCI_TRY(loci_rope_read(in, out, err));
     out->qkv_bias = arch->qkv_bias;
     out->head_norm = arch->head_norm;

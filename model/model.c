@@ -214,7 +214,8 @@ static loci_status load_weights(loader *l, loci_error *err) {
     return backend->ops->sync(l->stream, err);
 }
 
-static void hash_config(XXH3_state_t *state, const loci_model_config *c) {
+static void hash_config(XXH3_state_t *state, const loci_model *model) {
+    const loci_model_config *c = &model->config;
     loci_buf buf = LOCI_BUF_INIT;
     uint32_t eps, theta;
     memcpy(&eps, &c->rms_eps, sizeof eps);
@@ -230,6 +231,7 @@ static void hash_config(XXH3_state_t *state, const loci_model_config *c) {
         loci_buf_u8(&buf, c->layer[i].retrieval);
     }
     if (c->rope_scaling.factor > 0) loci_buf_bytes(&buf, &c->rope_scaling, sizeof c->rope_scaling);
+    if (!loci_model_is_built_in(model)) loci_buf_u32(&buf, model->specials.begin);
     if (loci_buf_status(&buf) == LOCI_OK) XXH3_128bits_update(state, buf.data, buf.len);
     loci_buf_fini(&buf);
 }
@@ -267,7 +269,7 @@ static loci_status make_fingerprint(const loader *l, const char *tokenizer_path,
     XXH3_state_t *state = XXH3_createState();
     if (!state) return loci_fail(err, LOCI_E_NOMEM, "no memory to hash the model");
     XXH3_128bits_reset(state);
-    hash_config(state, &l->model->config);
+    hash_config(state, l->model);
     loci_status status;
     LOCI_TRY_GOTO(hash_file(state, tokenizer_path, err), out);
     LOCI_TRY_GOTO(hash_tensors(state, l->file, err), out);
@@ -292,6 +294,11 @@ static void find_specials(loci_model *model) {
         .bos = loci_tokenizer_id(t, "<bos>"),
     };
     if (model->specials.bos == UINT32_MAX) model->specials.bos = loci_tokenizer_bos(t);
+    const uint32_t begins[] = {loci_model_is_built_in(model) ? model->specials.doc : UINT32_MAX,
+                               model->specials.bos, model->config.bos_id, model->config.eos_id};
+    size_t first = 0;
+    while (begins[first] == UINT32_MAX) first++;
+    model->specials.begin = begins[first];
 }
 
 /* More tokens than rows of the embedding would let text produce ids that cannot be embedded. */
@@ -391,23 +398,12 @@ const loci_special_tokens *loci_model_specials(const loci_model *model) {
     return &model->specials;
 }
 
-loci_status loci_model_require_specials(const loci_model *model, loci_error *err) {
+bool loci_model_is_built_in(const loci_model *model) {
     const loci_special_tokens *s = &model->specials;
-    const struct {
-        uint32_t id;
-        const char *name;
-    } needed[] = {{s->doc, "<doc>"},
-                  {s->question, "<q>"},
-                  {s->evidence, "<ev>"},
-                  {s->answer, "<a>"},
-                  {s->none, "<none>"}};
-    for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
-        if (needed[i].id == UINT32_MAX)
-            return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_FAMILY",
-                                    "the tokenizer of this %s has no %s: corpora can so far only "
-                                    "be registered with models of the built-in family",
-                                    model->config.architecture, needed[i].name);
-    return LOCI_OK;
+    const uint32_t marks[] = {s->doc, s->question, s->evidence, s->answer, s->none};
+    for (size_t i = 0; i < sizeof marks / sizeof *marks; i++)
+        if (marks[i] == UINT32_MAX) return false;
+    return true;
 }
 
 const loci_chat *loci_model_chat(const loci_model *model) {

@@ -40,6 +40,7 @@ typedef struct loci_model_config {
     bool tied_embeddings;
     bool qkv_bias;   /* the projections to queries, keys and values have a bias */
     bool head_norm;  /* each query and key head is normed before it is rotated */
+    uint32_t bos_id; /* bos_token_id; UINT32_MAX where there is none */
     uint32_t eos_id; /* the first of eos[] */
     uint32_t eos[LOCI_EOS_MAX], eos_count;
     loci_layer_config layer[LOCI_LAYERS_MAX];
@@ -49,9 +50,12 @@ typedef struct loci_model_config {
 
 /* The special tokens by which the built-in family reads text (shared notes: "how it sees
  * text"); UINT32_MAX where the tokenizer has none. bos: "<bos>", else the token that the tokenizer
- * puts before every text. */
+ * puts before every text. begin, always there, stands before every text that is encoded by itself,
+ * and takes the attention that wants to go nowhere: <doc> of the built-in family, else bos, else
+ * bos_token_id of config.json (Qwen's tokenizers put nothing before a text, but the models saw that
+ * token between any two), else the first end of text. */
 typedef struct loci_special_tokens {
-    uint32_t doc, question, evidence, answer, none, eos, bos;
+    uint32_t doc, question, evidence, answer, none, eos, bos, begin;
 } loci_special_tokens;
 
 typedef struct loci_model loci_model;
@@ -74,9 +78,9 @@ void loci_model_close(loci_model *model);
 const loci_model_config *loci_model_config_of(const loci_model *model);
 const loci_tokenizer *loci_model_tokenizer(const loci_model *model);
 const loci_special_tokens *loci_model_specials(const loci_model *model);
-/* LOCI_E_UNSUPPORTED naming the first token of the built-in family that the tokenizer lacks: for
- * callers that can read text in that family's way only. */
-LOCI_MUST_CHECK loci_status loci_model_require_specials(const loci_model *model, loci_error *err);
+/* Is it of the built-in family: are <doc> <q> <ev> <a> <none> all there? Other models, stock
+ * models, are asked by prompts of their chat family. */
+bool loci_model_is_built_in(const loci_model *model);
 const loci_chat *loci_model_chat(const loci_model *model);
 /* Does this token end a text or an answer: one of the configuration's eos[], or the chat's stop? */
 bool loci_model_ends(const loci_model *model, uint32_t id);
@@ -127,9 +131,14 @@ LOCI_MUST_CHECK loci_status loci_sequence_open(loci_model *model, uint32_t token
                                                loci_sequence **out, loci_error *err);
 void loci_sequence_close(loci_sequence *sequence);
 void loci_sequence_set_attend(loci_sequence *sequence, loci_attend_fn attend, void *ctx);
-/* Forgets all tokens; keeps memory. */
+/* Forgets all tokens; keeps memory. The next one has position 0. */
 void loci_sequence_reset(loci_sequence *sequence);
+/* The position of the next token, which must be behind all others. It may lie beyond those that the
+ * model was trained on: whether that is wanted is the caller's to say. */
+void loci_sequence_jump(loci_sequence *sequence, uint32_t position);
 uint32_t loci_sequence_length(const loci_sequence *sequence);
+/* How many tokens more there is room for. */
+uint32_t loci_sequence_room(const loci_sequence *sequence);
 /* Runs the tokens. logits_rows: how many of the last rows get logits (0 = none: then with
  * stop_after_retrieval = r >= 0 the pass ends after the attend call of retrieval layer r).
  * LOCI_E_LIMIT when tokens_max would be exceeded. */
@@ -137,6 +146,10 @@ LOCI_MUST_CHECK loci_status loci_sequence_append(loci_sequence *sequence, const 
                                                  uint32_t count, uint32_t logits_rows,
                                                  int stop_after_retrieval,
                                                  const loci_cancel *cancel, loci_error *err);
+/* K and V of all tokens in the retrieval layers, in the form of loci_encode_out; also after a pass
+ * that stopped after the last of these layers. */
+LOCI_MUST_CHECK loci_status loci_sequence_read_kv(loci_sequence *sequence,
+                                                  const loci_encode_out *out, loci_error *err);
 /* Host copy of the logits of the last append: f32 [logits_rows][vocab]; valid until the next call.
  */
 const float *loci_sequence_logits(loci_sequence *sequence);

@@ -21,6 +21,7 @@ struct loci_sequence {
     loci_decoder_scratch scratch;
     loci_decoder_pass pass;
     uint32_t tokens_max, length;
+    uint32_t skipped;      /* positions without a token */
     uint32_t layers_valid; /* layers whose cache holds all tokens: fewer after a stopped pass */
     loci_buffer *cache;
     size_t cache_bytes; /* of K or of V of one layer */
@@ -156,12 +157,22 @@ void loci_sequence_set_attend(loci_sequence *s, loci_attend_fn fn, void *ctx) {
 
 void loci_sequence_reset(loci_sequence *s) {
     s->length = 0;
+    s->skipped = 0;
     s->layers_valid = s->model->config.layers;
     s->logits_rows = 0;
 }
 
+void loci_sequence_jump(loci_sequence *s, uint32_t position) {
+    LOCI_ASSERT(position >= s->skipped + s->length);
+    s->skipped = position - s->length;
+}
+
 uint32_t loci_sequence_length(const loci_sequence *s) {
     return s->length;
+}
+
+uint32_t loci_sequence_room(const loci_sequence *s) {
+    return s->tokens_max - s->length;
 }
 
 loci_stream *loci_sequence_stream(loci_sequence *s) {
@@ -193,7 +204,7 @@ static loci_status reserve_logits(loci_sequence *s, uint32_t rows, loci_error *e
 static loci_status run_chunk(loci_sequence *s, const uint32_t *tokens, uint32_t rows,
                              uint32_t logits_rows, uint32_t logits_at, loci_error *err) {
     const loci_backend_ops *ops = s->model->backend->ops;
-    for (uint32_t i = 0; i < rows; i++) s->positions[i] = (int32_t)(s->length + i);
+    for (uint32_t i = 0; i < rows; i++) s->positions[i] = (int32_t)(s->skipped + s->length + i);
     s->span = (loci_attend_span){0, rows, 0, s->length + rows};
     s->pass.rows = rows;
     ops->upload(s->stream, s->scratch.ids, tokens, rows * sizeof *tokens);
@@ -219,7 +230,7 @@ static loci_status check_append(const loci_sequence *s, const uint32_t *tokens, 
         return loci_fail(err, LOCI_E_INVAL,
                          "a pass cannot stop after retrieval layer %d of %u with logits of %u rows",
                          stop, c->retrieval_count, logits_rows);
-    if (count > s->tokens_max - s->length)
+    if (count > loci_sequence_room(s))
         return loci_fail(err, LOCI_E_LIMIT, "a sequence of %u tokens has no room for %u after %u",
                          s->tokens_max, count, s->length);
     if (layers > s->layers_valid)
@@ -254,6 +265,32 @@ loci_status loci_sequence_append(loci_sequence *s, const uint32_t *tokens, uint3
     }
     s->logits_rows = logits_rows;
     return LOCI_OK;
+}
+
+loci_status loci_sequence_read_kv(loci_sequence *s, const loci_encode_out *out, loci_error *err) {
+    const loci_model_config *c = &s->model->config;
+    loci_backend *backend = s->model->backend;
+    uint32_t width = c->kv_heads * c->head_dim;
+    size_t bytes = (size_t)s->length * c->head_dim * sizeof(uint16_t);
+    loci_buffer *halves = NULL;
+    LOCI_TRY(backend->ops->alloc(backend, 2 * c->kv_heads * bytes, &halves, err));
+    loci_status status = LOCI_OK;
+    for (uint32_t r = 0; r < c->retrieval_count && status == LOCI_OK; r++) {
+        for (uint32_t i = 0; i < 2 * c->kv_heads; i++) {
+            bool value = i >= c->kv_heads;
+            uint32_t head = i % c->kv_heads;
+            loci_ref half = loci_ref_at(halves, i * bytes);
+            loci_ref from = cache_at(s, c->retrieval_layer[r], value, 0);
+            from.offset += (size_t)head * c->head_dim * sizeof(float);
+            backend->ops->convert(s->stream, half, c->head_dim, LOCI_BF16, from, width, s->length,
+                                  c->head_dim);
+            uint16_t *to = (value ? out->v : out->k)[r * c->kv_heads + head];
+            backend->ops->download(s->stream, to, half, bytes);
+        }
+        status = backend->ops->sync(s->stream, err);
+    }
+    backend->ops->free(backend, halves);
+    return status;
 }
 
 const float *loci_sequence_logits(loci_sequence *s) {

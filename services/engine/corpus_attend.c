@@ -84,17 +84,19 @@ static void merge_part(const loci_backend *backend, const loci_attend_call *call
                         call->head_dim);
 }
 
-/* The sink as one row that stands for live_segments identical ones. */
+/* The sink as one row that stands for live_segments identical ones; a causal corpus has one. */
 static loci_status attend_sink(loci_query *query, const loci_attend_call *call, step *s,
                                loci_ref out, loci_ref lse, loci_error *err) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
-    if (!view->has_sink || view->live_segments == 0) return LOCI_OK;
+    bool causal = loci_snapshot_info(query->snapshot)->geometry.causal;
+    uint64_t sinks = causal ? 1 : view->live_segments;
+    if (!view->has_sink || sinks == 0) return LOCI_OK;
     size_t row = (size_t)view->kv_heads * view->head_dim * sizeof(float);
     loci_ref k = view->sink_k, v = view->sink_v;
     k.offset += call->retrieval_index * row;
     v.offset += call->retrieval_index * row;
-    attend_rows(s, call, view, k, v, LOCI_F32, 0, 1, logf((float)view->live_segments), out, lse);
+    attend_rows(s, call, view, k, v, LOCI_F32, 0, 1, logf((float)sinks), out, lse);
     backend->ops->attend_dense(call->stream, &s->args);
     merge_part(backend, call, out, lse);
     backend->ops->download(call->stream, s->lse, lse,
@@ -135,7 +137,9 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
     ops->select(call->stream, lookup);
     ops->attend_sparse(call->stream, lookup, out, call->q_heads * call->head_dim, lse);
     merge_part(backend, call, out, lse);
-    ops->attribute(call->stream, lookup, call->lse, row_begin, loci_ref_at(query->slot->mass, 0));
+    if (query->slot->mass)
+        ops->attribute(call->stream, lookup, call->lse, row_begin,
+                       loci_ref_at(query->slot->mass, 0));
     ops->lookup_stats(call->stream, lookup, &s->stats);
     LOCI_TRY(ops->sync(call->stream, err));
     uint64_t index =

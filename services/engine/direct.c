@@ -7,23 +7,6 @@
 
 #include "services/engine/query.h"
 
-typedef struct direct_state {
-    loci_query *query;
-    loci_event_fn on_event;
-    void *ctx;
-    bool first_sent;
-} direct_state;
-
-static loci_status on_piece(void *ctx, const char *text, loci_error *err) {
-    direct_state *state = ctx;
-    if (!state->first_sent) {
-        state->query->usage.first_token_ms = loci_query_elapsed_ms(state->query);
-        state->first_sent = true;
-    }
-    loci_event event = {.kind = LOCI_EVENT_DELTA, .text = text};
-    return state->on_event(state->ctx, &event, err);
-}
-
 /* The passages with most attention so far; "" while there is no answer. */
 static loci_status load_evidence(loci_query *query, const loci_answer_request *request,
                                  const char *answer, loci_buf *bytes, loci_passage *passages,
@@ -39,15 +22,29 @@ static loci_status load_evidence(loci_query *query, const loci_answer_request *r
     return LOCI_OK;
 }
 
+/* What a stock model is told before the question looks at the corpus too, but evidence is what the
+ * question and the answer look at: the masses begin anew. */
 static loci_status ask_question(loci_query *query, loci_error *err) {
     loci_tokens prompt = {0};
+    uint32_t head = 0;
     loci_sequence *sequence = query->slot->sequence;
     loci_sequence_reset(sequence);
+    loci_sequence_jump(sequence, query->start);
     loci_sequence_set_attend(sequence, loci_corpus_attend, query);
-    loci_status status = loci_query_prompt(query, &prompt, err);
-    if (status == LOCI_OK)
-        status = loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,
-                                      query->cancel, err);
+    loci_status status;
+    LOCI_TRY_GOTO(loci_corpus_attend_begin(query, err), out);
+    if (query->engine->stock)
+        LOCI_TRY_GOTO(loci_stock_prompt(query, NULL, 0, &prompt, &head, err), out);
+    else
+        LOCI_TRY_GOTO(loci_query_prompt(query, &prompt, err), out);
+    if (head > 0) {
+        LOCI_TRY_GOTO(loci_sequence_append(sequence, prompt.ids, head, 0, -1, query->cancel, err),
+                      out);
+        LOCI_TRY_GOTO(loci_corpus_attend_begin(query, err), out);
+    }
+    status = loci_sequence_append(sequence, prompt.ids + head, (uint32_t)prompt.count - head, 1, -1,
+                                  query->cancel, err);
+out:
     loci_tokens_fini(&prompt);
     query->usage.question_read_bytes = query->step_bytes;
     query->step_bytes = 0;
@@ -78,11 +75,9 @@ loci_status loci_answer_direct(loci_query *query, const loci_answer_request *req
     loci_passage passages[LOCI_EVIDENCE_MAX];
     loci_buf bytes = LOCI_BUF_INIT;
     loci_generation answer = {.text = LOCI_BUF_INIT};
-    direct_state state = {query, on_event, ctx, false};
     loci_status status;
     loci_event event = {.kind = LOCI_EVENT_PROGRESS, .stage = "question", .total = 1};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
-    LOCI_TRY_GOTO(loci_corpus_attend_begin(query, err), out);
     LOCI_TRY_GOTO(ask_question(query, err), out);
     LOCI_TRY_GOTO(load_evidence(query, request, "", &bytes, passages, &count, err), out);
     event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};
@@ -91,11 +86,7 @@ loci_status loci_answer_direct(loci_query *query, const loci_answer_request *req
         status = finish(query, &answer, passages, 0, on_event, ctx, err);
         goto out;
     }
-    uint64_t begun = loci_now_ns();
-    LOCI_TRY_GOTO(loci_generate(query, request, &answer, on_piece, &state, err), out);
-    double seconds = (double)(loci_now_ns() - begun) / 1e9;
-    query->usage.decode_steps = answer.tokens;
-    if (seconds > 0) query->usage.decode_tokens_per_s = (double)answer.tokens / seconds;
+    LOCI_TRY_GOTO(loci_generate_streamed(query, request, &answer, on_event, ctx, err), out);
     const char *text = (const char *)answer.text.data;
     LOCI_TRY_GOTO(load_evidence(query, request, text, &bytes, passages, &count, err), out);
     status = finish(query, &answer, passages, count, on_event, ctx, err);

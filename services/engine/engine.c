@@ -17,7 +17,12 @@
 #include "services/engine/query.h"
 
 #define SEGMENT_TOKENS 255u
+#define HEAD_DIM_UNIT 16u /* memory/FORMAT.md, section 5 */
+/* The longest prompt with one passage, and its answer. */
 #define SEQUENCE_TOKENS (2 * LOCI_QUESTION_TOKENS_MAX + SEGMENT_TOKENS + LOCI_ANSWER_TOKENS_MAX + 8)
+/* A stock model reads several passages in one prompt, as far as it has positions. */
+#define STOCK_PASSAGES 4u
+#define STOCK_PASSAGE_TOKENS (SEGMENT_TOKENS + 16)
 
 static loci_status encoder_split(void *ctx, loci_slice text, uint64_t from, uint32_t segments_max,
                                  const loci_split **out, loci_error *err) {
@@ -37,7 +42,6 @@ static loci_status encoder_encode(void *ctx, const uint32_t *tokens, const uint3
  */
 static loci_status compute_sink(loci_engine *engine, loci_error *err) {
     const loci_geometry *geometry = &engine->geometry;
-    if (!geometry->has_sink) return LOCI_OK;
     uint32_t pairs = geometry->retrieval_layers * geometry->kv_heads, dim = geometry->head_dim;
     uint16_t *rows = calloc((size_t)pairs * 2 * dim, sizeof *rows);
     uint16_t **k = calloc((size_t)pairs * 2, sizeof *k), **v = k ? k + pairs : NULL;
@@ -51,7 +55,7 @@ static loci_status compute_sink(loci_engine *engine, loci_error *err) {
             k[p] = rows + (size_t)p * dim;
             v[p] = rows + (size_t)(pairs + p) * dim;
         }
-        uint32_t token = loci_model_specials(engine->model)->doc;
+        uint32_t token = loci_model_specials(engine->model)->begin;
         const uint32_t begin[2] = {0, 1};
         status = encoder_encode(engine, &token, begin, 1, k, v, NULL, err);
     }
@@ -64,20 +68,32 @@ static loci_status compute_sink(loci_engine *engine, loci_error *err) {
     return status;
 }
 
-static loci_geometry shape_of(const loci_model_config *config) {
+/* The built-in model was trained to rank in its first retrieval layer; of others a middle one is
+ * taken, where attention goes by meaning more than in the first and the last ones. */
+static loci_geometry shape_of(const loci_model *model) {
+    const loci_model_config *config = loci_model_config_of(model);
+    uint32_t middle = config->retrieval_count / 2;
     return (loci_geometry){.retrieval_layers = config->retrieval_count,
                            .kv_heads = config->kv_heads,
                            .head_dim = config->head_dim,
-                           .ranking_layer = 0,
-                           .segment_tokens = SEGMENT_TOKENS};
+                           .ranking_layer = loci_model_is_built_in(model) ? 0 : middle,
+                           .segment_tokens = SEGMENT_TOKENS,
+                           .has_sink = true};
 }
 
 static void set_geometry(loci_engine *engine) {
     loci_geometry *geometry = &engine->geometry;
-    *geometry = shape_of(loci_model_config_of(engine->model));
+    *geometry = shape_of(engine->model);
     snprintf(geometry->fingerprint, sizeof geometry->fingerprint, "%s",
              loci_model_fingerprint(engine->model));
-    geometry->has_sink = loci_model_specials(engine->model)->doc != UINT32_MAX;
+}
+
+/* A segment's positions are 0 to SEGMENT_TOKENS; where keys of the retrieval layers carry theirs,
+ * what looks at the corpus stands behind it. */
+static uint32_t question_start(const loci_model_config *config) {
+    for (uint32_t i = 0; i < config->retrieval_count; i++)
+        if (config->layer[config->retrieval_layer[i]].rope) return SEGMENT_TOKENS + 1;
+    return 0;
 }
 
 static loci_status choose_precision(const char *name, loci_backend *backend, loci_dtype *out,
@@ -94,22 +110,36 @@ static loci_status choose_precision(const char *name, loci_backend *backend, loc
     return loci_fail(err, LOCI_E_INVAL, "precision %s is not known; auto, f32 or bf16 is", name);
 }
 
-/* What no memory and no weights would change comes first. */
-static loci_status check_model(const loci_model *model, loci_error *err) {
+/* What no memory and no weights would change comes first. *tokens: of the sequence that questions
+ * run on; *room: of them, for what looks at a corpus. */
+static loci_status check_model(const loci_model *model, uint32_t *tokens, uint32_t *room,
+                               loci_error *err) {
     const loci_model_config *config = loci_model_config_of(model);
-    LOCI_TRY(loci_model_require_specials(model, err));
-    if (config->positions_max < SEQUENCE_TOKENS)
+    bool stock = !loci_model_is_built_in(model);
+    uint32_t around = 0;
+    if (config->head_dim % HEAD_DIM_UNIT != 0)
+        return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_HEAD_DIM",
+                                "the attention heads of this %s have %u channels (head_dim); the "
+                                "index of a corpus needs a multiple of %u",
+                                config->architecture, config->head_dim, HEAD_DIM_UNIT);
+    if (stock) LOCI_TRY(loci_stock_prompt_tokens(model, &around, err));
+    uint32_t least = SEQUENCE_TOKENS + around;
+    if (config->positions_max < least)
         return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "MODEL_POSITIONS",
                                 "this %s has %u positions (max_position_embeddings); questions, "
                                 "passages and answers need %u",
-                                config->architecture, config->positions_max, SEQUENCE_TOKENS);
+                                config->architecture, config->positions_max, least);
+    uint32_t most = stock ? least + (STOCK_PASSAGES - 1) * STOCK_PASSAGE_TOKENS : least;
+    *tokens = most < config->positions_max ? most : config->positions_max;
+    *room = around + LOCI_QUESTION_TOKENS_MAX + LOCI_ANSWER_TOKENS_MAX + 8;
     return LOCI_OK;
 }
 
 loci_status loci_engine_check_model(const char *dir, loci_error *err) {
     loci_model *model;
     LOCI_TRY(loci_model_prepare(dir, &model, err));
-    loci_status status = check_model(model, err);
+    uint32_t tokens, room;
+    loci_status status = check_model(model, &tokens, &room, err);
     loci_model_close(model);
     return status;
 }
@@ -126,7 +156,7 @@ static loci_status plan_memory(loci_engine *engine, const loci_engine_options *o
     loci_buf_printf(&path, "%s/tokenizer.json", options->model);
     LOCI_TRY_GOTO(loci_buf_status(&path), out);
     (void)stat(loci_buf_text(&path), &tokenizer); /* it has just been read */
-    loci_geometry shape = shape_of(config);
+    loci_geometry shape = shape_of(engine->model);
     const loci_plan_request request = {
         .config = config,
         .geometry = &shape,
@@ -134,7 +164,7 @@ static loci_status plan_memory(loci_engine *engine, const loci_engine_options *o
         .tokenizer_bytes = (uint64_t)tokenizer.st_size,
         .threads = loci_pool_threads(loci_backend_pool(engine->backend)),
         .calls_bytes = options->calls_bytes,
-        .sequence_tokens = SEQUENCE_TOKENS,
+        .sequence_tokens = engine->sequence_tokens,
         .queries = options->queries_max,
         .limit = options->memory_bytes ? options->memory_bytes : loci_plan_default_limit()};
     LOCI_TRY_GOTO(loci_plan_make(&request, &engine->plan, err), out);
@@ -182,19 +212,22 @@ static loci_status open_slots(loci_engine *engine, unsigned count, loci_error *e
     engine->slot_count = count;
     for (unsigned i = 0; i < count; i++) {
         loci_slot *slot = &engine->slots[i];
-        LOCI_TRY(loci_sequence_open(engine->model, SEQUENCE_TOKENS, &slot->sequence, err));
+        LOCI_TRY(loci_sequence_open(engine->model, engine->sequence_tokens, &slot->sequence, err));
     }
     return LOCI_OK;
 }
 
-static void close_slots(loci_engine *engine) {
+void loci_slot_close(loci_engine *engine, loci_slot *slot) {
     loci_backend *backend = engine->backend;
+    loci_sequence_close(slot->sequence);
+    if (slot->lookup) backend->ops->lookup_free(backend, slot->lookup);
+    backend->ops->free(backend, slot->part);
+    backend->ops->free(backend, slot->mass);
+}
+
+static void close_slots(loci_engine *engine) {
     for (unsigned i = 0; i < engine->slot_count; i++) {
-        loci_slot *slot = &engine->slots[i];
-        loci_sequence_close(slot->sequence);
-        if (slot->lookup) backend->ops->lookup_free(backend, slot->lookup);
-        backend->ops->free(backend, slot->part);
-        backend->ops->free(backend, slot->mass);
+        loci_slot_close(engine, &engine->slots[i]);
     }
     free(engine->slots);
 }
@@ -209,7 +242,8 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
     options.document_bytes_max = engine->plan.document_bytes_max;
     options.budget = engine->budget;
     LOCI_TRY(loci_store_open(data, &options, engine->backend, &engine->store, err));
-    loci_encoder encoder = {engine, engine->geometry, encoder_split, encoder_encode};
+    loci_encoder encoder = {engine, engine->geometry, encoder_split, encoder_encode,
+                            loci_encode_after};
     return loci_ingest_start(engine->store, &encoder, loci_backend_pool(engine->backend),
                              &engine->ingest, err);
 }
@@ -229,13 +263,16 @@ loci_status loci_engine_open(const loci_engine_options *options, loci_engine **o
     LOCI_TRY_GOTO(loci_backend_open(name, &backend_options, &engine->backend, err), out);
     LOCI_TRY_GOTO(choose_precision(options->precision, engine->backend, &precision, err), out);
     LOCI_TRY_GOTO(loci_model_prepare(options->model, &engine->model, err), out);
-    LOCI_TRY_GOTO(check_model(engine->model, err), out);
+    LOCI_TRY_GOTO(check_model(engine->model, &engine->sequence_tokens, &engine->question_room, err),
+                  out);
+    engine->stock = !loci_model_is_built_in(engine->model);
+    engine->question_start = question_start(loci_model_config_of(engine->model));
     LOCI_TRY_GOTO(plan_memory(engine, options, precision, err), out);
     LOCI_TRY_GOTO(loci_model_load(engine->model, options->model, engine->backend, precision, err),
                   out);
     set_geometry(engine);
     LOCI_TRY_GOTO(loci_splitter_open(loci_model_tokenizer(engine->model), SEGMENT_TOKENS,
-                                     loci_model_specials(engine->model)->doc, &engine->splitter,
+                                     loci_model_specials(engine->model)->begin, &engine->splitter,
                                      err),
                   out);
     LOCI_TRY_GOTO(compute_sink(engine, err), out);
@@ -305,17 +342,29 @@ void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
     pthread_mutex_unlock(&engine->lock);
 }
 
-loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loci_corpus_info *out,
+loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loci_encoding encoding,
+                                      bool beyond_trained_length, loci_corpus_info *out,
                                       loci_error *err) {
-    return loci_corpus_create(engine->store, name, &engine->geometry, engine->sink_k,
-                              engine->sink_v, out, err);
+    loci_geometry geometry = engine->geometry;
+    geometry.causal = encoding == LOCI_ENCODING_CAUSAL;
+    if (encoding == LOCI_ENCODING_DEFAULT)
+        geometry.causal =
+            engine->question_start > 0 && loci_causal_check(engine->model, NULL) == LOCI_OK;
+    if (geometry.causal) LOCI_TRY(loci_causal_check(engine->model, err));
+    if (geometry.causal && !beyond_trained_length)
+        geometry.tokens_max = loci_model_config_of(engine->model)->positions_max -
+                              engine->question_room - 1; /* the shared prefix */
+    if (beyond_trained_length && !geometry.causal)
+        return loci_fail_reason(err, LOCI_E_INVAL, "ENCODING",
+                                "an independent corpus may be of any length: beyond_trained_length "
+                                "is for causal ones");
+    return loci_corpus_create(engine->store, name, &geometry, engine->sink_k, engine->sink_v, out,
+                              err);
 }
 
 /* --- Requests ----------------------------------------------------------------------------- */
 
-static loci_status check_request(const loci_engine *engine, const loci_answer_request *request,
-                                 loci_error *err) {
-    const loci_special_tokens *special = loci_model_specials(engine->model);
+static loci_status check_request(const loci_answer_request *request, loci_error *err) {
     if (!(request->top_p >= 0 && request->top_p <= 1))
         return loci_fail(err, LOCI_E_INVAL, "top_p is %g; it must lie in (0, 1]", request->top_p);
     if (!(request->temperature >= 0 && request->temperature <= 10))
@@ -332,9 +381,6 @@ static loci_status check_request(const loci_engine *engine, const loci_answer_re
                          request->evidence_count, LOCI_EVIDENCE_MAX);
     if (request->mode < -1 || request->mode > LOCI_MODE_HIERARCHICAL)
         return loci_fail(err, LOCI_E_INVAL, "mode %d is not known", request->mode);
-    if (request->read_twice == 1 &&
-        (special->evidence == UINT32_MAX || special->none == UINT32_MAX))
-        return loci_fail(err, LOCI_E_UNSUPPORTED, "this model cannot read passages twice");
     return LOCI_OK;
 }
 
@@ -362,10 +408,8 @@ static loci_status set_params(loci_query *query, const loci_answer_request *requ
 loci_status loci_engine_answer(loci_engine *engine, const loci_answer_request *request,
                                const loci_cancel *cancel, loci_event_fn on_event, void *ctx,
                                loci_error *err) {
-    const loci_special_tokens *special = loci_model_specials(engine->model);
-    LOCI_TRY(check_request(engine, request, err));
-    bool can_read = special->evidence != UINT32_MAX && special->none != UINT32_MAX;
-    bool read_twice = request->read_twice < 0 ? can_read : request->read_twice == 1;
+    LOCI_TRY(check_request(request, err));
+    bool read_twice = request->read_twice != 0;
     loci_query query;
     loci_status status;
     LOCI_TRY_GOTO(loci_query_init(&query, engine, request->corpus, request->question,

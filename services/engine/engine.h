@@ -54,8 +54,18 @@ typedef struct loci_engine_status {
 } loci_engine_status;
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out);
 
-/* Creates a corpus for the engine's model (computes the sink). */
+typedef enum loci_encoding {
+    LOCI_ENCODING_DEFAULT, /* causal where the model can and its keys carry positions */
+    LOCI_ENCODING_INDEPENDENT,
+    LOCI_ENCODING_CAUSAL
+} loci_encoding;
+
+/* Creates a corpus for the engine's model. beyond_trained_length: a causal corpus may grow longer
+ * than the sequences that its model was trained on. LOCI_E_UNSUPPORTED, reason ENCODING, where the
+ * model cannot. */
 LOCI_MUST_CHECK loci_status loci_engine_create_corpus(loci_engine *engine, const char *name,
+                                                      loci_encoding encoding,
+                                                      bool beyond_trained_length,
                                                       loci_corpus_info *out, loci_error *err);
 
 /* Evidence quotes the sentences that matter (quote.h); a hit quotes its whole passage. */
@@ -111,8 +121,8 @@ typedef struct loci_answer_request {
     int mode;            /* loci_mode, or -1 = default (hierarchical) */
     double top_p;        /* 0 = default */
     uint32_t budget;     /* 0 = no limit */
-    int read_twice;      /* 1 on, 0 off, -1 = default: on for models that know <ev> and <none> */
-    uint32_t max_tokens; /* 0 = default (32) */
+    int read_twice;      /* 1 on, 0 off, -1 = default: on */
+    uint32_t max_tokens; /* 0 = default (32; stock models 128) */
     double temperature;
     uint64_t seed;
     double sparsity; /* squeezed; 0 = 0.9 */
@@ -120,7 +130,8 @@ typedef struct loci_answer_request {
     uint32_t evidence_count; /* 0 = 4; at most 16 */
 } loci_answer_request;
 
-/* Events in order: STARTED, PROGRESS..., EVIDENCE, (CANDIDATE...), DELTA..., USAGE, FINISHED. */
+/* Events in order: STARTED, PROGRESS..., EVIDENCE, (CANDIDATE...), DELTA..., USAGE, FINISHED. Stock
+ * models have no candidates. */
 LOCI_MUST_CHECK loci_status loci_engine_answer(loci_engine *engine,
                                                const loci_answer_request *request,
                                                const loci_cancel *cancel, loci_event_fn on_event,

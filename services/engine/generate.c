@@ -1,8 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Generating an answer from the logits that the sequence holds.
- *
- * Text is handed on in pieces of whole UTF-8 characters: a token can end inside one.
  */
 #include <math.h>
 #include <string.h>
@@ -13,6 +11,7 @@
 #define LOOP_REPEATS 3u /* the same 4 tokens so many times in a row end the answer */
 #define LOOP_TOKENS 4u
 #define DEFAULT_ANSWER_TOKENS 32u
+#define DEFAULT_STOCK_TOKENS 128u /* they answer in sentences */
 
 static void none_probability(loci_query *query, loci_generation *out) {
     const loci_model_config *config = loci_model_config_of(query->engine->model);
@@ -35,54 +34,6 @@ static bool loops(const uint32_t *ids, uint32_t count) {
         if (end[-(int)i] != end[-(int)i + (int)LOOP_TOKENS]) return false;
     }
     return true;
-}
-
-/* Length of the longest prefix that ends at a character border; bytes that can never become valid
- * count as characters. */
-static size_t whole_characters(const uint8_t *data, size_t len) {
-    for (size_t back = 1; back <= 3 && back <= len; back++) {
-        uint8_t c = data[len - back];
-        if ((c & 0xc0) == 0x80) continue;
-        size_t need = c >= 0xf0 ? 4 : c >= 0xe0 ? 3 : c >= 0xc0 ? 2 : 1;
-        return need > back ? len - back : len;
-    }
-    return len;
-}
-
-/* Appends bytes with anything that is not UTF-8 replaced by U+FFFD. */
-static void append_utf8(loci_buf *out, const uint8_t *data, size_t len) {
-    for (size_t at = 0; at < len;) {
-        uint8_t c = data[at];
-        size_t need = c < 0x80 ? 1 : c >= 0xf0 && c < 0xf5 ? 4 : c >= 0xe0 ? 3 : c >= 0xc2 ? 2 : 0;
-        bool ok = need > 0 && c < 0xf5 && at + need <= len;
-        for (size_t i = 1; ok && i < need; i++) ok = (data[at + i] & 0xc0) == 0x80;
-        if (ok && need == 3)
-            ok = !(c == 0xe0 && data[at + 1] < 0xa0) && !(c == 0xed && data[at + 1] > 0x9f);
-        if (ok && need == 4)
-            ok = !(c == 0xf0 && data[at + 1] < 0x90) && !(c == 0xf4 && data[at + 1] > 0x8f);
-        if (ok) {
-            loci_buf_append(out, data + at, need);
-            at += need;
-        } else {
-            loci_buf_append(out, "\xef\xbf\xbd", 3);
-            at++;
-        }
-    }
-}
-
-/* Hands on what is whole of raw[*sent..]; everything at the end. */
-static loci_status emit(loci_generation *out, const loci_buf *raw, size_t *sent, bool last,
-                        loci_piece_fn on_piece, void *ctx, loci_error *err) {
-    size_t whole = last ? raw->len : whole_characters(raw->data, raw->len);
-    if (whole <= *sent) return LOCI_OK;
-    size_t from = *sent;
-    if (from == 0 && raw->data[0] == ' ') from = 1;
-    size_t before = out->text.len;
-    append_utf8(&out->text, raw->data + from, whole - from);
-    *sent = whole;
-    if (!loci_buf_text(&out->text)) return loci_fail(err, LOCI_E_NOMEM, "no memory for the answer");
-    if (!on_piece || out->text.len == before) return LOCI_OK;
-    return on_piece(ctx, (const char *)out->text.data + before, err);
 }
 
 static loci_status sample_next(loci_query *query, const loci_answer_request *request,
@@ -110,15 +61,27 @@ static loci_status sample_next(loci_query *query, const loci_answer_request *req
                                 ids + count - recent, recent, id, logprob, err);
 }
 
+uint32_t loci_answer_tokens_most(const loci_query *query, const loci_answer_request *request) {
+    uint32_t most = query->engine->stock ? DEFAULT_STOCK_TOKENS : DEFAULT_ANSWER_TOKENS;
+    if (request->max_tokens) most = request->max_tokens;
+    return most < LOCI_ANSWER_TOKENS_MAX ? most : LOCI_ANSWER_TOKENS_MAX;
+}
+
 loci_status loci_generate(loci_query *query, const loci_answer_request *request,
                           loci_generation *out, loci_piece_fn on_piece, void *ctx,
                           loci_error *err) {
-    const loci_tokenizer *tokenizer = loci_model_tokenizer(query->engine->model);
-    uint32_t most = request->max_tokens ? request->max_tokens : DEFAULT_ANSWER_TOKENS;
-    if (most > LOCI_ANSWER_TOKENS_MAX) most = LOCI_ANSWER_TOKENS_MAX;
+    const loci_model *model = query->engine->model;
+    bool stock = query->engine->stock;
+    uint32_t most = loci_answer_tokens_most(query, request);
+    uint32_t room = loci_sequence_room(query->slot->sequence);
+    if (most > room + 1) most = room + 1; /* the last token is not appended */
     uint32_t ids[LOCI_ANSWER_TOKENS_MAX];
-    loci_buf raw = LOCI_BUF_INIT;
-    size_t sent = 0;
+    loci_answer_text text = {.stock = stock,
+                             .line = stock && loci_model_chat(model)->family == LOCI_CHAT_PLAIN,
+                             .on_piece = on_piece,
+                             .ctx = ctx,
+                             .raw = LOCI_BUF_INIT,
+                             .text = LOCI_BUF_INIT};
     loci_status status = LOCI_OK;
     *out = (loci_generation){.text = LOCI_BUF_INIT, .stop = "length"};
     none_probability(query, out);
@@ -127,26 +90,56 @@ loci_status loci_generate(loci_query *query, const loci_answer_request *request,
         float logprob = 0;
         LOCI_TRY_GOTO(sample_next(query, request, ids, out->tokens, &id, &logprob, err), out);
         out->logprob += (double)logprob;
-        if (loci_model_ends(query->engine->model, id)) {
+        if (loci_model_ends(model, id)) {
             out->stop = "eos";
             break;
         }
         ids[out->tokens++] = id;
-        LOCI_TRY_GOTO(loci_tokenizer_decode(tokenizer, &id, 1, false, &raw), out);
-        LOCI_TRY_GOTO(emit(out, &raw, &sent, false, on_piece, ctx, err), out);
-        if (loops(ids, out->tokens)) {
-            out->stop = "repetition";
+        LOCI_TRY_GOTO(loci_tokenizer_decode(loci_model_tokenizer(model), &id, 1, false, &text.raw),
+                      out);
+        LOCI_TRY_GOTO(loci_answer_text_take(&text, false, err), out);
+        if (text.over || loops(ids, out->tokens)) {
+            out->stop = text.over ? "eos" : "repetition";
             break;
         }
         if (out->tokens == most) break;
         LOCI_TRY_GOTO(
             loci_sequence_append(query->slot->sequence, &id, 1, 1, -1, query->cancel, err), out);
     }
-    status = emit(out, &raw, &sent, true, on_piece, ctx, err);
-    if (status == LOCI_OK && !loci_buf_text(&out->text))
-        status = loci_fail(err, LOCI_E_NOMEM, "no memory for the answer");
+    status = loci_answer_text_take(&text, true, err);
 out:
-    loci_buf_fini(&raw);
-    if (status != LOCI_OK) loci_buf_fini(&out->text);
+    loci_buf_fini(&text.raw);
+    if (status == LOCI_OK)
+        out->text = text.text;
+    else
+        loci_buf_fini(&text.text);
     return status;
+}
+
+typedef struct answer_stream {
+    loci_query *query;
+    loci_event_fn on_event;
+    void *ctx;
+    bool first_sent;
+} answer_stream;
+
+static loci_status send_piece(void *ctx, const char *text, loci_error *err) {
+    answer_stream *stream = ctx;
+    if (!stream->first_sent)
+        stream->query->usage.first_token_ms = loci_query_elapsed_ms(stream->query);
+    stream->first_sent = true;
+    loci_event event = {.kind = LOCI_EVENT_DELTA, .text = text};
+    return stream->on_event(stream->ctx, &event, err);
+}
+
+loci_status loci_generate_streamed(loci_query *query, const loci_answer_request *request,
+                                   loci_generation *out, loci_event_fn on_event, void *ctx,
+                                   loci_error *err) {
+    answer_stream stream = {query, on_event, ctx, false};
+    uint64_t begun = loci_now_ns();
+    LOCI_TRY(loci_generate(query, request, out, send_piece, &stream, err));
+    double seconds = (double)(loci_now_ns() - begun) / 1e9;
+    query->usage.decode_steps = out->tokens;
+    if (seconds > 0) query->usage.decode_tokens_per_s = (double)out->tokens / seconds;
+    return LOCI_OK;
 }

@@ -76,12 +76,10 @@ static uint64_t row_bytes(const loci_model_config *c) {
 }
 
 /* A sequence (model/sequence.c) and the parts of its attention (corpus_attend.c). */
-static uint64_t slot_bytes(const loci_plan_request *r) {
-    const loci_model_config *c = r->config;
+uint64_t loci_plan_slot_bytes(const loci_model_config *c, uint32_t tokens) {
     uint64_t width = (uint64_t)c->kv_heads * c->head_dim;
-    uint64_t cache = 2ull * c->layers * r->sequence_tokens * width * sizeof(float);
-    uint64_t part =
-        (uint64_t)r->sequence_tokens * c->q_heads * (c->head_dim + 4ull) * sizeof(float);
+    uint64_t cache = 2ull * c->layers * tokens * width * sizeof(float);
+    uint64_t part = (uint64_t)tokens * c->q_heads * (c->head_dim + 4ull) * sizeof(float);
     return cache + part + SEQUENCE_ROWS * row_bytes(c) + 4ull * c->vocab * sizeof(float) + MIB;
 }
 
@@ -111,7 +109,7 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
                       .model = model_bytes(request),
                       .database = DATABASE_LEAST,
                       .registration = registration_bytes(request, DOCUMENT_LEAST),
-                      .slot = slot_bytes(request),
+                      .slot = loci_plan_slot_bytes(request->config, request->sequence_tokens),
                       .slots = request->queries ? request->queries : 1,
                       .document_bytes_max = DOCUMENT_LEAST};
     uint64_t least = plan.process + plan.model + plan.database + plan.registration +

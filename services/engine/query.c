@@ -111,6 +111,8 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
                                 "corpus %s was encoded by model %s, the daemon runs model %s",
                                 corpus, info->geometry.fingerprint, engine->geometry.fingerprint);
     query->view = loci_snapshot_view(query->snapshot);
+    query->start =
+        info->geometry.causal ? loci_snapshot_end(query->snapshot) : engine->question_start;
     query->usage.corpus_tokens = query->view->tokens;
     query->usage.question_tokens = query->question.count;
     loci_sequence_reset(query->slot->sequence);
@@ -135,11 +137,10 @@ double loci_query_elapsed_ms(const loci_query *query) {
 
 loci_status loci_query_prompt(const loci_query *query, loci_tokens *out, loci_error *err) {
     const loci_special_tokens *special = loci_model_specials(query->engine->model);
-    loci_status status = LOCI_OK;
-    if (special->question != UINT32_MAX) status = loci_tokens_push(out, special->question, 0);
+    bool stock = query->engine->stock;
+    loci_status status = loci_tokens_push(out, stock ? special->begin : special->question, 0);
     for (size_t i = 0; i < query->question.count && status == LOCI_OK; i++)
         status = loci_tokens_push(out, query->question.ids[i], 0);
-    if (special->answer != UINT32_MAX && status == LOCI_OK)
-        status = loci_tokens_push(out, special->answer, 0);
+    if (!stock && status == LOCI_OK) status = loci_tokens_push(out, special->answer, 0);
     return status == LOCI_OK ? LOCI_OK : loci_fail(err, status, "no memory for the question");
 }

@@ -11,6 +11,7 @@
 
 #include <pthread.h>
 
+#include "services/engine/answer_text.h"
 #include "services/engine/engine.h"
 #include "services/engine/plan.h"
 #include "services/engine/split.h"
@@ -28,7 +29,8 @@ typedef struct loci_slot {
     loci_lookup *lookup; /* of one layer after another; NULL when memory was short */
     loci_buffer *part;   /* out and lse of one part of the attention; grown on demand */
     size_t part_bytes;
-    loci_buffer *mass; /* f32, one for each segment of the view; while a question runs */
+    loci_buffer *mass; /* f32, one for each segment of the view; while a question runs; NULL: the
+                          attention on each is not asked for */
 } loci_slot;
 
 struct loci_engine {
@@ -38,6 +40,10 @@ struct loci_engine {
     loci_ingest *ingest;
     loci_splitter *splitter; /* of the ingest thread */
     loci_geometry geometry;
+    bool stock;               /* asked by prompts of its chat family (prompt.c) */
+    uint32_t sequence_tokens; /* of a slot */
+    uint32_t question_start;  /* the position of what looks at an independent corpus */
+    uint32_t question_room;   /* most tokens of what looks at a corpus, and its answer */
     float *sink_k, *sink_v;
     loci_budget *budget;
     loci_plan plan;
@@ -60,6 +66,7 @@ typedef struct loci_query {
     const loci_corpus_view *view;
     const loci_cancel *cancel;
     loci_select_params params;
+    uint32_t start;       /* the position of what looks at the corpus */
     const char *text;     /* the question, the caller's */
     loci_tokens question; /* ids of " question" */
     loci_usage usage;
@@ -79,9 +86,21 @@ void loci_query_fini(loci_query *query);
 /* Reserves memory of the budget until fini. */
 LOCI_MUST_CHECK loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *err);
 double loci_query_elapsed_ms(const loci_query *query);
-/* [<q>] question [<a>] into *out. */
+/* <q> question <a> into *out; of a stock model, for ranking: begin question. Either way the
+ * question's tokens are query->question and begin in the second row. */
 LOCI_MUST_CHECK loci_status loci_query_prompt(const loci_query *query, loci_tokens *out,
                                               loci_error *err);
+
+/* prompt.c: what a stock model is asked. Appends the prompt of the question, to be answered from
+ * the passages, or, without any, from the corpus that the prompt's tokens will see; its begin token
+ * is left out then, being the corpus's own. *head: how many of the tokens come before the question.
+ */
+LOCI_MUST_CHECK loci_status loci_stock_prompt(const loci_query *query, const loci_passage *passages,
+                                              uint32_t count, loci_tokens *out, uint32_t *head,
+                                              loci_error *err);
+/* The tokens of the longer prompt around question and passages. */
+LOCI_MUST_CHECK loci_status loci_stock_prompt_tokens(const loci_model *model, uint32_t *out,
+                                                     loci_error *err);
 
 /* corpus_attend.c: the hook that adds the corpus's part in a retrieval layer (loci_attend_fn). */
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err);
@@ -96,6 +115,7 @@ LOCI_MUST_CHECK loci_status loci_corpus_attend_best(loci_query *query, uint32_t 
                                                     loci_ranked *out, uint32_t *count,
                                                     loci_error *err);
 /* Out and lse of a part of `rows` rows (grown if needed). */
+void loci_slot_close(loci_engine *engine, loci_slot *slot);
 LOCI_MUST_CHECK loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows,
                                            uint32_t heads, uint32_t head_dim, uint32_t extra_rows,
                                            loci_ref *out, loci_ref *lse, loci_error *err);
@@ -123,14 +143,20 @@ typedef struct loci_generation {
     loci_buf text;       /* of the answer, without its leading space */
     uint32_t tokens;     /* steps taken, the end not counted */
     double logprob;      /* sum over the answer's tokens and the end */
-    double none_logprob; /* of <none> as the first token */
+    double none_logprob; /* of <none> as the first token; stock models have none */
     bool says_none;      /* <none> was the likeliest first token */
     const char *stop;
 } loci_generation;
-typedef loci_status (*loci_piece_fn)(void *ctx, const char *text, loci_error *err);
+/* A stock model's fixed reply (answer_text.h) leaves *out without text. */
 LOCI_MUST_CHECK loci_status loci_generate(loci_query *query, const loci_answer_request *request,
                                           loci_generation *out, loci_piece_fn on_piece, void *ctx,
                                           loci_error *err);
+/* The same, with pieces as DELTA events and the figures of decoding in the query's usage. */
+LOCI_MUST_CHECK loci_status loci_generate_streamed(loci_query *query,
+                                                   const loci_answer_request *request,
+                                                   loci_generation *out, loci_event_fn on_event,
+                                                   void *ctx, loci_error *err);
+uint32_t loci_answer_tokens_most(const loci_query *query, const loci_answer_request *request);
 
 /* reader.c: read twice. direct.c: over the corpus's attention. Both emit all events after STARTED.
  */
@@ -141,6 +167,14 @@ LOCI_MUST_CHECK loci_status loci_answer_read_twice(loci_query *query,
 LOCI_MUST_CHECK loci_status loci_answer_direct(loci_query *query,
                                                const loci_answer_request *request,
                                                loci_event_fn on_event, void *ctx, loci_error *err);
+
+/* causal.c: what registration encodes in a causal corpus (loci_encoder.encode_after). */
+loci_status loci_encode_after(void *ctx, const loci_snapshot *past, const uint32_t *tokens,
+                              uint32_t count, uint16_t *const *k, uint16_t *const *v,
+                              const loci_cancel *cancel, loci_error *err);
+/* LOCI_E_UNSUPPORTED where a model cannot: some layer's keys and values are not kept, or see only a
+ * window. */
+LOCI_MUST_CHECK loci_status loci_causal_check(const loci_model *model, loci_error *err);
 
 /* squeezed.c: sets params.squeezed_threshold for the query's corpus revision. */
 LOCI_MUST_CHECK loci_status loci_query_squeezed_threshold(loci_query *query, double sparsity,

@@ -9,6 +9,8 @@
  * passage over the next three, together speak for it:
  *
  *   max log((1 - p(<none>)) / p(<none>)) + LEAD_WEIGHT * lead >= FOUND_LEAST
+ *
+ * A stock model reads as many of the passages as there is room for in one prompt (prompt.c).
  */
 #include <math.h>
 #include <stdlib.h>
@@ -181,6 +183,60 @@ static loci_status load_best(loci_query *query, const char *question, uint32_t l
     return LOCI_OK;
 }
 
+/* The prompt with as many of the passages, the best ones, as leave room for the answer. */
+static loci_status prompt_together(loci_query *query, const loci_answer_request *request,
+                                   const loci_passage *passages, uint32_t *count, loci_tokens *out,
+                                   loci_error *err) {
+    uint32_t room = loci_sequence_room(query->slot->sequence), head;
+    uint32_t most = loci_answer_tokens_most(query, request);
+    for (uint32_t i = *count; i > 0; i--) {
+        LOCI_TRY(loci_stock_prompt(query, passages, i, out, &head, err));
+        if (i > 1 && out->count + most > room) continue;
+        *count = i;
+        return LOCI_OK;
+    }
+    return LOCI_OK;
+}
+
+static loci_status read_together(loci_query *query, const loci_answer_request *request,
+                                 loci_passage *passages, uint32_t count, loci_event_fn on_event,
+                                 void *ctx, loci_error *err) {
+    loci_sequence *sequence = query->slot->sequence;
+    loci_generation answer = {.text = LOCI_BUF_INIT};
+    loci_tokens prompt = {0};
+    loci_usage *usage = &query->usage;
+    uint64_t begun = loci_now_ns();
+    loci_status status;
+    loci_sequence_reset(sequence);
+    loci_sequence_set_attend(sequence, NULL, NULL);
+    LOCI_TRY_GOTO(prompt_together(query, request, passages, &count, &prompt, err), out);
+    if (count > 0) {
+        LOCI_TRY_GOTO(loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,
+                                           query->cancel, err),
+                      out);
+        LOCI_TRY_GOTO(loci_generate_streamed(query, request, &answer, on_event, ctx, err), out);
+    }
+    bool found = answer.text.len > 0;
+    const char *text = found ? (const char *)answer.text.data : "";
+    loci_passages_cite(passages, count, request->question, text);
+    usage->answer_tokens = answer.tokens;
+    usage->read_twice_ms = (double)(loci_now_ns() - begun) / 1e6;
+    usage->total_ms = loci_query_elapsed_ms(query);
+    loci_event event = {.kind = LOCI_EVENT_USAGE, .usage = usage};
+    LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    event = (loci_event){.kind = LOCI_EVENT_FINISHED,
+                         .text = text,
+                         .found = found,
+                         .stop = found ? answer.stop : "not_found",
+                         .passages = passages,
+                         .passage_count = found ? count : 0};
+    status = on_event(ctx, &event, err);
+out:
+    loci_tokens_fini(&prompt);
+    loci_buf_fini(&answer.text);
+    return status;
+}
+
 loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request *request,
                                    loci_event_fn on_event, void *ctx, loci_error *err) {
     uint32_t limit = request->evidence_count ? request->evidence_count : 4, count = 0;
@@ -196,6 +252,10 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     query->usage.question_read_bytes = query->usage.index_read_bytes + query->usage.kv_read_bytes;
     event = (loci_event){.kind = LOCI_EVENT_EVIDENCE, .passages = passages, .passage_count = count};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
+    if (query->engine->stock) {
+        status = read_together(query, request, passages, count, on_event, ctx, err);
+        goto out;
+    }
     uint64_t begun = loci_now_ns();
     for (uint32_t i = 0; i < count; i++) {
         LOCI_TRY_GOTO(

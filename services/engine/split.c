@@ -178,6 +178,12 @@ static loci_status cut_long(loci_splitter *splitter, loci_slice text, uint64_t s
         }
         uint32_t tokens;
         LOCI_TRY(count_tokens(splitter, loci_slice_of(text.data + word, at - word), &tokens, err));
+        while (tokens > limit && at - word > 4) { /* a normal form can be longer than the text */
+            at = word + (at - word) / 2;
+            while (at > word + 1 && (text.data[at] & 0xc0) == 0x80) at--;
+            LOCI_TRY(
+                count_tokens(splitter, loci_slice_of(text.data + word, at - word), &tokens, err));
+        }
         if (total > 0 && total + tokens > limit) break;
         total += tokens;
         stop = at;

@@ -2,9 +2,10 @@
  *
  * Thresholds of squeezed mode (Squeezed Attention, arXiv 2411.09688, section 3.3): for each level
  * the quantile, over all retrieval layers, KV heads and tokens, of the scores that recorded
- * queries give. An independent corpus has no last queries, so the last tokens of up to 100 segments
- * drawn with a fixed seed stand in. Roots are cut at 0.5, leaves at the sparsity asked for. The
- * thresholds of the revision and sparsity last asked for are kept.
+ * queries give: of a causal corpus the queries of its last 100 tokens, once more behind it all. An
+ * independent corpus has no last queries, so the last tokens of up to 100 segments drawn with a
+ * fixed seed stand in. Roots are cut at 0.5, leaves at the sparsity asked for. The thresholds of
+ * the revision and sparsity last asked for are kept.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -19,47 +20,93 @@
 
 typedef struct recorder {
     loci_query *query;
-    loci_buffer **q; /* one for each retrieval layer: f32 [RECORDED][q_heads][head_dim] */
-    uint32_t taken;
+    loci_buffer **q;      /* one for each retrieval layer: f32 [RECORDED][q_heads][head_dim] */
+    uint32_t taken, rows; /* rows: the last ones of the pass that is under way */
 } recorder;
 
-/* Copies the last row's query vectors; called in every retrieval layer. */
+/* Copies the last rows' query vectors; called in every retrieval layer. */
 static loci_status record_hook(void *ctx, const loci_attend_call *call, loci_error *err) {
     recorder *self = ctx;
     const loci_backend *backend = self->query->engine->backend;
     size_t row = (size_t)call->q_heads * call->head_dim * sizeof(float);
-    loci_ref from = call->q, to = {self->q[call->retrieval_index], self->taken * row};
-    from.offset += (size_t)(call->rows - 1) * call->q_stride * sizeof(float);
-    backend->ops->copy(call->stream, to, from, row);
-    return backend->ops->sync(call->stream, err);
+    for (uint32_t i = 0; i < self->rows; i++) {
+        loci_ref from = call->q, to = {self->q[call->retrieval_index], (self->taken + i) * row};
+        from.offset += (size_t)(call->rows - self->rows + i) * call->q_stride * sizeof(float);
+        backend->ops->copy(call->stream, to, from, row);
+    }
+    LOCI_TRY(backend->ops->sync(call->stream, err));
+    bool causal = loci_snapshot_info(self->query->snapshot)->geometry.causal;
+    return causal ? loci_corpus_attend(self->query, call, err) : LOCI_OK;
 }
 
-/* Runs one segment as it was encoded and records its last token's queries. */
-static loci_status record_segment(recorder *self, uint32_t segment, loci_error *err) {
-    loci_query *query = self->query;
-    loci_engine *engine = query->engine;
+/* Appends the tokens of a segment. */
+static loci_status read_segment(const loci_query *query, uint32_t segment, loci_tokens *out,
+                                loci_error *err) {
     loci_segment_info info;
     loci_buf bytes = LOCI_BUF_INIT, text = LOCI_BUF_INIT;
-    loci_tokens tokens = {0};
     loci_status status;
     LOCI_TRY_GOTO(loci_snapshot_segment(query->snapshot, segment, &info, err), out);
     LOCI_TRY_GOTO(loci_snapshot_read(query->snapshot, segment, info.start, info.end, &bytes, err),
                   out);
     loci_passage_text(loci_slice_of(bytes.data, bytes.len), &text);
     LOCI_TRY_GOTO(loci_buf_status(&text), out);
-    if (engine->geometry.has_sink)
-        LOCI_TRY_GOTO(loci_tokens_push(&tokens, loci_model_specials(engine->model)->doc, 0), out);
-    LOCI_TRY_GOTO(loci_tokenizer_encode(loci_model_tokenizer(engine->model),
-                                        loci_slice_of(text.data, text.len), false, &tokens, err),
-                  out);
-    loci_sequence_reset(query->slot->sequence);
-    status = loci_sequence_append(query->slot->sequence, tokens.ids, (uint32_t)tokens.count, 0,
-                                  (int)engine->geometry.retrieval_layers - 1, query->cancel, err);
-    if (status == LOCI_OK) self->taken++;
+    status = loci_tokenizer_encode(loci_model_tokenizer(query->engine->model),
+                                   loci_slice_of(text.data, text.len), false, out, err);
 out:
     loci_buf_fini(&bytes);
     loci_buf_fini(&text);
+    return status;
+}
+
+static loci_status record_tokens(recorder *self, const uint32_t *ids, uint32_t count,
+                                 loci_error *err) {
+    const loci_query *query = self->query;
+    LOCI_TRY(loci_sequence_append(query->slot->sequence, ids, count, 0,
+                                  (int)query->engine->geometry.retrieval_layers - 1, query->cancel,
+                                  err));
+    self->taken += self->rows;
+    return LOCI_OK;
+}
+
+/* Runs one segment as it was encoded and records its last token's queries. */
+static loci_status record_segment(recorder *self, uint32_t segment, loci_error *err) {
+    const loci_engine *engine = self->query->engine;
+    loci_tokens tokens = {0};
+    loci_status status;
+    if (engine->geometry.has_sink)
+        LOCI_TRY_GOTO(loci_tokens_push(&tokens, loci_model_specials(engine->model)->begin, 0), out);
+    LOCI_TRY_GOTO(read_segment(self->query, segment, &tokens, err), out);
+    loci_sequence_reset(self->query->slot->sequence);
+    self->rows = 1;
+    status = record_tokens(self, tokens.ids, (uint32_t)tokens.count, err);
+out:
     loci_tokens_fini(&tokens);
+    return status;
+}
+
+/* The last tokens of a causal corpus, read again behind it. */
+static loci_status record_end(recorder *self, loci_error *err) {
+    loci_query *query = self->query;
+    loci_tokens part = {0};
+    loci_status status = LOCI_OK;
+    uint32_t segments = loci_snapshot_segments(query->snapshot);
+    uint32_t ids[RECORDED], count = 0;
+    loci_mode mode = query->params.mode;
+    for (uint32_t s = segments; s > 0 && count < RECORDED; s--) {
+        if (!loci_snapshot_segment_live(query->snapshot, s - 1)) continue;
+        part.count = 0;
+        LOCI_TRY_GOTO(read_segment(query, s - 1, &part, err), out);
+        for (size_t i = part.count; i > 0 && count < RECORDED; i--)
+            ids[RECORDED - ++count] = part.ids[i - 1];
+    }
+    loci_sequence_reset(query->slot->sequence);
+    loci_sequence_jump(query->slot->sequence, query->start);
+    query->params.mode = LOCI_MODE_DENSE;
+    self->rows = count;
+    if (count > 0) status = record_tokens(self, ids + RECORDED - count, count, err);
+    query->params.mode = mode;
+out:
+    loci_tokens_fini(&part);
     return status;
 }
 
@@ -69,7 +116,9 @@ static loci_status record_all(recorder *self, loci_error *err) {
     uint64_t state = DRAW_SEED;
     loci_sequence_set_attend(query->slot->sequence, record_hook, self);
     loci_status status = LOCI_OK;
-    for (uint32_t tries = 0; tries < 4 * RECORDED && self->taken < RECORDED; tries++) {
+    bool causal = loci_snapshot_info(query->snapshot)->geometry.causal;
+    if (causal) status = record_end(self, err);
+    for (uint32_t tries = 0; !causal && tries < 4 * RECORDED && self->taken < RECORDED; tries++) {
         uint32_t segment = (uint32_t)(loci_rng_next(&state) % segments);
         if (!loci_snapshot_segment_live(query->snapshot, segment)) continue;
         status = record_segment(self, segment, err);
@@ -175,7 +224,7 @@ static loci_status compute(loci_query *query, double sparsity, float thresholds[
     loci_backend *backend = engine->backend;
     const loci_model_config *config = loci_model_config_of(engine->model);
     uint32_t layers = engine->geometry.retrieval_layers;
-    recorder self = {query, calloc(layers, sizeof(loci_buffer *)), 0};
+    recorder self = {query, calloc(layers, sizeof(loci_buffer *)), 0, 1};
     loci_status status = LOCI_OK;
     if (!self.q) return loci_fail(err, LOCI_E_NOMEM, "no memory to calibrate squeezed mode");
     size_t bytes = (size_t)RECORDED * config->q_heads * config->head_dim * sizeof(float);

@@ -25,6 +25,8 @@ static json_t *corpus_json(const Loci__V1__Corpus *c) {
                   (json_int_t)c->bytes_on_disk, "extents", (json_int_t)c->extents, "revision",
                   (json_int_t)c->revision, "encoding", c->encoding, "model_fingerprint",
                   c->model_fingerprint, "create_time", (json_int_t)c->create_time, "name", c->name);
+    if (c->tokens_max > 0)
+        json_object_set_new(object, "tokens_max", json_integer((json_int_t)c->tokens_max));
     if (c->manifest_hash[0])
         json_object_set_new(object, "manifest_hash", json_string(c->manifest_hash));
     return object;
@@ -32,6 +34,10 @@ static json_t *corpus_json(const Loci__V1__Corpus *c) {
 
 static void print_corpus(const Loci__V1__Corpus *c) {
     char documents[32], tokens[32], segments[32], bytes[32], disk[32], created[40];
+    char most[32], limit[64] = "";
+    if (c->tokens_max > 0)
+        snprintf(limit, sizeof limit, " (at most %s tokens)",
+                 loci_format_count(most, c->tokens_max));
     struct tm utc;
     time_t when = (time_t)c->create_time;
     gmtime_r(&when, &utc);
@@ -41,23 +47,25 @@ static void print_corpus(const Loci__V1__Corpus *c) {
            "tokens     %s in %s segments, %llu extents\n"
            "size       %s of text, %s on disk\n"
            "revision   %llu\n"
-           "encoding   %s, model %s\n"
+           "encoding   %s%s, model %s\n"
            "created    %s\n",
            corpus_id(c), loci_format_count(documents, c->documents),
            (unsigned long long)c->pending_documents, loci_format_count(tokens, c->tokens),
            loci_format_count(segments, c->segments), (unsigned long long)c->extents,
            loci_format_size(bytes, c->bytes), loci_format_size(disk, c->bytes_on_disk),
-           (unsigned long long)c->revision, c->encoding, c->model_fingerprint, created);
+           (unsigned long long)c->revision, c->encoding, limit, c->model_fingerprint, created);
 }
 
 /* Parses "NAME", connects. */
-static loci_status open_named(loci_cli *cli, const loci_command *command, int argc, char **argv,
-                              char id[LOCI_NAME_MAX + 1], char name[LOCI_RESOURCE_MAX],
+static loci_status open_named(loci_cli *cli, const loci_command *command,
+                              const loci_option *options, size_t option_count, int argc,
+                              char **argv, char id[LOCI_NAME_MAX + 1], char name[LOCI_RESOURCE_MAX],
                               loci_error *err) {
     const char **args = calloc((size_t)argc, sizeof *args);
     if (!args) return loci_fail(err, LOCI_E_NOMEM, "no memory for the command line");
     size_t count = 0;
-    loci_status status = loci_cli_parse(cli, command, NULL, 0, argc, argv, args, &count, 1, 1, err);
+    loci_status status =
+        loci_cli_parse(cli, command, options, option_count, argc, argv, args, &count, 1, 1, err);
     if (status == LOCI_OK && !cli->help) {
         status = loci_cli_corpus(cli, args[0], name, err);
         if (status == LOCI_OK) {
@@ -72,11 +80,22 @@ static loci_status open_named(loci_cli *cli, const loci_command *command, int ar
 static loci_status run_create(loci_cli *cli, const loci_command *command, int argc, char **argv,
                               loci_error *err) {
     char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
-    LOCI_TRY(open_named(cli, command, argc, argv, id, name, err));
+    const char *encoding = NULL;
+    bool beyond = false;
+    const loci_option options[] = {
+        {"encoding", 0, LOCI_OPTION_STRING, &encoding, 0, 0, "ENCODING",
+         "independent or causal (default: what suits the model)"},
+        {"beyond-trained-length", 0, LOCI_OPTION_FLAG, &beyond, 0, 0, NULL,
+         "causal: may be longer than what the model was trained on"},
+    };
+    LOCI_TRY(open_named(cli, command, options, sizeof options / sizeof options[0], argc, argv, id,
+                        name, err));
     if (cli->help) return LOCI_OK;
     Loci__V1__CreateCorpusRequest request = LOCI__V1__CREATE_CORPUS_REQUEST__INIT;
     request.parent = (char *)LOCI_PARENT;
     request.corpus_id = id;
+    if (encoding) request.encoding = (char *)(uintptr_t)encoding;
+    request.beyond_trained_length = beyond;
     ProtobufCMessage *response = NULL;
     LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/CreateCorpus", &request.base,
                            &loci__v1__corpus__descriptor, &response, err));
@@ -91,7 +110,7 @@ static loci_status run_create(loci_cli *cli, const loci_command *command, int ar
 static loci_status run_show(loci_cli *cli, const loci_command *command, int argc, char **argv,
                             loci_error *err) {
     char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
-    LOCI_TRY(open_named(cli, command, argc, argv, id, name, err));
+    LOCI_TRY(open_named(cli, command, NULL, 0, argc, argv, id, name, err));
     if (cli->help) return LOCI_OK;
     Loci__V1__GetCorpusRequest request = LOCI__V1__GET_CORPUS_REQUEST__INIT;
     request.name = name;
@@ -109,7 +128,7 @@ static loci_status run_show(loci_cli *cli, const loci_command *command, int argc
 static loci_status run_delete(loci_cli *cli, const loci_command *command, int argc, char **argv,
                               loci_error *err) {
     char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
-    LOCI_TRY(open_named(cli, command, argc, argv, id, name, err));
+    LOCI_TRY(open_named(cli, command, NULL, 0, argc, argv, id, name, err));
     if (cli->help) return LOCI_OK;
     Loci__V1__DeleteCorpusRequest request = LOCI__V1__DELETE_CORPUS_REQUEST__INIT;
     request.name = name;
@@ -180,7 +199,11 @@ static loci_status run_list(loci_cli *cli, const loci_command *command, int argc
 
 const loci_command loci_corpus_commands[4] = {
     {"corpus create", "NAME", "make an empty corpus",
-     "\nNAME: lower-case letters, digits, _ and -; at most 63; begins with a letter or digit.\n",
+     "\nNAME: lower-case letters, digits, _ and -; at most 63; begins with a letter or digit.\n"
+     "independent: segments are encoded each by itself; documents can be changed and deleted.\n"
+     "causal: all documents are one text, encoded as a model reads it; they can only be added, "
+     "and\n"
+     "not more than the model was trained on. The default of stock models that can.\n",
      run_create},
     {"corpus list", "", "list the corpora", NULL, run_list},
     {"corpus show", "NAME", "show a corpus", NULL, run_show},

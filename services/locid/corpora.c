@@ -46,7 +46,8 @@ static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
     loci_corpus_name_format(name, info->name);
     out->name = name;
     out->model_fingerprint = (char *)(uintptr_t)info->geometry.fingerprint;
-    out->encoding = (char *)"independent";
+    out->encoding = (char *)(uintptr_t)(info->geometry.causal ? "causal" : "independent");
+    out->tokens_max = info->geometry.tokens_max;
     out->create_time = info->created;
     out->revision = info->revision;
     out->documents = info->documents;
@@ -71,6 +72,16 @@ static loci_status send_corpus(loci_rpc_call *call, const loci_daemon *node,
     return loci_rpc_send(call, &reply.base, err);
 }
 
+static loci_status read_encoding(const char *name, loci_encoding *out, loci_error *err) {
+    static const char *const names[] = {"", "independent", "causal"}; /* as loci_encoding */
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        *out = (loci_encoding)i;
+        if (strcmp(name, names[i]) == 0) return LOCI_OK;
+    }
+    return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_ENCODING",
+                            "field encoding: \"%.40s\" is neither independent nor causal", name);
+}
+
 static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
     loci_daemon *node = ctx;
     ProtobufCMessage *message = NULL;
@@ -86,7 +97,10 @@ static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err
                                 "field request_id: longer than %d bytes", REQUEST_ID_MAX);
     loci_rpc_error_metadata(call, "corpus", request->corpus_id);
     loci_corpus_info info;
-    loci_status status = loci_engine_create_corpus(node->engine, request->corpus_id, &info, err);
+    loci_encoding encoding;
+    LOCI_TRY(read_encoding(request->encoding, &encoding, err));
+    loci_status status = loci_engine_create_corpus(node->engine, request->corpus_id, encoding,
+                                                   request->beyond_trained_length, &info, err);
     bool named = request->request_id[0] != '\0';
     if (status == LOCI_E_EXISTS && named && remembered(request->request_id, info.uid))
         status = LOCI_OK;

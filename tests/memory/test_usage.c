@@ -159,6 +159,7 @@ static void test_a_document_too_large_waits(void **state) {
     uint64_t most = f->options.document_bytes_max;
     fixture_open(f);
     fixture_create(f, "c");
+    put_text(f, "c", "before", 4, 200);
     put_text(f, "c", "large", 1, 3000);
     put_text(f, "c", "after", 3, 100);
     fixture_create(f, "way-out");
@@ -173,6 +174,7 @@ static void test_a_document_too_large_waits(void **state) {
     assert_int_equal(progress.failure.status, LOCI_E_LIMIT);
     assert_non_null(strstr(progress.failure.text, "\"large\""));
     assert_non_null(strstr(progress.failure.text, "until it is deleted or replaced"));
+    assert_in_range(info_of(f, "c").tokens, 150, 200); /* what came before it does not wait */
     /* The way out with the memory that is there: those after it wait no more. */
     delete_document(f, "way-out", "large");
     wait_searchable(f, "way-out");

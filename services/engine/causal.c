@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Encoding in a causal corpus: its next tokens run as a sequence that looks at all tokens before
+ * them, as a question does in mode dense, at the positions that they have in the whole text. The
+ * past is read from the store, so the prefill can stop and go on at any segment.
+ *
+ * Every layer must find its past there: each must be a retrieval layer without a window. (With
+ * sliding-window layers the last window's keys and values of these would have to be kept too.)
+ */
+#include "services/engine/query.h"
+
+loci_status loci_causal_check(const loci_model *model, loci_error *err) {
+    const loci_model_config *config = loci_model_config_of(model);
+    for (uint32_t i = 0; i < config->layers; i++)
+        if (!config->layer[i].retrieval || config->layer[i].window > 0)
+            return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "ENCODING",
+                                    "a corpus of this %s cannot be causal, since layer %u %s; "
+                                    "its encoding can be independent",
+                                    config->architecture, i,
+                                    config->layer[i].window > 0 ? "sees a sliding window only"
+                                                                : "is no retrieval layer");
+    return LOCI_OK;
+}
+
+static loci_status run(loci_query *query, const uint32_t *tokens, uint32_t count,
+                       const loci_encode_out *out, loci_error *err) {
+    loci_engine *engine = query->engine;
+    loci_slot *slot = query->slot;
+    int last = (int)engine->geometry.retrieval_layers - 1;
+    LOCI_TRY(loci_sequence_open(engine->model, count, &slot->sequence, err));
+    LOCI_TRY(engine->backend->ops->lookup_create(engine->backend, &slot->lookup, err));
+    loci_sequence_jump(slot->sequence, loci_snapshot_end(query->snapshot));
+    loci_sequence_set_attend(slot->sequence, loci_corpus_attend, query);
+    LOCI_TRY(loci_sequence_append(slot->sequence, tokens, count, 0, last, query->cancel, err));
+    return loci_sequence_read_kv(slot->sequence, out, err);
+}
+
+loci_status loci_encode_after(void *ctx, const loci_snapshot *past, const uint32_t *tokens,
+                              uint32_t count, uint16_t *const *k, uint16_t *const *v,
+                              const loci_cancel *cancel, loci_error *err) {
+    loci_engine *engine = ctx;
+    loci_slot slot = {0};
+    loci_query query = {.engine = engine,
+                        .slot = &slot,
+                        .snapshot = (loci_snapshot *)(uintptr_t)past, /* only read */
+                        .view = loci_snapshot_view(past),
+                        .cancel = cancel};
+    loci_encode_out out = {k, v};
+    uint64_t bytes = loci_plan_slot_bytes(loci_model_config_of(engine->model), count);
+    loci_select_defaults(&query.params);
+    query.params.mode = LOCI_MODE_DENSE;
+    LOCI_TRY(loci_budget_take(engine->budget, LOCI_MEMORY_LOOKUPS, bytes,
+                              "registration in a causal corpus", err));
+    loci_status status = run(&query, tokens, count, &out, err);
+    loci_slot_close(engine, &slot);
+    loci_budget_give(engine->budget, LOCI_MEMORY_LOOKUPS, bytes);
+    return status;
+}

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""A stock model from a folder, through the command line: register in corpora of both encodings, ask
+in every mode, restart.
+
+Its weights are random, so what it says is only compared with itself.
+"""
+import json
+import os
+import shutil
+import tempfile
+import unittest
+
+from harness import HANDBOOK, LOCID, ROOT, Case, Daemon, clean_environment, run
+
+QUESTION = "Who designed the dome of the North Telescope?"
+MODES = ("dense", "squeezed", "hierarchical")
+FILES = ("north-dome.md", "cryogenics.md", "library.md")
+
+
+def make_model(folder, base, **config):
+    """tests/data/model/tiny-BASE under a tokenizer and chat template such as Qwen's."""
+    source = os.path.join(ROOT, "tests", "data", "model", "tiny-" + base)
+    os.makedirs(folder)
+    shutil.copy(os.path.join(source, "model.safetensors"), folder)
+    with open(os.path.join(source, "tokenizer.json"), encoding="utf-8") as file:
+        tokenizer = file.read()
+    for mark, name in (("<bos>", "<|endoftext|>"), ("<doc>", "<|im_start|>"), ("<q>", "<|im_end|>"),
+                       ("<ev>", "<s3>"), ("<a>", "<s4>"), ("<none>", "<s5>")):
+        tokenizer = tokenizer.replace(mark, name)
+    with open(os.path.join(source, "config.json"), encoding="utf-8") as file:
+        config = {**json.load(file), "max_position_embeddings": 16384, **config}
+    for name, text in (("tokenizer.json", tokenizer), ("config.json", json.dumps(config)),
+                       ("chat_template.jinja", "<|im_start|>")):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            file.write(text)
+    return folder
+
+
+class StockModel(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.mkdtemp(prefix="loci-stock-")
+        model = make_model(os.path.join(cls.folder, "model"), "qwen3")
+        cls.daemon = Daemon("--model", model, folder=cls.folder).start()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.daemon.close()
+
+    def ask(self, corpus, *flags):
+        result = self.result("ask", corpus, QUESTION, "--max-tokens", "16", "--temperature", "0.8",
+                             "--seed", "3", *flags)
+        self.assertTrue(result["found"])
+        self.assertTrue(result["evidence"])
+        for item in result["evidence"]:
+            name = item["document"].rsplit("/", 1)[-1]
+            with open(os.path.join(HANDBOOK, name), "rb") as file:
+                text = file.read()
+            self.assertEqual(text[item["start"]:item["end"]].decode(), item["quote"])
+        return {key: result[key] for key in ("answer", "stop", "evidence")}
+
+    def answers(self):
+        return [self.ask(corpus, "--mode", mode, read) for corpus in ("text", "apart")
+                for mode in MODES for read in ("--read-twice", "--no-read-twice")]
+
+    def test_answers_stay_over_a_restart(self):
+        self.ok("corpus", "create", "text")
+        self.ok("corpus", "create", "apart", "--encoding", "independent")
+        for corpus, encoding in (("text", "causal"), ("apart", "independent")):
+            self.assertEqual(self.result("corpus", "show", corpus)["encoding"], encoding)
+            self.ok("register", corpus, *(os.path.join(HANDBOOK, name) for name in FILES))
+        before = self.answers()
+        for corpus in ("text", "apart"):
+            dense = self.ask(corpus, "--mode", "dense", "--no-read-twice")
+            full = self.ask(corpus, "--mode", "hierarchical", "--no-read-twice", "--top-p", "1")
+            self.assertEqual(dense["answer"], full["answer"])
+        hits = self.result("search", "text", QUESTION, "-k", "3")["hits"]
+        self.assertEqual(len(hits), 3)
+        self.assertEqual(self.daemon.stop(), 0)
+        self.daemon.start()
+        self.assertEqual(self.answers(), before)
+        self.assertEqual(self.daemon.status()["architecture"], "Qwen3ForCausalLM")
+
+    def test_causal_corpora_have_bounds(self):
+        self.ok("corpus", "create", "bounded")
+        self.assertIn("causal (at most ", self.ok("corpus", "show", "bounded"))
+        self.ok("corpus", "create", "unbounded", "--encoding", "causal", "--beyond-trained-length")
+        self.assertNotIn("tokens_max", self.result("corpus", "show", "unbounded"))
+        self.refused("corpus", "create", "other", "--encoding", "both", says="neither")
+        self.refused("corpus", "create", "other", "--encoding", "independent",
+                     "--beyond-trained-length", says="any length")
+        path = os.path.join(HANDBOOK, FILES[0])
+        self.ok("register", "bounded", path)
+        self.refused("document", "delete", "bounded", FILES[0], says="causal")
+        self.ok("register", "bounded", path)  # unchanged
+        self.refused("register", "bounded", "-", "--id", FILES[0], says="cannot be replaced",
+                     input="Another text.")
+        done = self.daemon.loci("register", "bounded", "-", "--id", "long", input="word " * 4000)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("was not trained on longer sequences", done.stderr)
+        self.ok("document", "delete", "bounded", "long")
+        self.ok("register", "bounded", "-", "--id", "short", input="It fits.")
+        self.assertEqual(self.result("corpus", "show", "bounded")["pending_documents"], 0)
+
+    def test_unusable_models_are_refused_by_name(self):
+        for base, says in (("qwen2", "head_dim"), ("mistral", "head_dim")):
+            model = make_model(os.path.join(self.folder, base), base)
+            done = run(LOCID, "--data", self.folder + "/other", "--model", model, "--check-config",
+                       env=clean_environment(), cwd=ROOT)
+            self.assertEqual(done.returncode, 2, done.stderr)
+            self.assertIn(says, done.stderr)
+            self.assertFalse(os.path.exists(self.folder + "/other"))
+
+
+if __name__ == "__main__":
+    unittest.main()
