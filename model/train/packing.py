@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packs: what a training step sees, one flat sequence of slots.
+
+A slot holds segments. Context segments (<doc> and a passage) attend inside themselves only. Query
+segments attend to themselves and, in the retrieval layers, to all context segments of their slot.
+Language segments (longer runs of text) and isolated query segments attend to themselves only.
+
+  query     <question> question <answer>                                       -> answer <eos>
+  isolated  <question> question (<evidence> passage)+ <question> question <answer>
+                                                            -> answer <eos>, or <none> <eos>
+
+A pack depends on its seed alone, so that training resumes at any pack with the same data.
+"""
+import dataclasses
+import math
+import random
+
+import numpy as np
+
+import questions as q
+from corpus import (ANSWER, DOC, EOS, EVIDENCE, NONE, PASSAGE_TOKENS_MAX, QUESTION, LexicalIndex)
+from facts import FactMaker
+
+ANSWER_TYPES = ["none", "question", "cloze", "recurring", "fact", "read_question", "read_other",
+                "continuation"]
+ANSWER_TOKENS_MAX = 48
+QUESTION_TOKENS_MAX = 60
+SMALL_SLOT = 8192  # tokens: larger slots mix everything inside
+
+
+def passages_max(slot_tokens):
+    """Passages of a slot that are told apart, and one number for all that is none of them."""
+    return slot_tokens // 64 + 32
+
+
+@dataclasses.dataclass
+class Passage:
+    """A passage in a slot; `text` only if it differs from the corpus's."""
+    source: object
+    index: int
+    weight: float  # of its tokens in the language loss
+    tokens: np.ndarray
+    text: str = None
+    growth: int = 0  # tokens that facts added, about
+
+    def content(self):
+        return self.source.text(self.index) if self.text is None else self.text
+
+
+@dataclasses.dataclass
+class Asked:
+    """A question about a passage of a slot (by number)."""
+    kind: str
+    question: str
+    answer: str
+    gold: int
+
+
+@dataclasses.dataclass
+class Segment:
+    kind: str  # context, language, query, isolated
+    tokens: np.ndarray
+    weight: float = 0.0
+    passage: int = -1  # context: its number; query: the passage that holds the answer
+    answer: np.ndarray = None
+    answer_type: str = "none"
+    question_tokens: int = 0
+
+    def __len__(self):
+        return len(self.tokens) + (0 if self.answer is None else len(self.answer))
+
+
+def context_segment(tokens, weight, passage):
+    return Segment("context", np.concatenate([[DOC], tokens]).astype(np.uint16), weight, passage)
+
+
+class Packer:
+    """Makes packs from sources (name -> Corpus). `config` is the whole TOML."""
+
+    def __init__(self, sources, words, tokenizer, config):
+        self.tokenizer, self.config, self.mix = tokenizer, config, config["mix"]
+        self.sources = sources
+        self.questions = sources["questions"]
+        self.asked = [i for i, pairs in enumerate(self.questions.questions) if pairs]
+        self.index = LexicalIndex(self.questions)
+        self.facts = FactMaker(words)
+        self.replacer = q.AnswerReplacer(self.questions.questions, words["names"])
+        settings = config["sources"]
+        names = [n for n in sources if n != "questions"]
+        self.text_draw = ([*names, "questions"],
+                          [settings[n]["weight"] for n in [*names, "questions"]])
+        self.cloze_draw = (names, [settings[n]["cloze"] for n in names])
+        self.rng = random.Random(0)
+
+    def draw_source(self, draw):
+        return self.sources[self.rng.choices(*draw)[0]]
+
+    # --- language ----------------------------------------------------------------------------
+
+    def language_segments(self, tokens):
+        """Runs of text that fill so many tokens."""
+        out, rng = [], self.rng
+        while tokens > 0:
+            source = self.draw_source(self.text_draw)
+            limit = min(tokens, rng.choice([512, 1024, 1024]))
+            start = rng.randrange(len(source))
+            end = int(source.token_offsets[source.document(start)[1]])
+            begin = int(source.token_offsets[start])
+            ids = source.tokens[begin:min(begin + limit - 1, end)]
+            if len(ids) < min(64, tokens - 1) and tokens > 8:
+                continue
+            segment = np.concatenate([[DOC], ids]).astype(np.uint16)
+            out.append(Segment("language", segment, 1.0))
+            tokens -= len(segment)
+        return out
+
+    # --- passages and questions about them ---------------------------------------------------
+
+    def insert_fact(self, passage, statement):
+        """Puts a statement between sentences, early enough that it is not cut off."""
+        text = passage.content()
+        size = len(passage.tokens) + passage.growth
+        if len(statement) > 260:
+            passage.text = statement + " " + text[:200]
+        else:
+            room = max(0.0, (235 - len(statement) / 2.8) / max(size, 1))
+            limit = len(text) * min(1.0, room)
+            places = [0] + [m.end() for m in q.SENTENCE.finditer(text)] + [len(text)]
+            place = self.rng.choice([p for p in places if p <= limit] or [0])
+            head, tail = text[:place].rstrip(), text[place:].lstrip()
+            passage.text = f"{head} {statement} {tail}".strip()
+        passage.growth += len(statement) // 3
+
+    def plant_facts(self, passages, places, asked):
+        """Facts into the passages at `places`, one set after the other."""
+        rng, at = self.rng, 0
+        rng.shuffle(places)
+        while at < len(places):
+            together = rng.random() < 0.15  # the whole set in one passage
+            for statement, pairs in self.facts.make(rng):
+                if at >= len(places):
+                    break
+                passage = passages[places[at]]
+                self.insert_fact(passage, statement)
+                asked += [Asked("fact", *pair, places[at]) for pair in pairs]
+                if not together or len(passage.tokens) + passage.growth > 200:
+                    at += 1
+            at += together
+
+    def ask_made(self, passage, number, asked):
+        """Questions made from a passage's own text."""
+        rng, text = self.rng, passage.content()
+        if rng.random() > 0.92:
+            if made := q.continuation(rng, text):
+                asked.append(Asked("continuation", *made, number))
+        if passage.source is not self.questions and rng.random() > 0.62:
+            if made := q.recurring(rng, text):
+                text = passage.text = made[2]
+                asked.append(Asked("recurring", made[0], made[1], number))
+        seen = set()
+        for _ in range(rng.choice([1, 2, 3, 4])):
+            made = q.cloze(rng, text)
+            if made and made[1] not in seen:
+                seen.add(made[1])
+                asked.append(Asked("cloze", *made, number))
+
+    def draw_passages(self, budget, question_share, facts, made):
+        """Passages of about `budget` tokens with questions: (passages, asked). Shares: passages of
+        the question source; filler passages with facts; passages with questions made from text."""
+        rng, mix = self.rng, self.mix
+        passages, asked, fact_places, total = [], [], [], 0
+        while total < budget:
+            written = rng.random() < question_share
+            if written:
+                source = self.questions
+                count = rng.choice([6, 10, 16] if budget < 6000 else [8, 20, 40, 60])
+            else:
+                source, count = self.draw_source(self.cloze_draw), rng.choice([1, 2, 4, 8])
+            for index in source.run(rng.randrange(len(source)), count):
+                if total >= budget:
+                    break
+                number = len(passages)
+                passage = Passage(source, index, 0.2 if written else 1.0, source.passage(index))
+                passages.append(passage)
+                total += len(passage.tokens) + 1
+                if written:
+                    text, pairs = passage.content(), source.questions[index]
+                    if pairs and rng.random() < mix["augment"]:
+                        text, pairs = self.replacer.replace(rng, text, pairs)
+                        passage.text = text
+                    asked += [Asked("question", q.vary_question(rng, question), answer, number)
+                              for question, answer in pairs
+                              if rng.random() < mix["keep_question"]]
+                if rng.random() < facts * (0.2 if written else 1.0):
+                    fact_places.append(number)
+                elif rng.random() < made * (0.7 if written else 1.0):
+                    self.ask_made(passage, number, asked)
+        self.plant_facts(passages, fact_places, asked)
+        self.tokenize(passages)
+        return passages, asked
+
+    def tokenize(self, passages):
+        changed = [p for p in passages if p.text is not None]
+        encoded = self.tokenizer.encode_batch([p.text for p in changed])
+        for passage, ids in zip(changed, encoded):
+            passage.tokens = np.array(ids[:PASSAGE_TOKENS_MAX], np.uint16)
+
+    # --- reading: passages repeated in an isolated query -------------------------------------
+
+    def wrong_passages(self, gold, question_tokens, answer, count):
+        """Token lists of passages of the question source without the answer."""
+        rng, mix, source = self.rng, self.mix, self.questions
+        if rng.random() < mix["hard"]:
+            near = self.index.nearest(question_tokens, 60)
+            if rng.random() >= mix["hard_everywhere"]:
+                first, last = source.document(gold)
+                near = [i for i in near if first <= i < last] or list(range(first, last))
+            near = near[:rng.choice([4, 8, 16])]
+            rng.shuffle(near)
+        else:
+            near = [rng.randrange(len(source)) for _ in range(2 * count)]
+        out = []
+        for index in near:
+            if index != gold and answer not in source.text(index):
+                out.append(source.passage(index))
+                if len(out) == count:
+                    break
+        return out
+
+    def reading_segment(self, question, answer, gold_tokens, wrong, kind):
+        """One isolated query; `wrong` yields so many wrong passages. None if it is too long."""
+        rng, mix = self.rng, self.mix
+        question_tokens, answer_tokens = self.tokenizer.encode_batch([question, answer])
+        if len(question_tokens) > QUESTION_TOKENS_MAX or len(answer_tokens) >= ANSWER_TOKENS_MAX:
+            return None
+        x = rng.random()
+        others = [] if x < mix["gold_alone"] else wrong(question_tokens, rng.choice([1, 1, 2, 3]))
+        if not others:
+            evidence = [gold_tokens]
+        elif x < mix["gold_alone"] + mix["none"]:
+            evidence, answer_tokens = others[:1], [NONE]
+        elif rng.random() < 0.08:
+            evidence, answer_tokens = others, [NONE]
+        else:
+            evidence = [gold_tokens, *others]
+            rng.shuffle(evidence)
+        parts = [[QUESTION], question_tokens]
+        for tokens in evidence:
+            parts += [[EVIDENCE], tokens]
+        parts += [[QUESTION], question_tokens, [ANSWER]]
+        return Segment("isolated", np.concatenate(parts).astype(np.uint16),
+                       answer=np.array([*answer_tokens, EOS], np.uint16), answer_type=kind,
+                       question_tokens=len(question_tokens))
+
+    def read_written(self):
+        """Isolated queries on one passage with written questions."""
+        rng, source = self.rng, self.questions
+        gold = rng.choice(self.asked)
+        text, pairs, tokens = source.text(gold), source.questions[gold], source.passage(gold)
+        if rng.random() < self.mix["augment"]:
+            text, pairs = self.replacer.replace(rng, text, pairs)
+            tokens = np.array(self.tokenizer.encode(text)[:PASSAGE_TOKENS_MAX], np.uint16)
+        for question, answer in rng.sample(pairs, min(3, len(pairs))):
+            def wrong(question_tokens, count, answer=answer):
+                return self.wrong_passages(gold, question_tokens, answer, count)
+
+            yield self.reading_segment(q.vary_question(rng, question), answer, tokens, wrong,
+                                       "read_question")
+
+    def read_made(self, facts):
+        """Isolated queries on a few passages with questions made from text, or with facts."""
+        rng = self.rng
+        passages, asked = self.draw_passages(900, 0.0, *((0.6, 0.0) if facts else (0.0, 1.0)))
+        for item in rng.sample(asked, min(4, len(asked))):
+            def wrong(_, count, item=item):
+                others = [p for i, p in enumerate(passages) if i != item.gold]
+                rng.shuffle(others)
+                return [p.tokens for p in others if item.answer not in p.content()][:count]
+
+            yield self.reading_segment(item.question, item.answer, passages[item.gold].tokens,
+                                       wrong, "read_other")
+
+    def reading_segments(self, budget):
+        """Isolated queries of at most `budget` tokens, and text for what is left."""
+        out, mix, tries = [], self.mix, 0
+        while budget > 120 and tries < 200:
+            tries += 1
+            x = self.rng.random()
+            if x < mix["reading_questions"]:
+                made = self.read_written()
+            else:
+                made = self.read_made(x < mix["reading_questions"] + mix["reading_facts"])
+            for segment in made:
+                if segment is not None and len(segment) <= budget:
+                    out.append(segment)
+                    budget -= len(segment)
+        return out + self.language_segments(budget)
+
+    # --- slots -------------------------------------------------------------------------------
+
+    def query_segments(self, asked, budget):
+        """Direct queries of at most `budget` tokens."""
+        ids = self.tokenizer.encode_batch([a.question for a in asked])
+        answers = self.tokenizer.encode_batch([a.answer for a in asked])
+        out = []
+        for item, question, answer in zip(asked, ids, answers):
+            size = len(question) + len(answer) + 3
+            if (size > budget or len(question) > QUESTION_TOKENS_MAX
+                    or len(answer) > ANSWER_TOKENS_MAX):
+                continue
+            budget -= size
+            out.append(Segment("query", np.array([QUESTION, *question, ANSWER], np.uint16),
+                               passage=item.gold, answer=np.array([*answer, EOS], np.uint16),
+                               answer_type=item.kind, question_tokens=len(question)))
+        return out
+
+    def corpus_slot(self, slot_tokens, phase):
+        """Passages and questions about them; large slots hold text and reading beside them."""
+        rng, mix, extra = self.rng, self.mix, []
+        question_share = mix["question_passages"]
+        if slot_tokens > SMALL_SLOT:
+            extra = self.language_segments(int(slot_tokens * phase.get("language_inside", 0)))
+            extra += self.reading_segments(int(slot_tokens * phase.get("reading_inside", 0)))
+        else:  # small slots: one kind of passage
+            question_share = 0.85 if rng.random() < question_share else 0.0
+        room = slot_tokens - sum(map(len, extra))
+        query_budget = int(room * mix["query_share"])
+        context_budget = room - query_budget - (slot_tokens // 16 if slot_tokens > SMALL_SLOT else 0)
+        passages, asked = self.draw_passages(int(context_budget * 0.93), question_share,
+                                             mix["facts"], mix["cloze"])
+        rng.shuffle(asked)
+        queries = self.query_segments(asked, query_budget)
+        contexts = [context_segment(p.tokens, p.weight, i) for i, p in enumerate(passages)]
+        total, asked_tokens = sum(map(len, contexts)), sum(map(len, queries))
+        while total + asked_tokens > room:
+            total -= len(contexts.pop())
+        queries = [s for s in queries if s.passage < len(contexts)]
+        left, number = room - total - sum(map(len, queries)), len(passages)
+        while left > 0:
+            source = self.draw_source(self.cloze_draw)
+            ids = source.passage(rng.randrange(len(source)))[:left - 1]
+            contexts.append(context_segment(ids, 1.0, number))
+            left -= len(ids) + 1
+            number += 1
+        rng.shuffle(contexts)
+        rng.shuffle(queries)
+        return contexts + queries + extra
+
+    def slot(self, slot_tokens, phase):
+        kinds = phase["slots"]
+        kind = self.rng.choices(list(kinds), list(kinds.values()))[0]
+        if kind == "language":
+            return self.language_segments(slot_tokens)
+        if kind == "reading":
+            return self.reading_segments(slot_tokens)
+        return self.corpus_slot(slot_tokens, phase)
+
+    # --- packs -------------------------------------------------------------------------------
+
+    def pack(self, seed, phase):
+        """Arrays of one step (see PackWriter). `seed`: any string; `phase`: of the TOML."""
+        self.rng.seed(seed)
+        slot_tokens = min(phase["slot_tokens"], self.config["batch"]["tokens"])
+        writer = PackWriter(self.config, slot_tokens, phase["slot_questions"])
+        for number in range(self.config["batch"]["tokens"] // slot_tokens):
+            writer.add_slot(number, self.slot(slot_tokens, phase), self.rng)
+        return writer.finish()
+
+
+class PackWriter:
+    """Lays the segments of slots out in arrays, all of them over the pack's tokens unless said:
+
+      tokens, segment (number), position (in the segment), language_weight (of predicting the next)
+      context_group, query_group   slot number, for rows that are seen / that see; otherwise < 0
+      passage                      number of the passage in its slot; the last: none
+      scale                        of the query rows' logits in the retrieval layers
+      answer_rows, answer_types    rows that predict an answer's tokens
+      score_rows, score_weights    (slots, questions, 1 + rows): the answering row, then rows of the
+                                   question's tokens, of the questions that auxiliary losses look at
+      gold                         (slots, questions): the passage that holds the answer; -1: unused
+    """
+
+    def __init__(self, config, slot_tokens, slot_questions):
+        total = config["batch"]["tokens"]
+        slots, rows = total // slot_tokens, 1 + config["batch"]["score_tokens"]
+        self.slot_tokens, self.scale_tokens = slot_tokens, config["model"]["attention_scale_tokens"]
+        self.sharpen = config["mix"]["sharpen"]
+        self.arrays = {
+            "tokens": np.zeros(total, np.uint16),
+            "segment": np.zeros(total, np.int32),
+            "position": np.zeros(total, np.int32),
+            "context_group": np.full(total, -1, np.int32),
+            "query_group": np.full(total, -2, np.int32),
+            "language_weight": np.zeros(total, np.float32),
+            "passage": np.full(total, passages_max(slot_tokens) - 1, np.int16),
+            "scale": np.ones(total, np.float32),
+            "score_rows": np.zeros((slots, slot_questions, rows), np.int32),
+            "score_weights": np.zeros((slots, slot_questions, rows), np.float32),
+            "gold": np.full((slots, slot_questions), -1, np.int32),
+        }
+        self.answer_rows, self.answer_types = [], []
+        self.at, self.segments = 0, 0
+
+    def add_slot(self, slot, segments, rng):
+        begin, numbers, scored = self.at, {}, []
+        visible = sum(len(s) for s in segments if s.kind == "context")
+        scale = attention_scale(visible, self.scale_tokens) * self.sharpen ** rng.random()
+        for segment in sorted(segments, key=lambda s: s.answer is not None):
+            if segment.answer is None:
+                self.add_context(slot, segment, numbers)
+                continue
+            start = self.add_query(slot, segment, scale)
+            if segment.kind == "query" and segment.passage in numbers:
+                scored.append((start, segment, numbers[segment.passage]))
+        assert self.at == begin + self.slot_tokens, "a slot is not full"
+        self.add_scored(slot, scored, rng)
+
+    def add_segment(self, tokens):
+        """Writes tokens as (the start of) a segment; returns their place."""
+        a, place = self.arrays, slice(self.at, self.at + len(tokens))
+        a["tokens"][place] = tokens
+        a["segment"][place] = self.segments
+        a["position"][place] = np.arange(len(tokens))
+        self.at += len(tokens)
+        self.segments += 1
+        return place
+
+    def add_context(self, slot, segment, numbers):
+        a, place = self.arrays, self.add_segment(segment.tokens)
+        a["language_weight"][place.start:place.stop - 1] = segment.weight
+        if segment.kind == "context":
+            a["context_group"][place] = slot
+            if len(numbers) < passages_max(self.slot_tokens) - 1:
+                numbers[segment.passage] = len(numbers)
+                a["passage"][place] = numbers[segment.passage]
+
+    def add_query(self, slot, segment, scale):
+        a, place = self.arrays, self.add_segment(np.concatenate([segment.tokens, segment.answer]))
+        if segment.kind == "query":
+            a["query_group"][place] = slot
+            a["scale"][place] = scale
+        weight = 0.1 if segment.answer_type == "question" else 0.05
+        a["language_weight"][place.start + 1:place.start + segment.question_tokens] = weight
+        first = place.start + len(segment.tokens) - 1
+        self.answer_rows += range(first, first + len(segment.answer))
+        self.answer_types += [ANSWER_TYPES.index(segment.answer_type)] * len(segment.answer)
+        return place.start
+
+    def add_scored(self, slot, scored, rng):
+        a = self.arrays
+        count, rows = a["gold"].shape[1], a["score_rows"].shape[2]
+        for i, (start, segment, gold) in enumerate(rng.sample(scored, min(count, len(scored)))):
+            asked = list(range(start + 1, start + 1 + segment.question_tokens))
+            if len(asked) > rows - 1:
+                asked = rng.sample(asked, rows - 1)
+            chosen = [start + len(segment.tokens) - 1, *asked]
+            a["score_rows"][slot, i, :len(chosen)] = chosen
+            a["score_weights"][slot, i, :len(chosen)] = 1
+            a["gold"][slot, i] = gold
+
+    def finish(self):
+        return {**self.arrays, "answer_rows": np.array(self.answer_rows, np.int32),
+                "answer_types": np.array(self.answer_types, np.uint8)}
+
+
+def attention_scale(visible, scale_tokens):
+    """Factor of the logits of query rows that see `visible` context tokens."""
+    if visible <= 1 or scale_tokens <= 1:
+        return 1.0
+    return max(1.0, math.log(visible) / math.log(scale_tokens))
+
+
+def rehearsal_pack(config, phase):
+    """A pack without sense, of the right shapes: code is compiled on it while the data loads."""
+    slot_tokens = min(phase["slot_tokens"], config["batch"]["tokens"])
+    writer, rng = PackWriter(config, slot_tokens, phase["slot_questions"]), random.Random(0)
+    for number in range(config["batch"]["tokens"] // slot_tokens):
+        words = np.full(slot_tokens, 100, np.uint16)
+        query = Segment("query", words[:30], passage=0, answer=words[:2], answer_type="question",
+                        question_tokens=20)
+        rest = slot_tokens - len(query)
+        segments = [Segment("context", words[:min(256, rest - at)], 1.0, at // 256)
+                    for at in range(0, rest, 256)]
+        writer.add_slot(number, [*segments, query], rng)
+    return writer.finish()

@@ -1,0 +1,279 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of the training code on a CPU with a tiny model; about two minutes. Run by
+./loci-dev test-train, or alone: python -m unittest test_train (in this folder)."""
+import copy
+import json
+import lzma
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import tomllib
+import unittest
+
+import numpy as np
+import torch
+
+from corpus import ANSWER, EOS, QUESTION, Corpus, Tokenizer
+from export import read_checkpoint, read_folder, write_folder
+from inference import Engine
+from network import EMBEDDING, FINAL_NORM, ModelConfig, Network, initial_parameters, rms_norm
+from optimizer import Optimizer
+from packing import PackWriter, Segment, attention_scale
+from train import to_device
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TOKENIZER = os.path.join(HERE, "../default/tokenizer.json")
+SYLLABLES = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we"]
+
+
+def tiny_config(**batch):
+    """The shipped TOML, with a model and batches for a CPU."""
+    with open(os.path.join(HERE, "default.toml"), "rb") as file:
+        config = tomllib.load(file)
+    config["model"].update(width=64, layers=4, heads=2, key_heads=1, head_width=32,
+                           feed_forward=128, window=64, retrieval_layers=[1, 3],
+                           attention_scale_tokens=64)
+    config["batch"].update(tokens=512, **batch)
+    config["mix"]["sharpen"] = 1.0
+    config["optimizer"].update(warmup_steps=5)
+    phase = {**config["phases"][0], "slot_tokens": 512, "slot_questions": 4, "steps": 12,
+             "dropout": 0.1}
+    del phase["seconds"]
+    other = {**phase, "name": "reading", "steps": 8, "learning_rate": [0.01, 0.0],
+             "average": 0.9}
+    config["phases"] = [phase, other]
+    return config
+
+
+def to_toml(value, path=()):
+    """Enough TOML for the configuration."""
+    lines, tables = [], []
+    for key, item in value.items():
+        if isinstance(item, dict) and path[:1] != ("phases",):
+            tables += [f"[{'.'.join((*path, key))}]", to_toml(item, (*path, key))]
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            for row in item:
+                tables += [f"[[{key}]]", to_toml(row, ("phases",))]
+        elif isinstance(item, dict):
+            lines.append(f"{key} = {{ " + ", ".join(f"{k} = {v}" for k, v in item.items()) + " }")
+        else:
+            lines.append(f"{key} = {json.dumps(item)}")
+    return "\n".join(lines + tables)
+
+
+def made_text(rng, sentences):
+    def word():
+        return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(1, 3)))
+
+    out = []
+    for _ in range(sentences):
+        name, place, year = word().capitalize(), word().capitalize(), rng.randint(1200, 2000)
+        out.append(f"In {year} the {word()} {word()} of {name} came to {place} and {word()}.")
+    return " ".join(out)
+
+
+def write_data(folder):
+    rng = random.Random(3)
+    paragraphs = [made_text(rng, 4) for _ in range(200)]
+    rows = {
+        "text_gov": [{"t": "\n".join(made_text(rng, 6) for _ in range(5))} for _ in range(60)],
+        "qa_train": [{"s": "made", "t": str(i // 10), "c": text, "q": [
+            [f"Who came in {text.split(' ')[1]}?", text.split(" ")[6]]]}
+            for i, text in enumerate(paragraphs)],
+    }
+    for name, items in rows.items():
+        with lzma.open(os.path.join(folder, name + ".jsonl.xz"), "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(item) + "\n" for item in items)
+
+
+def copy_pack(config, rng, passages=16, queries=48):
+    """A pack of facts in passages of their own: a value to be repeated, and its key."""
+    writer = PackWriter(config, config["batch"]["tokens"], 16)
+    keys = rng.sample(range(100, 200), passages)
+    values = [rng.randrange(200, 264) for _ in keys]
+    segments = [Segment("context", np.array([3, value, key, rng.randrange(300, 400)], np.uint16),
+                        0.0, i)
+                for i, (key, value) in enumerate(zip(keys, values))]
+    for i in rng.choices(range(passages), k=queries):
+        segments.append(Segment("query", np.array([QUESTION, keys[i], ANSWER], np.uint16),
+                                passage=i, answer=np.array([values[i], EOS], np.uint16),
+                                answer_type="fact", question_tokens=1))
+    rest = config["batch"]["tokens"] - sum(map(len, segments))
+    segments.append(Segment("language", np.full(rest, 5, np.uint16), 0.0))
+    writer.add_slot(0, segments, rng)
+    return writer.finish()
+
+
+class ModelTest(unittest.TestCase):
+    def setUp(self):
+        torch.manual_seed(0)
+        self.config = tiny_config()
+        self.c = ModelConfig(self.config["model"])
+
+    def test_learns_to_copy_a_needle(self):
+        config = copy.deepcopy(self.config)
+        config["batch"]["tokens"] = 384
+        c = ModelConfig({**config["model"], "vocabulary": 512})
+        parameters = {n: p.requires_grad_(True) for n, p in initial_parameters(c, 1).items()}
+        network = Network(c, parameters, config["loss"], 384, with_dropout=False)
+        optimizer, rng, right = Optimizer(parameters, config["optimizer"]), random.Random(1), []
+        for _ in range(2000):
+            losses = network.losses(to_device(copy_pack(config, rng), "cpu"))
+            auxiliary = losses["mass"].mean() + losses["ranking"].mean()
+            (losses["answer"] + 0.1 * auxiliary).backward()
+            optimizer.step(0.005, 0.0007)
+            right.append(losses["answer_right"][::2].mean().item())
+            if len(right) > 50 and np.mean(right[-50:]) > 0.92:
+                break
+        self.assertGreater(np.mean(right[-50:]), 0.9)
+
+    def query_pack(self, kind):
+        """One slot of contexts and one query; returns it and the place of the query."""
+        config = copy.deepcopy(self.config)
+        rng = np.random.default_rng(2)
+        writer = PackWriter(config, 512, 4)
+        contexts = [rng.integers(100, 200, 60).astype(np.uint16) for _ in range(7)]
+        query = np.array([QUESTION, 150, 160, 170, ANSWER], np.uint16)
+        segments = [Segment("context", np.concatenate([[3], t]).astype(np.uint16), 1.0, i)
+                    for i, t in enumerate(contexts)]
+        segments.append(Segment(kind, query, passage=2, answer=np.array([180, EOS], np.uint16),
+                                answer_type="fact", question_tokens=3))
+        rest = 512 - sum(map(len, segments))
+        segments.append(Segment("language", np.full(rest, 77, np.uint16), 1.0))
+        writer.add_slot(0, segments, random.Random(0))
+        return writer.finish(), contexts, query
+
+    def logits(self, c, parameters, pack):
+        network = Network(c, parameters, self.config["loss"], 512, with_dropout=False)
+        x, _ = network.forward(to_device(pack, "cpu"))
+        h = rms_norm(x, parameters[FINAL_NORM], c.norm_epsilon)
+        return (h @ parameters[EMBEDDING].T).detach()
+
+    def test_scale_is_for_queries_that_see_a_corpus(self):
+        visible = 7 * 61
+        for kind, expected in (("query", attention_scale(visible, 64)), ("isolated", 1.0)):
+            pack, _, query = self.query_pack(kind)
+            start = int(np.flatnonzero(pack["tokens"] == QUESTION)[0])
+            rows = slice(start, start + len(query) + 2)
+            np.testing.assert_allclose(pack["scale"][rows], expected, rtol=1e-6)
+            self.assertTrue((np.delete(pack["scale"], np.r_[rows]) == 1).all())
+        self.assertGreater(attention_scale(visible, 64), 1.4)
+        self.assertEqual(attention_scale(0, 64), 1.0)
+        self.assertEqual(attention_scale(40, 64), 1.0)
+        self.assertEqual(attention_scale(10**6, 0), 1.0)
+
+    def test_serving_gives_the_logits_of_training(self):
+        parameters = initial_parameters(self.c, 4)
+        parameters = {n: p * (8 if "q_proj" in n or "k_proj" in n else 2)
+                      for n, p in parameters.items()}
+        for kind in ("query", "isolated"):
+            pack, contexts, query = self.query_pack(kind)
+            start = int(np.flatnonzero(pack["tokens"] == QUESTION)[0])
+            expected = self.logits(self.c, parameters, pack)[start + len(query) - 1]
+            engine = Engine(self.c, parameters)
+            context = engine.encode(contexts) if kind == "query" else None
+            found = engine.answer([list(query)], context, tokens_max=1, banned=())
+            best = int(expected.argmax())
+            self.assertEqual(found.tokens[0], [best] if best != EOS else [])
+            self.assertAlmostEqual(float(found.log_probability),
+                                   float(expected.log_softmax(-1)[best]), places=3)
+            if kind == "query":  # the same contexts as what a mask leaves of more
+                seen = torch.ones(1, len(context), dtype=torch.bool)
+                again = engine.answer([list(query)], None, (context, seen), 1, ())
+                self.assertAlmostEqual(float(again.log_probability),
+                                       float(found.log_probability), places=4)
+
+    def test_exported_folder_loads_in_transformers(self):
+        from transformers import AutoModelForCausalLM
+        parameters = initial_parameters(self.c, 5)
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(parameters, self.c, folder, dtype=torch.float32)
+            stored = read_folder(folder, self.c)
+            self.assertTrue(all(torch.equal(stored[n], p) for n, p in parameters.items()))
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+                self.assertEqual(json.load(file)["loci"], {"attention_scale_tokens": 64})
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                         attn_implementation="eager").eval()
+        writer = PackWriter(self.config, 512, 4)
+        tokens = np.random.default_rng(6).integers(32, 8192, 512).astype(np.uint16)
+        writer.add_slot(0, [Segment("language", tokens, 1.0)], random.Random(0))
+        ours = self.logits(self.c, parameters, writer.finish())
+        with torch.no_grad():
+            theirs = model(torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
+        self.assertLess(float((ours - theirs).abs().max()), 1e-4)
+
+
+class ProgramTest(unittest.TestCase):
+    """prepare, train and export as programs."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.path = cls.folder.name
+        write_data(cls.path)
+        cls.config = os.path.join(cls.path, "tiny.toml")
+        config = tiny_config()
+        with open(cls.config, "w", encoding="utf-8") as file:
+            file.write(to_toml(config))
+        with open(cls.config, "rb") as file:
+            assert tomllib.load(file) == config
+        cls.prepared = os.path.join(cls.path, "prepared")
+        cls.program("prepare.py", "prepare", "--data", cls.path, "--out", cls.prepared,
+                    "--config", cls.config, "--processes", "2")
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.cleanup()
+
+    @classmethod
+    def program(cls, name, *arguments):
+        done = subprocess.run([sys.executable, os.path.join(HERE, name), *arguments],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def train(self, name, *arguments, workers="2"):
+        self.program("train.py", "--prepared", self.prepared, "--run",
+                     os.path.join(self.path, name), "--config", self.config, "--workers", workers,
+                     "--validate-seconds", "0", *arguments)
+        return os.path.join(self.path, name, "checkpoint.pt")
+
+    def test_prepared_passages(self):
+        corpus, tokenizer = Corpus(os.path.join(self.prepared, "questions")), Tokenizer(TOKENIZER)
+        self.assertGreaterEqual(len(corpus), 200)
+        for i in (0, 17, len(corpus) - 1):
+            self.assertEqual(corpus.passage(i).tolist(), tokenizer.encode(corpus.text(i))[:255])
+            for _, answer in corpus.questions[i]:
+                self.assertIn(answer, corpus.text(i))
+
+    def test_resumes_exactly(self):
+        whole = torch.load(self.train("whole"), weights_only=True)
+        self.train("parts", "--stop-after-steps", "7")
+        self.train("parts", "--stop-after-steps", "7", workers="1")
+        parts = torch.load(self.train("parts"), weights_only=True)
+        self.assertEqual(whole["place"], parts["place"])
+        self.assertEqual(whole["place"]["step"], 20)
+        for kind in ("parameters",):
+            for name, tensor in whole[kind].items():
+                self.assertTrue(torch.equal(tensor, parts[kind][name]), name)
+        average = parts["optimizer"]["average"]
+        for name, tensor in whole["optimizer"]["average"].items():
+            self.assertTrue(torch.equal(tensor, average[name]), name)
+
+        folder = os.path.join(self.path, "exported")
+        self.program("export.py", "--checkpoint", os.path.join(self.path, "parts/checkpoint.pt"),
+                     "--out", folder, "--tokenizer", TOKENIZER)
+        chosen, c = read_checkpoint(os.path.join(self.path, "parts/checkpoint.pt"))
+        stored = read_folder(folder, c)
+        for name, tensor in chosen.items():
+            self.assertTrue(torch.equal(tensor.bfloat16().float(), stored[name]), name)
+        self.assertTrue(os.path.exists(os.path.join(folder, "tokenizer.json")))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    unittest.main(verbosity=2)
