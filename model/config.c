@@ -8,6 +8,7 @@
 #include "model/config.h"
 
 #include <dirent.h>
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -337,6 +338,21 @@ static void choose_retrieval_layers(loci_model_config *out) {
     }
 }
 
+/* What is ours in config.json stands in one object that others do not read. */
+static loci_status read_own(const loci_json *in, loci_model_config *out, loci_error *err) {
+    loci_json own = {0};
+    LOCI_TRY(loci_json_object(in, "loci", in->what, LOCI_JSON_OPTIONAL, &own, err));
+    if (!own.object) return LOCI_OK;
+    return loci_json_u32(&own, "attention_scale_tokens", LOCI_JSON_OPTIONAL, 2, 1u << 30,
+                         &out->attention_scale_tokens, err);
+}
+
+float loci_model_attention_scale(const loci_model_config *config, uint64_t tokens) {
+    uint32_t base = config->attention_scale_tokens;
+    if (base < 2 || tokens <= base) return 1.0f;
+    return (float)(log((double)tokens) / log((double)base));
+}
+
 static loci_status read_config(const loci_json *in, loci_model_config *out, loci_error *err) {
     const architecture *arch = NULL;
     LOCI_TRY(read_architecture(in, &arch, out, err));
@@ -353,7 +369,7 @@ static loci_status read_config(const loci_json *in, loci_model_config *out, loci
     LOCI_TRY(read_nope(in, arch, out, err));
     LOCI_TRY(read_windows(in, arch, out, err));
     choose_retrieval_layers(out);
-    return LOCI_OK;
+    return read_own(in, out, err);
 }
 
 loci_status loci_model_config_load(const char *dir, loci_model_config *out, loci_error *err) {

@@ -36,6 +36,7 @@ typedef struct loci_model_config {
     uint32_t vocab, hidden, intermediate, layers, q_heads, kv_heads, head_dim;
     uint32_t positions_max;
     float rms_eps, rope_theta;
+    uint32_t attention_scale_tokens; /* see loci_model_attention_scale; 0 = always 1 */
     loci_rope_scaling rope_scaling;
     bool tied_embeddings;
     bool qkv_bias;   /* the projections to queries, keys and values have a bias */
@@ -76,6 +77,11 @@ LOCI_MUST_CHECK loci_status loci_model_load(loci_model *model, const char *dir,
                                             loci_error *err);
 void loci_model_close(loci_model *model);
 const loci_model_config *loci_model_config_of(const loci_model *model);
+/* By what the logits of a question's rows are multiplied in the retrieval layers over a corpus of n
+ * tokens: max(1, ln n / ln attention_scale_tokens). Without it the many tokens that match nothing
+ * take more of the attention the more there are (Scalable-Softmax, arXiv 2501.19399; Llama 4 does
+ * so in its layers without positions). config.json: "loci": {"attention_scale_tokens": N}. */
+float loci_model_attention_scale(const loci_model_config *config, uint64_t tokens);
 const loci_tokenizer *loci_model_tokenizer(const loci_model *model);
 const loci_special_tokens *loci_model_specials(const loci_model *model);
 /* Is it of the built-in family: are <doc> <q> <ev> <a> <none> all there? Other models, stock
@@ -131,6 +137,9 @@ LOCI_MUST_CHECK loci_status loci_sequence_open(loci_model *model, uint32_t token
                                                loci_sequence **out, loci_error *err);
 void loci_sequence_close(loci_sequence *sequence);
 void loci_sequence_set_attend(loci_sequence *sequence, loci_attend_fn attend, void *ctx);
+/* Multiplies the logits of later rows in the retrieval layers, the sequence's own and (through
+ * loci_attend_call) the corpus's; 1 until then and again after reset. */
+void loci_sequence_scale_attention(loci_sequence *sequence, float factor);
 /* Forgets all tokens; keeps memory. The next one has position 0. */
 void loci_sequence_reset(loci_sequence *sequence);
 /* The position of the next token, which must be behind all others. It may lie beyond those that the

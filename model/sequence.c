@@ -24,8 +24,9 @@ struct loci_sequence {
     uint32_t skipped;      /* positions without a token */
     uint32_t layers_valid; /* layers whose cache holds all tokens: fewer after a stopped pass */
     loci_buffer *cache;
-    size_t cache_bytes; /* of K or of V of one layer */
-    loci_buffer *lse;   /* f32 [rows][q_heads] */
+    size_t cache_bytes;    /* of K or of V of one layer */
+    loci_buffer *lse;      /* f32 [rows][q_heads] */
+    float attention_scale; /* of logits in retrieval layers */
     loci_attend_fn attend;
     void *attend_ctx;
     int stop_after; /* retrieval layer of the append under way; -1 = none */
@@ -81,6 +82,7 @@ static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err
     args->kv_dtype = LOCI_F32;
     args->spans = &s->span;
     args->span_count = 1;
+    if (c->layer[layer].retrieval) args->scale *= s->attention_scale;
     bool reaches = c->layer[layer].retrieval && s->attend;
     if (reaches) args->lse = loci_ref_at(s->lse, 0);
     ops->attend_dense(s->stream, args);
@@ -107,6 +109,7 @@ loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max, loci_sequ
     s->tokens_max = tokens_max;
     s->layers_valid = c->layers;
     s->stop_after = -1;
+    s->attention_scale = 1;
     s->cache_bytes = (size_t)tokens_max * c->kv_heads * c->head_dim * sizeof(float);
     loci_status status;
     LOCI_TRY_GOTO(backend->ops->stream_open(backend, &s->stream, err), fail);
@@ -155,9 +158,14 @@ void loci_sequence_set_attend(loci_sequence *s, loci_attend_fn fn, void *ctx) {
     s->attend_ctx = ctx;
 }
 
+void loci_sequence_scale_attention(loci_sequence *s, float factor) {
+    s->attention_scale = factor;
+}
+
 void loci_sequence_reset(loci_sequence *s) {
     s->length = 0;
     s->skipped = 0;
+    s->attention_scale = 1;
     s->layers_valid = s->model->config.layers;
     s->logits_rows = 0;
 }

@@ -131,6 +131,11 @@ void loci_query_fini(loci_query *query) {
     *query = (loci_query){0};
 }
 
+float loci_query_attention_scale(const loci_query *query) {
+    return loci_model_attention_scale(loci_model_config_of(query->engine->model),
+                                      query->view->tokens);
+}
+
 double loci_query_elapsed_ms(const loci_query *query) {
     return (double)(loci_now_ns() - query->started_ns) / 1e6;
 }

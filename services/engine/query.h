@@ -86,6 +86,8 @@ void loci_query_fini(loci_query *query);
 /* Reserves memory of the budget until fini. */
 LOCI_MUST_CHECK loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *err);
 double loci_query_elapsed_ms(const loci_query *query);
+/* Of the question's and the answer's rows over this corpus. */
+float loci_query_attention_scale(const loci_query *query);
 /* <q> question <a> into *out; of a stock model, for ranking: begin question. Either way the
  * question's tokens are query->question and begin in the second row. */
 LOCI_MUST_CHECK loci_status loci_query_prompt(const loci_query *query, loci_tokens *out,

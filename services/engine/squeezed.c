@@ -203,7 +203,8 @@ static loci_status calibrate(recorder *self, double sparsity, float thresholds[2
         loci_lookup *lookup = query->slot->lookup;
         ops->lookup_begin(stream, lookup, query->view, layer, loci_ref_at(self->q[layer], 0),
                           config->q_heads * config->head_dim, self->taken, config->q_heads,
-                          1.0f / sqrtf((float)config->head_dim), loci_ref_at(steady, 0), &params);
+                          loci_query_attention_scale(query) / sqrtf((float)config->head_dim),
+                          loci_ref_at(steady, 0), &params);
         ops->score_nodes(stream, lookup);
         for (unsigned level = 0; level < 2; level++)
             LOCI_TRY_GOTO(collect(query, lookup, stream, level, &levels[level], err), out);

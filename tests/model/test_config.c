@@ -339,6 +339,9 @@ static const struct {
      " \"full_attention\", \"sliding_attention\"]}",
      LOCI_E_INVAL, "layer 3 is sliding_attention without"},
     {"{\"use_sliding_window\": true, \"sliding_window\": 0}", LOCI_E_INVAL, "sliding_window"},
+    {"{\"loci\": 4096}", LOCI_E_INVAL, "\"loci\""},
+    {"{\"loci\": {\"attention_scale_tokens\": 1}}", LOCI_E_INVAL, "attention_scale_tokens"},
+    {"{\"loci\": {\"attention_scale_tokens\": 4.5}}", LOCI_E_INVAL, "attention_scale_tokens"},
 };
 
 static void expect_refusal(const char *what, loci_status expected, const char *says) {
@@ -347,6 +350,25 @@ static void expect_refusal(const char *what, loci_status expected, const char *s
     loci_status status = loci_model_config_load(dir, &c, &err);
     if (status != expected || !strstr(err.text, says))
         fail_msg("%s: status %d, \"%s\"", what, status, err.text);
+}
+
+/* Logits over large corpora: max(1, ln n / ln base). */
+static void test_attention_scale(void **state) {
+    (void)state;
+    loci_model_config c;
+    write_config("{\"loci\": {\"attention_scale_tokens\": 1000}}");
+    load_ok(dir, &c);
+    assert_int_equal(c.attention_scale_tokens, 1000);
+    assert_true(loci_model_attention_scale(&c, 0) == 1.0f);
+    assert_true(loci_model_attention_scale(&c, 999) == 1.0f);
+    assert_true(fabsf(loci_model_attention_scale(&c, 1000000) - 2.0f) < 1e-6f);
+    assert_true(fabsf(loci_model_attention_scale(&c, 31623) - 1.5f) < 1e-5f);
+    write_config("{\"loci\": {}}");
+    load_ok(dir, &c);
+    assert_true(loci_model_attention_scale(&c, 1000000) == 1.0f);
+    write_config("{}");
+    load_ok(dir, &c);
+    assert_true(loci_model_attention_scale(&c, 1000000) == 1.0f);
 }
 
 static void test_refused(void **state) {
@@ -465,6 +487,7 @@ int main(void) {
         cmocka_unit_test(test_built_in),
         cmocka_unit_test(test_layer_rules),
         cmocka_unit_test(test_defaults_and_spellings),
+        cmocka_unit_test(test_attention_scale),
         cmocka_unit_test(test_refused),
         cmocka_unit_test(test_refused_folders),
         cmocka_unit_test(test_architectures),

@@ -286,6 +286,7 @@ static void test_encoding_does_not_depend_on_packing_or_threads(void **state) {
 
 typedef struct attend_log {
     uint32_t calls, rows, retrieval[64], position[64];
+    float scale;
 } attend_log;
 
 static loci_status log_attend(void *ctx, const loci_attend_call *call, loci_error *e) {
@@ -295,6 +296,7 @@ static loci_status log_attend(void *ctx, const loci_attend_call *call, loci_erro
     log->position[log->calls % 64] = call->row_position;
     log->calls++;
     log->rows += call->rows;
+    log->scale = call->scale;
     return LOCI_OK;
 }
 
@@ -327,6 +329,53 @@ static void test_attend_callback_and_stopping(void **state) {
     assert_int_equal(loci_sequence_append(sequence, tokens, 1, 1, 0, NULL, &err), LOCI_E_INVAL);
     assert_int_equal(loci_sequence_append(sequence, tokens, 300, 0, 0, NULL, &err), LOCI_E_LIMIT);
     loci_sequence_close(sequence);
+    loci_model_close(model);
+    loci_backend_close(backend);
+}
+
+static void append_and_copy(loci_sequence *sequence, const uint32_t *tokens, uint32_t count,
+                            float *logits, uint32_t vocab) {
+    loci_sequence_reset(sequence);
+    loci_sequence_scale_attention(sequence, logits[0]);
+    ok(loci_sequence_append(sequence, tokens, count, 1, -1, NULL, &err));
+    memcpy(logits, loci_sequence_logits(sequence), vocab * sizeof *logits);
+}
+
+/* The factor reaches the sequence's own attention and the corpus's, in retrieval layers alone,
+ * until reset. */
+static void test_attention_is_scaled(void **state) {
+    (void)state;
+    loci_backend *backend = open_cpu(NULL, 1);
+    loci_model *model;
+    loci_sequence *sequence;
+    attend_log log = {0};
+    uint32_t tokens[20];
+    for (uint32_t i = 0; i < 20; i++) tokens[i] = 1 + i;
+    ok(loci_model_open(TINY, backend, LOCI_F32, &model, &err));
+    uint32_t vocab = loci_model_config_of(model)->vocab;
+    float *plain = malloc(vocab * sizeof *plain), *sharp = malloc(vocab * sizeof *sharp);
+    ok(loci_sequence_open(model, 32, &sequence, &err));
+    loci_sequence_set_attend(sequence, log_attend, &log);
+    plain[0] = 1.0f;
+    append_and_copy(sequence, tokens, 20, plain, vocab);
+    float scale = log.scale;
+    sharp[0] = 1.5f;
+    append_and_copy(sequence, tokens, 20, sharp, vocab);
+    assert_true(fabsf(log.scale - 1.5f * scale) < 1e-6f);
+    assert_memory_not_equal(plain, sharp, vocab * sizeof *plain);
+    loci_sequence_reset(sequence);
+    ok(loci_sequence_append(sequence, tokens, 20, 1, -1, NULL, &err));
+    assert_true(log.scale == scale);
+    assert_memory_equal(plain, loci_sequence_logits(sequence), vocab * sizeof *plain);
+    /* One row attends to itself alone: nothing to sharpen. */
+    plain[0] = 1.0f;
+    append_and_copy(sequence, tokens, 1, plain, vocab);
+    sharp[0] = 1.5f;
+    append_and_copy(sequence, tokens, 1, sharp, vocab);
+    assert_memory_equal(plain, sharp, vocab * sizeof *plain);
+    loci_sequence_close(sequence);
+    free(plain);
+    free(sharp);
     loci_model_close(model);
     loci_backend_close(backend);
 }
@@ -450,6 +499,7 @@ int main(void) {
         cmocka_unit_test(test_built_in_model_equals_transformers),
         cmocka_unit_test(test_encoding_does_not_depend_on_packing_or_threads),
         cmocka_unit_test(test_attend_callback_and_stopping),
+        cmocka_unit_test(test_attention_is_scaled),
         cmocka_unit_test(test_bad_input_and_cancel),
         cmocka_unit_test(test_fingerprint),
         cmocka_unit_test(test_deferred_backend_gives_the_same_bytes),
