@@ -80,20 +80,20 @@ typedef enum loci_mode {
 /* How a look-up selects; see attention/README.md for the rules word by word. */
 typedef struct loci_select_params {
     loci_mode mode;
-    float top_p;          /* (0, 1]; 1 with budget 0 reads everything */
-    uint32_t budget;      /* most tokens for each KV head and query token; 0 = no limit */
-    float root_cover;     /* share of the estimated mass that kept roots must reach */
-    float leaf_cover;     /* share that kept leaves must reach */
-    float root_share_max; /* at most this share of the roots, but at least roots_min */
-    uint32_t roots_min;
-    float leaf_tokens_share_max; /* at most this share of the tokens under kept leaves, */
-    uint32_t leaf_tokens_min;    /* but at least this many, as far as they can matter */
+    float top_p;     /* (0, 1]; 1 with budget 0 reads everything */
+    uint32_t budget; /* most tokens for each KV head and query token; 0 = no limit */
+    /* For each query head the best roots, and the best tokens below them as candidates: so many
+     * times the square root of the live tokens, but at least so many. */
+    float roots, candidates;
+    uint32_t roots_min, candidates_min;
     bool estimate_tail;          /* add the unread nodes by centroid, size and value mean */
     float squeezed_threshold[2]; /* T of roots and leaves; mode squeezed */
 } loci_select_params;
 
 /* The measured defaults: mode hierarchical; attention/README.md has the figures behind them. */
 void loci_select_defaults(loci_select_params *params);
+/* How many roots and candidates: for the rows of a question, or for the next token of an answer. */
+void loci_select_reach(loci_select_params *params, bool question);
 
 /* Bytes read by one look-up, counted where they are read, each block once a step. leaf_bytes: the
  * blocks of kept roots; hash_bytes: what K and V are verified by; kv_bytes: K and V of the tokens

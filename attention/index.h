@@ -6,7 +6,7 @@
  * Offline, loci_pair_build turns K and V of up to LOCI_EXTENT_TOKENS_MAX tokens in
  * position order into one self-contained, relocatable byte string, the pair blob:
  *
- *   header | roots | root blocks | leaf nodes | value means | codes and slots | KV hashes | KV |
+ *   header | roots | root blocks | leaf nodes | value means | records | KV hashes | KV |
  *   position hashes | position codes
  *
  * Every section begins at a multiple of LOCI_BLOCK_ALIGN from the blob's start. Keys
@@ -20,16 +20,16 @@
  *    mode hierarchical the roots.
  *  - A sketch is a key less its root's centroid in one bit a channel: a product quantiser (Jegou,
  *    Douze, Schmid, 2011) with one of 16 codewords for each LOCI_SKETCH_CHANNELS channels. All
- *    sketches of a root are read together; they rank its leaves as well as leaf nodes do for a
- *    tenth fewer bytes, and tell the mass that is left unread far better (attention/README.md).
- *  - A code has 4 bits a channel and ranks the tokens of a leaf.
+ *    sketches of a root are read together and say which of its tokens are candidates.
+ *  - A code has 4 bits a channel and says which candidates are attended. Each token's stands in a
+ *    record of its own, so that no more are read than there are candidates.
  *
- * Integrity: a tree of hashes (XXH3, 64 bits). The owner of the blob keeps the hash of
- * the header (with its means, scales and codebook); the header holds the hash of the root section,
- * each root those of its block, its leaf nodes and its leaves' value means; the block holds for
- * each leaf those of its codes and of its tokens' KV hashes, one of which covers the K and V of
- * one token. A reader verifies each part before use, so a damaged byte is either never read or
- * named, and no more is read than is used.
+ * Integrity: hashes (XXH3). The owner of the blob keeps the hash of the header (with its means,
+ * scales and codebook); the header holds the hash of the root section, each root those of its
+ * block, its leaf nodes and its leaves' value means. A record and the K and V of a token are
+ * covered by a check of their own, their hash plus that of the root section plus their slot, so
+ * that what belongs to another slot or another blob does not pass. A reader verifies each part
+ * before use: a damaged byte is either never read or named, and no more is read than is used.
  *
  * All integers are little-endian. memory/FORMAT.md states the bytes.
  */
@@ -46,7 +46,7 @@
 #define LOCI_ROOT_LEAVES_MAX 32u
 #define LOCI_ROOT_TOKENS_MAX (LOCI_ROOT_LEAVES_MAX * LOCI_LEAF_TOKENS_MAX)
 #define LOCI_PAIR_MAGIC 0x5250434cu /* "LCPR" */
-#define LOCI_PAIR_VERSION 2u
+#define LOCI_PAIR_VERSION 3u
 #define LOCI_SKETCH_CHANNELS 4u /* of one codeword */
 #define LOCI_SKETCH_WORDS 16u
 #define LOCI_SKETCH_GROUP 32u /* tokens whose sketches are interleaved */
@@ -76,10 +76,8 @@ typedef struct loci_root {
  * t of the group in the low (t < 16) or high nibble of byte t % 16. The last group is filled up
  * with zeros. */
 typedef struct loci_leaf {
-    uint32_t begin;      /* its first slot */
-    uint32_t count;      /* tokens */
-    uint64_t hash_codes; /* of its codes and slots */
-    uint64_t hash_kv;    /* of its tokens' KV hashes */
+    uint32_t begin; /* its first slot */
+    uint32_t count; /* tokens */
 } loci_leaf;
 
 typedef struct loci_pair_header {
@@ -88,7 +86,7 @@ typedef struct loci_pair_header {
     uint32_t kv_dtype; /* loci_dtype: BF16 */
     uint32_t order;    /* 0 = cluster order; 1 = position order (landmark blocks) */
     uint64_t blob_bytes;
-    uint64_t roots_at, blocks_at, leaf_nodes_at, value_means_at, codes_at, kv_hashes_at, kv_at;
+    uint64_t roots_at, blocks_at, leaf_nodes_at, value_means_at, records_at, kv_hashes_at, kv_at;
     uint64_t position_hashes_at, position_codes_at; /* 0 = no position codes */
     uint64_t block_bytes;                           /* of all root blocks */
     uint64_t hash_roots;                            /* of the root section */
@@ -100,17 +98,18 @@ typedef struct loci_pair_header {
 
 /* Value means: bf16 [roots + leaves][head_dim], first the roots', then the leaves'.
  *
- * Codes and slots: the leaf with first slot b and n tokens holds, at
- * codes_at + b * (head_dim / 2 + 4), n codes and then n slot-map words.
- * A code has 4 bits a channel, two channels a byte (even channel in the low nibble),
- * head_dim / 2 bytes a token. key[i] is about mean[i] + code_scale[i] * (code - 7.5).
+ * Records: slot s holds, at records_at + s * (head_dim / 2 + 8), its code, its slot-map word and
+ * its check. A code has 4 bits a channel, two channels a byte (even channel in the low nibble),
+ * head_dim / 2 bytes. key[i] is about mean[i] + code_scale[i] * (code - 7.5).
  * A slot-map word is a uint32_t: segment index in the extent << 16 | position of the
- * token in its segment. */
+ * token in its segment. The check is a uint32_t, the low half of (hash of code and word) +
+ * hash_roots + s. */
 #define LOCI_SLOT_SEGMENT(slot) ((slot) >> 16)
 #define LOCI_SLOT_OFFSET(slot) ((slot)&0xffffu)
 
 /* KV: slot s holds, at kv_at + s * 4 * head_dim, its K row and then its V row, each of
- * head_dim bf16 values. KV hashes: uint64_t for each slot, of those 4 * head_dim bytes. */
+ * head_dim bf16 values. KV hashes: uint64_t for each slot, (hash of those 4 * head_dim bytes) +
+ * hash_roots + s. */
 
 /* Position codes: the codes once more, position after position, head_dim / 2 bytes each.
  * Position hashes: uint64_t for each block of LOCI_POSITION_BLOCK positions, of its codes. */
@@ -185,7 +184,7 @@ LOCI_MUST_CHECK loci_status loci_pair_read_positions(const uint8_t *blob, uint64
                                                      loci_error *err);
 
 /* Sets in bitmap, (tokens + 63) / 64 words, the bit of every slot whose segment is live:
- * segment_dead holds one byte for each of `segments`. Verifies all codes and slots. */
+ * segment_dead holds one byte for each of `segments`. Verifies all records. */
 LOCI_MUST_CHECK loci_status loci_pair_live(const uint8_t *blob, uint64_t bytes,
                                            const uint8_t *segment_dead, uint32_t segments,
                                            uint64_t *bitmap, loci_error *err);

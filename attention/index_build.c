@@ -261,7 +261,7 @@ static void write_code(const build *b, uint32_t id, uint8_t *code) {
     }
 }
 
-/* Node, codes, slots and KV of one leaf; ids are its tokens. */
+/* Node, records and KV of one leaf; ids are its tokens. Their hashes come last. */
 static void write_leaf(const build *b, uint32_t leaf_index, uint32_t first_slot,
                        const uint32_t *ids, uint32_t count, loci_leaf *leaf) {
     const loci_pair_header *header = loci_pair_header_of(b->blob);
@@ -272,19 +272,15 @@ static void write_leaf(const build *b, uint32_t leaf_index, uint32_t first_slot,
     write_node(b, ids, count, node, mean);
     leaf->begin = first_slot;
     leaf->count = count;
-    uint8_t *codes = b->blob + header->codes_at + first_slot * loci_code_stride(b->dim);
-    uint32_t *slots = (void *)(codes + (size_t)count * (b->dim / 2));
-    uint64_t *hashes = (uint64_t *)(void *)(b->blob + header->kv_hashes_at) + first_slot;
     for (uint32_t t = 0; t < count; t++) {
-        write_code(b, ids[t], codes + (size_t)t * (b->dim / 2));
-        slots[t] = b->slots[ids[t]];
+        uint8_t *record =
+            b->blob + header->records_at + (size_t)(first_slot + t) * loci_record_stride(b->dim);
+        write_code(b, ids[t], record);
+        memcpy(record + b->dim / 2, &b->slots[ids[t]], sizeof b->slots[ids[t]]);
         uint16_t *row = (void *)(b->blob + header->kv_at + (size_t)(first_slot + t) * 4 * b->dim);
         memcpy(row, b->k + (size_t)ids[t] * b->dim, b->dim * sizeof *row);
         memcpy(row + b->dim, b->v + (size_t)ids[t] * b->dim, b->dim * sizeof *row);
-        hashes[t] = loci_hash_bytes(row, 2 * b->dim * sizeof *row);
     }
-    leaf->hash_codes = loci_hash_bytes(codes, count * loci_code_stride(b->dim));
-    leaf->hash_kv = loci_hash_bytes(hashes, count * sizeof *hashes);
 }
 
 static loci_leaf *block_of(const build *b, const build_root *root) {
@@ -345,6 +341,21 @@ static void write_sketches(void *arg, size_t index, unsigned thread) {
     root->hash_block = loci_hash_bytes(leaves, loci_block_bytes(b->dim, from->leaves, from->count));
 }
 
+/* The checks of the records and of K and V of one root's slots; they need the hash of the roots. */
+static void write_checks(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    const loci_pair_header *header = loci_pair_header_of(b->blob);
+    const build_root *from = &b->roots[index];
+    uint64_t *hashes = (uint64_t *)(void *)(b->blob + header->kv_hashes_at);
+    for (uint32_t slot = from->begin; slot < from->begin + from->count; slot++) {
+        uint32_t check = loci_record_check(b->blob, slot);
+        uint8_t *end = b->blob + header->records_at + (slot + 1ull) * loci_record_stride(b->dim);
+        memcpy(end - sizeof check, &check, sizeof check);
+        hashes[slot] = loci_kv_hash(b->blob, slot);
+    }
+}
+
 static void write_positions(void *arg, size_t index, unsigned thread) {
     (void)thread;
     build *b = arg;
@@ -385,6 +396,8 @@ static void write_sections(build *b, loci_pair_header *header) {
         b->blob + header->roots_at, header->roots * (sizeof(loci_root) + loci_node_stride(b->dim)));
     header->hash_root_values =
         loci_hash_bytes(b->blob + header->value_means_at, (size_t)header->roots * 2 * b->dim);
+    memcpy(b->blob, header, sizeof *header);
+    for_each(b, b->root_count, write_checks);
 }
 
 static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {
@@ -399,7 +412,6 @@ static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, lo
         return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
     memcpy(b->blob, &header, sizeof header);
     write_sections(b, &header);
-    memcpy(b->blob, &header, sizeof header);
     *header_hash = loci_pair_header_hash(b->blob, b->dim);
     loci_buf_append(out, b->blob, header.blob_bytes);
     if (loci_buf_status(out) != LOCI_OK)

@@ -11,7 +11,7 @@
 #include <xxh_x86dispatch.h> /* XXH3 by the CPU's instruction set; the same values */
 #endif
 
-_Static_assert(sizeof(loci_node) == 8 && sizeof(loci_root) == 40 && sizeof(loci_leaf) == 24,
+_Static_assert(sizeof(loci_node) == 8 && sizeof(loci_root) == 40 && sizeof(loci_leaf) == 8,
                "nodes, roots and leaves are a format");
 _Static_assert(sizeof(loci_pair_header) == 144, "the header is a format");
 
@@ -57,7 +57,7 @@ void loci_pair_layout(const loci_pair_shape *shape, loci_pair_header *out) {
     out->blocks_at = place(&end, shape->block_bytes);
     out->leaf_nodes_at = place(&end, shape->leaves * node);
     out->value_means_at = place(&end, ((uint64_t)shape->roots + shape->leaves) * 2u * dim);
-    out->codes_at = place(&end, tokens * loci_code_stride(shape->head_dim));
+    out->records_at = place(&end, tokens * loci_record_stride(shape->head_dim));
     out->kv_hashes_at = place(&end, tokens * sizeof(uint64_t));
     out->kv_at = place(&end, tokens * 4u * dim);
     if (shape->position_codes) {
@@ -177,14 +177,28 @@ loci_status loci_pair_check_leaf_nodes(const uint8_t *blob, uint32_t root_index,
     return LOCI_OK;
 }
 
-bool loci_leaf_check_codes(const uint8_t *blob, const loci_leaf *leaf) {
-    size_t bytes = leaf->count * loci_code_stride(loci_pair_header_of(blob)->head_dim);
-    return loci_hash_bytes(loci_leaf_codes(blob, leaf), bytes) == leaf->hash_codes;
+static uint64_t slot_hash(const uint8_t *blob, uint32_t slot, const void *data, size_t bytes) {
+    return loci_hash_bytes(data, bytes) + loci_pair_header_of(blob)->hash_roots + slot;
 }
 
-bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_leaf *leaf) {
-    return loci_hash_bytes(loci_leaf_kv_hashes(blob, leaf), leaf->count * sizeof(uint64_t)) ==
-           leaf->hash_kv;
+uint32_t loci_record_check(const uint8_t *blob, uint32_t slot) {
+    size_t bytes = loci_record_stride(loci_pair_header_of(blob)->head_dim) - sizeof(uint32_t);
+    return (uint32_t)slot_hash(blob, slot, loci_slot_record(blob, slot), bytes);
+}
+
+uint64_t loci_kv_hash(const uint8_t *blob, uint32_t slot) {
+    size_t bytes = 4u * (size_t)loci_pair_header_of(blob)->head_dim;
+    return slot_hash(blob, slot, loci_slot_kv(blob, slot), bytes);
+}
+
+bool loci_slot_check_record(const uint8_t *blob, uint32_t slot) {
+    const uint8_t *end =
+        loci_slot_record(blob, slot) + loci_record_stride(loci_pair_header_of(blob)->head_dim);
+    return loci_record_check(blob, slot) == ((const uint32_t *)(const void *)end)[-1];
+}
+
+bool loci_slot_check_kv(const uint8_t *blob, uint32_t slot) {
+    return loci_kv_hash(blob, slot) == *loci_slot_kv_hash(blob, slot);
 }
 
 loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes, uint64_t header_hash,
@@ -210,41 +224,26 @@ static loci_status check_own_header(const uint8_t *blob, uint64_t bytes, loci_er
     return loci_pair_open_check(blob, bytes, loci_pair_header_hash(blob, header->head_dim), err);
 }
 
-/* Leaf `index`; *root, the root before or at it, moves on. */
-static const loci_leaf *leaf_at(const uint8_t *blob, uint32_t index, uint32_t *root) {
-    while (loci_pair_root(blob, *root)->begin + loci_pair_root(blob, *root)->count <= index)
-        (*root)++;
-    const loci_root *at = loci_pair_root(blob, *root);
-    return loci_root_leaves(blob, at) + (index - at->begin);
-}
-
 loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
                                      const uint32_t *segment_begin, uint32_t segments, uint16_t *k,
                                      uint16_t *v, loci_error *err) {
     LOCI_TRY(check_own_header(blob, bytes, err));
     const loci_pair_header *header = loci_pair_header_of(blob);
     uint32_t dim = header->head_dim;
-    for (uint32_t i = 0, root = 0; i < header->leaves; i++) {
-        const loci_leaf *leaf = leaf_at(blob, i, &root);
-        if (!loci_leaf_check_codes(blob, leaf))
-            return loci_fail(err, LOCI_E_CORRUPT, "codes of leaf %u: wrong hash", i);
-        if (!loci_leaf_check_kv_hashes(blob, leaf))
-            return loci_fail(err, LOCI_E_CORRUPT, "KV hashes of leaf %u: wrong hash", i);
-        for (uint32_t j = 0; j < leaf->count; j++) {
-            uint32_t slot = loci_leaf_slots(blob, leaf)[j];
-            uint32_t segment = LOCI_SLOT_SEGMENT(slot);
-            uint64_t at = segment < segments
-                              ? (uint64_t)segment_begin[segment] + LOCI_SLOT_OFFSET(slot)
-                              : UINT64_MAX;
-            if (at >= header->tokens)
-                return loci_fail(err, LOCI_E_CORRUPT, "slot %u: position %llu of %u",
-                                 leaf->begin + j, (unsigned long long)at, header->tokens);
-            if (!loci_slot_check_kv(blob, leaf->begin + j, loci_leaf_kv_hashes(blob, leaf)[j]))
-                return loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", leaf->begin + j);
-            const uint16_t *row = loci_slot_kv(blob, leaf->begin + j);
-            memcpy(k + at * dim, row, dim * sizeof *k);
-            memcpy(v + at * dim, row + dim, dim * sizeof *v);
-        }
+    for (uint32_t slot = 0; slot < header->tokens; slot++) {
+        if (!loci_slot_check_record(blob, slot))
+            return loci_fail(err, LOCI_E_CORRUPT, "record of slot %u: wrong hash", slot);
+        uint32_t word = loci_slot_word(blob, slot), segment = LOCI_SLOT_SEGMENT(word);
+        uint64_t at = segment < segments ? (uint64_t)segment_begin[segment] + LOCI_SLOT_OFFSET(word)
+                                         : UINT64_MAX;
+        if (at >= header->tokens)
+            return loci_fail(err, LOCI_E_CORRUPT, "slot %u: position %llu of %u", slot,
+                             (unsigned long long)at, header->tokens);
+        if (!loci_slot_check_kv(blob, slot))
+            return loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", slot);
+        const uint16_t *row = loci_slot_kv(blob, slot);
+        memcpy(k + at * dim, row, dim * sizeof *k);
+        memcpy(v + at * dim, row + dim, dim * sizeof *v);
     }
     return LOCI_OK;
 }
@@ -254,18 +253,14 @@ loci_status loci_pair_live(const uint8_t *blob, uint64_t bytes, const uint8_t *s
     LOCI_TRY(check_own_header(blob, bytes, err));
     const loci_pair_header *header = loci_pair_header_of(blob);
     memset(bitmap, 0, (header->tokens + 63u) / 64u * sizeof *bitmap);
-    for (uint32_t i = 0, root = 0; i < header->leaves; i++) {
-        const loci_leaf *leaf = leaf_at(blob, i, &root);
-        if (!loci_leaf_check_codes(blob, leaf))
-            return loci_fail(err, LOCI_E_CORRUPT, "codes of leaf %u: wrong hash", i);
-        for (uint32_t j = 0; j < leaf->count; j++) {
-            uint32_t segment = LOCI_SLOT_SEGMENT(loci_leaf_slots(blob, leaf)[j]);
-            if (segment >= segments)
-                return loci_fail(err, LOCI_E_CORRUPT, "slot %u: segment %u of %u", leaf->begin + j,
-                                 segment, segments);
-            uint32_t slot = leaf->begin + j;
-            if (!segment_dead[segment]) bitmap[slot / 64] |= 1ull << (slot % 64);
-        }
+    for (uint32_t slot = 0; slot < header->tokens; slot++) {
+        if (!loci_slot_check_record(blob, slot))
+            return loci_fail(err, LOCI_E_CORRUPT, "record of slot %u: wrong hash", slot);
+        uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(blob, slot));
+        if (segment >= segments)
+            return loci_fail(err, LOCI_E_CORRUPT, "slot %u: segment %u of %u", slot, segment,
+                             segments);
+        if (!segment_dead[segment]) bitmap[slot / 64] |= 1ull << (slot % 64);
     }
     return LOCI_OK;
 }

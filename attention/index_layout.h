@@ -31,8 +31,8 @@ static inline size_t loci_node_stride(uint32_t head_dim) {
     return sizeof(loci_node) + 2u * (size_t)head_dim;
 }
 
-static inline size_t loci_code_stride(uint32_t head_dim) {
-    return head_dim / 2u + sizeof(uint32_t);
+static inline size_t loci_record_stride(uint32_t head_dim) {
+    return head_dim / 2u + 2 * sizeof(uint32_t);
 }
 
 static inline uint32_t loci_sketch_parts(uint32_t head_dim) {
@@ -106,19 +106,19 @@ static inline const uint8_t *loci_node_variance(const loci_node *node, uint32_t 
     return (const uint8_t *)(node + 1) + head_dim;
 }
 
-static inline const uint8_t *loci_leaf_codes(const uint8_t *blob, const loci_leaf *leaf) {
+/* Code, slot-map word and check of a slot. */
+static inline const uint8_t *loci_slot_record(const uint8_t *blob, uint32_t slot) {
     const loci_pair_header *header = loci_pair_header_of(blob);
-    return blob + header->codes_at + leaf->begin * loci_code_stride(header->head_dim);
+    return blob + header->records_at + slot * loci_record_stride(header->head_dim);
 }
 
-static inline const uint32_t *loci_leaf_slots(const uint8_t *blob, const loci_leaf *leaf) {
-    size_t codes = (size_t)leaf->count * (loci_pair_header_of(blob)->head_dim / 2u);
-    return (const void *)(loci_leaf_codes(blob, leaf) + codes);
+static inline uint32_t loci_slot_word(const uint8_t *blob, uint32_t slot) {
+    const uint8_t *record = loci_slot_record(blob, slot);
+    return *(const uint32_t *)(const void *)(record + loci_pair_header_of(blob)->head_dim / 2u);
 }
 
-static inline const uint64_t *loci_leaf_kv_hashes(const uint8_t *blob, const loci_leaf *leaf) {
-    return (const uint64_t *)(const void *)(blob + loci_pair_header_of(blob)->kv_hashes_at) +
-           leaf->begin;
+static inline const uint64_t *loci_slot_kv_hash(const uint8_t *blob, uint32_t slot) {
+    return (const uint64_t *)(const void *)(blob + loci_pair_header_of(blob)->kv_hashes_at) + slot;
 }
 
 /* K row of a slot; its V row follows. */
@@ -145,12 +145,12 @@ LOCI_MUST_CHECK loci_status loci_pair_check_block(const uint8_t *blob, uint32_t 
 /* The hash of the nodes of a root's leaves. After check_roots. */
 LOCI_MUST_CHECK loci_status loci_pair_check_leaf_nodes(const uint8_t *blob, uint32_t root,
                                                        loci_error *err);
-/* Single parts of a leaf that is already checked; false = damaged. */
-bool loci_leaf_check_codes(const uint8_t *blob, const loci_leaf *leaf);
-bool loci_leaf_check_kv_hashes(const uint8_t *blob, const loci_leaf *leaf);
-static inline bool loci_slot_check_kv(const uint8_t *blob, uint32_t slot, uint64_t expected) {
-    size_t bytes = 4u * (size_t)loci_pair_header_of(blob)->head_dim;
-    return loci_hash_bytes(loci_slot_kv(blob, slot), bytes) == expected;
-}
+/* What must stand as the check of a slot's record and as the hash of its K and V; slot < tokens.
+ * After check_header. */
+uint32_t loci_record_check(const uint8_t *blob, uint32_t slot);
+uint64_t loci_kv_hash(const uint8_t *blob, uint32_t slot);
+/* False = damaged. */
+bool loci_slot_check_record(const uint8_t *blob, uint32_t slot);
+bool loci_slot_check_kv(const uint8_t *blob, uint32_t slot);
 
 #endif

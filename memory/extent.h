@@ -9,7 +9,7 @@
 #include "memory/builder.h"
 #include "memory/manifest.h"
 
-#define LOCI_LAYOUT_VERSION 2u
+#define LOCI_LAYOUT_VERSION 3u
 #define LOCI_EXTENT_NAME_BYTES (2u * LOCI_EXTENT_ID_BYTES + 1u)
 
 typedef struct loci_extent {

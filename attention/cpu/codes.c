@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Estimated logits of the tokens of kept leaves, from their 4-bit codes.
+ * Estimated logits of the candidates, from their 4-bit codes.
  *
  * key = mean + scale (code - 7.5), so with the scales folded into the query
  * q.key = q.mean + (q scale).code - 7.5 sum(q scale); the folded query is int8.
@@ -10,51 +10,57 @@
 
 #include "attention/cpu/lookup.h"
 
-/* Where the scores and masks of each entry stand. */
-static bool place_tokens(loci_lookup *lookup, uint32_t kv_head) {
-    lookup_head *head = &lookup->heads[kv_head];
-    size_t entries = lookup_entries(head), tokens = 0, masks = 0;
-    bool scores = lookup->mode == LOCI_MODE_HIERARCHICAL;
-    head->token_at = lookup_alloc(lookup, (entries + 1) * sizeof *head->token_at);
+/* Where the masks of each entry stand. */
+static bool place_masks(loci_lookup *lookup, lookup_head *head) {
+    size_t entries = lookup_entries(head), masks = 0;
     head->mask_at = lookup_alloc(lookup, (entries + 1) * sizeof *head->mask_at);
-    if (!head->token_at || !head->mask_at) return false;
-    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
-        const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
-        for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-            const loci_root *root = loci_pair_root(pair->blob, i);
-            uint32_t r = pair->root_base + i;
-            for (size_t x = head->entry_begin[r]; x < head->entry_begin[r + 1]; x++) {
-                head->token_at[x] = tokens;
-                head->mask_at[x] = masks;
-                masks += lookup_count_bits(head->leaf_mask[x]);
-                for (uint32_t l = 0; scores && l < root->count; l++) {
-                    if (!(head->leaf_mask[x] >> l & 1)) continue;
-                    const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
-                    tokens += (size_t)leaf->count * lookup->group;
-                }
-            }
-        }
+    if (!head->mask_at) return false;
+    for (size_t e = 0; e < entries; e++) {
+        head->mask_at[e] = masks;
+        masks += lookup_count_bits(head->leaf_mask[e]);
     }
-    head->token_at[entries] = tokens;
     head->mask_at[entries] = masks;
     head->token_mask = lookup_alloc(lookup, masks * sizeof *head->token_mask);
-    head->token_score = lookup_alloc(lookup, tokens * sizeof *head->token_score);
-    if (!head->token_mask || !head->token_score) return false;
+    head->candidates = lookup_alloc(lookup, masks * sizeof *head->candidates);
+    if (!head->token_mask || !head->candidates) return false;
     memset(head->token_mask, 0, masks * sizeof *head->token_mask);
+    memset(head->candidates, 0, masks * sizeof *head->candidates);
     return true;
 }
 
-bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup) {
-    size_t lanes = (size_t)lookup->blocks * LOCI_LANES;
-    bool ok = true;
-    for (uint32_t h = 0; ok && h < lookup->kv_heads; h++) ok = place_tokens(lookup, h);
-    if (ok && lookup->mode == LOCI_MODE_HIERARCHICAL) {
-        /* One folded query operand for each thread. */
-        lookup->code_stride = loci_folded_bytes((uint32_t)lanes, lookup->dim);
-        unsigned threads = loci_pool_threads(lookup->cpu->pool);
-        lookup->folded = lookup_alloc(lookup, threads * lookup->code_stride);
-        ok = lookup->folded != NULL;
+bool lookup_place_masks(loci_stream *stream, loci_lookup *lookup) {
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        if (place_masks(lookup, &lookup->heads[h])) continue;
+        lookup_no_memory(stream, lookup);
+        return false;
     }
+    return true;
+}
+
+/* Where the scores of each entry stand. */
+static bool place_scores(loci_lookup *lookup, lookup_head *head) {
+    size_t entries = lookup_entries(head), scores = 0;
+    head->token_at = lookup_alloc(lookup, (entries + 1) * sizeof *head->token_at);
+    if (!head->token_at) return false;
+    for (size_t e = 0; e < entries; e++) {
+        head->token_at[e] = scores;
+        for (size_t i = head->mask_at[e]; i < head->mask_at[e + 1]; i++)
+            scores += (size_t)lookup_count_bits(head->candidates[i]) * lookup->group;
+    }
+    head->token_at[entries] = scores;
+    head->token_score = lookup_alloc(lookup, scores * sizeof *head->token_score);
+    return head->token_score != NULL;
+}
+
+bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup) {
+    bool ok = lookup->ready;
+    if (!ok) return false;
+    for (uint32_t h = 0; ok && h < lookup->kv_heads; h++)
+        ok = place_scores(lookup, &lookup->heads[h]);
+    lookup->folded_stride = loci_folded_bytes(lookup->blocks * LOCI_LANES, lookup->dim);
+    unsigned threads = loci_pool_threads(lookup->cpu->pool);
+    if (ok) lookup->folded = lookup_alloc(lookup, threads * lookup->folded_stride);
+    ok = ok && lookup->folded;
     if (!ok) lookup_no_memory(stream, lookup);
     return ok;
 }
@@ -88,38 +94,92 @@ void loci_score_codes_tile(const loci_corpus_kernels *kernels, const loci_folded
     kernels->code_scores(out, dot, n, base, scale, sum);
 }
 
-/* One leaf for all rows that keep it. */
-static void score_leaf(const loci_lookup *lookup, lookup_head *head, const lookup_pair *pair,
-                       const loci_folded *folded, const float *mean_terms, uint32_t root,
-                       uint32_t bit, const loci_leaf *leaf) {
-    size_t begin = head->entry_begin[root], end = head->entry_begin[root + 1];
-    uint8_t codes[LOCI_LEAF_TOKENS_MAX * LOCI_HEAD_DIM_MAX];
-    float scores[LOCI_LEAF_TOKENS_MAX * LOCI_LANES];
-    uint32_t live = lookup_live_bits(pair->live, leaf->begin, leaf->count);
-    lookup->kernels->unpack(codes, loci_leaf_codes(pair->blob, leaf),
-                            (size_t)leaf->count * lookup->dim);
-    for (uint32_t b = 0; b < lookup->blocks; b++) {
-        size_t first, last, wanted = 0;
-        lookup_block_entries(lookup, head, begin, end, b, &first, &last);
-        for (size_t e = first; e < last; e++) wanted += head->leaf_mask[e] >> bit & 1;
-        if (!wanted) continue;
-        loci_score_codes_tile(lookup->kernels, folded, mean_terms, codes, leaf->count, lookup->dim,
-                              b, scores);
-        for (size_t e = first; e < last; e++) {
-            if (!(head->leaf_mask[e] >> bit & 1)) continue;
-            size_t tokens = (head->token_at[e + 1] - head->token_at[e]) / lookup->group;
-            for (uint32_t j = 0; j < lookup->group; j++) {
-                uint32_t vector = head->entry_row[e] * lookup->group + j;
-                if (vector / LOCI_LANES != b) continue;
-                float *out = head->token_score + head->token_at[e] + j * tokens + head->fill[e];
-                for (uint32_t t = 0; t < leaf->count; t++)
-                    out[t] =
-                        live >> t & 1 ? scores[t * LOCI_LANES + vector % LOCI_LANES] : -INFINITY;
+/* The candidates of some row under one root. */
+typedef struct root_work {
+    const lookup_pair *pair;
+    uint32_t root;                      /* its number among the head's */
+    uint32_t all[LOCI_ROOT_LEAVES_MAX]; /* of each leaf, a bit each */
+    uint32_t at[LOCI_ROOT_LEAVES_MAX];  /* number of the leaf's first among the root's */
+    uint32_t n;
+    uint8_t codes[LOCI_ROOT_TOKENS_MAX * LOCI_HEAD_DIM_MAX / 2];
+} root_work;
+
+static void find_candidates(root_work *w, const lookup_head *head, const loci_root *root) {
+    const loci_leaf *leaves = loci_root_leaves(w->pair->blob, root);
+    memset(w->all, 0, sizeof w->all);
+    for (size_t e = head->entry_begin[w->root]; e < head->entry_begin[w->root + 1]; e++) {
+        const uint32_t *mask = head->candidates + head->mask_at[e];
+        for (uint64_t kept = head->leaf_mask[e]; kept; kept &= kept - 1)
+            w->all[__builtin_ctzll(kept)] |= *mask++;
+    }
+    w->n = 0;
+    for (uint32_t l = 0; l < root->count; l++) {
+        w->at[l] = w->n;
+        w->n += lookup_count_bits(w->all[l]);
+        for (uint32_t left = w->all[l]; left; left &= left - 1)
+            __builtin_prefetch(
+                loci_slot_record(w->pair->blob, leaves[l].begin + (uint32_t)__builtin_ctz(left)));
+    }
+}
+
+/* Verifies the candidates' records and gathers their codes; false when one is damaged. */
+static bool gather_codes(root_work *w, lookup_pair *pair, const loci_root *root, uint32_t dim) {
+    const loci_leaf *leaves = loci_root_leaves(pair->blob, root);
+    uint8_t *out = w->codes;
+    for (uint32_t l = 0; l < root->count; l++) {
+        for (uint32_t left = w->all[l]; left; left &= left - 1, out += dim / 2) {
+            uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(left);
+            if (!loci_slot_check_record(pair->blob, slot)) {
+                lookup_fault(pair, "record of slot", slot);
+                return false;
+            }
+            memcpy(out, loci_slot_record(pair->blob, slot), dim / 2);
+        }
+    }
+    pair->stats.code_bytes += w->n * loci_record_stride(dim);
+    return true;
+}
+
+/* Hands the scores of a block's lanes, [candidates of the root][16], to the entries. */
+static void spread_scores(const loci_lookup *lookup, lookup_head *head, const root_work *w,
+                          uint32_t block, size_t first, size_t last, const float *scores) {
+    for (size_t e = first; e < last; e++) {
+        size_t tokens = (head->token_at[e + 1] - head->token_at[e]) / lookup->group;
+        for (uint32_t j = 0; j < lookup->group; j++) {
+            uint32_t vector = head->entry_row[e] * lookup->group + j;
+            if (vector / LOCI_LANES != block) continue;
+            const float *lane = scores + vector % LOCI_LANES;
+            float *out = head->token_score + head->token_at[e] + j * tokens;
+            const uint32_t *mask = head->candidates + head->mask_at[e];
+            for (uint64_t kept = head->leaf_mask[e]; kept; kept &= kept - 1, mask++) {
+                uint32_t l = (uint32_t)__builtin_ctzll(kept);
+                for (uint32_t left = *mask; left; left &= left - 1) {
+                    uint32_t below = w->all[l] & ((left & (0u - left)) - 1);
+                    *out++ = lane[(w->at[l] + lookup_count_bits(below)) * LOCI_LANES];
+                }
             }
         }
     }
-    for (size_t e = begin; e < end; e++)
-        if (head->leaf_mask[e] >> bit & 1) head->fill[e] += leaf->count;
+}
+
+static void score_root(const loci_lookup *lookup, lookup_head *head, const root_work *w,
+                       const loci_folded *folded, const float *mean_terms) {
+    uint8_t codes[LOCI_LEAF_TOKENS_MAX * LOCI_HEAD_DIM_MAX];
+    float scores[LOCI_ROOT_TOKENS_MAX * LOCI_LANES];
+    for (uint32_t b = 0; b < lookup->blocks; b++) {
+        size_t first, last;
+        lookup_block_entries(lookup, head, head->entry_begin[w->root],
+                             head->entry_begin[w->root + 1], b, &first, &last);
+        if (first == last) continue;
+        for (uint32_t at = 0, n; at < w->n; at += n) {
+            n = w->n - at < LOCI_LEAF_TOKENS_MAX ? w->n - at : LOCI_LEAF_TOKENS_MAX;
+            lookup->kernels->unpack(codes, w->codes + (size_t)at * lookup->dim / 2,
+                                    (size_t)n * lookup->dim);
+            loci_score_codes_tile(lookup->kernels, folded, mean_terms, codes, n, lookup->dim, b,
+                                  scores + (size_t)at * LOCI_LANES);
+        }
+        spread_scores(lookup, head, w, b, first, last, scores);
+    }
 }
 
 void lookup_code_task(void *arg, size_t index, unsigned thread) {
@@ -128,33 +188,18 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
     lookup_head *head = &lookup->heads[pair->kv_head];
     const float *mean_terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
     loci_folded folded;
-    loci_fold_query(&folded, lookup->folded + thread * lookup->code_stride,
+    loci_fold_query(&folded, lookup->folded + thread * lookup->folded_stride,
                     lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim,
                     lookup->vectors, lookup->dim, loci_pair_code_scale(pair->blob));
+    root_work work;
+    work.pair = pair;
     for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
         const loci_root *root = loci_pair_root(pair->blob, i);
-        uint32_t r = pair->root_base + i;
-        uint64_t kept = 0;
-        for (size_t e = head->entry_begin[r]; e < head->entry_begin[r + 1]; e++) {
-            head->fill[e] = 0;
-            kept |= head->leaf_mask[e];
-        }
-        const loci_leaf *leaves = loci_root_leaves(pair->blob, root);
-        for (uint64_t left = kept; left; left &= left - 1) {
-            const loci_leaf *leaf = &leaves[__builtin_ctzll(left)];
-            const uint8_t *codes = loci_leaf_codes(pair->blob, leaf);
-            for (size_t at = 0; at < leaf->count * loci_code_stride(lookup->dim); at += 64)
-                __builtin_prefetch(codes + at);
-        }
-        for (uint32_t l = 0; l < root->count; l++) {
-            if (!(kept >> l & 1)) continue;
-            const loci_leaf *leaf = &leaves[l];
-            if (!loci_leaf_check_codes(pair->blob, leaf)) {
-                lookup_fault(pair, "codes of leaf", root->begin + l);
-                return;
-            }
-            pair->stats.code_bytes += leaf->count * loci_code_stride(lookup->dim);
-            score_leaf(lookup, head, pair, &folded, mean_terms, r, l, leaf);
-        }
+        work.root = pair->root_base + i;
+        if (head->entry_begin[work.root] == head->entry_begin[work.root + 1]) continue;
+        find_candidates(&work, head, root);
+        if (work.n == 0) continue;
+        if (!gather_codes(&work, pair, root, lookup->dim)) return;
+        score_root(lookup, head, &work, &folded, mean_terms);
     }
 }

@@ -195,14 +195,15 @@ static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups,
     body_sketch_sums(out, sketches, groups, parts, table, count, sum_group);
 }
 
-static uint32_t reaching(const float *x, uint32_t n, float least) {
-    __m256 limit = _mm256_set1_ps(least);
-    uint32_t mask = 0;
-    for (uint32_t i = 0; i < n; i += 8) {
-        __m256 at_least = _mm256_cmp_ps(_mm256_loadu_ps(x + i), limit, _CMP_GE_OQ);
-        mask |= (uint32_t)_mm256_movemask_ps(at_least) << i;
-    }
-    return n < 32 ? mask & ((1u << n) - 1) : mask;
+static uint32_t reaching(const uint16_t *sum, uint16_t least) {
+    __m256i limit = _mm256_set1_epi16((short)least);
+    __m256i low = _mm256_loadu_si256((const __m256i *)sum);
+    __m256i high = _mm256_loadu_si256((const __m256i *)(sum + 16));
+    low = _mm256_cmpeq_epi16(_mm256_max_epu16(low, limit), low);
+    high = _mm256_cmpeq_epi16(_mm256_max_epu16(high, limit), high);
+    /* Packs by halves of 128 bits: put them back in order. */
+    __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
+    return (uint32_t)_mm256_movemask_epi8(both);
 }
 
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
@@ -215,6 +216,7 @@ const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .node_scores = body_node_scores,
     .code_scores = body_code_scores,
     .softmax_lanes = body_softmax_lanes,
+    .count_from = body_count_from,
     .exp_sub = body_exp_sub,
     .sum = body_sum,
     .max = body_max,

@@ -183,12 +183,8 @@ static uint16_t masked_top(const uint16_t *sum, uint32_t mask) {
     return (uint16_t)~_mm_extract_epi16(least, 0);
 }
 
-static uint32_t reaching(const float *x, uint32_t n, float least) {
-    __m512 limit = _mm512_set1_ps(least);
-    uint32_t mask = _mm512_cmp_ps_mask(_mm512_loadu_ps(x), limit, _CMP_GE_OQ);
-    if (n > 16)
-        mask |= (uint32_t)_mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16), limit, _CMP_GE_OQ) << 16;
-    return n < 32 ? mask & ((1u << n) - 1) : mask;
+static uint32_t reaching(const uint16_t *sum, uint16_t least) {
+    return _mm512_cmpge_epu16_mask(_mm512_loadu_si512(sum), _mm512_set1_epi16((short)least));
 }
 
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
@@ -201,6 +197,7 @@ const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .node_scores = body_node_scores,
     .code_scores = body_code_scores,
     .softmax_lanes = body_softmax_lanes,
+    .count_from = body_count_from,
     .exp_sub = body_exp_sub,
     .sum = body_sum,
     .max = body_max,

@@ -59,9 +59,10 @@ typedef struct loci_corpus_kernels {
     /* The highest of sum[i] over the set bits i of mask; 0 if there is none. sum[0 .. 32) is
      * readable. */
     uint16_t (*masked_top)(const uint16_t *sum, uint32_t mask);
-    /* Which of n <= 32 values are at least `least`, a bit each. x is readable up to a multiple of
-     * 16. */
-    uint32_t (*reaching)(const float *x, uint32_t n, float least);
+    /* Which of sum[0 .. 32) are at least `least`, a bit each. */
+    uint32_t (*reaching)(const uint16_t *sum, uint16_t least);
+    /* How many of n values are at least `least`; NaN is not. */
+    size_t (*count_from)(const float *x, size_t n, float least);
     /* out[i] = exp(x[i] - sub); 0 below -87. out may be x. */
     void (*exp_sub)(float *out, const float *x, size_t n, float sub);
     /* Sum and maximum; sixteen partial results, joined in order. */

@@ -133,10 +133,21 @@ body_sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32
     }
 }
 
-static inline uint32_t body_reaching(const float *x, uint32_t n, float least) {
+static inline uint32_t body_reaching(const uint16_t *sum, uint16_t least) {
     uint32_t mask = 0;
-    for (uint32_t i = 0; i < n; i++) mask |= (uint32_t)(x[i] >= least) << i;
+    for (uint32_t i = 0; i < 32; i++) mask |= (uint32_t)(sum[i] >= least) << i;
     return mask;
+}
+
+static size_t body_count_from(const float *x, size_t n, float least) {
+    size_t sum = 0;
+    for (size_t i = 0; i < n;) {
+        uint32_t part = 0; /* of so few that lanes of 32 bits hold it */
+        for (size_t end = n - i < 1u << 20 ? n : i + (1u << 20); i < end; i++)
+            part += x[i] >= least ? 1u : 0u;
+        sum += part;
+    }
+    return sum;
 }
 
 static inline uint16_t body_masked_top(const uint16_t *sum, uint32_t mask) {

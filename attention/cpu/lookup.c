@@ -274,9 +274,9 @@ static bool alloc_heads(loci_lookup *lookup) {
         head->root_first = lookup_alloc(lookup, roots * sizeof *head->root_first);
         head->entry_begin = lookup_alloc(lookup, (roots + 1) * sizeof *head->entry_begin);
         head->leaf_at = lookup_alloc(lookup, roots * sizeof *head->leaf_at);
-        head->rest = lookup_alloc(lookup, lookup->vectors * sizeof *head->rest);
+        head->floor = lookup_alloc(lookup, lookup->vectors * sizeof *head->floor);
         if (!head->root_live || !head->root_first || !head->entry_begin || !head->leaf_at ||
-            !head->rest)
+            !head->floor)
             return false;
         head->entry_begin[roots] = 0;
     }
@@ -353,8 +353,7 @@ static bool make_entries(loci_lookup *lookup, uint32_t kv_head) {
     head->entry_row = lookup_alloc(lookup, entries * sizeof *head->entry_row);
     head->score_at = lookup_alloc(lookup, entries * sizeof *head->score_at);
     head->leaf_mask = lookup_alloc(lookup, entries * sizeof *head->leaf_mask);
-    head->fill = lookup_alloc(lookup, entries * sizeof *head->fill);
-    if (!head->entry_row || !head->score_at || !head->leaf_mask || !head->fill) return false;
+    if (!head->entry_row || !head->score_at || !head->leaf_mask) return false;
     for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
         const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
         for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
@@ -409,9 +408,9 @@ static size_t most_choices(loci_lookup *lookup, bool tokens) {
     return most;
 }
 
-/* Per choice: a score for each head of the group, a share, and a byte each of weight and mark. */
+/* Per choice: a score for each head of the group, a share and a mark. */
 static bool reserve_choices(loci_stream *stream, loci_lookup *lookup, size_t choices) {
-    size_t words = lookup->group + 3u;
+    size_t words = lookup->group + 2u;
     if (choices < SIZE_MAX / 64 / words && lookup_scratch(lookup, words * (choices + 64)))
         return true;
     lookup_no_memory(stream, lookup);
@@ -426,7 +425,6 @@ static void count_live(loci_lookup *lookup) {
 }
 
 static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
-    uint32_t most_roots = 0;
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         lookup_head *head = &lookup->heads[h];
         size_t roots = head->roots;
@@ -436,16 +434,15 @@ static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
             lookup_no_memory(stream, lookup);
             return;
         }
-        most_roots = head->roots > most_roots ? head->roots : most_roots;
     }
     lookup_run_pairs(stream, lookup, lookup_root_task);
     count_live(lookup);
-    if (!lookup->ready || !reserve_choices(stream, lookup, most_roots)) return;
+    if (!lookup->ready) return;
     lookup_run_rows(lookup, lookup_keep_roots_task);
     if (!make_all_entries(stream, lookup) || !lookup_prepare_sketches(stream, lookup)) return;
     lookup_run_pairs(stream, lookup, lookup_leaf_task);
     if (!lookup->ready || !reserve_choices(stream, lookup, most_choices(lookup, false))) return;
-    lookup_run_rows(lookup, lookup_keep_leaves_task);
+    lookup_run_rows(lookup, lookup_find_floors_task);
 }
 
 void loci_cpu_score_nodes(loci_stream *stream, loci_lookup *lookup) {
@@ -463,8 +460,10 @@ void loci_cpu_score_nodes(loci_stream *stream, loci_lookup *lookup) {
 }
 
 void loci_cpu_score_codes(loci_stream *stream, loci_lookup *lookup) {
-    if (!lookup->ready || !lookup_prepare_codes(stream, lookup)) return;
+    if (!lookup->ready || !lookup_place_masks(stream, lookup)) return;
     if (lookup->mode != LOCI_MODE_HIERARCHICAL) return;
+    lookup_run_pairs(stream, lookup, lookup_candidate_task);
+    if (!lookup_prepare_codes(stream, lookup)) return;
     lookup_run_pairs(stream, lookup, lookup_code_task);
     lookup->tokens_scored = lookup->ready;
 }
@@ -566,17 +565,14 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
     }
 }
 
+void loci_select_reach(loci_select_params *params, bool question) {
+    params->roots = question ? 2.0f : 0.7f;
+    params->candidates = question ? 8.0f : 5.0f;
+    params->roots_min = 64;
+    params->candidates_min = 2048;
+}
+
 void loci_select_defaults(loci_select_params *params) {
-    *params = (loci_select_params){
-        .mode = LOCI_MODE_HIERARCHICAL,
-        .top_p = 0.998f,
-        .budget = 0,
-        .root_cover = 0.9999f,
-        .leaf_cover = 0.999f,
-        .root_share_max = 1.0f,
-        .roots_min = 64,
-        .leaf_tokens_share_max = 0.3f,
-        .leaf_tokens_min = 4096,
-        .estimate_tail = false,
-    };
+    *params = (loci_select_params){.mode = LOCI_MODE_HIERARCHICAL, .top_p = 0.998f};
+    loci_select_reach(params, false);
 }

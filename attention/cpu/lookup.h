@@ -53,15 +53,15 @@ typedef struct lookup_head {
     uint8_t *leaf_live;  /* live tokens of a leaf */
     size_t *score_at;    /* [entries] in leaf_score: [group][leaves of the root] */
     float *leaf_score;
-    uint64_t *leaf_mask; /* [entries] kept leaves, a bit each */
-    size_t *token_at;    /* [entries + 1] in token_score: [group][tokens of kept leaves] */
-    float *token_score;
-    size_t *mask_at;      /* [entries + 1] in token_mask: one word a kept leaf */
+    float *floor;         /* [vectors] what a token's sketch must reach to be a candidate */
+    uint64_t *leaf_mask;  /* [entries] leaves with candidates, a bit each */
+    size_t *mask_at;      /* [entries + 1] in the masks: one word a leaf of leaf_mask */
+    uint32_t *candidates; /* candidates of the leaf, a bit each */
     uint32_t *token_mask; /* selected tokens of the leaf, a bit each */
-    uint32_t *fill;       /* [entries] cursor of the task at work */
-    float *rest;          /* [vectors] log of the mass of unkept nodes */
-    float *squeezed[2];   /* mode squeezed: mean S of each root, of each leaf */
-    size_t leaves;        /* of roots with entries */
+    size_t *token_at;     /* [entries + 1] in token_score: [group][candidates] */
+    float *token_score;
+    float *squeezed[2]; /* mode squeezed: mean S of each root, of each leaf */
+    size_t leaves;      /* of roots with entries */
 } lookup_head;
 
 struct loci_lookup {
@@ -85,8 +85,8 @@ struct loci_lookup {
     lookup_head *heads;          /* [kv_heads] */
     float *task_terms;           /* [pairs][blocks * 16]: q.mean */
     struct sketch_table *tables; /* [threads][vectors]: of the pair at work */
-    uint8_t *folded;             /* [threads][code_stride]: queries with a pair's code scales */
-    size_t code_stride;
+    uint8_t *folded;             /* [threads][folded_stride]: queries with a pair's code scales */
+    size_t folded_stride;
     float **scratch; /* [threads] */
     lookup_arena arena;
 };
@@ -166,24 +166,23 @@ bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup);
 void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair, unsigned thread);
 void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root,
                            unsigned thread);
-/* codes.c */
+/* Marks the tokens of one pair that reach a floor of a row. */
+void lookup_candidate_task(void *arg, size_t index, unsigned thread);
+/* codes.c: room for the masks of leaf_mask, then for the scores of the candidates. */
+bool lookup_place_masks(loci_stream *stream, loci_lookup *lookup);
 bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup);
 void lookup_code_task(void *arg, size_t index, unsigned thread);
 /* select.c */
 void lookup_keep_roots_task(void *arg, size_t index, unsigned thread);
-void lookup_keep_leaves_task(void *arg, size_t index, unsigned thread);
+void lookup_find_floors_task(void *arg, size_t index, unsigned thread);
 void lookup_select_task(void *arg, size_t index, unsigned thread);
 /* squeeze.c: scores and keeps roots and leaves by the paper's rule. */
 void lookup_squeeze(loci_stream *stream, loci_lookup *lookup);
 
-/* Marks elements in descending value, ties by index, until `target` of value and weight_min of
- * weight are reached, or weight reaches weight_max. An element of negative or NaN value is never
- * taken. weight NULL: 1 each. */
-typedef struct lookup_cut {
-    double target;
-    uint64_t weight_min, weight_max;
-} lookup_cut;
-void lookup_choose(const float *value, const uint8_t *weight, size_t n, const lookup_cut *cut,
-                   uint8_t *taken);
+/* Marks elements in descending value, ties by index, until their sum reaches `target` or there are
+ * `most`. An element of negative or NaN value is never taken. */
+void lookup_choose(const float *value, size_t n, double target, uint64_t most, uint8_t *taken);
+/* The k-th highest of n values, k > 0; -INFINITY if there are not so many above it. */
+float lookup_kth(const loci_corpus_kernels *kernels, const float *value, size_t n, uint64_t k);
 
 #endif

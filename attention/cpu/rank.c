@@ -256,31 +256,16 @@ void loci_cpu_score_segments(loci_stream *stream, const loci_corpus_view *corpus
 
 /* --- candidates ------------------------------------------------------------------------ */
 
-/* For one vector: the log of what an unscored token could about contribute at most, which is the
- * highest mean mass a token of the unkept nodes. */
+/* For one vector: the log of what an unscored token could about contribute at most: the floor of
+ * candidates, or the highest mean mass a token of the unkept roots. */
 static float floor_of(const loci_lookup *lookup, uint32_t kv_head, uint32_t vector) {
     const lookup_head *head = &lookup->heads[kv_head];
-    uint32_t row = vector / lookup->group, j = vector % lookup->group;
-    float best = -INFINITY;
-    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
-        const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
-        for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-            uint32_t r = pair->root_base + i, count = loci_pair_root(pair->blob, i)->count;
-            if (!head->root_kept[(size_t)row * head->roots + r]) {
-                if (!head->root_live[r]) continue;
-                float score = head->root_score[(size_t)vector * head->roots + r] -
-                              logf((float)head->root_live[r]);
-                best = score > best ? score : best;
-                continue;
-            }
-            size_t entry = lookup_entry_of(head, r, row);
-            const float *score = head->leaf_score + head->score_at[entry] + (size_t)j * count;
-            for (uint32_t l = 0; l < count; l++) {
-                uint32_t live = head->leaf_live[head->leaf_at[r] + l];
-                if (!live || head->leaf_mask[entry] >> l & 1) continue;
-                best = score[l] > best ? score[l] : best;
-            }
-        }
+    const uint8_t *kept = head->root_kept + (size_t)(vector / lookup->group) * head->roots;
+    const float *score = head->root_score + (size_t)vector * head->roots;
+    float best = head->floor[vector];
+    for (uint32_t r = 0; r < head->roots; r++) {
+        if (kept[r] || !head->root_live[r]) continue;
+        best = fmaxf(best, score[r] - logf((float)head->root_live[r]));
     }
     return best;
 }
@@ -299,18 +284,19 @@ static void add_tokens(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
             size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
             const loci_root *root = loci_pair_root(pair->blob, i);
             const float *score = head->token_score + head->token_at[entry] + j * tokens;
-            for (uint32_t l = 0; l < root->count; l++) {
-                if (!(head->leaf_mask[entry] >> l & 1)) continue;
-                const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
-                const uint32_t *slots = loci_leaf_slots(pair->blob, leaf);
+            const uint32_t *mask = head->candidates + head->mask_at[entry];
+            for (uint64_t left = head->leaf_mask[entry]; left; left &= left - 1, mask++) {
+                const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[__builtin_ctzll(left)];
                 float weight[LOCI_LEAF_TOKENS_MAX];
-                lookup->kernels->exp_sub(weight, score, leaf->count, max);
-                for (uint32_t t = 0; t < leaf->count; t++) {
-                    uint32_t segment = LOCI_SLOT_SEGMENT(slots[t]);
+                uint32_t n = lookup_count_bits(*mask), bits = *mask;
+                lookup->kernels->exp_sub(weight, score, n, max);
+                for (uint32_t t = 0; t < n; t++, bits &= bits - 1) {
+                    uint32_t slot = leaf->begin + (uint32_t)__builtin_ctz(bits);
+                    uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(pair->blob, slot));
                     if (segment < pair->extent->segments)
                         sums[pair->extent->segment_base + segment] += weight[t];
                 }
-                score += leaf->count;
+                score += n;
             }
         }
     }

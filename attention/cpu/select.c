@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * What one row of one KV head keeps: roots, leaves, tokens. attention/README.md states the rules.
+ * What one row of one KV head keeps: roots, candidates, tokens. attention/README.md states the
+ * rules.
  */
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -11,7 +13,7 @@
 
 typedef struct bucket {
     double mass;
-    uint64_t weight;
+    uint64_t count;
 } bucket;
 
 /* What is taken: values whose bits are above `above`, and the first `ties` that equal it. */
@@ -22,18 +24,17 @@ typedef struct threshold {
 
 typedef struct choose_state {
     const float *value;
-    const uint8_t *weight;
     size_t n;
-    const lookup_cut *cut;
+    double target;
+    uint64_t most;
     double mass;
-    uint64_t sum;
+    uint64_t count;
 } choose_state;
 
 static inline bool usable(float value) {
     return value >= 0.0f && value <= 3.0e38f;
 }
 
-/* Non-negative floats order like their bits. */
 static inline uint32_t bits_of(float value) {
     union {
         float f;
@@ -42,12 +43,22 @@ static inline uint32_t bits_of(float value) {
     return bits.u;
 }
 
-static inline uint64_t weight_of(const choose_state *s, size_t i) {
-    return s->weight ? s->weight[i] : 1u;
+/* Orders as floats do, negative ones included. */
+static inline uint32_t ordered(float value) {
+    uint32_t bits = bits_of(value);
+    return bits >> 31 ? ~bits : bits | 1u << 31;
 }
 
-static bool enough(const choose_state *s, double mass, uint64_t weight) {
-    return (mass >= s->cut->target && weight >= s->cut->weight_min) || weight >= s->cut->weight_max;
+static inline float unordered(uint32_t key) {
+    union {
+        uint32_t u;
+        float f;
+    } bits = {key >> 31 ? key & ~(1u << 31) : ~key};
+    return bits.f;
+}
+
+static bool enough(const choose_state *s, double mass, uint64_t count) {
+    return mass >= s->target || count >= s->most;
 }
 
 /* How many of those that equal `key` are still wanted, in the order of their index. */
@@ -55,18 +66,20 @@ static uint64_t count_ties(choose_state *s, uint32_t key) {
     uint64_t ties = 0;
     for (size_t i = 0; i < s->n; i++) {
         if (!usable(s->value[i]) || bits_of(s->value[i]) != key) continue;
-        if (enough(s, s->mass, s->sum)) break;
+        if (enough(s, s->mass, s->count)) break;
         s->mass += (double)s->value[i];
-        s->sum += weight_of(s, i);
+        s->count++;
         ties++;
     }
     return ties;
 }
 
-/* Radix selection, 11, 11 and 9 bits: a histogram of mass and weight, walked from the top to the
- * bucket in which enough is reached, which is looked into with the next bits. Linear in n. */
+/* Radix selection, 11, 11 and 10 bits: a histogram of mass and number, walked from the top to the
+ * bucket in which enough is reached, which is looked into with the next bits. Linear in n.
+ * Non-negative floats order like their bits.
+ */
 static threshold find_threshold(choose_state *s) {
-    static const unsigned shifts[3] = {20, 9, 0};
+    static const unsigned shifts[3] = {21, 10, 0};
     uint32_t prefix = 0, above_bits = 0; /* bits already fixed */
     for (int level = 0; level < 3; level++) {
         bucket table[BUCKETS];
@@ -78,15 +91,15 @@ static threshold find_threshold(choose_state *s) {
             if ((bits & above_bits) != prefix) continue;
             bucket *to = &table[(bits & ~above_bits) >> shift];
             to->mass += (double)s->value[i];
-            to->weight += weight_of(s, i);
+            to->count++;
         }
         uint32_t at = BUCKETS;
         while (at > 0) {
             const bucket *from = &table[at - 1];
-            if (enough(s, s->mass, s->sum)) return (threshold){prefix + (at << shift) - 1, 0};
-            if (enough(s, s->mass + from->mass, s->sum + from->weight)) break;
+            if (enough(s, s->mass, s->count)) return (threshold){prefix + (at << shift) - 1, 0};
+            if (enough(s, s->mass + from->mass, s->count + from->count)) break;
             s->mass += from->mass;
-            s->sum += from->weight;
+            s->count += from->count;
             at--;
         }
         if (at == 0) return (threshold){prefix, UINT64_MAX}; /* all of them */
@@ -96,9 +109,8 @@ static threshold find_threshold(choose_state *s) {
     return (threshold){prefix, count_ties(s, prefix)};
 }
 
-void lookup_choose(const float *value, const uint8_t *weight, size_t n, const lookup_cut *cut,
-                   uint8_t *taken) {
-    choose_state state = {value, weight, n, cut, 0.0, 0};
+void lookup_choose(const float *value, size_t n, double target, uint64_t most, uint8_t *taken) {
+    choose_state state = {.value = value, .n = n, .target = target, .most = most};
     threshold t = find_threshold(&state);
     for (size_t i = 0; i < n; i++) {
         taken[i] = 0;
@@ -113,90 +125,43 @@ void lookup_choose(const float *value, const uint8_t *weight, size_t n, const lo
     }
 }
 
-/* One row's choice: score [group][n], and the rest and steady logs of each head. share[i] becomes
- * the mean over heads of exp(score - log of all mass), or -1 where the score is -INFINITY; score
- * becomes exp(score - maximum), the maxima and sums stay in the struct. */
-typedef struct row_choice {
-    float *score, *share;
-    uint8_t *taken, *weight;
-    size_t n;
-    uint32_t group;
-    const float *rest, *steady;
-    float *max;    /* [group] */
-    double shares; /* sum of share */
-    double steady_share;
-} row_choice;
-
-static void share_out(const loci_corpus_kernels *kernels, row_choice *c) {
-    size_t n = c->n;
-    for (size_t i = 0; i < n; i++) c->share[i] = c->score[i] == -INFINITY ? -1.0f : 0.0f;
-    c->shares = c->steady_share = 0.0;
-    for (uint32_t g = 0; g < c->group; g++) {
-        float *score = c->score + g * n;
-        float rest = c->rest ? c->rest[g] : -INFINITY, max = kernels->max(score, n);
-        max = rest > max ? rest : max;
-        max = c->steady[g] > max ? c->steady[g] : max;
-        c->max[g] = max;
-        if (max == -INFINITY) continue;
-        kernels->exp_sub(score, score, n, max);
-        float steady = expf(c->steady[g] - max);
-        float total = kernels->sum(score, n) + expf(rest - max) + steady;
-        float factor = 1.0f / (total * (float)c->group);
-        c->steady_share += (double)(steady * factor);
-        kernels->axpy(c->share, score, n, factor);
+/* Bisects the bits of floats in their order: 32 counts, each of which vectorises, are faster than
+ * histograms are. */
+float lookup_kth(const loci_corpus_kernels *kernels, const float *value, size_t n, uint64_t k) {
+    uint32_t low = ordered(-INFINITY), high = ordered(INFINITY); /* the highest that k reach */
+    if (k > n) return -INFINITY;
+    while (low < high) {
+        uint32_t middle = low + (high - low + 1) / 2;
+        if (kernels->count_from(value, n, unordered(middle)) >= k)
+            low = middle;
+        else
+            high = middle - 1;
     }
-    for (size_t i = 0; i < n; i++) c->shares += c->share[i] > 0.0f ? (double)c->share[i] : 0.0;
+    return unordered(low);
 }
 
-/* The log of the mass that was not taken, joined with `rest`. */
-static float rest_after(const row_choice *c, uint32_t g) {
-    double sum = 0.0;
-    const float *score = c->score + g * c->n;
-    if (c->max[g] == -INFINITY) return -INFINITY;
-    for (size_t i = 0; i < c->n; i++) sum += c->taken[i] ? 0.0 : (double)score[i];
-    if (c->rest) sum += exp((double)c->rest[g] - (double)c->max[g]);
-    return (float)(log(sum) + (double)c->max[g]);
-}
-
-/* Lays the scratch of a thread out for n choices. */
-static row_choice choice_of(loci_lookup *lookup, uint32_t kv_head, uint32_t row, size_t n,
-                            unsigned thread) {
-    size_t padded = (n + 15) / 16 * 16;
-    float *at = lookup->scratch[thread];
-    row_choice c = {.n = n, .group = lookup->group};
-    c.max = at;
-    c.share = at + lookup->group;
-    c.score = c.share + padded;
-    c.taken = (uint8_t *)(c.score + lookup->group * n);
-    c.weight = c.taken + padded;
-    c.steady = lookup->steady + (size_t)kv_head * lookup->vectors + row * lookup->group;
-    return c;
-}
-
-static uint64_t share_of(float share, uint64_t total, uint64_t minimum) {
-    double wanted = ceil((double)share * (double)total);
-    uint64_t most = wanted >= (double)total ? total : wanted > 0.0 ? (uint64_t)wanted : 0;
-    return most > minimum ? most : minimum;
+/* max(least, ceil(rate * sqrt(live tokens))) */
+static uint64_t count_of(float rate, uint64_t live, uint64_t least) {
+    double wanted = ceil((double)rate * sqrt((double)live));
+    uint64_t count = wanted >= (double)live ? live : wanted > 0.0 ? (uint64_t)wanted : 0;
+    return count > least ? count : least;
 }
 
 void lookup_keep_roots_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
     loci_lookup *lookup = arg;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
     size_t n = head->roots;
-    row_choice c = choice_of(lookup, h, row, n, thread);
-    memcpy(c.score, head->root_score + (size_t)row * lookup->group * n,
-           lookup->group * n * sizeof *c.score);
-    share_out(lookup->kernels, &c);
-    lookup_cut cut = {
-        .target = (double)lookup->params.root_cover * c.shares,
-        .weight_min = lookup->params.roots_min,
-        .weight_max = share_of(lookup->params.root_share_max, n, lookup->params.roots_min),
-    };
-    lookup_choose(c.share, NULL, n, &cut, c.taken);
-    memcpy(head->root_kept + (size_t)row * n, c.taken, n);
-    for (uint32_t g = 0; g < lookup->group; g++)
-        head->rest[row * lookup->group + g] = rest_after(&c, g);
+    uint8_t *kept = head->root_kept + (size_t)row * n;
+    uint64_t k = count_of(lookup->params.roots, head->live_tokens, lookup->params.roots_min);
+    memset(kept, 0, n);
+    for (uint32_t g = 0; g < lookup->group; g++) {
+        const float *score = head->root_score + ((size_t)row * lookup->group + g) * n;
+        float least = fmaxf(lookup_kth(lookup->kernels, score, n, k),
+                            -FLT_MAX); /* those without live tokens: not */
+        for (size_t i = 0; i < n; i++) kept[i] |= score[i] >= least;
+    }
 }
 
 /* Visits the entries of one row in the order of roots. */
@@ -226,114 +191,93 @@ static bool next_entry(entry_walk *w) {
     return false;
 }
 
-/* The scores of one entry that a step looks at: [group][count]. */
-static const float *scores_of(const entry_walk *w, bool tokens, size_t *count) {
-    const lookup_head *head = w->head;
-    *count = w->node->count;
-    if (!tokens) return head->leaf_score + head->score_at[w->entry];
-    *count = (head->token_at[w->entry + 1] - head->token_at[w->entry]) / w->lookup->group;
-    return head->token_score + head->token_at[w->entry];
-}
-
-/* What an element must reach with one head at least to take part, cut [group]: all that fall short
- * of it together hold less than 1 - top_p, since each holds less than that by the number of tokens.
- */
-static void find_cuts(entry_walk walk, bool tokens, float *cut) {
-    const loci_lookup *lookup = walk.lookup;
-    float slack = 1.0f - lookup->params.top_p;
-    float reach = slack > 0.0f ? logf((float)walk.head->live_tokens / slack) : INFINITY;
-    size_t vector = (size_t)walk.kv_head * lookup->vectors + walk.row * lookup->group, count;
-    const float *rest = walk.head->rest + walk.row * lookup->group;
-    for (uint32_t g = 0; g < lookup->group; g++)
-        cut[g] = fmaxf(rest[g], lookup->steady[vector + g]);
+/* All scores of leaves of one row and head, one after another; returns their number. */
+static size_t gather_leaves(entry_walk walk, uint32_t g, float *out) {
+    size_t n = 0;
     while (next_entry(&walk)) {
-        const float *score = scores_of(&walk, tokens, &count);
-        for (uint32_t g = 0; g < lookup->group; g++)
-            cut[g] = fmaxf(cut[g], lookup->kernels->max(score + g * count, count));
+        uint32_t count = walk.node->count;
+        const float *score = walk.head->leaf_score + walk.head->score_at[walk.entry] + g * count;
+        memcpy(out + n, score, count * sizeof *out);
+        n += count;
     }
-    for (uint32_t g = 0; g < lookup->group; g++)
-        cut[g] = cut[g] == -INFINITY ? INFINITY : fmaxf(cut[g] - reach, -3.0e38f);
+    return n;
 }
 
-/* Which of n <= 32 elements reach a cut; stride: from one head's scores to the next one's. */
-static uint32_t reaching(const loci_lookup *lookup, const float *score, size_t stride, uint32_t n,
-                         const float *cut) {
-    uint32_t mask = 0;
-    for (uint32_t g = 0; g < lookup->group; g++)
-        mask |= lookup->kernels->reaching(score + g * stride, n, cut[g]);
-    return mask;
-}
-
-/* Appends the scores of the elements of `mask` to the choice. */
-static void take_scores(row_choice *c, size_t at, const float *score, size_t stride,
-                        uint32_t mask) {
-    for (; mask; mask &= mask - 1, at++)
-        for (uint32_t g = 0; g < c->group; g++)
-            c->score[g * c->n + at] = score[g * stride + (uint32_t)__builtin_ctz(mask)];
-}
-
-/* Leaves in `mask` the elements that were taken; at: of its first. */
-static uint32_t take_bits(const row_choice *c, size_t *at, uint32_t mask) {
-    uint32_t taken = 0;
-    for (; mask; mask &= mask - 1)
-        if (c->taken[(*at)++]) taken |= mask & (0u - mask);
-    return taken;
-}
-
-void lookup_keep_leaves_task(void *arg, size_t index, unsigned thread) {
+/* The k-th highest leaf, so that at least k tokens reach it; or further up, where all below hold
+ * less than 1 - top_p together, since each holds less than that by the number of tokens. */
+void lookup_find_floors_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
     entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk;
-    float *cut = lookup->scratch[thread];
-    size_t n = 0, at = 0, count;
-    find_cuts(start, false, cut);
-    for (walk = start; next_entry(&walk);) {
-        const float *score = scores_of(&walk, false, &count);
-        head->leaf_mask[walk.entry] = reaching(lookup, score, count, walk.node->count, cut);
-        n += lookup_count_bits(head->leaf_mask[walk.entry]);
-    }
-    row_choice c = choice_of(lookup, h, row, n, thread);
-    c.rest = head->rest + row * lookup->group;
-    for (walk = start; next_entry(&walk);) {
-        const float *score = scores_of(&walk, false, &count);
-        const uint8_t *live = head->leaf_live + head->leaf_at[walk.pair->root_base + walk.root - 1];
-        uint32_t mask = (uint32_t)head->leaf_mask[walk.entry];
-        take_scores(&c, at, score, count, mask);
-        for (; mask; mask &= mask - 1) c.weight[at++] = live[__builtin_ctz(mask)];
-    }
-    share_out(lookup->kernels, &c);
-    uint64_t least = lookup->params.leaf_tokens_min;
-    lookup_cut enough_leaves = {
-        .target = (double)lookup->params.leaf_cover * c.shares,
-        .weight_min = least,
-        .weight_max = share_of(lookup->params.leaf_tokens_share_max, head->live_tokens, least),
-    };
-    lookup_choose(c.share, c.weight, n, &enough_leaves, c.taken);
-    for (walk = start, at = 0; next_entry(&walk);)
-        head->leaf_mask[walk.entry] = take_bits(&c, &at, (uint32_t)head->leaf_mask[walk.entry]);
+    float slack = 1.0f - lookup->params.top_p, *all = lookup->scratch[thread];
+    float reach = slack > 0.0f ? logf((float)head->live_tokens / slack) : INFINITY;
+    uint64_t k =
+        count_of(lookup->params.candidates, head->live_tokens, lookup->params.candidates_min);
+    float *floor = head->floor + (size_t)row * lookup->group;
+    const float *steady = lookup->steady + (size_t)h * lookup->vectors + row * lookup->group;
     for (uint32_t g = 0; g < lookup->group; g++) {
-        float rest = rest_after(&c, g);
-        head->rest[row * lookup->group + g] = rest;
+        size_t n = gather_leaves(start, g, all);
+        float top = fmaxf(lookup->kernels->max(all, n), steady[g]);
+        floor[g] = fmaxf(fmaxf(lookup_kth(lookup->kernels, all, n, k), top - reach), -FLT_MAX);
+    }
+    for (walk = start; next_entry(&walk);) {
+        uint32_t count = walk.node->count;
+        const float *score = head->leaf_score + head->score_at[walk.entry];
+        uint8_t reaches[LOCI_ROOT_LEAVES_MAX] = {0};
+        uint64_t mask = 0;
+        for (uint32_t g = 0; g < lookup->group; g++, score += count)
+            for (uint32_t l = 0; l < count; l++) reaches[l] |= score[l] >= floor[g];
+        for (uint32_t l = 0; l < count; l++) mask |= (uint64_t)reaches[l] << l;
+        head->leaf_mask[walk.entry] = mask;
     }
 }
 
-/* Puts in the masks the tokens that reach a cut; returns their number. */
-static size_t mark_tokens(entry_walk walk, const float *cut) {
-    const lookup_head *head = walk.head;
-    size_t n = 0, count;
-    while (next_entry(&walk)) {
-        const float *score = scores_of(&walk, true, &count);
-        const loci_leaf *leaves = loci_root_leaves(walk.pair->blob, walk.node);
-        uint32_t *mask = head->token_mask + head->mask_at[walk.entry];
-        for (uint64_t kept = head->leaf_mask[walk.entry]; kept; kept &= kept - 1) {
-            uint32_t tokens = leaves[__builtin_ctzll(kept)].count;
-            *mask = reaching(walk.lookup, score, count, tokens, cut);
-            n += lookup_count_bits(*mask++);
-            score += tokens;
-        }
+/* One row's choice among n candidates: score [group][n]; share[i] becomes the mean over heads of
+ * exp(score - log of all mass), -1 where the score is -INFINITY. */
+typedef struct row_choice {
+    float *score, *share;
+    uint8_t *taken;
+    size_t n;
+    const float *steady;
+} row_choice;
+
+/* Returns the sum of the shares. */
+static double share_out(const loci_lookup *lookup, row_choice *c) {
+    const loci_corpus_kernels *kernels = lookup->kernels;
+    double sum = 0.0;
+    for (size_t i = 0; i < c->n; i++) c->share[i] = c->score[i] == -INFINITY ? -1.0f : 0.0f;
+    for (uint32_t g = 0; g < lookup->group; g++) {
+        float *score = c->score + g * c->n;
+        float max = fmaxf(kernels->max(score, c->n), c->steady[g]);
+        if (max == -INFINITY) continue;
+        kernels->exp_sub(score, score, c->n, max);
+        float total = kernels->sum(score, c->n) + expf(c->steady[g] - max);
+        kernels->axpy(c->share, score, c->n, 1.0f / (total * (float)lookup->group));
     }
-    return n;
+    for (size_t i = 0; i < c->n; i++) sum += c->share[i] > 0.0f ? (double)c->share[i] : 0.0;
+    return sum;
+}
+
+/* Lays the scratch of a thread out for the candidates of a row and fills in their scores. */
+static row_choice gather_candidates(entry_walk walk, float *scratch) {
+    const loci_lookup *lookup = walk.lookup;
+    const lookup_head *head = walk.head;
+    row_choice c = {.steady = lookup->steady + (size_t)walk.kv_head * lookup->vectors +
+                              walk.row * lookup->group};
+    for (entry_walk w = walk; next_entry(&w);)
+        c.n += (head->token_at[w.entry + 1] - head->token_at[w.entry]) / lookup->group;
+    c.share = scratch;
+    c.score = c.share + (c.n + 15) / 16 * 16;
+    c.taken = (uint8_t *)(c.score + lookup->group * c.n);
+    for (size_t at = 0; next_entry(&walk);) {
+        const float *from = head->token_score + head->token_at[walk.entry];
+        size_t n = (head->token_at[walk.entry + 1] - head->token_at[walk.entry]) / lookup->group;
+        for (uint32_t g = 0; g < lookup->group; g++)
+            memcpy(c.score + g * c.n + at, from + g * n, n * sizeof *from);
+        at += n;
+    }
+    return c;
 }
 
 void lookup_select_task(void *arg, size_t index, unsigned thread) {
@@ -341,30 +285,17 @@ void lookup_select_task(void *arg, size_t index, unsigned thread) {
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
     entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk;
-    float *cut = lookup->scratch[thread];
-    find_cuts(start, true, cut);
-    size_t n = mark_tokens(start, cut), at = 0, count;
-    row_choice c = choice_of(lookup, h, row, n, thread);
-    c.rest = head->rest + row * lookup->group;
+    row_choice c = gather_candidates(start, lookup->scratch[thread]);
+    double target = share_out(lookup, &c) - (1.0 - (double)lookup->params.top_p);
+    uint64_t most = lookup->params.budget ? lookup->params.budget : UINT64_MAX;
+    lookup_choose(c.share, c.n, target, most, c.taken);
+    const uint8_t *taken = c.taken;
     for (walk = start; next_entry(&walk);) {
-        const float *score = scores_of(&walk, true, &count);
-        const loci_leaf *leaves = loci_root_leaves(walk.pair->blob, walk.node);
-        const uint32_t *mask = head->token_mask + head->mask_at[walk.entry];
-        for (uint64_t kept = head->leaf_mask[walk.entry]; kept; kept &= kept - 1) {
-            take_scores(&c, at, score, count, *mask);
-            at += lookup_count_bits(*mask++);
-            score += leaves[__builtin_ctzll(kept)].count;
-        }
-    }
-    share_out(lookup->kernels, &c);
-    lookup_cut enough_tokens = {
-        .target = (double)lookup->params.top_p - c.steady_share,
-        .weight_max = lookup->params.budget ? lookup->params.budget : UINT64_MAX,
-    };
-    lookup_choose(c.share, NULL, n, &enough_tokens, c.taken);
-    for (walk = start, at = 0; next_entry(&walk);) {
         size_t end = head->mask_at[walk.entry + 1];
-        for (size_t i = head->mask_at[walk.entry]; i < end; i++)
-            head->token_mask[i] = take_bits(&c, &at, head->token_mask[i]);
+        for (size_t i = head->mask_at[walk.entry]; i < end; i++) {
+            head->token_mask[i] = 0;
+            for (uint32_t left = head->candidates[i]; left; left &= left - 1)
+                if (*taken++) head->token_mask[i] |= left & (0u - left);
+        }
     }
 }

@@ -77,32 +77,78 @@ void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair, unsi
                    loci_sketch_parts(lookup->dim));
 }
 
-/* One run of vectors of one entry: the highest estimate among each leaf's live tokens. */
-static void score_run(const loci_lookup *lookup, const lookup_pair *pair, const loci_root *root,
-                      const uint8_t *live, const sketch_table *table, uint32_t count,
-                      const float *centroid, float *out) {
+/* Vectors of one row under one root. */
+typedef struct sketch_run {
+    const lookup_pair *pair;
+    const loci_root *root;
+    const sketch_table *table;
+    uint32_t count; /* of vectors, at most LOCI_SKETCH_VECTORS */
+    float centroid[LOCI_SKETCH_VECTORS];
     uint16_t sum[LOCI_SKETCH_VECTORS * LOCI_ROOT_TOKENS_MAX + LOCI_LEAF_TOKENS_MAX];
+} sketch_run;
+
+static void sum_run(const loci_lookup *lookup, sketch_run *run) {
     const uint8_t *entries[LOCI_SKETCH_VECTORS];
-    const loci_leaf *leaves = loci_root_leaves(pair->blob, root);
-    for (uint32_t v = 0; v < count; v++) entries[v] = table[v].entry;
-    lookup->kernels->sketch_sums(sum, loci_root_sketches(pair->blob, root),
-                                 loci_sketch_groups(root->tokens), loci_sketch_parts(lookup->dim),
-                                 entries, count);
-    for (uint32_t l = 0; l < root->count; l++) {
-        uint32_t mask = lookup_live_bits(pair->live, leaves[l].begin, leaves[l].count);
-        const uint16_t *of_leaf = sum + (leaves[l].begin - leaves[0].begin);
-        for (uint32_t v = 0; v < count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX) {
-            float top = (float)lookup->kernels->masked_top(of_leaf, mask);
-            out[v * root->count + l] =
-                live[l] ? centroid[v] + table[v].base + table[v].scale * top : -INFINITY;
-        }
+    for (uint32_t v = 0; v < run->count; v++) entries[v] = run->table[v].entry;
+    lookup->kernels->sketch_sums(run->sum, loci_root_sketches(run->pair->blob, run->root),
+                                 loci_sketch_groups(run->root->tokens),
+                                 loci_sketch_parts(lookup->dim), entries, run->count);
+}
+
+/* What a token with this sum is estimated at. */
+static float estimate_of(const sketch_run *run, uint32_t v, uint32_t sum) {
+    return run->centroid[v] + run->table[v].base + run->table[v].scale * (float)sum;
+}
+
+/* The highest estimate among each leaf's live tokens: out [count][leaves]. */
+static void top_leaves(const loci_lookup *lookup, const sketch_run *run, const uint8_t *live,
+                       float *out) {
+    const loci_leaf *leaves = loci_root_leaves(run->pair->blob, run->root);
+    for (uint32_t l = 0; l < run->root->count; l++) {
+        uint32_t mask = lookup_live_bits(run->pair->live, leaves[l].begin, leaves[l].count);
+        const uint16_t *of_leaf = run->sum + (leaves[l].begin - leaves[0].begin);
+        for (uint32_t v = 0; v < run->count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX)
+            out[v * run->root->count + l] =
+                live[l] ? estimate_of(run, v, lookup->kernels->masked_top(of_leaf, mask))
+                        : -INFINITY;
     }
 }
 
-void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root_index,
-                           unsigned thread) {
+/* The least sum whose estimate reaches the floor; SKETCH_SUM_MAX + 1 if none does. */
+#define SKETCH_SUM_MAX (LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS * 255u)
+static uint16_t least_sum(const sketch_run *run, uint32_t v, float floor) {
+    uint32_t low = 0, high = SKETCH_SUM_MAX + 1;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (estimate_of(run, v, middle) >= floor)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return (uint16_t)low;
+}
+
+/* Adds to the candidates of an entry the tokens that reach their vector's floor. */
+static void mark_run(const loci_lookup *lookup, const sketch_run *run, const float *floor,
+                     uint64_t kept, uint32_t *candidates) {
+    const loci_leaf *leaves = loci_root_leaves(run->pair->blob, run->root);
+    uint16_t least[LOCI_SKETCH_VECTORS];
+    for (uint32_t v = 0; v < run->count; v++) least[v] = least_sum(run, v, floor[v]);
+    for (; kept; kept &= kept - 1, candidates++) {
+        const loci_leaf *leaf = &leaves[__builtin_ctzll(kept)];
+        const uint16_t *of_leaf = run->sum + (leaf->begin - leaves[0].begin);
+        uint32_t mask = 0;
+        for (uint32_t v = 0; v < run->count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX)
+            mask |= lookup->kernels->reaching(of_leaf, least[v]);
+        *candidates |= mask & lookup_live_bits(run->pair->live, leaf->begin, leaf->count);
+    }
+}
+
+/* Scores the leaves of a root for the entries that keep it, or marks their candidates. */
+static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root_index,
+                         unsigned thread, bool mark) {
     lookup_head *head = &lookup->heads[pair->kv_head];
-    const loci_root *root = loci_pair_root(pair->blob, root_index);
+    sketch_run run = {.pair = pair, .root = loci_pair_root(pair->blob, root_index)};
     const float *mean_terms =
         lookup->task_terms + (size_t)(pair - lookup->pairs) * lookup->blocks * LOCI_LANES;
     uint32_t r = pair->root_base + root_index;
@@ -116,15 +162,36 @@ void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, u
         lookup_score_tile(lookup, pair, loci_pair_root_node(pair->blob, root_index), 1, NULL,
                           mean_terms, b, centroid);
         for (size_t e = first; e < last; e++) {
+            if (mark && !head->leaf_mask[e]) continue;
             uint32_t from = head->entry_row[e] * lookup->group, end = from + lookup->group;
             uint32_t low = b * LOCI_LANES, high = low + LOCI_LANES;
-            float *out = head->leaf_score + head->score_at[e];
-            for (uint32_t v = from < low ? low : from, n; v < end && v < high; v += n) {
-                n = (end < high ? end : high) - v;
-                n = n < LOCI_SKETCH_VECTORS ? n : LOCI_SKETCH_VECTORS;
-                score_run(lookup, pair, root, live, tables_of(lookup, thread) + v, n,
-                          centroid + (v - low), out + (size_t)(v - from) * root->count);
+            for (uint32_t v = from < low ? low : from; v < end && v < high; v += run.count) {
+                uint32_t left = (end < high ? end : high) - v;
+                run.count = left < LOCI_SKETCH_VECTORS ? left : LOCI_SKETCH_VECTORS;
+                run.table = tables_of(lookup, thread) + v;
+                memcpy(run.centroid, centroid + (v - low), run.count * sizeof *run.centroid);
+                sum_run(lookup, &run);
+                if (mark)
+                    mark_run(lookup, &run, head->floor + v, head->leaf_mask[e],
+                             head->candidates + head->mask_at[e]);
+                else
+                    top_leaves(lookup, &run, live,
+                               head->leaf_score + head->score_at[e] +
+                                   (size_t)(v - from) * run.root->count);
             }
         }
     }
+}
+
+void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root,
+                           unsigned thread) {
+    walk_entries(lookup, pair, root, thread, false);
+}
+
+void lookup_candidate_task(void *arg, size_t index, unsigned thread) {
+    const loci_lookup *lookup = arg;
+    const lookup_pair *pair = &lookup->pairs[index];
+    lookup_make_tables(lookup, pair, thread);
+    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++)
+        walk_entries(lookup, pair, i, thread, true);
 }

@@ -57,15 +57,10 @@ static uint32_t mask_of(const lookup_head *head, size_t entry, uint32_t bit) {
 static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
     const uint8_t *blob = w->pair->blob;
     uint32_t dim = w->lookup->dim;
-    if (values && !loci_leaf_check_kv_hashes(blob, w->leaf)) {
-        lookup_fault(w->pair, "KV hashes of the leaf at slot", w->leaf->begin);
-        return false;
-    }
-    const uint64_t *hashes = loci_leaf_kv_hashes(blob, w->leaf);
     w->n = 0;
     for (uint32_t t = 0; t < w->leaf->count; t++) {
         if (!(all >> t & 1)) continue;
-        if (values && !loci_slot_check_kv(blob, w->leaf->begin + t, hashes[t])) {
+        if (values && !loci_slot_check_kv(blob, w->leaf->begin + t)) {
             lookup_fault(w->pair, "KV of slot", w->leaf->begin + t);
             return false;
         }
@@ -140,9 +135,9 @@ static void find_selected(leaf_work *w, const loci_root *root) {
             w->all[__builtin_ctzll(kept)] |= *mask++;
     }
     for (uint32_t l = 0; l < root->count && !lookup_shared(lookup); l++) {
-        if (w->all[l]) __builtin_prefetch(loci_leaf_kv_hashes(w->pair->blob, &leaves[l]));
         for (uint32_t all = w->all[l]; all; all &= all - 1) {
             uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(all);
+            __builtin_prefetch(loci_slot_kv_hash(w->pair->blob, slot));
             const uint16_t *row = loci_slot_kv(w->pair->blob, slot);
             for (uint32_t i = 0; i < 2 * lookup->dim; i += 32) __builtin_prefetch(row + i);
         }
@@ -153,6 +148,7 @@ static void find_selected(leaf_work *w, const loci_root *root) {
 static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn) {
     loci_lookup *lookup = job->lookup;
     lookup_pair *pair = &lookup->pairs[index];
+    const lookup_head *head = &lookup->heads[pair->kv_head];
     uint32_t roots = loci_pair_header_of(pair->blob)->roots;
     leaf_work w;
     w.lookup = lookup;
@@ -160,6 +156,7 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
     for (uint32_t i = 0; i < roots; i++) {
         const loci_root *root = loci_pair_root(pair->blob, i);
         w.root = pair->root_base + i;
+        if (head->entry_begin[w.root] == head->entry_begin[w.root + 1]) continue;
         find_selected(&w, root);
         for (w.bit = 0; w.bit < root->count; w.bit++) {
             uint32_t all = w.all[w.bit];
@@ -167,8 +164,7 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
             w.leaf = &loci_root_leaves(pair->blob, root)[w.bit];
             if (!load_tokens(&w, all, values)) return;
             if (values) {
-                size_t hashes = w.leaf->count * sizeof(uint64_t);
-                pair->stats.hash_bytes += hashes;
+                pair->stats.hash_bytes += w.n * sizeof(uint64_t);
                 pair->stats.kv_bytes += w.n * 4u * lookup->dim;
                 pair->stats.kv_leaf_bytes += w.leaf->count * 4u * lookup->dim;
             }
@@ -257,33 +253,39 @@ static void add_root_tail(attend_job *job, size_t index) {
     }
 }
 
-/* The log of the estimated mass of a kept leaf's tokens that were not selected. */
-static float unselected_mass(const float *score, uint32_t count, uint32_t mask) {
+/* The log of the estimated mass of a leaf's candidates that were not selected; score: of all of its
+ * candidates. */
+static float unselected_mass(const float *score, uint32_t candidates, uint32_t selected) {
     float max = -INFINITY, sum = 0.0f;
-    for (uint32_t t = 0; t < count; t++)
-        if (!(mask >> t & 1) && score[t] > max) max = score[t];
+    const float *at = score;
+    for (uint32_t left = candidates; left; left &= left - 1, at++)
+        if (!(selected & left & (0u - left)) && *at > max) max = *at;
     if (max == -INFINITY) return max;
-    for (uint32_t t = 0; t < count; t++)
-        if (!(mask >> t & 1)) sum += expf(score[t] - max);
+    for (uint32_t left = candidates; left; left &= left - 1, score++)
+        if (!(selected & left & (0u - left))) sum += expf(*score - max);
     return max + logf(sum);
 }
 
 /* What the leaves of a root leave unread, for one entry and head; both arrays [leaf][16] from the
- * lane. mass: of whole leaves. */
-static void leaf_tail_logits(const lookup_head *head, const lookup_pair *pair,
-                             const loci_root *root, size_t entry, uint32_t j, uint32_t group,
-                             const float *mass, float *logits) {
+ * lane. mass: of whole leaves, of which those that are no candidates have their share. */
+static void leaf_tail_logits(const lookup_head *head, const uint32_t *live, uint32_t leaves,
+                             size_t entry, uint32_t j, uint32_t group, const float *mass,
+                             float *logits) {
     size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / group;
     const float *score = head->token_score + head->token_at[entry] + j * tokens;
-    const uint32_t *mask = head->token_mask + head->mask_at[entry];
-    for (uint32_t l = 0; l < root->count; l++) {
-        if (!(head->leaf_mask[entry] >> l & 1)) {
-            logits[l * LOCI_LANES] = mass[l * LOCI_LANES];
-            continue;
-        }
-        uint32_t count = loci_root_leaves(pair->blob, root)[l].count;
-        logits[l * LOCI_LANES] = unselected_mass(score, count, *mask++);
-        score += count;
+    size_t at = head->mask_at[entry];
+    for (uint32_t l = 0; l < leaves; l++) {
+        float whole = mass[l * LOCI_LANES];
+        logits[l * LOCI_LANES] = whole;
+        if (!(head->leaf_mask[entry] >> l & 1)) continue;
+        uint32_t candidates = lookup_count_bits(head->candidates[at]);
+        float near = unselected_mass(score, head->candidates[at], head->token_mask[at]);
+        float far = whole + logf((float)(live[l] - candidates) / (float)live[l]);
+        float most = fmaxf(near, far);
+        logits[l * LOCI_LANES] =
+            most == -INFINITY ? most : most + logf(expf(near - most) + expf(far - most));
+        score += candidates;
+        at++;
     }
 }
 
@@ -321,7 +323,7 @@ static void add_leaf_tail(attend_job *job, size_t index) {
                 for (uint32_t j = 0; j < lookup->group; j++) {
                     uint32_t vector = head->entry_row[e] * lookup->group + j;
                     if (vector / LOCI_LANES == b)
-                        leaf_tail_logits(head, pair, root, e, j, lookup->group,
+                        leaf_tail_logits(head, live, root->count, e, j, lookup->group,
                                          mass + vector % LOCI_LANES, logits + vector % LOCI_LANES);
                 }
             }
@@ -438,22 +440,24 @@ static void lane_weights(const loci_lookup *lookup, float *logits, uint32_t n, c
 static void attribute_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
     (void)index;
     const loci_extent_view *extent = w->pair->extent;
-    const uint32_t *slots = loci_leaf_slots(w->pair->blob, w->leaf);
     float total[LOCI_LANES];
     lane_totals(job, w->pair->kv_head, block, total);
     lane_weights(w->lookup, w->logits, w->n, total);
     for (uint32_t t = 0; t < w->n; t++) {
-        uint32_t segment = LOCI_SLOT_SEGMENT(slots[w->index[t]]);
+        uint32_t word = loci_slot_word(w->pair->blob, w->leaf->begin + w->index[t]);
+        uint32_t segment = LOCI_SLOT_SEGMENT(word);
         if (segment >= extent->segments) continue;
         job->mass[extent->segment_base + segment] +=
             (double)w->lookup->kernels->sum(w->logits + (size_t)t * LOCI_LANES, LOCI_LANES);
     }
 }
 
-/* Slots name a segment and stand with the codes, which score_codes has verified if it read them. */
+/* Records name the segment; score_codes has verified them if it read them. */
 static void attribute_verified(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
-    if (!w->lookup->tokens_scored && !loci_leaf_check_codes(w->pair->blob, w->leaf)) {
-        lookup_fault(w->pair, "codes of the leaf at slot", w->leaf->begin);
+    for (uint32_t t = 0; t < w->n && block == 0 && !w->lookup->tokens_scored; t++) {
+        uint32_t slot = w->leaf->begin + w->index[t];
+        if (loci_slot_check_record(w->pair->blob, slot)) continue;
+        lookup_fault(w->pair, "record of slot", slot);
         return;
     }
     attribute_leaf(job, w, block, index);

@@ -195,8 +195,11 @@ static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call)
     if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
     bool all = params->top_p >= 1.0f && params->budget == 0;
     if (params->mode == LOCI_MODE_DENSE || all) return TILE_ROWS; /* no scores */
-    double share = 1.0 / LOCI_LEAF_TOKENS + (double)params->leaf_tokens_share_max;
-    double row = share * (double)query->view->tokens * call->q_heads * sizeof(float) + 1;
+    double live = (double)query->view->tokens, reach = sqrt(live);
+    double roots = fmax((double)params->roots * reach, (double)params->roots_min);
+    double candidates = fmax((double)params->candidates * reach, (double)params->candidates_min);
+    double scores = fmin(roots * LOCI_ROOT_LEAVES + 2 * candidates, live) * call->q_heads;
+    double row = scores * call->q_heads / query->view->kv_heads * sizeof(float) + 1;
     double most = (double)TILE_BYTES / row;
     return most >= TILE_ROWS ? TILE_ROWS : most > 1 ? (uint32_t)most : 1;
 }

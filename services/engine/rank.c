@@ -58,8 +58,6 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     loci_lookup_stats stats;
     /* Candidates need the best tokens only, not nearly all of the mass. */
     loci_select_params params = query->params;
-    params.root_share_max = fminf(params.root_share_max, 0.5f);
-    params.leaf_tokens_share_max = fminf(params.leaf_tokens_share_max, 0.05f);
     loci_ref q = call->q;
     q.offset += (size_t)call->q_stride * sizeof(float); /* the question's tokens, not <q> */
     lse.offset += (size_t)call->q_heads * sizeof(float);

@@ -323,7 +323,7 @@ uint32_t fixture_position(const fixture *f, uint32_t layer, uint32_t extent, uin
     for (uint32_t first = 0; first + root->tokens <= slot; root++) first += root->tokens;
     const loci_leaf *leaf = loci_root_leaves(blob, root);
     while (leaf->begin + leaf->count <= slot) leaf++;
-    uint32_t word = loci_leaf_slots(blob, leaf)[slot - leaf->begin];
+    uint32_t word = loci_slot_word(blob, slot);
     return f->segment_begin[f->views[extent].segment_base + LOCI_SLOT_SEGMENT(word)] +
            LOCI_SLOT_OFFSET(word);
 }

@@ -21,6 +21,7 @@ typedef struct item {
     double p, s[16];
     uint32_t weight, index;
     uint32_t extent, node; /* root or leaf in its extent, or slot */
+    uint32_t root;         /* of a leaf */
     bool taken;
 } item;
 
@@ -160,58 +161,55 @@ static int by_index(const void *a, const void *b) {
     return x->index < y->index ? -1 : x->index > y->index;
 }
 
-static void choose(list *l, double target, double least, double most) {
-    double mass = 0.0, weight = 0.0;
+static void choose(list *l, double target, double most) {
+    double mass = 0.0, count = 0.0;
     qsort(l->items, l->count, sizeof *l->items, by_share);
     for (size_t i = 0; i < l->count; i++) {
-        if ((mass >= target && weight >= least) || weight >= most) break;
+        if (mass >= target || count >= most) break;
         l->items[i].taken = true;
         mass += l->items[i].p;
-        weight += l->items[i].weight;
+        count++;
     }
     qsort(l->items, l->count, sizeof *l->items, by_index);
 }
 
-/* Drops the elements that are more than `reach` below the greatest of what the step names, for all
- * heads. */
-static void drop_far(list *l, uint32_t g, const double *rest, const float *steady, double reach) {
-    size_t kept = 0;
-    double top[16];
-    for (uint32_t j = 0; j < g; j++) {
-        top[j] = fmax(rest[j], (double)steady[j]);
-        for (size_t i = 0; i < l->count; i++) top[j] = fmax(top[j], l->items[i].s[j]);
-    }
-    for (size_t i = 0; i < l->count; i++) {
-        bool near = false;
-        for (uint32_t j = 0; j < g; j++) near |= l->items[i].s[j] >= top[j] - reach;
-        if (near) l->items[kept++] = l->items[i];
-    }
-    l->count = kept;
-}
-
-/* Sets p; returns its sum. rest [g] grows by what the previous step left unkept. z [g]: output. */
-static double set_shares(list *l, uint32_t g, const double *rest, const float *steady, double *z) {
+/* Sets p; returns its sum. */
+static double set_shares(list *l, uint32_t g, const float *steady) {
     double sum = 0.0;
     for (uint32_t j = 0; j < g; j++) {
-        z[j] = add_log(rest[j], (double)steady[j]);
-        for (size_t i = 0; i < l->count; i++) z[j] = add_log(z[j], l->items[i].s[j]);
+        double z = (double)steady[j];
+        for (size_t i = 0; i < l->count; i++) z = add_log(z, l->items[i].s[j]);
+        for (size_t i = 0; i < l->count; i++) l->items[i].p += exp(l->items[i].s[j] - z) / g;
     }
-    for (size_t i = 0; i < l->count; i++) {
-        l->items[i].p = 0.0;
-        for (uint32_t j = 0; j < g; j++) l->items[i].p += exp(l->items[i].s[j] - z[j]) / g;
-        sum += l->items[i].p;
-    }
+    for (size_t i = 0; i < l->count; i++) sum += l->items[i].p;
     return sum;
 }
 
-static void leave_rest(const list *l, uint32_t g, double *rest) {
-    for (uint32_t j = 0; j < g; j++)
-        for (size_t i = 0; i < l->count; i++)
-            if (!l->items[i].taken) rest[j] = add_log(rest[j], l->items[i].s[j]);
+static int descending(const void *a, const void *b) {
+    const double *x = a, *y = b;
+    return *x > *y ? -1 : *x < *y;
 }
 
-static double most_of(float share, double total, double least) {
-    return fmax(least, ceil((double)share * total));
+/* The k-th highest s of one head; -INFINITY if there are fewer. */
+static double kth(const list *l, uint32_t j, double k) {
+    double *values = malloc((l->count + 1) * sizeof *values), found = -INFINITY;
+    LOCI_ASSERT(values != NULL);
+    for (size_t i = 0; i < l->count; i++) values[i] = l->items[i].s[j];
+    qsort(values, l->count, sizeof *values, descending);
+    if (k <= (double)l->count) found = values[(size_t)k - 1];
+    free(values);
+    return found;
+}
+
+/* Takes what reaches the floor of one head at least. */
+static void take_reaching(list *l, uint32_t g, const double *floor) {
+    for (size_t i = 0; i < l->count; i++)
+        for (uint32_t j = 0; j < g; j++)
+            if (l->items[i].s[j] >= floor[j]) l->items[i].taken = true;
+}
+
+static double count_of(float rate, double live, double least) {
+    return fmax(least, ceil((double)rate * sqrt(live)));
 }
 
 typedef struct scene {
@@ -220,8 +218,7 @@ typedef struct scene {
     float q[16][LOCI_HEAD_DIM_MAX];
 } scene;
 
-static void list_roots(const scene *s, list *roots, uint32_t *all, double *live) {
-    *all = 0;
+static void list_roots(const scene *s, list *roots, double *live) {
     *live = 0.0;
     for (uint32_t e = 0; e < s->f->extents; e++) {
         const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
@@ -230,13 +227,12 @@ static void list_roots(const scene *s, list *roots, uint32_t *all, double *live)
             const loci_root *root = loci_pair_root(blob, r);
             const loci_node *node = loci_pair_root_node(blob, r);
             uint32_t n = count_live(s->f, s->layer, e, s->h, slot, root->tokens);
-            item x = {.weight = 1, .extent = e, .node = r};
+            item x = {.extent = e, .node = r};
             for (uint32_t j = 0; j < s->g; j++)
                 x.s[j] = log((double)n) + node_estimate(blob, node, s->q[j], s->f->dim, true);
             if (n) push(roots, x);
             slot += root->tokens;
             *live += n;
-            (*all)++;
         }
     }
 }
@@ -250,7 +246,7 @@ static void list_leaves(const scene *s, const list *roots, list *leaves) {
         for (uint32_t l = 0; l < root->count; l++) {
             const loci_leaf *leaf = &loci_root_leaves(blob, root)[l];
             uint32_t n = count_live(s->f, s->layer, e, s->h, leaf->begin, leaf->count);
-            item x = {.weight = n, .extent = e, .node = root->begin + l};
+            item x = {.extent = e, .node = root->begin + l, .root = roots->items[i].node};
             for (uint32_t j = 0; j < s->g; j++) {
                 x.s[j] = -INFINITY;
                 for (uint32_t t = leaf->begin; t < leaf->begin + leaf->count; t++)
@@ -263,19 +259,23 @@ static void list_leaves(const scene *s, const list *roots, list *leaves) {
     }
 }
 
-static void list_tokens(const scene *s, const list *leaves, list *tokens) {
+/* The live tokens of taken leaves that reach a floor by their sketches, with s by their codes. */
+static void list_tokens(const scene *s, const list *leaves, const double *floor, list *tokens) {
     for (size_t i = 0; i < leaves->count; i++) {
         if (!leaves->items[i].taken) continue;
         uint32_t e = leaves->items[i].extent;
         const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
         const loci_leaf *leaf = fixture_leaf(blob, leaves->items[i].node, NULL);
-        for (uint32_t t = 0; t < leaf->count; t++) {
-            if (!is_live(s->f, s->layer, e, s->h, leaf->begin + t)) continue;
-            item x = {.weight = 1, .extent = e, .node = leaf->begin + t};
-            for (uint32_t j = 0; j < s->g; j++)
-                x.s[j] = token_estimate(blob, loci_leaf_codes(blob, leaf) + t * s->f->dim / 2,
-                                        s->q[j], s->f->dim);
-            push(tokens, x);
+        for (uint32_t slot = leaf->begin; slot < leaf->begin + leaf->count; slot++) {
+            bool candidate = false;
+            item x = {.extent = e, .node = slot};
+            if (!is_live(s->f, s->layer, e, s->h, slot)) continue;
+            for (uint32_t j = 0; j < s->g; j++) {
+                candidate |= sketch_estimate(blob, leaves->items[i].root, slot, s->q[j],
+                                             s->f->dim) >= floor[j];
+                x.s[j] = token_estimate(blob, loci_slot_record(blob, slot), s->q[j], s->f->dim);
+            }
+            if (candidate) push(tokens, x);
         }
     }
 }
@@ -283,26 +283,21 @@ static void list_tokens(const scene *s, const list *leaves, list *tokens) {
 static void select_row(const scene *s, const float *steady, const loci_select_params *p,
                        uint8_t *chosen) {
     list roots = {0}, leaves = {0}, tokens = {0};
-    double rest[16], z[16], sum, live, share = 0.0;
-    uint32_t all;
-    for (uint32_t j = 0; j < s->g; j++) rest[j] = -INFINITY;
-    list_roots(s, &roots, &all, &live);
-    sum = set_shares(&roots, s->g, rest, steady, z);
-    choose(&roots, (double)p->root_cover * sum, p->roots_min,
-           most_of(p->root_share_max, all, p->roots_min));
-    leave_rest(&roots, s->g, rest);
+    double floor[16], live;
+    list_roots(s, &roots, &live);
+    for (uint32_t j = 0; j < s->g; j++)
+        floor[j] = kth(&roots, j, count_of(p->roots, live, p->roots_min));
+    take_reaching(&roots, s->g, floor);
     list_leaves(s, &roots, &leaves);
-    double reach = log(live / (1.0 - (double)p->top_p));
-    drop_far(&leaves, s->g, rest, steady, reach);
-    sum = set_shares(&leaves, s->g, rest, steady, z);
-    choose(&leaves, (double)p->leaf_cover * sum, p->leaf_tokens_min,
-           most_of(p->leaf_tokens_share_max, live, p->leaf_tokens_min));
-    leave_rest(&leaves, s->g, rest);
-    list_tokens(s, &leaves, &tokens);
-    drop_far(&tokens, s->g, rest, steady, reach);
-    (void)set_shares(&tokens, s->g, rest, steady, z);
-    for (uint32_t j = 0; j < s->g; j++) share += exp((double)steady[j] - z[j]) / s->g;
-    choose(&tokens, (double)p->top_p - share, 0.0,
+    for (uint32_t j = 0; j < s->g; j++) {
+        double top = fmax(kth(&leaves, j, 1), (double)steady[j]);
+        floor[j] = fmax(kth(&leaves, j, count_of(p->candidates, live, p->candidates_min)),
+                        top - log(live / (1.0 - (double)p->top_p)));
+    }
+    take_reaching(&leaves, s->g, floor);
+    list_tokens(s, &leaves, floor, &tokens);
+    double sum = set_shares(&tokens, s->g, steady);
+    choose(&tokens, sum - (1.0 - (double)p->top_p),
            p->budget ? (double)p->budget : (double)INFINITY);
     for (size_t i = 0; i < tokens.count; i++)
         if (tokens.items[i].taken)

@@ -90,12 +90,10 @@ loci_select_params narrow(float top_p, uint32_t budget) {
     return (loci_select_params){.mode = LOCI_MODE_HIERARCHICAL,
                                 .top_p = top_p,
                                 .budget = budget,
-                                .root_cover = 0.95f,
-                                .leaf_cover = 0.93f,
-                                .root_share_max = 0.6f,
+                                .roots = 0.1f,
                                 .roots_min = 2,
-                                .leaf_tokens_share_max = 0.3f,
-                                .leaf_tokens_min = 60};
+                                .candidates = 1.5f,
+                                .candidates_min = 20};
 }
 
 fixture_run run(scene *s, loci_select_params params, bool selected) {

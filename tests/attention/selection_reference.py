@@ -8,9 +8,9 @@
 A corpus file is "LOCISEL1"; uint32 head_dim, kv_heads, q_heads, rows, extents; for each extent uint32
 tokens and segments and, for each KV head, uint64 blob bytes and header hash, uint64
 live[(tokens + 63) / 64] and the blob; float32 q[rows][q_heads][head_dim] and steady[rows][q_heads].
-The golden file is the corpus file, uint32 cases, and for each: uint32 mode; float32 top_p,
-root_cover, leaf_cover, root_share_max, leaf_tokens_share_max, threshold[2]; uint32 budget,
-roots_min, leaf_tokens_min, count; count selected tokens of uint32 extent, kv_head, row, slot.
+The golden file is the corpus file, uint32 cases, and for each: uint32 mode; float32 top_p, roots,
+candidates, threshold[2]; uint32 budget, roots_min, candidates_min, count; count selected tokens of
+uint32 extent, kv_head, row, slot.
 """
 import math
 import struct
@@ -26,9 +26,9 @@ class Pair:
 
     def __init__(self, blob, live):
         magic, version, self.dim, self.tokens, leaves, roots = struct.unpack_from("<6I", blob)
-        assert magic == 0x5250434C and version == 2
+        assert magic == 0x5250434C and version == 3
         at = struct.unpack_from("<6Q", blob, 32)
-        roots_at, blocks_at, leaf_nodes_at, codes_at = at[1], at[2], at[3], at[5]
+        roots_at, blocks_at, leaf_nodes_at, records_at = at[1], at[2], at[3], at[5]
         dim = self.dim
         floats = np.frombuffer(blob, "<f4", 2 * dim + 16 * dim, 144)
         self.mean, self.code_scale = floats[:dim], floats[dim : 2 * dim]
@@ -46,16 +46,17 @@ class Pair:
             self.roots.append(node)
             block = blocks_at + 8 * block
             for l in range(count):
-                slot, n = struct.unpack_from("<2I", blob, block + 24 * l)
+                slot, n = struct.unpack_from("<2I", blob, block + 8 * l)
                 leaf = self.node(blob, leaf_nodes_at, begin + l)
                 leaf.update(begin=slot, count=n, live=int(self.live[slot : slot + n].sum()))
                 self.leaves.append(leaf)
-                start = codes_at + slot * (dim // 2 + 4)
-                raw = np.frombuffer(blob, "u1", n * dim // 2, start).reshape(-1, dim // 2)
-                self.codes[slot : slot + n, 0::2] = raw & 15
-                self.codes[slot : slot + n, 1::2] = raw >> 4
+            stride = dim // 2 + 8
+            raw = np.frombuffer(blob, "u1", tokens * stride, records_at + first * stride)
+            raw = raw.reshape(tokens, stride)[:, : dim // 2]
+            self.codes[first : first + tokens, 0::2] = raw & 15
+            self.codes[first : first + tokens, 1::2] = raw >> 4
             groups = (tokens + 31) // 32
-            raw = np.frombuffer(blob, "u1", groups * dim * 4, block + 24 * count)
+            raw = np.frombuffer(blob, "u1", groups * dim * 4, block + 8 * count)
             raw = raw.reshape(groups, dim // 4, 16)
             words = np.concatenate([raw & 15, raw >> 4], axis=2).transpose(0, 2, 1)
             self.sketches[first : first + tokens] = words.reshape(-1, dim // 4)[:tokens]
@@ -109,76 +110,54 @@ def log_sum(*parts):
     return top if top == -math.inf else top + math.log(np.exp(x - top).sum())
 
 
-def choose(p, weight, target, least, most):
-    mass = total = 0
+def choose(p, target, most):
+    mass = count = 0
     taken = np.zeros(len(p), bool)
     for i in np.argsort(-p, kind="stable"):
-        if (mass >= target and total >= least) or total >= most:
+        if mass >= target or count >= most:
             break
         taken[i] = True
         mass += p[i]
-        total += weight[i]
+        count += 1
     return taken
 
 
-def shares(scores, rest, steady):
-    """scores [g][n] -> p [n], Z [g]."""
-    z = [log_sum(s, [r], [t]) for s, r, t in zip(scores, rest, steady)]
-    p = np.mean([np.exp(s - zz) for s, zz in zip(scores, z)], axis=0)
-    return p, z
-
-
-def near(scores, rest, steady, reach):
-    """Which elements are at most `reach` below the greatest of what the step names, for one head."""
-    tops = [max([r, t, *s]) for s, r, t in zip(scores, rest, steady)]
-    return (scores >= np.array(tops)[:, None] - reach).any(0)
-
-
-def unkept(scores, taken, rest):
-    return [log_sum(s[~taken], [r]) for s, r in zip(scores, rest)]
+def kth(scores, k):
+    return np.sort(scores)[-k] if k <= len(scores) else -math.inf
 
 
 def live_slots(pair, leaf):
-    slots = np.arange(pair.leaves[leaf]["begin"], pair.leaves[leaf]["begin"] + pair.leaves[leaf]["count"])
+    slots = np.arange(leaf["begin"], leaf["begin"] + leaf["count"])
     return slots[pair.live[slots]]
+
+
+def count_of(rate, live, least):
+    return max(least, math.ceil(rate * math.sqrt(live)))
 
 
 def select_row(q, pairs, steady, par):
     """q [g][dim]; pairs of one KV head by extent. Yields (extent, slot)."""
-    g, none = len(q), [-math.inf] * len(q)
+    live = sum(int(x.live.sum()) for x in pairs)
     roots = [(e, i) for e, p in enumerate(pairs) for i, x in enumerate(p.roots) if x["live"]]
     s = np.array([[y + math.log(x["live"]) for p in pairs
                    for x, y in zip(p.roots, node_scores(v, p, p.roots, True)) if x["live"]] for v in q])
-    p, _ = shares(s, none, steady)
-    most = math.ceil(par["root_share_max"] * sum(len(x.roots) for x in pairs))
-    taken = choose(p, np.ones(len(p)), par["root_cover"] * p.sum(), par["roots_min"],
-                   max(par["roots_min"], most))
-    rest = unkept(s, taken, none)
-    leaves = [(e, l) for (e, r), k in zip(roots, taken) if k
-              for l in range(pairs[e].roots[r]["begin"],
-                             pairs[e].roots[r]["begin"] + pairs[e].roots[r]["count"])
-              if pairs[e].leaves[l]["live"]]
+    floor = np.array([kth(x, count_of(par["roots"], live, par["roots_min"])) for x in s])
+    kept = {root for root, k in zip(roots, (s >= floor[:, None]).any(0)) if k}
     by_token = [[sketch_scores(v, pair) for pair in pairs] for v in q]
-    s = np.array([[of[e][live_slots(pairs[e], l)].max() for e, l in leaves] for of in by_token])
-    reach = math.log(sum(int(x.live.sum()) for x in pairs) / (1 - par["top_p"]))
-    keep = near(s, rest, steady, reach)
-    s, leaves = s[:, keep], [x for x, k in zip(leaves, keep) if k]
-    p, _ = shares(s, rest, steady)
-    weight = np.array([pairs[e].leaves[l]["live"] for e, l in leaves])
-    most = math.ceil(par["leaf_tokens_share_max"] * sum(int(x.live.sum()) for x in pairs))
-    taken = choose(p, weight, par["leaf_cover"] * p.sum(), par["leaf_tokens_min"],
-                   max(par["leaf_tokens_min"], most))
-    rest = unkept(s, taken, rest)
-    tokens = [(e, t) for (e, l), k in zip(leaves, taken) if k
-              for t in range(pairs[e].leaves[l]["begin"],
-                             pairs[e].leaves[l]["begin"] + pairs[e].leaves[l]["count"])
-              if pairs[e].live[t]]
+    leaves = [(e, x) for e, r in sorted(kept)
+              for x in pairs[e].leaves[pairs[e].roots[r]["begin"]:][: pairs[e].roots[r]["count"]]
+              if x["live"]]
+    k = count_of(par["candidates"], live, par["candidates_min"])
+    floor = []
+    for of, t in zip(by_token, steady):
+        tops = np.array([of[e][live_slots(pairs[e], x)].max() for e, x in leaves])
+        reach = math.log(live / (1 - par["top_p"]))
+        floor.append(max(kth(tops, k), max(tops.max(), t) - reach))
+    tokens = [(e, t) for e, x in leaves for t in live_slots(pairs[e], x)
+              if any(of[e][t] >= least for of, least in zip(by_token, floor))]
     s = np.array([[token_scores(v, pairs[e], [t])[0] for e, t in tokens] for v in q])
-    keep = near(s, rest, steady, reach)
-    s, tokens = s[:, keep], [x for x, k in zip(tokens, keep) if k]
-    p, z = shares(s, rest, steady)
-    steady_share = sum(math.exp(t - zz) for t, zz in zip(steady, z)) / g
-    taken = choose(p, np.ones(len(p)), par["top_p"] - steady_share, 0, par["budget"] or math.inf)
+    p = np.mean([np.exp(x - log_sum(x, [t])) for x, t in zip(s, steady)], axis=0)
+    taken = choose(p, p.sum() - (1 - par["top_p"]), par["budget"] or math.inf)
     return [x for x, k in zip(tokens, taken) if k]
 
 
@@ -232,13 +211,12 @@ def read_corpus(data):
 
 def cases():
     f = lambda x: float(np.float32(x))
-    base = {"mode": HIERARCHICAL, "root_cover": f(0.95), "leaf_cover": f(0.93),
-            "root_share_max": f(0.6), "leaf_tokens_share_max": f(0.3), "threshold": (0.0, 0.0),
-            "roots_min": 2, "leaf_tokens_min": 60}
+    base = {"mode": HIERARCHICAL, "roots": f(0.1), "candidates": f(1.5), "threshold": (0.0, 0.0),
+            "roots_min": 2, "candidates_min": 20}
     for top_p in (0.5, 0.9, 0.99):
         for budget in (0, 20, 100):
             yield dict(base, top_p=f(top_p), budget=budget)
-    yield dict(base, top_p=f(0.9), budget=0, root_cover=f(0.5), leaf_cover=f(0.5), roots_min=1)
+    yield dict(base, top_p=f(0.9), budget=0, roots_min=1, candidates_min=100)
     for threshold in ((1e-5, 3e-5), (1e-4, 1e-3), (1e-3, 1e-3)):
         yield dict(base, mode=SQUEEZED, top_p=1.0, budget=0, threshold=tuple(map(f, threshold)))
 
@@ -261,10 +239,9 @@ def main():
                 kept = select_row(q[r, part], mine, [float(x) for x in steady[r, part]], par)
                 found += [(e, h, r, t) for e, t in kept]
         found.sort()
-        out.append(struct.pack("<I7f4I", par["mode"], par["top_p"], par["root_cover"],
-                               par["leaf_cover"], par["root_share_max"],
-                               par["leaf_tokens_share_max"], *par["threshold"], par["budget"],
-                               par["roots_min"], par["leaf_tokens_min"], len(found)))
+        out.append(struct.pack("<I5f4I", par["mode"], par["top_p"], par["roots"],
+                               par["candidates"], *par["threshold"], par["budget"],
+                               par["roots_min"], par["candidates_min"], len(found)))
         out += [struct.pack("<4I", *x) for x in found]
         print(par["mode"], round(par["top_p"], 2), par["budget"], len(found))
     open(sys.argv[2], "wb").write(b"".join(out))

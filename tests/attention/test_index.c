@@ -184,7 +184,7 @@ static void test_nodes_and_codes_describe_keys(void **state) {
             double sum = 0.0, squares = 0.0;
             for (uint32_t t = 0; t < leaf->count; t++) {
                 double key = (double)loci_bf16_to_f32(loci_slot_kv(blob, leaf->begin + t)[i]);
-                uint8_t byte = loci_leaf_codes(blob, leaf)[t * 16 + i / 2];
+                uint8_t byte = loci_slot_record(blob, leaf->begin + t)[i / 2];
                 double code = i % 2 ? byte >> 4 : byte & 15;
                 double decoded = (double)loci_pair_mean(blob)[i] +
                                  (double)loci_pair_code_scale(blob)[i] * (code - 7.5);
@@ -265,7 +265,7 @@ static void test_every_section_detects_flipped_bits(void **state) {
         {header.blocks_at, header.block_bytes, false, false},
         {header.leaf_nodes_at, header.leaves * loci_node_stride(16), false, false},
         {header.value_means_at, (header.roots + header.leaves) * 32, true, true},
-        {header.codes_at, 700 * loci_code_stride(16), true, false},
+        {header.records_at, 700 * loci_record_stride(16), true, false},
         {header.kv_hashes_at, 700 * 8, true, false},
         {header.kv_at, 700 * 64, true, false},
         {header.position_hashes_at, 3 * 8, true, true},

@@ -116,7 +116,7 @@ static void test_choose_equals_sorting(void **state) {
     uint64_t rng = 4242;
     for (int round = 0; round < 400; round++) {
         float value[N];
-        uint8_t weight[N], taken[N], expected[N] = {0};
+        uint8_t taken[N], expected[N] = {0};
         choice order[N];
         size_t usable = 0, n = 1 + fixture_random(&rng) % N;
         double all = 0.0;
@@ -126,26 +126,45 @@ static void test_choose_equals_sorting(void **state) {
             float x = ldexpf(1.0f, -(int)(fixture_random(&rng) % 12));
             if (round % 2) x = 1.0f + ldexpf((float)(fixture_random(&rng) % 1024), -22);
             value[i] = kind == 0 ? -1.0f : kind == 1 ? NAN : kind == 2 && round % 3 == 0 ? 0.0f : x;
-            weight[i] = (uint8_t)(1 + fixture_random(&rng) % 32);
             if (!(value[i] >= 0.0f)) continue;
             order[usable++] = (choice){value[i], (uint32_t)i};
             all += (double)value[i];
         }
-        lookup_cut cut = {.target = all * (double)fixture_uniform(&rng),
-                          .weight_min = fixture_random(&rng) % 2000,
-                          .weight_max = fixture_random(&rng) % 9000};
-        bool plain = round % 4 == 0;
+        double target = all * (double)fixture_uniform(&rng), mass = 0.0;
+        uint64_t most = fixture_random(&rng) % 900, count = 0;
         qsort(order, usable, sizeof *order, compare_choices);
-        double mass = 0.0;
-        uint64_t sum = 0;
-        for (size_t i = 0; i < usable; i++) {
-            if ((mass >= cut.target && sum >= cut.weight_min) || sum >= cut.weight_max) break;
+        for (size_t i = 0; i < usable && mass < target && count < most; i++, count++) {
             expected[order[i].index] = 1;
             mass += (double)order[i].value;
-            sum += plain ? 1 : weight[order[i].index];
         }
-        lookup_choose(value, plain ? NULL : weight, n, &cut, taken);
+        lookup_choose(value, n, target, most, taken);
         if (memcmp(taken, expected, n) != 0) fail_msg("round %d differs", round);
+    }
+}
+
+static void test_kth_equals_sorting(void **state) {
+    (void)state;
+    enum { N = 700 };
+    uint64_t rng = 777;
+    loci_cpu_isa best;
+    loci_error err;
+    assert_int_equal(loci_cpu_isa_detect(NULL, &best, &err), LOCI_OK);
+    for (int round = 0; round < 400; round++) {
+        float value[N];
+        choice order[N];
+        size_t n = 1 + fixture_random(&rng) % N;
+        for (size_t i = 0; i < n; i++) {
+            float x = ldexpf(2.0f * fixture_uniform(&rng) - 1.0f, (int)(fixture_random(&rng) % 40));
+            if (round % 2) x = (float)(fixture_random(&rng) % 9) - 4.0f; /* many ties */
+            value[i] = fixture_random(&rng) % 16 == 0 ? -INFINITY : x;
+            order[i] = (choice){value[i], (uint32_t)i};
+        }
+        loci_cpu_isa isa = (loci_cpu_isa)(round % 3);
+        const loci_corpus_kernels *kernels = loci_corpus_kernels_of(isa < best ? isa : best);
+        qsort(order, n, sizeof *order, compare_choices);
+        size_t k = 1 + fixture_random(&rng) % n;
+        assert_true(lookup_kth(kernels, value, n, k) == order[k - 1].value);
+        assert_true(lookup_kth(kernels, value, n, n + 1) == -INFINITY);
     }
 }
 
@@ -176,9 +195,7 @@ static void test_what_is_out_of_reach_takes_no_part(void **state) {
     c.sharpness = 6.0f;
     scene s = open_scene(c);
     loci_select_params params = narrow(0.99f, 0);
-    params.root_cover = params.leaf_cover = 1.0f;
-    params.root_share_max = params.leaf_tokens_share_max = 1.0f;
-    params.roots_min = params.leaf_tokens_min = 1u << 30;
+    params.roots_min = params.candidates_min = 1u << 30;
     uint64_t all = (uint64_t)reference_tokens(&s.f) * s.f.kv_heads * s.rows;
     (void)check_run(&s, params, "sharp queries");
     uint64_t candidates = run(&s, params, false).stats.candidate_tokens;
@@ -428,7 +445,7 @@ static void test_damage_is_named_or_unread(void **state) {
                                header.blocks_at,
                                header.leaf_nodes_at,
                                header.value_means_at,
-                               header.codes_at,
+                               header.records_at,
                                header.kv_hashes_at,
                                header.kv_at,
                                header.position_hashes_at};
@@ -456,20 +473,31 @@ static void test_damage_is_named_or_unread(void **state) {
     close_scene(&s);
 }
 
-/* A token whose K and hash are changed together is still refused: its leaf vouches for the hash. */
-static void test_hashes_of_tokens_are_vouched_for(void **state) {
+/* Records and K and V belong to their slot: those of another one, hash and all, are refused. */
+static void test_slots_cannot_be_exchanged(void **state) {
     (void)state;
     scene s = open_scene(usual);
-    loci_select_params dense = {.mode = LOCI_MODE_DENSE};
+    loci_select_params dense = {.mode = LOCI_MODE_DENSE}, all = narrow(0.99f, 0);
     uint8_t *blob = s.f.memory[0];
-    const loci_leaf *leaf = fixture_leaf(blob, 5, NULL);
-    uint16_t *kv = (uint16_t *)(uintptr_t)loci_slot_kv(blob, leaf->begin);
-    uint64_t *hash = (uint64_t *)(uintptr_t)loci_leaf_kv_hashes(blob, leaf);
+    uint32_t slot = fixture_leaf(blob, 5, NULL)->begin;
+    size_t kv_bytes = 4 * s.f.dim, record_bytes = loci_record_stride(s.f.dim);
+    uint8_t *kv = (uint8_t *)(uintptr_t)loci_slot_kv(blob, slot), saved[4 * LOCI_HEAD_DIM_MAX];
+    uint8_t *record = (uint8_t *)(uintptr_t)loci_slot_record(blob, slot);
+    uint64_t *hash = (uint64_t *)(uintptr_t)loci_slot_kv_hash(blob, slot), saved_hash = *hash;
     loci_error err;
-    kv[0] ^= 1;
-    *hash = loci_hash_bytes(kv, 4 * s.f.dim);
+    memcpy(saved, kv, kv_bytes);
+    memcpy(kv, kv + kv_bytes, kv_bytes);
+    *hash = hash[1];
     assert_int_equal(look_up(&s, dense, &err), LOCI_E_CORRUPT);
-    assert_non_null(strstr(err.text, "KV hashes of the leaf at slot"));
+    assert_non_null(strstr(err.text, "KV of slot"));
+    memcpy(kv, saved, kv_bytes);
+    *hash = saved_hash;
+    assert_int_equal(look_up(&s, dense, &err), LOCI_OK);
+    all.roots_min = all.candidates_min = 1u << 30;
+    for (size_t i = 0; i < (size_t)s.rows * s.f.q_heads * s.f.dim; i++) s.q[i] *= 1e-3f;
+    memcpy(record, record + record_bytes, record_bytes);
+    assert_int_equal(look_up(&s, all, &err), LOCI_E_CORRUPT);
+    assert_non_null(strstr(err.text, "record of slot"));
     close_scene(&s);
 }
 
@@ -516,8 +544,8 @@ static int write_corpus(const char *path) {
 
 typedef struct golden_case {
     uint32_t mode;
-    float top_p, root_cover, leaf_cover, root_share_max, leaf_tokens_share_max, threshold[2];
-    uint32_t budget, roots_min, leaf_tokens_min, count;
+    float top_p, roots, candidates, threshold[2];
+    uint32_t budget, roots_min, candidates_min, count;
 } golden_case;
 
 static void get(FILE *file, void *to, size_t bytes) {
@@ -594,12 +622,10 @@ static void test_selection_equals_numpy(void **state) {
                 (loci_select_params){.mode = (loci_mode)c.mode,
                                      .top_p = c.top_p,
                                      .budget = c.budget,
-                                     .root_cover = c.root_cover,
-                                     .leaf_cover = c.leaf_cover,
-                                     .root_share_max = c.root_share_max,
+                                     .roots = c.roots,
                                      .roots_min = c.roots_min,
-                                     .leaf_tokens_share_max = c.leaf_tokens_share_max,
-                                     .leaf_tokens_min = c.leaf_tokens_min,
+                                     .candidates = c.candidates,
+                                     .candidates_min = c.candidates_min,
                                      .squeezed_threshold = {c.threshold[0], c.threshold[1]}},
                 true);
         if (r.selected_count != c.count ||
@@ -619,6 +645,7 @@ int main(int argc, char **argv) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_dense_and_top_p_one_equal_plain_attention),
         cmocka_unit_test(test_choose_equals_sorting),
+        cmocka_unit_test(test_kth_equals_sorting),
         cmocka_unit_test(test_selection_equals_reference),
         cmocka_unit_test(test_selection_equals_numpy),
         cmocka_unit_test(test_what_is_out_of_reach_takes_no_part),
@@ -631,7 +658,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_squeezed_equals_the_formula),
         cmocka_unit_test(test_squeezed_refuses_thresholds_that_are_not_finite),
         cmocka_unit_test(test_damage_is_named_or_unread),
-        cmocka_unit_test(test_hashes_of_tokens_are_vouched_for),
+        cmocka_unit_test(test_slots_cannot_be_exchanged),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -276,8 +276,7 @@ static void test_selected_mass_is_what_was_asked_for(void **state) {
     loci_select_defaults(&params);
     params.top_p = 0.95f;
     params.budget = 0;
-    params.root_share_max = params.leaf_tokens_share_max = 1;
-    params.root_cover = params.leaf_cover = 1;
+    params.roots_min = params.candidates_min = 1u << 30;
     params.estimate_tail = false; /* lse is of the selected tokens alone */
     free(run_world(&w, &params, 0).selected);
     double unused[256], sum = 0;

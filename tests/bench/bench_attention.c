@@ -39,8 +39,8 @@ static int usage(void) {
     (void)fprintf(stderr,
                   "usage: bench_attention [--kv FILE | --tokens N] [--isa NAME] [--threads N]\n"
                   "  [--extent-tokens N] [--rounds N] [--repeat N] [--steps N] [--mode NAME]\n"
-                  "  [--top-p X] [--budget N] [--root-cover X] [--leaf-cover X] [--root-share X]\n"
-                  "  [--roots-min N] [--leaf-share X] [--leaf-min N] [--tail 1]\n"
+                  "  [--top-p X] [--budget N] [--roots X] [--roots-min N]\n"
+                  "  [--candidates X] [--candidates-min N] [--tail 1]\n"
                   "  [--then ...: more runs over the same corpus, from the settings so far]\n");
     return 2;
 }
@@ -75,18 +75,14 @@ static bool parse_one(options *o, const char *name, const char *value) {
         p->top_p = (float)number;
     else if (strcmp(name, "--budget") == 0)
         p->budget = whole;
-    else if (strcmp(name, "--root-cover") == 0)
-        p->root_cover = (float)number;
-    else if (strcmp(name, "--leaf-cover") == 0)
-        p->leaf_cover = (float)number;
-    else if (strcmp(name, "--root-share") == 0)
-        p->root_share_max = (float)number;
+    else if (strcmp(name, "--roots") == 0)
+        p->roots = (float)number;
     else if (strcmp(name, "--roots-min") == 0)
         p->roots_min = whole;
-    else if (strcmp(name, "--leaf-share") == 0)
-        p->leaf_tokens_share_max = (float)number;
-    else if (strcmp(name, "--leaf-min") == 0)
-        p->leaf_tokens_min = whole;
+    else if (strcmp(name, "--candidates") == 0)
+        p->candidates = (float)number;
+    else if (strcmp(name, "--candidates-min") == 0)
+        p->candidates_min = whole;
     else if (strcmp(name, "--tail") == 0)
         p->estimate_tail = whole != 0;
     else

@@ -28,7 +28,7 @@ typedef struct tally {
 
 typedef struct bench {
     loci_query *query;
-    loci_select_params sets[SETS_MAX];
+    loci_select_params sets[SETS_MAX][2]; /* for a question, for a decoding step */
     uint32_t set_count;
     tally tallies[SETS_MAX][2];
     loci_lookup *lookup;
@@ -160,11 +160,12 @@ static loci_status bench_hook(void *ctx, const loci_attend_call *call, loci_erro
     loci_lookup_stats stats;
     double nanoseconds;
     uint32_t kind = call->row_position == 0 ? 0 : 1;
-    loci_select_params dense = self->sets[0];
+    loci_select_params dense = self->sets[0][0];
     dense.mode = LOCI_MODE_DENSE;
     run_lookup(self, call, &dense, host.dense, host.dense_lse, &stats, &nanoseconds);
     for (uint32_t s = 0; s < self->set_count; s++) {
-        run_lookup(self, call, &self->sets[s], host.sparse, host.sparse_lse, &stats, &nanoseconds);
+        run_lookup(self, call, &self->sets[s][kind], host.sparse, host.sparse_lse, &stats,
+                   &nanoseconds);
         add_bytes(&self->tallies[s][kind], &stats, nanoseconds);
         compare(call, whole, &host, &self->tallies[s][kind]);
     }
@@ -200,19 +201,19 @@ static void print_tally(const loci_query *query, const loci_select_params *set, 
            "\"recall_worst_head\":%.4f,\"recall_mean\":%.4f,\"error_worst_head\":%.4f,"
            "\"error_mean\":%.4f,\"bytes_percent\":%.3f,\"bytes_percent_max\":%.3f,"
            "\"roots\":%.3f,\"leaves\":%.3f,\"codes\":%.3f,\"kv\":%.3f,\"ms\":%.2f,"
-           "\"top_p\":%g,\"budget\":%u,\"root_cover\":%g,\"root_share_max\":%g,\"roots_min\":%u,"
-           "\"leaf_cover\":%g,\"leaf_tokens_share_max\":%g,\"leaf_tokens_min\":%u}\n",
+           "\"top_p\":%g,\"budget\":%u,\"roots_rate\":%g,\"roots_min\":%u,"
+           "\"candidates_rate\":%g,\"candidates_min\":%u}\n",
            number, kind, (unsigned long long)query->view->tokens, rows, recall,
            rows > 0 ? all / rows : 0, error, rows > 0 ? all_error / rows : 0,
            100 * t->bytes / t->dense, 100 * t->worst_bytes, 100 * t->root / t->dense,
            100 * t->leaf / t->dense, 100 * t->code / t->dense, 100 * t->kv / t->dense,
-           t->nanoseconds / t->steps / 1e6, (double)set->top_p, set->budget,
-           (double)set->root_cover, (double)set->root_share_max, set->roots_min,
-           (double)set->leaf_cover, (double)set->leaf_tokens_share_max, set->leaf_tokens_min);
+           t->nanoseconds / t->steps / 1e6, (double)set->top_p, set->budget, (double)set->roots,
+           set->roots_min, (double)set->candidates, set->candidates_min);
 }
 
-static void parse_set(char *text, loci_select_params *set) {
-    char *rest = text;
+static void parse_set(const char *text, loci_select_params *set) {
+    char copy[256], *rest = copy;
+    snprintf(copy, sizeof copy, "%s", text);
     for (char *item; (item = strsep(&rest, ","));) {
         char *equals = strchr(item, '=');
         if (!equals) continue;
@@ -222,22 +223,27 @@ static void parse_set(char *text, loci_select_params *set) {
             set->top_p = (float)value;
         else if (!strcmp(item, "budget"))
             set->budget = (uint32_t)value;
-        else if (!strcmp(item, "root_cover"))
-            set->root_cover = (float)value;
-        else if (!strcmp(item, "leaf_cover"))
-            set->leaf_cover = (float)value;
-        else if (!strcmp(item, "root_share_max"))
-            set->root_share_max = (float)value;
+        else if (!strcmp(item, "roots"))
+            set->roots = (float)value;
         else if (!strcmp(item, "roots_min"))
             set->roots_min = (uint32_t)value;
-        else if (!strcmp(item, "leaf_tokens_share_max"))
-            set->leaf_tokens_share_max = (float)value;
-        else if (!strcmp(item, "leaf_tokens_min"))
-            set->leaf_tokens_min = (uint32_t)value;
+        else if (!strcmp(item, "candidates"))
+            set->candidates = (float)value;
+        else if (!strcmp(item, "candidates_min"))
+            set->candidates_min = (uint32_t)value;
         else if (!strcmp(item, "estimate_tail"))
             set->estimate_tail = value != 0;
         else
             fprintf(stderr, "bench_recall: unknown setting %s\n", item);
+    }
+}
+
+static void add_set(bench *self, const char *text) {
+    loci_select_params *set = self->sets[self->set_count++];
+    for (int kind = 0; kind < 2; kind++) {
+        loci_select_defaults(&set[kind]);
+        loci_select_reach(&set[kind], kind == 0);
+        parse_set(text, &set[kind]);
     }
 }
 
@@ -251,6 +257,7 @@ static void ask(loci_engine *engine, bench *self, const char *corpus, const char
     loci_tokens prompt = {0};
     loci_sequence *sequence = query.slot->sequence;
     loci_sequence_set_attend(sequence, bench_hook, self);
+    loci_sequence_scale_attention(sequence, loci_query_attention_scale(&query));
     if (loci_corpus_attend_begin(&query, &err) != LOCI_OK ||
         loci_query_prompt(&query, &prompt, &err) != LOCI_OK ||
         loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1, NULL, &err) !=
@@ -286,11 +293,10 @@ int main(int argc, char **argv) {
         else if (!strcmp(argv[i], "--steps"))
             steps = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--set") && self.set_count < SETS_MAX) {
-            loci_select_defaults(&self.sets[self.set_count]);
-            parse_set(argv[i + 1], &self.sets[self.set_count++]);
+            add_set(&self, argv[i + 1]);
         }
     }
-    if (self.set_count == 0) loci_select_defaults(&self.sets[self.set_count++]);
+    if (self.set_count == 0) add_set(&self, "");
     FILE *file = questions ? fopen(questions, "r") : NULL;
     if (!data || !corpus || !file) {
         fprintf(stderr,
@@ -316,9 +322,9 @@ int main(int argc, char **argv) {
         fail_bench(corpus, &err);
     loci_query last = {.view = loci_snapshot_view(snapshot)};
     for (uint32_t s = 0; s < self.set_count; s++) {
-        print_tally(&last, &self.sets[s], s, "question", &self.tallies[s][0]);
+        print_tally(&last, &self.sets[s][0], s, "question", &self.tallies[s][0]);
         if (self.tallies[s][1].steps > 0)
-            print_tally(&last, &self.sets[s], s, "decode", &self.tallies[s][1]);
+            print_tally(&last, &self.sets[s][1], s, "decode", &self.tallies[s][1]);
     }
     loci_snapshot_release(snapshot);
     engine->backend->ops->lookup_free(engine->backend, self.lookup);

@@ -124,14 +124,14 @@ static void test_layout_version(void **state) {
     fixture_open(f);
     fixture_create(f, "a");
     fixture_close(f);
-    write_layout(f, "loci store layout 3\n");
+    write_layout(f, "loci store layout 4\n");
     assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_UNSUPPORTED);
     assert_string_equal(err.reason, "LAYOUT_TOO_NEW");
     write_layout(f, "loci store layout 1\n");
     assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_UNSUPPORTED);
     assert_string_equal(err.reason, "LAYOUT_TOO_OLD");
-    static const char *const bad[] = {"", "loci store layout \n", "loci store layout 2", "x 1\n",
-                                      "loci store layout 2\nmore"};
+    static const char *const bad[] = {"", "loci store layout \n", "loci store layout 3", "x 1\n",
+                                      "loci store layout 3\nmore"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         write_layout(f, bad[i]);
         assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_CORRUPT);
@@ -140,7 +140,7 @@ static void test_layout_version(void **state) {
     snprintf(path, sizeof path, "%s/LAYOUT", f->dir);
     unlink(path);
     assert_int_equal(loci_store_open(f->dir, NULL, &f->backend, &store, &err), LOCI_E_CORRUPT);
-    write_layout(f, "loci store layout 2\n");
+    write_layout(f, "loci store layout 3\n");
     fixture_open(f);
 }
 
