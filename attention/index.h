@@ -176,7 +176,7 @@ LOCI_MUST_CHECK loci_status loci_pair_build(const uint16_t *k, const uint16_t *v
 LOCI_MUST_CHECK loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes,
                                                  uint64_t header_hash, loci_error *err);
 
-/* Reads K and V back in position order (bf16 [tokens][head_dim]), verifying every leaf.
+/* Reads K and V back in position order (bf16 [tokens][head_dim]), verifying every record and row.
  * segment_begin: position of the first token of each of `segments`. */
 LOCI_MUST_CHECK loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
                                                      const uint32_t *segment_begin,

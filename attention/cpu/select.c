@@ -140,11 +140,12 @@ float lookup_kth(const loci_corpus_kernels *kernels, const float *value, size_t 
     return unordered(low);
 }
 
-/* max(least, ceil(rate * sqrt(live tokens))) */
+/* max(1, least, ceil(rate * sqrt(live tokens))) */
 static uint64_t count_of(float rate, uint64_t live, uint64_t least) {
     double wanted = ceil((double)rate * sqrt((double)live));
     uint64_t count = wanted >= (double)live ? live : wanted > 0.0 ? (uint64_t)wanted : 0;
-    return count > least ? count : least;
+    uint64_t most = count > least ? count : least;
+    return most ? most : 1;
 }
 
 void lookup_keep_roots_task(void *arg, size_t index, unsigned thread) {

@@ -148,7 +148,9 @@ static void mark_run(const loci_lookup *lookup, const sketch_run *run, const flo
 static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root_index,
                          unsigned thread, bool mark) {
     lookup_head *head = &lookup->heads[pair->kv_head];
-    sketch_run run = {.pair = pair, .root = loci_pair_root(pair->blob, root_index)};
+    sketch_run run; /* its sums are large: not cleared */
+    run.pair = pair;
+    run.root = loci_pair_root(pair->blob, root_index);
     const float *mean_terms =
         lookup->task_terms + (size_t)(pair - lookup->pairs) * lookup->blocks * LOCI_LANES;
     uint32_t r = pair->root_base + root_index;

@@ -188,8 +188,10 @@ out:
     return status;
 }
 
-/* Rows of one tile: a row's scores are floats for each root's leaves and each kept leaf's tokens.
- */
+/* Rows of one tile, by what a row's scores usually take: floats for all roots, for the leaves of
+ * the kept ones and for about twice as many candidates as are asked for. A corpus that repeats
+ * itself can have several times as many; what bounds memory is the look-up's account, which
+ * refuses. */
 static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call) {
     const loci_select_params *params = &query->params;
     if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
@@ -199,7 +201,9 @@ static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call)
     double roots = fmax((double)params->roots * reach, (double)params->roots_min);
     double candidates = fmax((double)params->candidates * reach, (double)params->candidates_min);
     double scores = fmin(roots * LOCI_ROOT_LEAVES + 2 * candidates, live) * call->q_heads;
-    double row = scores * call->q_heads / query->view->kv_heads * sizeof(float) + 1;
+    scores = scores * call->q_heads / query->view->kv_heads;
+    scores += live / (LOCI_ROOT_LEAVES * LOCI_LEAF_TOKENS) * call->q_heads;
+    double row = scores * sizeof(float) + 1;
     double most = (double)TILE_BYTES / row;
     return most >= TILE_ROWS ? TILE_ROWS : most > 1 ? (uint32_t)most : 1;
 }

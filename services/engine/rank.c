@@ -10,7 +10,6 @@
  * Both are sums over the question's words of differences of log-probabilities, so one weight serves
  * short and long questions in any corpus.
  */
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -56,13 +55,13 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     }
     loci_lookup *lookup = query->slot->lookup;
     loci_lookup_stats stats;
-    /* Candidates need the best tokens only, not nearly all of the mass. */
-    loci_select_params params = query->params;
+    /* With the reach of a next token: candidates need the best tokens only, not nearly all mass. */
     loci_ref q = call->q;
     q.offset += (size_t)call->q_stride * sizeof(float); /* the question's tokens, not <q> */
     lse.offset += (size_t)call->q_heads * sizeof(float);
     ops->lookup_begin(call->stream, lookup, query->view, call->retrieval_index, q, call->q_stride,
-                      (uint32_t)query->question.count, call->q_heads, call->scale, lse, &params);
+                      (uint32_t)query->question.count, call->q_heads, call->scale, lse,
+                      &query->params);
     ops->score_nodes(call->stream, lookup);
     ops->score_codes(call->stream, lookup);
     uint32_t limit = state->limit > CANDIDATES ? state->limit : CANDIDATES;

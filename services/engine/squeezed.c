@@ -101,6 +101,7 @@ static loci_status record_end(recorder *self, loci_error *err) {
     }
     loci_sequence_reset(query->slot->sequence);
     loci_sequence_jump(query->slot->sequence, query->start);
+    loci_sequence_scale_attention(query->slot->sequence, loci_query_attention_scale(query));
     query->params.mode = LOCI_MODE_DENSE;
     self->rows = count;
     if (count > 0) status = record_tokens(self, ids + RECORDED - count, count, err);

@@ -209,7 +209,7 @@ static void take_reaching(list *l, uint32_t g, const double *floor) {
 }
 
 static double count_of(float rate, double live, double least) {
-    return fmax(least, ceil((double)rate * sqrt(live)));
+    return fmax(1, fmax(least, ceil((double)rate * sqrt(live))));
 }
 
 typedef struct scene {

@@ -132,7 +132,7 @@ def live_slots(pair, leaf):
 
 
 def count_of(rate, live, least):
-    return max(least, math.ceil(rate * math.sqrt(live)))
+    return max(1, least, math.ceil(rate * math.sqrt(live)))
 
 
 def select_row(q, pairs, steady, par):
