@@ -106,12 +106,7 @@ typedef struct root_work {
 
 static void find_candidates(root_work *w, const lookup_head *head, const loci_root *root) {
     const loci_leaf *leaves = loci_root_leaves(w->pair->blob, root);
-    memset(w->all, 0, sizeof w->all);
-    for (size_t e = head->entry_begin[w->root]; e < head->entry_begin[w->root + 1]; e++) {
-        const uint32_t *mask = head->candidates + head->mask_at[e];
-        for (uint64_t kept = head->leaf_mask[e]; kept; kept &= kept - 1)
-            w->all[__builtin_ctzll(kept)] |= *mask++;
-    }
+    lookup_join_masks(head, w->root, head->candidates, w->all);
     w->n = 0;
     for (uint32_t l = 0; l < root->count; l++) {
         w->at[l] = w->n;

@@ -156,6 +156,16 @@ void lookup_run_rows(loci_lookup *lookup, loci_pool_fn fn) {
     loci_pool_run(lookup->cpu->pool, (size_t)lookup->kv_heads * lookup->rows, fn, lookup);
 }
 
+void lookup_join_masks(const lookup_head *head, uint32_t root, const uint32_t *masks,
+                       uint32_t *all) {
+    memset(all, 0, LOCI_ROOT_LEAVES_MAX * sizeof *all);
+    for (size_t e = head->entry_begin[root]; e < head->entry_begin[root + 1]; e++) {
+        const uint32_t *mask = masks + head->mask_at[e];
+        for (uint64_t kept = head->leaf_mask[e]; kept; kept &= kept - 1)
+            all[__builtin_ctzll(kept)] |= *mask++;
+    }
+}
+
 size_t lookup_entry_of(const lookup_head *head, uint32_t root, uint32_t row) {
     size_t low = head->entry_begin[root], high = head->entry_begin[root + 1];
     while (high - low > 1) {

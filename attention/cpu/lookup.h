@@ -138,6 +138,11 @@ static inline void lookup_block_entries(const loci_lookup *lookup, const lookup_
     *last = begin;
 }
 
+/* all [LOCI_ROOT_LEAVES_MAX]: what the masks (candidates or token_mask) of a root's entries hold
+ * together, a word for each of its leaves. */
+void lookup_join_masks(const lookup_head *head, uint32_t root, const uint32_t *masks,
+                       uint32_t *all);
+
 /* A row's entry in a root; it must be kept. */
 size_t lookup_entry_of(const lookup_head *head, uint32_t root, uint32_t row);
 

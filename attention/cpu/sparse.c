@@ -128,12 +128,7 @@ static void find_selected(leaf_work *w, const loci_root *root) {
     const loci_lookup *lookup = w->lookup;
     const lookup_head *head = &lookup->heads[w->pair->kv_head];
     const loci_leaf *leaves = loci_root_leaves(w->pair->blob, root);
-    memset(w->all, 0, sizeof w->all);
-    for (size_t e = head->entry_begin[w->root]; e < head->entry_begin[w->root + 1]; e++) {
-        const uint32_t *mask = head->token_mask + head->mask_at[e];
-        for (uint64_t kept = head->leaf_mask[e]; kept; kept &= kept - 1)
-            w->all[__builtin_ctzll(kept)] |= *mask++;
-    }
+    lookup_join_masks(head, w->root, head->token_mask, w->all);
     for (uint32_t l = 0; l < root->count && !lookup_shared(lookup); l++) {
         for (uint32_t all = w->all[l]; all; all &= all - 1) {
             uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(all);
