@@ -104,7 +104,8 @@ typedef struct root_work {
     uint8_t codes[LOCI_ROOT_TOKENS_MAX * LOCI_HEAD_DIM_MAX / 2];
 } root_work;
 
-static void find_candidates(root_work *w, const lookup_head *head, const loci_root *root) {
+static void join_candidates(root_work *w, const lookup_head *head) {
+    const loci_root *root = loci_pair_root(w->pair->blob, w->root - w->pair->root_base);
     const loci_leaf *leaves = loci_root_leaves(w->pair->blob, root);
     lookup_join_masks(head, w->root, head->candidates, w->all);
     w->n = 0;
@@ -115,6 +116,20 @@ static void find_candidates(root_work *w, const lookup_head *head, const loci_ro
             __builtin_prefetch(
                 loci_slot_record(w->pair->blob, leaves[l].begin + (uint32_t)__builtin_ctz(left)));
     }
+}
+
+/* The next root from `local` on that has candidates, its records on their way to the cache; false
+ * if there is none. */
+static bool find_candidates(root_work *w, const lookup_head *head, uint32_t local) {
+    uint32_t end = w->pair->root_base + loci_pair_header_of(w->pair->blob)->roots;
+    for (w->root = w->pair->root_base + local; w->root < end; w->root++) {
+        if (head->mask_at[head->entry_begin[w->root]] ==
+            head->mask_at[head->entry_begin[w->root + 1]])
+            continue;
+        join_candidates(w, head);
+        if (w->n > 0) return true;
+    }
+    return false;
 }
 
 /* Verifies the candidates' records and gathers their codes; false when one is damaged. */
@@ -139,7 +154,7 @@ static bool gather_codes(root_work *w, lookup_pair *pair, const loci_root *root,
 static void spread_scores(const loci_lookup *lookup, lookup_head *head, const root_work *w,
                           uint32_t block, size_t first, size_t last, const float *scores) {
     for (size_t e = first; e < last; e++) {
-        size_t tokens = (head->token_at[e + 1] - head->token_at[e]) / lookup->group;
+        size_t tokens = lookup_candidates(lookup, head, e);
         for (uint32_t j = 0; j < lookup->group; j++) {
             uint32_t vector = head->entry_row[e] * lookup->group + j;
             if (vector / LOCI_LANES != block) continue;
@@ -186,15 +201,17 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
     loci_fold_query(&folded, lookup->folded + thread * lookup->folded_stride,
                     lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim,
                     lookup->vectors, lookup->dim, loci_pair_code_scale(pair->blob));
-    root_work work;
-    work.pair = pair;
-    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-        const loci_root *root = loci_pair_root(pair->blob, i);
-        work.root = pair->root_base + i;
-        if (head->entry_begin[work.root] == head->entry_begin[work.root + 1]) continue;
-        find_candidates(&work, head, root);
-        if (work.n == 0) continue;
-        if (!gather_codes(&work, pair, root, lookup->dim)) return;
-        score_root(lookup, head, &work, &folded, mean_terms);
+    root_work work[2]; /* one is scored while the records of the other come */
+    work[0].pair = work[1].pair = pair;
+    uint32_t now = 0;
+    bool found = find_candidates(&work[now], head, 0);
+    while (found) {
+        root_work *w = &work[now];
+        now = 1 - now;
+        found = find_candidates(&work[now], head, w->root - pair->root_base + 1);
+        if (!gather_codes(w, pair, loci_pair_root(pair->blob, w->root - pair->root_base),
+                          lookup->dim))
+            return;
+        score_root(lookup, head, w, &folded, mean_terms);
     }
 }

@@ -207,6 +207,7 @@ static uint32_t reaching(const uint16_t *sum, uint16_t least) {
 }
 
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
+    .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
     .masked_top = body_masked_top,
     .reaching = reaching,

@@ -170,6 +170,32 @@ static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const
     }
 }
 
+static void sketch_table(loci_sketch_table *out, const float *q, const float *book,
+                         uint32_t parts) {
+    __m512 value[LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS];
+    float low[LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS], widest = 0.0f;
+    out->base = 0.0f;
+    for (uint32_t p = 0; p < parts; p++) {
+        __m512 sum = _mm512_setzero_ps();
+        for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++, q++, book += LOCI_SKETCH_WORDS)
+            sum = _mm512_add_ps(sum, _mm512_mul_ps(_mm512_set1_ps(*q), _mm512_loadu_ps(book)));
+        float high = _mm512_reduce_max_ps(sum);
+        value[p] = sum;
+        low[p] = _mm512_reduce_min_ps(sum);
+        widest = high - low[p] > widest ? high - low[p] : widest;
+        out->base += low[p];
+    }
+    bool usable = body_table_scale(out, widest);
+    const __m512 inverse = _mm512_set1_ps(usable ? 255.0f / widest : 0.0f);
+    for (uint32_t p = 0; p < parts; p++) {
+        __m512 steps = _mm512_mul_ps(_mm512_sub_ps(value[p], _mm512_set1_ps(low[p])), inverse);
+        steps = _mm512_add_ps(steps, _mm512_set1_ps(0.5f));
+        __mmask16 sane = _mm512_cmp_ps_mask(steps, _mm512_set1_ps(256.0f), _CMP_LT_OQ);
+        __m512i whole = _mm512_maskz_cvttps_epi32(sane, steps);
+        _mm_storeu_si128((void *)(out->entry + p * LOCI_SKETCH_WORDS), _mm512_cvtepi32_epi8(whole));
+    }
+}
+
 static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
                         const uint8_t *const *table, uint32_t count) {
     body_sketch_sums(out, sketches, groups, parts, table, count, sum_group);
@@ -188,6 +214,7 @@ static uint32_t reaching(const uint16_t *sum, uint16_t least) {
 }
 
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
+    .sketch_table = sketch_table,
     .sketch_sums = sketch_sums,
     .masked_top = masked_top,
     .reaching = reaching,

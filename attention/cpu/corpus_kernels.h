@@ -33,6 +33,13 @@ typedef struct loci_lane_softmax {
     float max[LOCI_LANES], sum[LOCI_LANES], keep[LOCI_LANES];
 } loci_lane_softmax;
 
+/* What one query vector knows of a pair: the table [parts][16], and how to read sums of its
+ * entries: base + scale * sum. */
+typedef struct loci_sketch_table {
+    float base, scale;
+    uint8_t *entry;
+} loci_sketch_table;
+
 typedef struct loci_corpus_kernels {
     /* out[r * LOCI_LANES + lane] = sum over i of x[r * dim + i] * q[i / 4][lane][i % 4] */
     void (*dot_u8)(int32_t *out, const uint8_t *x, uint32_t n, uint32_t dim, const int8_t *q);
@@ -51,6 +58,9 @@ typedef struct loci_corpus_kernels {
     void (*softmax_lanes)(float *logits, uint32_t n, loci_lane_softmax *state);
     /* Two channels a byte to one a byte; n rows of dim. */
     void (*unpack)(uint8_t *out, const uint8_t *codes, size_t channels);
+    /* Products of q's channels with the codewords of each part, less the least of their part, in
+     * steps of a 255th of the widest part. book as in index.h. */
+    void (*sketch_table)(loci_sketch_table *out, const float *q, const float *book, uint32_t parts);
     /* out[v * LOCI_ROOT_TOKENS_MAX + 32 g + t] = sum over parts p of
      * table[v][p][word of token t of group g], for v < count <= LOCI_SKETCH_VECTORS; sketches as in
      * index.h, 4 <= parts <= 64 and a multiple of 4. */

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "attention/cpu/corpus_kernels.h"
+#include "attention/index_layout.h"
 
 static inline float exp_one(float x) {
     /* 2^k e^r with |r| <= ln 2 / 2; ln 2 in two parts; minimax polynomial of degree 6 (relative
@@ -113,6 +114,44 @@ static void body_axpy(float *y, const float *x, size_t n, float factor) {
 
 static void body_widen(float *out, const uint16_t *bf16, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = loci_bf16_to_f32(bf16[i]);
+}
+
+/* False where all entries are alike, or the codebook is hostile: then all entries are 0. */
+static inline bool body_table_scale(loci_sketch_table *table, float widest) {
+    bool usable = widest > 1e-30f && widest < 1e30f;
+    table->scale = usable ? widest / 255.0f : 0.0f;
+    return usable;
+}
+
+static inline void body_sketch_table(loci_sketch_table *out, const float *q, const float *book,
+                                     uint32_t parts) {
+    float value[LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS * LOCI_SKETCH_WORDS];
+    float low[LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS], widest = 0.0f;
+    out->base = 0.0f;
+    for (uint32_t p = 0; p < parts; p++) {
+        float sum[LOCI_SKETCH_WORDS] = {0}, least[LOCI_SKETCH_WORDS], most[LOCI_SKETCH_WORDS];
+        for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++, book += LOCI_SKETCH_WORDS)
+            for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++)
+                sum[w] += q[p * LOCI_SKETCH_CHANNELS + c] * book[w];
+        memcpy(value + p * LOCI_SKETCH_WORDS, sum, sizeof sum);
+        memcpy(least, sum, sizeof sum);
+        memcpy(most, sum, sizeof sum);
+        for (uint32_t half = LOCI_SKETCH_WORDS / 2; half > 0; half /= 2)
+            for (uint32_t w = 0; w < half; w++) {
+                least[w] = least[w + half] < least[w] ? least[w + half] : least[w];
+                most[w] = most[w + half] > most[w] ? most[w + half] : most[w];
+            }
+        low[p] = least[0];
+        widest = most[0] - least[0] > widest ? most[0] - least[0] : widest;
+        out->base += least[0];
+    }
+    float inverse = body_table_scale(out, widest) ? 255.0f / widest : 0.0f;
+    for (uint32_t p = 0; p < parts; p++)
+        for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++) {
+            float step = (value[p * LOCI_SKETCH_WORDS + w] - low[p]) * inverse + 0.5f;
+            step = step < 256.0f ? step : 0.0f; /* products of a hostile codebook may be NaN */
+            out->entry[p * LOCI_SKETCH_WORDS + w] = (uint8_t)(int32_t)step;
+        }
 }
 
 /* Sums of one group of tokens for `count` vectors, in the registers of one instruction set. */

@@ -72,6 +72,7 @@ static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups,
 }
 
 const loci_corpus_kernels loci_corpus_kernels_portable = {
+    .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
     .masked_top = body_masked_top,
     .reaching = body_reaching,

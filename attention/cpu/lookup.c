@@ -166,19 +166,6 @@ void lookup_join_masks(const lookup_head *head, uint32_t root, const uint32_t *m
     }
 }
 
-size_t lookup_entry_of(const lookup_head *head, uint32_t root, uint32_t row) {
-    size_t low = head->entry_begin[root], high = head->entry_begin[root + 1];
-    while (high - low > 1) {
-        size_t middle = low + (high - low) / 2;
-        if (head->entry_row[middle] <= row)
-            low = middle;
-        else
-            high = middle;
-    }
-    LOCI_ASSERT(low < high && head->entry_row[low] == row);
-    return low;
-}
-
 void lookup_mean_terms(const loci_lookup *lookup, const lookup_pair *pair, float *out) {
     const float *mean = loci_pair_mean(pair->blob);
     const float *q = lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim;
@@ -282,11 +269,12 @@ static bool alloc_heads(loci_lookup *lookup) {
         size_t roots = head->roots;
         head->root_live = lookup_alloc(lookup, roots * sizeof *head->root_live);
         head->root_first = lookup_alloc(lookup, roots * sizeof *head->root_first);
+        head->root_leaves = lookup_alloc(lookup, roots);
         head->entry_begin = lookup_alloc(lookup, (roots + 1) * sizeof *head->entry_begin);
         head->leaf_at = lookup_alloc(lookup, roots * sizeof *head->leaf_at);
         head->floor = lookup_alloc(lookup, lookup->vectors * sizeof *head->floor);
-        if (!head->root_live || !head->root_first || !head->entry_begin || !head->leaf_at ||
-            !head->floor)
+        if (!head->root_live || !head->root_first || !head->root_leaves || !head->entry_begin ||
+            !head->leaf_at || !head->floor)
             return false;
         head->entry_begin[roots] = 0;
     }
@@ -348,47 +336,70 @@ void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup, const loci_
 
 /* --- stages ---------------------------------------------------------------------------- */
 
-/* Numbers the entries of a head from root_kept, or one for each root where rows share one set. */
-static bool make_entries(loci_lookup *lookup, uint32_t kv_head) {
-    lookup_head *head = &lookup->heads[kv_head];
-    size_t entries = 0, leaves = 0, scores = 0;
+/* Where the entries of each root begin: those of root_kept, or one for each root where rows share
+ * one set. */
+static void count_entries(const loci_lookup *lookup, lookup_head *head) {
     bool shared = lookup_shared(lookup);
-    for (uint32_t r = 0; r < head->roots; r++) {
-        head->entry_begin[r] = entries;
-        if (shared) entries++;
-        for (uint32_t t = 0; !shared && t < lookup->rows; t++)
-            entries += head->root_kept[(size_t)t * head->roots + r];
+    memset(head->entry_begin, 0, (head->roots + 1) * sizeof *head->entry_begin);
+    for (uint32_t t = 0; !shared && t < lookup->rows; t++) {
+        const uint8_t *kept = head->root_kept + (size_t)t * head->roots;
+        for (uint32_t r = 0; r < head->roots; r++) head->entry_begin[r + 1] += kept[r];
     }
-    head->entry_begin[head->roots] = entries;
+    for (uint32_t r = 0; r < head->roots; r++)
+        head->entry_begin[r + 1] = head->entry_begin[r] + (shared ? 1 : head->entry_begin[r + 1]);
+}
+
+/* The same entries row by row, and the row of each. */
+static bool list_rows(loci_lookup *lookup, lookup_head *head) {
+    size_t *next = lookup_alloc(lookup, head->roots * sizeof *next), n = 0;
+    head->row_begin = lookup_alloc(lookup, (lookup->rows + 1u) * sizeof *head->row_begin);
+    head->row_kept = lookup_alloc(lookup, lookup_entries(head) * sizeof *head->row_kept);
+    if (!next || !head->row_begin || !head->row_kept) return false;
+    memcpy(next, head->entry_begin, head->roots * sizeof *next);
+    for (uint32_t t = 0; t < lookup->rows; t++) {
+        const uint8_t *kept = head->root_kept + (size_t)t * head->roots;
+        head->row_begin[t] = n;
+        for (uint32_t r = 0; r < head->roots; r++) {
+            if (!kept[r]) continue;
+            head->entry_row[next[r]] = t;
+            head->row_kept[n++] = (lookup_kept){r, next[r]++};
+        }
+    }
+    head->row_begin[lookup->rows] = n;
+    return true;
+}
+
+static bool make_entries(loci_lookup *lookup, lookup_head *head) {
+    bool shared = lookup_shared(lookup);
+    size_t leaves = 0, scores = 0;
+    count_entries(lookup, head);
+    size_t entries = lookup_entries(head);
     head->entry_row = lookup_alloc(lookup, entries * sizeof *head->entry_row);
     head->score_at = lookup_alloc(lookup, entries * sizeof *head->score_at);
     head->leaf_mask = lookup_alloc(lookup, entries * sizeof *head->leaf_mask);
     if (!head->entry_row || !head->score_at || !head->leaf_mask) return false;
-    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
-        const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
-        for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-            uint32_t r = pair->root_base + i, count = loci_pair_root(pair->blob, i)->count;
-            size_t entry = head->entry_begin[r];
-            head->leaf_at[r] = leaves;
-            if (entry < head->entry_begin[r + 1]) leaves += count;
-            for (uint32_t t = 0; entry < head->entry_begin[r + 1]; t++) {
-                if (!shared && !head->root_kept[(size_t)t * head->roots + r]) continue;
-                head->entry_row[entry] = t;
-                head->score_at[entry] = scores;
-                head->leaf_mask[entry++] = 0;
-                if (!shared) scores += (size_t)count * lookup->group;
-            }
+    memset(head->entry_row, 0, entries * sizeof *head->entry_row);
+    memset(head->leaf_mask, 0, entries * sizeof *head->leaf_mask);
+    if (!shared && !list_rows(lookup, head)) return false;
+    for (uint32_t r = 0; r < head->roots; r++) {
+        size_t entry = head->entry_begin[r];
+        head->leaf_at[r] = leaves;
+        if (entry < head->entry_begin[r + 1]) leaves += head->root_leaves[r];
+        for (; entry < head->entry_begin[r + 1]; entry++) {
+            head->score_at[entry] = scores;
+            if (!shared) scores += (size_t)head->root_leaves[r] * lookup->group;
         }
     }
     head->leaves = leaves;
     head->leaf_live = lookup_alloc(lookup, leaves);
     head->leaf_score = lookup_alloc(lookup, scores * sizeof *head->leaf_score);
-    return head->leaf_live && head->leaf_score;
+    head->centre = lookup_alloc(lookup, shared ? 0 : entries * lookup->group * sizeof(float));
+    return head->leaf_live && head->leaf_score && head->centre;
 }
 
 static bool make_all_entries(loci_stream *stream, loci_lookup *lookup) {
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
-        if (make_entries(lookup, h)) continue;
+        if (make_entries(lookup, &lookup->heads[h])) continue;
         lookup_no_memory(stream, lookup);
         return false;
     }
@@ -396,24 +407,17 @@ static bool make_all_entries(loci_stream *stream, loci_lookup *lookup) {
 }
 
 /* The most leaves (or, with codes, tokens) that one row has to choose from. */
-static size_t most_choices(loci_lookup *lookup, bool tokens) {
+static size_t most_choices(const loci_lookup *lookup, bool tokens) {
     size_t most = 0;
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];
-        size_t *sums = lookup_alloc(lookup, lookup->rows * sizeof *sums);
-        if (!sums) return SIZE_MAX;
-        memset(sums, 0, lookup->rows * sizeof *sums);
-        for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
-            const lookup_pair *pair = lookup_pair_at(lookup, e, h);
-            for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-                uint32_t r = pair->root_base + i;
-                for (size_t x = head->entry_begin[r]; x < head->entry_begin[r + 1]; x++)
-                    sums[head->entry_row[x]] +=
-                        tokens ? (head->token_at[x + 1] - head->token_at[x]) / lookup->group
-                               : loci_pair_root(pair->blob, i)->count;
-            }
+        for (uint32_t t = 0; t < lookup->rows; t++) {
+            size_t sum = 0;
+            for (size_t i = head->row_begin[t]; i < head->row_begin[t + 1]; i++)
+                sum += tokens ? lookup_candidates(lookup, head, head->row_kept[i].entry)
+                              : head->root_leaves[head->row_kept[i].root];
+            most = sum > most ? sum : most;
         }
-        for (uint32_t t = 0; t < lookup->rows; t++) most = sums[t] > most ? sums[t] : most;
     }
     return most;
 }
@@ -519,23 +523,15 @@ static void add_selected(const lookup_pair *pair, uint32_t extent, uint32_t row,
     }
 }
 
-static void add_row_selected(const loci_lookup *lookup, uint32_t extent, uint32_t kv_head,
-                             uint32_t row, loci_selected *selected, size_t capacity,
-                             size_t *count) {
-    const lookup_pair *pair = lookup_pair_at(lookup, extent, kv_head);
-    const lookup_head *head = &lookup->heads[kv_head];
-    bool shared = lookup_shared(lookup);
-    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-        uint32_t r = pair->root_base + i;
-        if (!shared && !head->root_kept[(size_t)row * head->roots + r]) continue;
-        size_t entry = lookup_entry_of(head, r, shared ? 0 : row);
-        const loci_root *root = loci_pair_root(pair->blob, i);
-        const uint32_t *mask = head->token_mask + head->mask_at[entry];
-        for (uint32_t l = 0; l < root->count; l++) {
-            if (!(head->leaf_mask[entry] >> l & 1)) continue;
-            uint32_t first = loci_root_leaves(pair->blob, root)[l].begin;
-            add_selected(pair, extent, row, first, *mask++, selected, capacity, count);
-        }
+/* What one entry of a row selected under a root of an extent. */
+static void add_entry_selected(const lookup_pair *pair, const lookup_head *head, uint32_t extent,
+                               uint32_t row, lookup_kept at, loci_selected *selected,
+                               size_t capacity, size_t *count) {
+    const loci_root *root = loci_pair_root(pair->blob, at.root - pair->root_base);
+    const uint32_t *mask = head->token_mask + head->mask_at[at.entry];
+    for (uint64_t left = head->leaf_mask[at.entry]; left; left &= left - 1, mask++) {
+        uint32_t first = loci_root_leaves(pair->blob, root)[__builtin_ctzll(left)].begin;
+        add_selected(pair, extent, row, first, *mask, selected, capacity, count);
     }
 }
 
@@ -544,10 +540,21 @@ void loci_cpu_lookup_selected(loci_stream *stream, loci_lookup *lookup, loci_sel
     (void)stream;
     *count = 0;
     if (!lookup->tokens_selected) return;
-    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++)
-        for (uint32_t h = 0; h < lookup->kv_heads; h++)
-            for (uint32_t t = 0; t < lookup->rows; t++)
-                add_row_selected(lookup, e, h, t, selected, capacity, count);
+    bool shared = lookup_shared(lookup);
+    for (uint32_t i = 0; i < lookup->corpus->extent_count * lookup->kv_heads; i++) {
+        const lookup_pair *pair = &lookup->pairs[i];
+        const lookup_head *head = &lookup->heads[pair->kv_head];
+        uint32_t begin = pair->root_base, end = begin + loci_pair_header_of(pair->blob)->roots;
+        for (uint32_t t = 0; t < lookup->rows; t++) {
+            size_t last = shared ? end : head->row_begin[t + 1];
+            for (size_t k = shared ? begin : head->row_begin[t]; k < last; k++) {
+                lookup_kept at = shared ? (lookup_kept){(uint32_t)k, k} : head->row_kept[k];
+                if (at.root >= begin && at.root < end)
+                    add_entry_selected(pair, head, i / lookup->kv_heads, t, at, selected, capacity,
+                                       count);
+            }
+        }
+    }
 }
 
 void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats) {
@@ -577,7 +584,7 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
 
 void loci_select_reach(loci_select_params *params, bool question) {
     params->roots = question ? 2.0f : 0.7f;
-    params->candidates = question ? 8.0f : 5.0f;
+    params->candidates = question ? 8.0f : 2.0f;
     params->roots_min = 64;
     params->candidates_min = 2048;
 }

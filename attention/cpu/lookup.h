@@ -40,19 +40,29 @@ typedef struct lookup_pair {
     loci_lookup_stats stats;
 } lookup_pair;
 
+/* A root that a row keeps (its number among the head's), and its entry. */
+typedef struct lookup_kept {
+    uint32_t root;
+    size_t entry;
+} lookup_kept;
+
 typedef struct lookup_head {
     uint32_t roots;       /* over all extents */
     float *root_score;    /* [vectors][roots]: log mass; in mode squeezed q.c */
     uint32_t *root_live;  /* [roots] */
     uint32_t *root_first; /* [roots] first slot in the root's pair */
+    uint8_t *root_leaves; /* [roots] */
     uint64_t live_tokens;
-    uint8_t *root_kept;  /* [rows][roots]; absent where all rows share one set */
-    size_t *entry_begin; /* [roots + 1] */
-    uint32_t *entry_row; /* [entries] */
-    size_t *leaf_at;     /* [roots] where the leaves of a root with entries begin in leaf_live */
-    uint8_t *leaf_live;  /* live tokens of a leaf */
-    size_t *score_at;    /* [entries] in leaf_score: [group][leaves of the root] */
+    uint8_t *root_kept;    /* [rows][roots]; absent where all rows share one set */
+    size_t *entry_begin;   /* [roots + 1] */
+    uint32_t *entry_row;   /* [entries] */
+    size_t *row_begin;     /* [rows + 1] in row_kept; absent where all rows share one set */
+    lookup_kept *row_kept; /* [entries] what each row keeps, root by root */
+    size_t *leaf_at;       /* [roots] where the leaves of a root with entries begin in leaf_live */
+    uint8_t *leaf_live;    /* live tokens of a leaf */
+    size_t *score_at;      /* [entries] in leaf_score: [group][leaves of the root] */
     float *leaf_score;
+    float *centre;        /* [entries][group] q.(mean + root) */
     float *floor;         /* [vectors] what a token's sketch must reach to be a candidate */
     uint64_t *leaf_mask;  /* [entries] leaves with candidates, a bit each */
     size_t *mask_at;      /* [entries + 1] in the masks: one word a leaf of leaf_mask */
@@ -80,12 +90,12 @@ struct loci_lookup {
     float *q, *q_lanes, *q_scale, *qq_scale;
     int8_t *q_codes, *qq_codes;
     int32_t *q_sum, *qq_sum;
-    float *steady;               /* [kv_heads][vectors] */
-    lookup_pair *pairs;          /* [extents][kv_heads] */
-    lookup_head *heads;          /* [kv_heads] */
-    float *task_terms;           /* [pairs][blocks * 16]: q.mean */
-    struct sketch_table *tables; /* [threads][vectors]: of the pair at work */
-    uint8_t *folded;             /* [threads][folded_stride]: queries with a pair's code scales */
+    float *steady;             /* [kv_heads][vectors] */
+    lookup_pair *pairs;        /* [extents][kv_heads] */
+    lookup_head *heads;        /* [kv_heads] */
+    float *task_terms;         /* [pairs][blocks * 16]: q.mean */
+    loci_sketch_table *tables; /* [pairs][vectors] */
+    uint8_t *folded;           /* [threads][folded_stride]: queries with a pair's code scales */
     size_t folded_stride;
     float **scratch; /* [threads] */
     lookup_arena arena;
@@ -102,6 +112,12 @@ static inline lookup_pair *lookup_pair_at(const loci_lookup *lookup, size_t exte
 
 static inline bool lookup_shared(const loci_lookup *lookup) {
     return lookup->mode != LOCI_MODE_HIERARCHICAL;
+}
+
+/* Candidates of an entry. */
+static inline size_t lookup_candidates(const loci_lookup *lookup, const lookup_head *head,
+                                       size_t entry) {
+    return (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
 }
 
 static inline size_t lookup_entries(const lookup_head *head) {
@@ -143,9 +159,6 @@ static inline void lookup_block_entries(const loci_lookup *lookup, const lookup_
 void lookup_join_masks(const lookup_head *head, uint32_t root, const uint32_t *masks,
                        uint32_t *all);
 
-/* A row's entry in a root; it must be kept. */
-size_t lookup_entry_of(const lookup_head *head, uint32_t root, uint32_t row);
-
 /* q of a KV head times the mean of a pair: out [blocks * 16], 0 in unused lanes. */
 void lookup_mean_terms(const loci_lookup *lookup, const lookup_pair *pair, float *out);
 
@@ -168,9 +181,8 @@ void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const
                        uint32_t block, float *out);
 /* sketches.c: tables of one pair, then the leaves of one of its roots for all rows that keep it. */
 bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup);
-void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair, unsigned thread);
-void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root,
-                           unsigned thread);
+void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair);
+void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root);
 /* Marks the tokens of one pair that reach a floor of a row. */
 void lookup_candidate_task(void *arg, size_t index, unsigned thread);
 /* codes.c: room for the masks of leaf_mask, then for the scores of the candidates. */

@@ -21,7 +21,12 @@ void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const
     if (count == 0 || dim == 0) return;
     for (uint32_t n = 0; n < count; n++) {
         const uint8_t *from = (const uint8_t *)first + n * stride + sizeof(loci_node);
-        for (uint32_t i = 0; i < dim; i++) x[n * dim + i] = from[i] ^ 128u; /* int8 plus 128 */
+        for (uint32_t i = 0; i < dim; i += sizeof(uint64_t)) { /* int8 plus 128 */
+            uint64_t eight;
+            memcpy(&eight, from + i, sizeof eight);
+            eight ^= 0x8080808080808080u;
+            memcpy(x + n * dim + i, &eight, sizeof eight);
+        }
     }
     lookup->kernels->dot_u8(centroid_dot, x, count, dim, lookup->q_codes + at);
     if (size) {
@@ -71,6 +76,7 @@ void lookup_root_task(void *arg, size_t index, unsigned thread) {
     uint32_t *live = head->root_live + pair->root_base, first = 0;
     for (uint32_t i = 0; i < header->roots; i++) {
         uint32_t tokens = loci_pair_root(pair->blob, i)->tokens;
+        head->root_leaves[pair->root_base + i] = (uint8_t)loci_pair_root(pair->blob, i)->count;
         head->root_first[pair->root_base + i] = first;
         live[i] = live_tokens(pair->live, first, tokens);
         first += tokens;
@@ -93,17 +99,34 @@ void lookup_root_task(void *arg, size_t index, unsigned thread) {
     }
 }
 
+/* The next root of a pair, from `local` on, with entries; their number if there is none. Its block
+ * is on its way to the cache. */
+static uint32_t next_kept(const loci_lookup *lookup, const lookup_pair *pair, uint32_t local) {
+    const lookup_head *head = &lookup->heads[pair->kv_head];
+    const size_t *begin = head->entry_begin + pair->root_base;
+    uint32_t roots = loci_pair_header_of(pair->blob)->roots;
+    while (local < roots && begin[local] == begin[local + 1]) local++;
+    if (local == roots) return roots;
+    const loci_root *root = loci_pair_root(pair->blob, local);
+    const uint8_t *block = (const void *)loci_root_leaves(pair->blob, root);
+    size_t bytes = loci_block_bytes(lookup->dim, root->count, root->tokens);
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + i);
+    return local;
+}
+
 /* All leaves of the roots of one pair that some row keeps. */
 void lookup_leaf_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
     loci_lookup *lookup = arg;
     lookup_pair *pair = &lookup->pairs[index];
     lookup_head *head = &lookup->heads[pair->kv_head];
     bool sketches = lookup->mode == LOCI_MODE_HIERARCHICAL;
-    if (sketches) lookup_make_tables(lookup, pair, thread);
-    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
+    if (sketches) lookup_make_tables(lookup, pair);
+    uint32_t roots = loci_pair_header_of(pair->blob)->roots;
+    for (uint32_t i = next_kept(lookup, pair, 0), next; i < roots; i = next) {
         uint32_t r = pair->root_base + i;
         size_t begin = head->entry_begin[r];
-        if (begin == head->entry_begin[r + 1]) continue;
+        next = next_kept(lookup, pair, i + 1);
         if (loci_pair_check_block(pair->blob, i, head->root_first[r], &pair->error) != LOCI_OK)
             return;
         const loci_root *root = loci_pair_root(pair->blob, i);
@@ -115,7 +138,7 @@ void lookup_leaf_task(void *arg, size_t index, unsigned thread) {
             if (lookup->mode == LOCI_MODE_DENSE && live[l]) head->leaf_mask[begin] |= 1ull << l;
         }
         if (sketches) {
-            lookup_score_sketches(lookup, pair, i, thread);
+            lookup_score_sketches(lookup, pair, i);
         } else if (lookup->mode == LOCI_MODE_SQUEEZED) {
             if (loci_pair_check_leaf_nodes(pair->blob, i, &pair->error) != LOCI_OK) return;
             pair->stats.leaf_bytes += root->count * loci_node_stride(lookup->dim);

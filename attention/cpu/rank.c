@@ -275,29 +275,27 @@ static void add_tokens(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
                        float *sums) {
     const lookup_head *head = &lookup->heads[kv_head];
     uint32_t row = vector / lookup->group, j = vector % lookup->group;
-    for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
-        const lookup_pair *pair = lookup_pair_at(lookup, e, kv_head);
-        for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-            uint32_t r = pair->root_base + i;
-            if (!head->root_kept[(size_t)row * head->roots + r]) continue;
-            size_t entry = lookup_entry_of(head, r, row);
-            size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
-            const loci_root *root = loci_pair_root(pair->blob, i);
-            const float *score = head->token_score + head->token_at[entry] + j * tokens;
-            const uint32_t *mask = head->candidates + head->mask_at[entry];
-            for (uint64_t left = head->leaf_mask[entry]; left; left &= left - 1, mask++) {
-                const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[__builtin_ctzll(left)];
-                float weight[LOCI_LEAF_TOKENS_MAX];
-                uint32_t n = lookup_count_bits(*mask), bits = *mask;
-                lookup->kernels->exp_sub(weight, score, n, max);
-                for (uint32_t t = 0; t < n; t++, bits &= bits - 1) {
-                    uint32_t slot = leaf->begin + (uint32_t)__builtin_ctz(bits);
-                    uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(pair->blob, slot));
-                    if (segment < pair->extent->segments)
-                        sums[pair->extent->segment_base + segment] += weight[t];
-                }
-                score += n;
+    const lookup_pair *pair = lookup_pair_at(lookup, 0, kv_head);
+    for (size_t i = head->row_begin[row]; i < head->row_begin[row + 1]; i++) {
+        lookup_kept at = head->row_kept[i];
+        while (at.root >= pair->root_base + loci_pair_header_of(pair->blob)->roots)
+            pair += lookup->kv_heads; /* of the next extent */
+        const loci_root *root = loci_pair_root(pair->blob, at.root - pair->root_base);
+        const float *score = head->token_score + head->token_at[at.entry] +
+                             j * lookup_candidates(lookup, head, at.entry);
+        const uint32_t *mask = head->candidates + head->mask_at[at.entry];
+        for (uint64_t left = head->leaf_mask[at.entry]; left; left &= left - 1, mask++) {
+            const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[__builtin_ctzll(left)];
+            float weight[LOCI_LEAF_TOKENS_MAX];
+            uint32_t n = lookup_count_bits(*mask), bits = *mask;
+            lookup->kernels->exp_sub(weight, score, n, max);
+            for (uint32_t t = 0; t < n; t++, bits &= bits - 1) {
+                uint32_t slot = leaf->begin + (uint32_t)__builtin_ctz(bits);
+                uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(pair->blob, slot));
+                if (segment < pair->extent->segments)
+                    sums[pair->extent->segment_base + segment] += weight[t];
             }
+            score += n;
         }
     }
 }
@@ -306,10 +304,8 @@ static float max_logit(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
     const lookup_head *head = &lookup->heads[kv_head];
     uint32_t row = vector / lookup->group, j = vector % lookup->group;
     float best = -INFINITY;
-    for (uint32_t r = 0; r < head->roots; r++) {
-        if (!head->root_kept[(size_t)row * head->roots + r]) continue;
-        size_t entry = lookup_entry_of(head, r, row);
-        size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
+    for (size_t i = head->row_begin[row]; i < head->row_begin[row + 1]; i++) {
+        size_t entry = head->row_kept[i].entry, tokens = lookup_candidates(lookup, head, entry);
         float top =
             lookup->kernels->max(head->token_score + head->token_at[entry] + j * tokens, tokens);
         best = top > best ? top : best;

@@ -165,39 +165,22 @@ void lookup_keep_roots_task(void *arg, size_t index, unsigned thread) {
     }
 }
 
-/* Visits the entries of one row in the order of roots. */
-typedef struct entry_walk {
-    const loci_lookup *lookup;
-    const lookup_head *head;
-    uint32_t kv_head, row, extent, root;
-    const lookup_pair *pair;
-    const loci_root *node;
-    size_t entry;
-} entry_walk;
+/* What one row keeps of one KV head. */
+typedef struct row_entries {
+    const lookup_kept *at, *end;
+} row_entries;
 
-static bool next_entry(entry_walk *w) {
-    while (w->extent < w->lookup->corpus->extent_count) {
-        w->pair = lookup_pair_at(w->lookup, w->extent, w->kv_head);
-        uint32_t roots = loci_pair_header_of(w->pair->blob)->roots;
-        while (w->root < roots) {
-            uint32_t local = w->root++, r = w->pair->root_base + local;
-            if (!w->head->root_kept[(size_t)w->row * w->head->roots + r]) continue;
-            w->node = loci_pair_root(w->pair->blob, local);
-            w->entry = lookup_entry_of(w->head, r, w->row);
-            return true;
-        }
-        w->root = 0;
-        w->extent++;
-    }
-    return false;
+static row_entries entries_of(const lookup_head *head, uint32_t row) {
+    return (row_entries){head->row_kept + head->row_begin[row],
+                         head->row_kept + head->row_begin[row + 1]};
 }
 
 /* All scores of leaves of one row and head, one after another; returns their number. */
-static size_t gather_leaves(entry_walk walk, uint32_t g, float *out) {
+static size_t gather_leaves(const lookup_head *head, row_entries row, uint32_t g, float *out) {
     size_t n = 0;
-    while (next_entry(&walk)) {
-        uint32_t count = walk.node->count;
-        const float *score = walk.head->leaf_score + walk.head->score_at[walk.entry] + g * count;
+    for (; row.at < row.end; row.at++) {
+        uint32_t count = head->root_leaves[row.at->root];
+        const float *score = head->leaf_score + head->score_at[row.at->entry] + g * count;
         memcpy(out + n, score, count * sizeof *out);
         n += count;
     }
@@ -210,7 +193,7 @@ void lookup_find_floors_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
-    entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk;
+    row_entries entries = entries_of(head, row);
     float slack = 1.0f - lookup->params.top_p, *all = lookup->scratch[thread];
     float reach = slack > 0.0f ? logf((float)head->live_tokens / slack) : INFINITY;
     uint64_t k =
@@ -218,19 +201,19 @@ void lookup_find_floors_task(void *arg, size_t index, unsigned thread) {
     float *floor = head->floor + (size_t)row * lookup->group;
     const float *steady = lookup->steady + (size_t)h * lookup->vectors + row * lookup->group;
     for (uint32_t g = 0; g < lookup->group; g++) {
-        size_t n = gather_leaves(start, g, all);
+        size_t n = gather_leaves(head, entries, g, all);
         float top = fmaxf(lookup->kernels->max(all, n), steady[g]);
         floor[g] = fmaxf(fmaxf(lookup_kth(lookup->kernels, all, n, k), top - reach), -FLT_MAX);
     }
-    for (walk = start; next_entry(&walk);) {
-        uint32_t count = walk.node->count;
-        const float *score = head->leaf_score + head->score_at[walk.entry];
+    for (; entries.at < entries.end; entries.at++) {
+        uint32_t count = head->root_leaves[entries.at->root];
+        const float *score = head->leaf_score + head->score_at[entries.at->entry];
         uint8_t reaches[LOCI_ROOT_LEAVES_MAX] = {0};
         uint64_t mask = 0;
         for (uint32_t g = 0; g < lookup->group; g++, score += count)
             for (uint32_t l = 0; l < count; l++) reaches[l] |= score[l] >= floor[g];
         for (uint32_t l = 0; l < count; l++) mask |= (uint64_t)reaches[l] << l;
-        head->leaf_mask[walk.entry] = mask;
+        head->leaf_mask[entries.at->entry] = mask;
     }
 }
 
@@ -261,19 +244,17 @@ static double share_out(const loci_lookup *lookup, row_choice *c) {
 }
 
 /* Lays the scratch of a thread out for the candidates of a row and fills in their scores. */
-static row_choice gather_candidates(entry_walk walk, float *scratch) {
-    const loci_lookup *lookup = walk.lookup;
-    const lookup_head *head = walk.head;
-    row_choice c = {.steady = lookup->steady + (size_t)walk.kv_head * lookup->vectors +
-                              walk.row * lookup->group};
-    for (entry_walk w = walk; next_entry(&w);)
-        c.n += (head->token_at[w.entry + 1] - head->token_at[w.entry]) / lookup->group;
+static row_choice gather_candidates(const loci_lookup *lookup, const lookup_head *head,
+                                    row_entries entries, float *scratch) {
+    row_choice c = {0};
+    for (row_entries e = entries; e.at < e.end; e.at++)
+        c.n += lookup_candidates(lookup, head, e.at->entry);
     c.share = scratch;
     c.score = c.share + (c.n + 15) / 16 * 16;
     c.taken = (uint8_t *)(c.score + lookup->group * c.n);
-    for (size_t at = 0; next_entry(&walk);) {
-        const float *from = head->token_score + head->token_at[walk.entry];
-        size_t n = (head->token_at[walk.entry + 1] - head->token_at[walk.entry]) / lookup->group;
+    for (size_t at = 0; entries.at < entries.end; entries.at++) {
+        const float *from = head->token_score + head->token_at[entries.at->entry];
+        size_t n = lookup_candidates(lookup, head, entries.at->entry);
         for (uint32_t g = 0; g < lookup->group; g++)
             memcpy(c.score + g * c.n + at, from + g * n, n * sizeof *from);
         at += n;
@@ -285,15 +266,16 @@ void lookup_select_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
-    entry_walk start = {.lookup = lookup, .head = head, .kv_head = h, .row = row}, walk;
-    row_choice c = gather_candidates(start, lookup->scratch[thread]);
+    row_entries entries = entries_of(head, row);
+    row_choice c = gather_candidates(lookup, head, entries, lookup->scratch[thread]);
+    c.steady = lookup->steady + (size_t)h * lookup->vectors + row * lookup->group;
     double target = share_out(lookup, &c) - (1.0 - (double)lookup->params.top_p);
     uint64_t most = lookup->params.budget ? lookup->params.budget : UINT64_MAX;
     lookup_choose(c.share, c.n, target, most, c.taken);
     const uint8_t *taken = c.taken;
-    for (walk = start; next_entry(&walk);) {
-        size_t end = head->mask_at[walk.entry + 1];
-        for (size_t i = head->mask_at[walk.entry]; i < end; i++) {
+    for (; entries.at < entries.end; entries.at++) {
+        size_t end = head->mask_at[entries.at->entry + 1];
+        for (size_t i = head->mask_at[entries.at->entry]; i < end; i++) {
             head->token_mask[i] = 0;
             for (uint32_t left = head->candidates[i]; left; left &= left - 1)
                 if (*taken++) head->token_mask[i] |= left & (0u - left);

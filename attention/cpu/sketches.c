@@ -12,22 +12,17 @@
 
 #include "attention/cpu/lookup.h"
 
-/* What one vector knows of a pair: the table [parts][16], and how to read its sums. */
-typedef struct sketch_table {
-    float base, scale;
-    uint8_t *entry;
-} sketch_table;
-
 static size_t table_bytes(const loci_lookup *lookup) {
     return (size_t)loci_sketch_parts(lookup->dim) * LOCI_SKETCH_WORDS;
 }
 
-static sketch_table *tables_of(const loci_lookup *lookup, unsigned thread) {
-    return lookup->tables + (size_t)thread * lookup->vectors;
+static loci_sketch_table *tables_of(const loci_lookup *lookup, const lookup_pair *pair) {
+    return lookup->tables + (size_t)(pair - lookup->pairs) * lookup->vectors;
 }
 
 bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup) {
-    size_t count = (size_t)loci_pool_threads(lookup->cpu->pool) * lookup->vectors;
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    size_t count = pairs * lookup->vectors;
     size_t bytes = table_bytes(lookup);
     lookup->tables = lookup_alloc(lookup, count * sizeof *lookup->tables);
     uint8_t *entries = lookup_alloc(lookup, count * bytes);
@@ -36,68 +31,42 @@ bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup) {
         return false;
     }
     for (size_t i = 0; i < count; i++)
-        lookup->tables[i] = (sketch_table){.entry = entries + i * bytes};
+        lookup->tables[i] = (loci_sketch_table){.entry = entries + i * bytes};
     return true;
 }
 
-/* Entries less the least of their part, in steps of a 255th of the widest part. */
-static void make_table(sketch_table *table, const float *q, const float *book, uint32_t parts) {
-    float value[LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS * LOCI_SKETCH_WORDS];
-    float low[LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS], widest = 0.0f;
-    table->base = 0.0f;
-    for (uint32_t p = 0; p < parts; p++) {
-        float *v = value + p * LOCI_SKETCH_WORDS, high;
-        memset(v, 0, LOCI_SKETCH_WORDS * sizeof *v);
-        for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++, book += LOCI_SKETCH_WORDS)
-            for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++)
-                v[w] += q[p * LOCI_SKETCH_CHANNELS + c] * book[w];
-        low[p] = high = v[0];
-        for (uint32_t w = 1; w < LOCI_SKETCH_WORDS; w++) {
-            low[p] = v[w] < low[p] ? v[w] : low[p];
-            high = v[w] > high ? v[w] : high;
-        }
-        widest = high - low[p] > widest ? high - low[p] : widest;
-        table->base += low[p];
-    }
-    bool usable = widest > 1e-30f && widest < 1e30f; /* else all alike, or a hostile codebook */
-    float inverse = usable ? 255.0f / widest : 0.0f;
-    table->scale = usable ? widest / 255.0f : 0.0f;
-    for (uint32_t p = 0; p < parts; p++)
-        for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++) {
-            size_t i = (size_t)p * LOCI_SKETCH_WORDS + w;
-            table->entry[i] = usable ? (uint8_t)((value[i] - low[p]) * inverse + 0.5f) : 0;
-        }
-}
-
-void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair, unsigned thread) {
+void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair) {
     const float *book = loci_pair_codebook(pair->blob);
     const float *q = lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim;
     for (uint32_t v = 0; v < lookup->vectors; v++)
-        make_table(tables_of(lookup, thread) + v, q + (size_t)v * lookup->dim, book,
-                   loci_sketch_parts(lookup->dim));
+        lookup->kernels->sketch_table(tables_of(lookup, pair) + v, q + (size_t)v * lookup->dim,
+                                      book, loci_sketch_parts(lookup->dim));
 }
 
 /* Vectors of one row under one root. */
 typedef struct sketch_run {
     const lookup_pair *pair;
     const loci_root *root;
-    const sketch_table *table;
+    const loci_sketch_table *table;
     uint32_t count; /* of vectors, at most LOCI_SKETCH_VECTORS */
-    float centroid[LOCI_SKETCH_VECTORS];
+    float *centre;  /* [count] q.(mean + root) */
     uint16_t sum[LOCI_SKETCH_VECTORS * LOCI_ROOT_TOKENS_MAX + LOCI_LEAF_TOKENS_MAX];
 } sketch_run;
 
-static void sum_run(const loci_lookup *lookup, sketch_run *run) {
+/* The sums of groups [first, end) of the root. */
+static void sum_groups(const loci_lookup *lookup, sketch_run *run, uint32_t first, uint32_t end) {
     const uint8_t *entries[LOCI_SKETCH_VECTORS];
+    uint32_t parts = loci_sketch_parts(lookup->dim);
     for (uint32_t v = 0; v < run->count; v++) entries[v] = run->table[v].entry;
-    lookup->kernels->sketch_sums(run->sum, loci_root_sketches(run->pair->blob, run->root),
-                                 loci_sketch_groups(run->root->tokens),
-                                 loci_sketch_parts(lookup->dim), entries, run->count);
+    lookup->kernels->sketch_sums(run->sum + first * LOCI_SKETCH_GROUP,
+                                 loci_root_sketches(run->pair->blob, run->root) +
+                                     (size_t)first * parts * LOCI_SKETCH_WORDS,
+                                 end - first, parts, entries, run->count);
 }
 
 /* What a token with this sum is estimated at. */
 static float estimate_of(const sketch_run *run, uint32_t v, uint32_t sum) {
-    return run->centroid[v] + run->table[v].base + run->table[v].scale * (float)sum;
+    return run->centre[v] + run->table[v].base + run->table[v].scale * (float)sum;
 }
 
 /* The highest estimate among each leaf's live tokens: out [count][leaves]. */
@@ -128,25 +97,38 @@ static uint16_t least_sum(const sketch_run *run, uint32_t v, float floor) {
     return (uint16_t)low;
 }
 
-/* Adds to the candidates of an entry the tokens that reach their vector's floor. */
-static void mark_run(const loci_lookup *lookup, const sketch_run *run, const float *floor,
-                     uint64_t kept, uint32_t *candidates) {
+/* Adds to the candidates of an entry the tokens that reach their vector's floor. Only groups with
+ * tokens of kept leaves are summed. */
+static void mark_run(const loci_lookup *lookup, sketch_run *run, const float *floor, uint64_t kept,
+                     uint32_t *candidates) {
     const loci_leaf *leaves = loci_root_leaves(run->pair->blob, run->root);
     uint16_t least[LOCI_SKETCH_VECTORS];
+    uint32_t summed = 0;
     for (uint32_t v = 0; v < run->count; v++) least[v] = least_sum(run, v, floor[v]);
     for (; kept; kept &= kept - 1, candidates++) {
         const loci_leaf *leaf = &leaves[__builtin_ctzll(kept)];
-        const uint16_t *of_leaf = run->sum + (leaf->begin - leaves[0].begin);
-        uint32_t mask = 0;
+        uint32_t begin = leaf->begin - leaves[0].begin, mask = 0;
+        uint32_t first = begin / LOCI_SKETCH_GROUP;
+        uint32_t end = (begin + leaf->count - 1) / LOCI_SKETCH_GROUP + 1;
+        first = first > summed ? first : summed;
+        if (first < end) sum_groups(lookup, run, first, end);
+        summed = end;
+        const uint16_t *of_leaf = run->sum + begin;
         for (uint32_t v = 0; v < run->count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX)
             mask |= lookup->kernels->reaching(of_leaf, least[v]);
         *candidates |= mask & lookup_live_bits(run->pair->live, leaf->begin, leaf->count);
     }
 }
 
+/* The query on a root's centre, for each head of an entry: computed when leaves are scored, found
+ * when candidates are marked. */
+static float *centre_of(const loci_lookup *lookup, const lookup_head *head, size_t entry) {
+    return head->centre + entry * lookup->group;
+}
+
 /* Scores the leaves of a root for the entries that keep it, or marks their candidates. */
 static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root_index,
-                         unsigned thread, bool mark) {
+                         bool mark) {
     lookup_head *head = &lookup->heads[pair->kv_head];
     sketch_run run; /* its sums are large: not cleared */
     run.pair = pair;
@@ -155,14 +137,15 @@ static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uin
         lookup->task_terms + (size_t)(pair - lookup->pairs) * lookup->blocks * LOCI_LANES;
     uint32_t r = pair->root_base + root_index;
     const uint8_t *live = head->leaf_live + head->leaf_at[r];
-    float centroid[LOCI_LANES];
+    float centre[LOCI_LANES];
     for (uint32_t b = 0; b < lookup->blocks; b++) {
         size_t first, last;
         lookup_block_entries(lookup, head, head->entry_begin[r], head->entry_begin[r + 1], b,
                              &first, &last);
         if (first == last) continue;
-        lookup_score_tile(lookup, pair, loci_pair_root_node(pair->blob, root_index), 1, NULL,
-                          mean_terms, b, centroid);
+        if (!mark)
+            lookup_score_tile(lookup, pair, loci_pair_root_node(pair->blob, root_index), 1, NULL,
+                              mean_terms, b, centre);
         for (size_t e = first; e < last; e++) {
             if (mark && !head->leaf_mask[e]) continue;
             uint32_t from = head->entry_row[e] * lookup->group, end = from + lookup->group;
@@ -170,30 +153,31 @@ static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uin
             for (uint32_t v = from < low ? low : from; v < end && v < high; v += run.count) {
                 uint32_t left = (end < high ? end : high) - v;
                 run.count = left < LOCI_SKETCH_VECTORS ? left : LOCI_SKETCH_VECTORS;
-                run.table = tables_of(lookup, thread) + v;
-                memcpy(run.centroid, centroid + (v - low), run.count * sizeof *run.centroid);
-                sum_run(lookup, &run);
-                if (mark)
+                run.table = tables_of(lookup, pair) + v;
+                run.centre = centre_of(lookup, head, e) + (v - from);
+                if (mark) {
                     mark_run(lookup, &run, head->floor + v, head->leaf_mask[e],
                              head->candidates + head->mask_at[e]);
-                else
-                    top_leaves(lookup, &run, live,
-                               head->leaf_score + head->score_at[e] +
-                                   (size_t)(v - from) * run.root->count);
+                    continue;
+                }
+                memcpy(run.centre, centre + (v - low), run.count * sizeof *centre);
+                sum_groups(lookup, &run, 0, loci_sketch_groups(run.root->tokens));
+                top_leaves(lookup, &run, live,
+                           head->leaf_score + head->score_at[e] +
+                               (size_t)(v - from) * run.root->count);
             }
         }
     }
 }
 
-void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root,
-                           unsigned thread) {
-    walk_entries(lookup, pair, root, thread, false);
+void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root) {
+    walk_entries(lookup, pair, root, false);
 }
 
 void lookup_candidate_task(void *arg, size_t index, unsigned thread) {
     const loci_lookup *lookup = arg;
     const lookup_pair *pair = &lookup->pairs[index];
-    lookup_make_tables(lookup, pair, thread);
+    (void)thread;
     for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++)
-        walk_entries(lookup, pair, i, thread, true);
+        walk_entries(lookup, pair, i, true);
 }

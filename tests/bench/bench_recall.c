@@ -20,10 +20,12 @@
 
 #define SETS_MAX 16
 #define HEADS_MAX 64
+#define STEPS_MAX 4096 /* look-ups whose bytes are kept for the percentiles */
 
 typedef struct tally {
     double recall[HEADS_MAX], error[HEADS_MAX], rows[HEADS_MAX];
     double bytes, dense, steps, root, leaf, code, kv, nanoseconds, worst_bytes;
+    double share[STEPS_MAX]; /* bytes of each look-up, of dense mode's */
 } tally;
 
 typedef struct bench {
@@ -97,6 +99,7 @@ static void add_bytes(tally *to, const loci_lookup_stats *stats, double nanoseco
     to->nanoseconds += nanoseconds;
     double share = bytes / (double)stats->dense_kv_bytes;
     if (share > to->worst_bytes) to->worst_bytes = share;
+    if (to->steps < STEPS_MAX) to->share[(size_t)to->steps] = share;
     to->steps++;
 }
 
@@ -184,6 +187,30 @@ static loci_status bench_hook(void *ctx, const loci_attend_call *call, loci_erro
     return ops->sync(call->stream, err);
 }
 
+/* "name":[mean over the rows of each (layer, KV head)] */
+static void print_heads(const char *name, const double *sum, const double *rows, uint32_t heads) {
+    printf(",\"%s\":[", name);
+    for (uint32_t i = 0; i < heads; i++)
+        printf("%s%.4f", i ? "," : "", rows[i] > 0 ? sum[i] / rows[i] : 0.0);
+    printf("]");
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Of the look-ups' bytes. */
+static void print_percentiles(const tally *t) {
+    static double sorted[STEPS_MAX];
+    size_t n = t->steps < STEPS_MAX ? (size_t)t->steps : STEPS_MAX;
+    memcpy(sorted, t->share, n * sizeof *sorted);
+    qsort(sorted, n, sizeof *sorted, compare_doubles);
+    if (n)
+        printf(",\"bytes_percent_p50\":%.3f,\"bytes_percent_p95\":%.3f", 100 * sorted[n / 2],
+               100 * sorted[n * 95 / 100]);
+}
+
 static void print_tally(const loci_query *query, const loci_select_params *set, uint32_t number,
                         const char *kind, const tally *t) {
     double recall = 1, error = 0, all = 0, all_error = 0, rows = 0;
@@ -202,13 +229,17 @@ static void print_tally(const loci_query *query, const loci_select_params *set, 
            "\"error_mean\":%.4f,\"bytes_percent\":%.3f,\"bytes_percent_max\":%.3f,"
            "\"roots\":%.3f,\"leaves\":%.3f,\"codes\":%.3f,\"kv\":%.3f,\"ms\":%.2f,"
            "\"top_p\":%g,\"budget\":%u,\"roots_rate\":%g,\"roots_min\":%u,"
-           "\"candidates_rate\":%g,\"candidates_min\":%u}\n",
+           "\"candidates_rate\":%g,\"candidates_min\":%u",
            number, kind, (unsigned long long)query->view->tokens, rows, recall,
            rows > 0 ? all / rows : 0, error, rows > 0 ? all_error / rows : 0,
            100 * t->bytes / t->dense, 100 * t->worst_bytes, 100 * t->root / t->dense,
            100 * t->leaf / t->dense, 100 * t->code / t->dense, 100 * t->kv / t->dense,
            t->nanoseconds / t->steps / 1e6, (double)set->top_p, set->budget, (double)set->roots,
            set->roots_min, (double)set->candidates, set->candidates_min);
+    print_percentiles(t);
+    print_heads("recall_heads", t->recall, t->rows, heads);
+    print_heads("error_heads", t->error, t->rows, heads);
+    printf("}\n");
 }
 
 static void parse_set(const char *text, loci_select_params *set) {
@@ -280,7 +311,7 @@ static void ask(loci_engine *engine, bench *self, const char *corpus, const char
 int main(int argc, char **argv) {
     const char *data = NULL, *corpus = NULL, *questions = NULL, *model = "model/default";
     uint32_t steps = 6;
-    bench self = {0};
+    static bench self;
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--data"))
             data = argv[i + 1];

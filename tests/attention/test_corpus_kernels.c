@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Kernels of the look-up whose results must be the same bits on every instruction set: tables and
+ * sums of sketches, and what is read off them.
+ */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <cmocka.h>
+#include <math.h>
+
+#include "attention/cpu/corpus_kernels.h"
+#include "tests/attention/corpus_fixture.h"
+
+enum {
+    PARTS = 16,
+    WORDS = PARTS * LOCI_SKETCH_WORDS,
+    GROUPS = 5,
+    SUMS = (LOCI_SKETCH_VECTORS - 1) * LOCI_ROOT_TOKENS_MAX + GROUPS * LOCI_SKETCH_GROUP
+};
+
+static loci_cpu_isa best_isa(void) {
+    loci_cpu_isa best;
+    loci_error err;
+    assert_int_equal(loci_cpu_isa_detect(NULL, &best, &err), LOCI_OK);
+    return best;
+}
+
+/* Tables stand within half a step a part of the products. A codebook whose products overflow gives
+ * the portable table, too. */
+static void test_sketch_tables(void **state) {
+    (void)state;
+    uint64_t rng = 20;
+    loci_cpu_isa best = best_isa();
+    for (int round = 0; round < 60; round++) {
+        float q[PARTS * LOCI_SKETCH_CHANNELS], book[WORDS * LOCI_SKETCH_CHANNELS];
+        uint8_t expected[WORDS], entry[WORDS];
+        for (size_t i = 0; i < sizeof q / sizeof *q; i++)
+            q[i] = 4.0f * fixture_uniform(&rng) - 2.0f;
+        for (size_t i = 0; i < sizeof book / sizeof *book; i++)
+            book[i] = ldexpf(fixture_uniform(&rng) - 0.5f, round % 3 ? 0 : 129);
+        loci_sketch_table plain = {.entry = expected}, fast = {.entry = entry};
+        loci_corpus_kernels_portable.sketch_table(&plain, q, book, PARTS);
+        for (int isa = 0; isa <= (int)best; isa++) {
+            loci_corpus_kernels_of((loci_cpu_isa)isa)->sketch_table(&fast, q, book, PARTS);
+            assert_memory_equal(entry, expected, sizeof entry);
+            assert_memory_equal(&fast.scale, &plain.scale, sizeof(float));
+            if (round % 3) assert_memory_equal(&fast.base, &plain.base, sizeof(float));
+        }
+        if (round % 3 == 0) continue; /* its sums mean nothing */
+        double sum = 0.0;
+        uint32_t steps = 0, word = (uint32_t)round % LOCI_SKETCH_WORDS;
+        for (uint32_t p = 0; p < PARTS; p++) steps += expected[p * LOCI_SKETCH_WORDS + word];
+        for (uint32_t c = 0; c < PARTS * LOCI_SKETCH_CHANNELS; c++)
+            sum += (double)q[c] * (double)book[c * LOCI_SKETCH_WORDS + word];
+        double estimate = (double)plain.base + (double)plain.scale * steps;
+        assert_true(fabs(estimate - sum) <= 0.501 * PARTS * (double)plain.scale);
+        assert_true(plain.scale > 0.0f);
+    }
+}
+
+static void check_sums(const loci_corpus_kernels *kernels, const uint8_t *sketches,
+                       const uint8_t *const *table, uint32_t vectors, const uint16_t *expected,
+                       uint64_t *rng) {
+    static uint16_t sums[SUMS + LOCI_LEAF_TOKENS_MAX];
+    kernels->sketch_sums(sums, sketches, GROUPS, PARTS, table, vectors);
+    for (uint32_t v = 0; v < vectors; v++) {
+        const uint16_t *of = sums + v * LOCI_ROOT_TOKENS_MAX;
+        assert_memory_equal(of, expected + v * LOCI_ROOT_TOKENS_MAX,
+                            GROUPS * LOCI_SKETCH_GROUP * sizeof *of);
+        uint32_t at = (uint32_t)(fixture_random(rng) % ((GROUPS - 1) * LOCI_SKETCH_GROUP));
+        uint32_t mask = (uint32_t)fixture_random(rng), reached = 0;
+        uint16_t least = of[at + 7], top = 0;
+        for (uint32_t t = 0; t < 32; t++) {
+            reached |= of[at + t] >= least ? 1u << t : 0u;
+            if (mask >> t & 1 && of[at + t] > top) top = of[at + t];
+        }
+        assert_int_equal(kernels->reaching(of + at, least), reached);
+        assert_int_equal(kernels->masked_top(of + at, mask), top);
+        assert_int_equal(kernels->masked_top(of + at, 0), 0);
+    }
+}
+
+static void test_sketch_sums(void **state) {
+    (void)state;
+    uint64_t rng = 21;
+    loci_cpu_isa best = best_isa();
+    for (int round = 0; round < 100; round++) {
+        static uint16_t expected[SUMS];
+        uint8_t sketches[GROUPS * PARTS * 16], entries[LOCI_SKETCH_VECTORS][WORDS];
+        const uint8_t *table[LOCI_SKETCH_VECTORS];
+        uint32_t vectors = 1 + (uint32_t)(fixture_random(&rng) % LOCI_SKETCH_VECTORS);
+        for (size_t i = 0; i < sizeof sketches; i++) sketches[i] = (uint8_t)fixture_random(&rng);
+        for (uint32_t v = 0; v < LOCI_SKETCH_VECTORS; v++) {
+            table[v] = entries[v];
+            for (uint32_t i = 0; i < WORDS; i++)
+                entries[v][i] = round == 0 ? 255 : (uint8_t)fixture_random(&rng);
+        }
+        /* Token t of a group: low half of byte t, high half of byte t - 16. */
+        for (uint32_t v = 0; v < vectors; v++)
+            for (uint32_t t = 0; t < GROUPS * LOCI_SKETCH_GROUP; t++) {
+                const uint8_t *group = sketches + (size_t)(t / 32) * PARTS * 16;
+                uint32_t sum = 0;
+                for (uint32_t p = 0; p < PARTS; p++) {
+                    uint32_t byte = group[p * 16 + t % 16];
+                    sum += entries[v][p * 16 + (t % 32 < 16 ? byte & 15u : byte >> 4)];
+                }
+                expected[v * LOCI_ROOT_TOKENS_MAX + t] = (uint16_t)sum;
+            }
+        for (int isa = 0; isa <= (int)best; isa++)
+            check_sums(loci_corpus_kernels_of((loci_cpu_isa)isa), sketches, table, vectors,
+                       expected, &rng);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_sketch_tables),
+        cmocka_unit_test(test_sketch_sums),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
