@@ -14,7 +14,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #define XXH_STATIC_LINKING_ONLY /* the state on the stack; its size is fixed since 0.8 */
@@ -270,11 +269,9 @@ static loci_status map_file(const char *path, loci_extent *extent, uint64_t expe
         status = loci_fail(err, LOCI_E_CORRUPT, "extent %s has %lld bytes, its manifest says %llu",
                            path, (long long)info.st_size, (unsigned long long)expected);
     } else {
-        void *map = mmap(NULL, (size_t)expected, PROT_READ, MAP_SHARED, fd, 0);
-        if (map == MAP_FAILED) {
-            status = fail_io(err, "cannot map extent", path);
-        } else {
-            extent->map = map;
+        status = loci_mapping_open(fd, expected, path, &extent->mapping, err);
+        if (status == LOCI_OK) {
+            extent->map = loci_mapping_data(extent->mapping);
             extent->bytes = expected;
         }
     }
@@ -387,6 +384,16 @@ static loci_status open_mapped(loci_extent *extent, const char *path, const loci
                                       &extent->buffer, err);
 }
 
+loci_status loci_extent_check(const loci_extent *extent, loci_error *err) {
+    return loci_mapping_check(extent->mapping, err);
+}
+
+/* What could not be read explains whatever was found wrong in it. */
+static loci_status what_was_read(const loci_extent *extent, loci_status status, loci_error *err) {
+    if (extent->mapping) LOCI_TRY(loci_extent_check(extent, err));
+    return status;
+}
+
 loci_status loci_extent_open(const char *dir, const loci_geometry *geometry,
                              const loci_manifest_extent *expected, loci_backend *backend,
                              loci_extent **out, loci_error *err) {
@@ -405,7 +412,7 @@ loci_status loci_extent_open(const char *dir, const loci_geometry *geometry,
     int len = snprintf(path, sizeof path, "%s/%s", dir, extent->name);
     loci_status status = LOCI_E_INVAL;
     if (len > 0 && (size_t)len < sizeof path)
-        status = open_mapped(extent, path, geometry, expected, err);
+        status = what_was_read(extent, open_mapped(extent, path, geometry, expected, err), err);
     else
         loci_fail(err, status, "the path of extent %s is too long", extent->name);
     if (status != LOCI_OK) {
@@ -424,7 +431,7 @@ loci_extent *loci_extent_ref(loci_extent *extent) {
 void loci_extent_unref(loci_extent *extent) {
     if (!extent || atomic_fetch_sub(&extent->refs, 1) != 1) return;
     if (extent->buffer) extent->backend->ops->free(extent->backend, extent->buffer);
-    if (extent->map) munmap((void *)(uintptr_t)extent->map, (size_t)extent->bytes);
+    loci_mapping_close(extent->mapping);
     free(extent->pair_at);
     free(extent->pair_bytes);
     free(extent->pair_hash);
@@ -451,6 +458,7 @@ loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair, uint
     loci_status status =
         loci_pair_read_positions(extent->map + extent->pair_at[pair], extent->pair_bytes[pair],
                                  extent->segment_begin, extent->segments, k, v, err);
+    LOCI_TRY(loci_extent_check(extent, err));
     if (status != LOCI_OK)
         return loci_fail_prefix(err, status, "pair %u of extent %s", pair, extent->name);
     return LOCI_OK;
@@ -461,6 +469,7 @@ loci_status loci_extent_live(const loci_extent *extent, uint32_t pair, const uin
     loci_status status =
         loci_pair_live(extent->map + extent->pair_at[pair], extent->pair_bytes[pair], segment_dead,
                        extent->segments, bitmap, err);
+    LOCI_TRY(loci_extent_check(extent, err));
     if (status != LOCI_OK)
         return loci_fail_prefix(err, status, "pair %u of extent %s", pair, extent->name);
     return LOCI_OK;

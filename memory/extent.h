@@ -6,6 +6,7 @@
 #ifndef LOCI_MEMORY_EXTENT_H
 #define LOCI_MEMORY_EXTENT_H
 
+#include "base/mapping.h"
 #include "memory/builder.h"
 #include "memory/manifest.h"
 
@@ -17,7 +18,8 @@ typedef struct loci_extent {
     uint8_t id[LOCI_EXTENT_ID_BYTES];
     char name[LOCI_EXTENT_NAME_BYTES];
     loci_backend *backend;
-    const uint8_t *map;
+    loci_mapping *mapping;
+    const uint8_t *map; /* its data */
     uint64_t bytes, header_hash;
     loci_buffer *buffer; /* map, as the backend sees it */
     uint32_t tokens, segments, pairs, head_dim;
@@ -52,6 +54,10 @@ LOCI_MUST_CHECK loci_status loci_extent_open(const char *dir, const loci_geometr
                                              loci_error *err);
 loci_extent *loci_extent_ref(loci_extent *extent);
 void loci_extent_unref(loci_extent *extent); /* NULL allowed */
+
+/* LOCI_E_IO if anything that was read of the extent since it was opened could not be read; until
+ * then everything else that stands here may have seen zeros. */
+LOCI_MUST_CHECK loci_status loci_extent_check(const loci_extent *extent, loci_error *err);
 
 loci_extent_segment loci_extent_segment_at(const loci_extent *extent, uint32_t segment);
 /* K and V of a pair in position order, verified. */

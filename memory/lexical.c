@@ -241,8 +241,9 @@ static loci_status make_extent_block(const loci_snapshot *snapshot, uint32_t ind
             loci_extent_segment segment = loci_extent_segment_at(extent, at);
             places[at] = (text_place){entry->runs[r].sequence, segment.start, segment.end};
         }
-    loci_status status =
-        make_block(snapshot->corpus, places, extent->segments, quiet, cancel, out, err);
+    loci_status status = loci_extent_check(extent, err);
+    if (status == LOCI_OK)
+        status = make_block(snapshot->corpus, places, extent->segments, quiet, cancel, out, err);
     free(places);
     return status;
 }

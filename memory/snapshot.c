@@ -422,6 +422,12 @@ static uint32_t extent_of(const loci_snapshot *snapshot, uint32_t segment) {
     return low;
 }
 
+loci_status loci_snapshot_check(const loci_snapshot *snapshot, loci_error *err) {
+    for (uint32_t i = 0; i < snapshot->manifest->extent_count; i++)
+        LOCI_TRY(loci_extent_check(snapshot->extents[i], err));
+    return LOCI_OK;
+}
+
 bool loci_snapshot_segment_live(const loci_snapshot *snapshot, uint32_t segment) {
     LOCI_ASSERT(segment < loci_snapshot_segments(snapshot));
     if (segment >= snapshot->extent_segments) return true;
@@ -504,6 +510,8 @@ static loci_status find_segment(const loci_snapshot *snapshot, uint32_t segment,
         return loci_fail(err, LOCI_E_INVAL, "corpus %s has no segment %u", snapshot->corpus->name,
                          segment);
     uint64_t sequence = sequence_of(snapshot, segment, info);
+    if (segment < snapshot->extent_segments)
+        LOCI_TRY(loci_extent_check(snapshot->extents[extent_of(snapshot, segment)], err));
     loci_snapshot *owner = (loci_snapshot *)(uintptr_t)snapshot; /* a cache, behind its lock */
     pthread_mutex_lock(&owner->lock);
     loci_status status = load_known(owner, sequence, document, err);

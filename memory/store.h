@@ -173,6 +173,9 @@ uint32_t loci_snapshot_end(const loci_snapshot *snapshot);
 const loci_corpus_view *loci_snapshot_view(const loci_snapshot *snapshot);
 const loci_corpus_info *loci_snapshot_info(const loci_snapshot *snapshot);
 uint32_t loci_snapshot_segments(const loci_snapshot *snapshot); /* dead ones included */
+/* LOCI_E_IO if something that was read of the snapshot's extents could not be read: what was
+ * computed from them must not be used. */
+LOCI_MUST_CHECK loci_status loci_snapshot_check(const loci_snapshot *snapshot, loci_error *err);
 bool loci_snapshot_segment_live(const loci_snapshot *snapshot, uint32_t segment);
 LOCI_MUST_CHECK loci_status loci_snapshot_segment(const loci_snapshot *snapshot, uint32_t segment,
                                                   loci_segment_info *out, loci_error *err);

@@ -343,6 +343,7 @@ loci_status loci_model_load(loci_model *model, const char *dir, loci_backend *ba
     LOCI_TRY_GOTO(loci_safetensors_open(dir, &l.file, err), out);
     LOCI_TRY_GOTO(load_weights(&l, err), out);
     LOCI_TRY_GOTO(make_fingerprint(&l, loci_buf_text(&path), err), out);
+    LOCI_TRY_GOTO(loci_safetensors_check(l.file, err), out);
 out:
     if (l.stream) backend->ops->stream_close(backend, l.stream);
     loci_safetensors_close(l.file);

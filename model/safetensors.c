@@ -14,11 +14,11 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "base/buf.h"
+#include "base/mapping.h"
 #include "model/json.h"
 
 /* A header of 16 MiB describes more than 100,000 tensors. */
@@ -33,7 +33,8 @@ enum {
 typedef struct shard {
     char *path;
     const char *name; /* as the index calls it; NULL without an index */
-    uint8_t *map;
+    loci_mapping *mapping;
+    const uint8_t *map; /* its data */
     size_t map_bytes;
     const uint8_t *data; /* behind the header */
     json_t *header;
@@ -193,12 +194,9 @@ static loci_status map_shard(shard *file, loci_error *err) {
     if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
         status = loci_fail(err, LOCI_E_IO, "%s is not a regular file", file->path);
     } else if (info.st_size > 0) {
-        void *map = mmap(NULL, (size_t)info.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (map == MAP_FAILED) {
-            status =
-                loci_fail(err, LOCI_E_IO, "%s cannot be mapped: %s", file->path, strerror(errno));
-        } else {
-            file->map = map;
+        status = loci_mapping_open(fd, (uint64_t)info.st_size, file->path, &file->mapping, err);
+        if (status == LOCI_OK) {
+            file->map = loci_mapping_data(file->mapping);
             file->map_bytes = (size_t)info.st_size;
         }
     }
@@ -303,6 +301,11 @@ loci_status loci_safetensors_open(const char *dir, loci_safetensors **out, loci_
     loci_safetensors *file = calloc(1, sizeof *file);
     if (!file) return loci_fail(err, LOCI_E_NOMEM, "no memory for the weights of %s", dir);
     loci_status status = open_folder(file, dir, err);
+    loci_error unread;
+    if (loci_safetensors_check(file, &unread) != LOCI_OK) {
+        status = unread.status; /* explains whatever was found wrong */
+        *err = unread;
+    }
     if (status != LOCI_OK) {
         loci_safetensors_close(file);
         return status;
@@ -311,11 +314,17 @@ loci_status loci_safetensors_open(const char *dir, loci_safetensors **out, loci_
     return LOCI_OK;
 }
 
+loci_status loci_safetensors_check(const loci_safetensors *file, loci_error *err) {
+    for (size_t i = 0; i < file->shard_count; i++)
+        if (file->shards[i].mapping) LOCI_TRY(loci_mapping_check(file->shards[i].mapping, err));
+    return LOCI_OK;
+}
+
 void loci_safetensors_close(loci_safetensors *file) {
     if (!file) return;
     for (size_t i = 0; i < file->shard_count; i++) {
         shard *part = &file->shards[i];
-        if (part->map) munmap(part->map, part->map_bytes);
+        loci_mapping_close(part->mapping);
         json_decref(part->header);
         free(part->entries);
         free(part->path);

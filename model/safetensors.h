@@ -25,6 +25,8 @@ typedef struct loci_tensor {
 /* dir: a model folder with model.safetensors, or model.safetensors.index.json and its shards. */
 LOCI_MUST_CHECK loci_status loci_safetensors_open(const char *dir, loci_safetensors **out,
                                                   loci_error *err);
+/* LOCI_E_IO if some of what was read of the files since they were opened could not be read. */
+LOCI_MUST_CHECK loci_status loci_safetensors_check(const loci_safetensors *file, loci_error *err);
 void loci_safetensors_close(loci_safetensors *file);
 /* LOCI_E_NOTFOUND names the tensor; LOCI_E_UNSUPPORTED its dtype; LOCI_E_INVAL a shape that is not
  * the expected one (dims expected values; pass 0 dims to accept any). */

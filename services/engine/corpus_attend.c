@@ -141,7 +141,7 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
         ops->attribute(call->stream, lookup, call->lse, row_begin,
                        loci_ref_at(query->slot->mass, 0));
     ops->lookup_stats(call->stream, lookup, &s->stats);
-    LOCI_TRY(ops->sync(call->stream, err));
+    LOCI_TRY(loci_query_settle(query, call->stream, err));
     uint64_t index =
         s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes + s->stats.hash_bytes;
     query->usage.index_read_bytes += index;

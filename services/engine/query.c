@@ -123,6 +123,12 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
     return engine->backend->ops->lookup_create(engine->backend, &query->slot->lookup, err);
 }
 
+loci_status loci_query_settle(const loci_query *query, loci_stream *stream, loci_error *err) {
+    loci_status status = query->engine->backend->ops->sync(stream, err);
+    LOCI_TRY(loci_snapshot_check(query->snapshot, err));
+    return status;
+}
+
 void loci_query_fini(loci_query *query) {
     if (query->slot) give_slot(query->engine, query->slot);
     loci_snapshot_release(query->snapshot);

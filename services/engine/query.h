@@ -92,6 +92,10 @@ float loci_query_attention_scale(const loci_query *query);
  * question's tokens are query->question and begin in the second row. */
 LOCI_MUST_CHECK loci_status loci_query_prompt(const loci_query *query, loci_tokens *out,
                                               loci_error *err);
+/* Waits for what reads the corpus. A page that could not be read explains any other failure, and
+ * makes the results of a success worthless. */
+LOCI_MUST_CHECK loci_status loci_query_settle(const loci_query *query, loci_stream *stream,
+                                              loci_error *err);
 
 /* prompt.c: what a stock model is asked. Appends the prompt of the question, to be answered from
  * the passages, or, without any, from the corpus that the prompt's tokens will see; its begin token

@@ -67,7 +67,7 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     uint32_t limit = state->limit > CANDIDATES ? state->limit : CANDIDATES;
     ops->lookup_candidates(call->stream, lookup, limit, segments, count);
     ops->lookup_stats(call->stream, lookup, &stats);
-    LOCI_TRY(ops->sync(call->stream, err));
+    LOCI_TRY(loci_query_settle(query, call->stream, err));
     uint64_t bytes = stats.root_bytes + stats.leaf_bytes + stats.code_bytes;
     query->usage.index_read_bytes += bytes;
     query->usage.fetched_bytes += bytes;
@@ -114,7 +114,7 @@ static loci_status score_candidates(rank_state *state, const loci_attend_call *c
                             (uint32_t)query->question.count, call->q_heads, call->scale, segments,
                             count, at);
         ops->download(call->stream, scores, at, count * sizeof *scores);
-        status = ops->sync(call->stream, err);
+        status = loci_query_settle(query, call->stream, err);
     }
     if (status == LOCI_OK) status = count_reads(query, segments, count, err);
     if (status == LOCI_OK) {

@@ -398,26 +398,32 @@ static void flip(off_t offset, unsigned bit) {
     close(file);
 }
 
-/* 200 single bits anywhere in an extent that is in use. */
-static void test_damage_is_named_or_harmless(void **state) {
-    (void)state;
+/* An extent of the handbook: extent_path, its size returned. */
+static off_t choose_extent(void) {
     struct stat info;
-    uint64_t seed = 20261124;
-    int named = 0;
-    extent_path[0] = 0;
     loci_corpus_info corpus;
+    extent_path[0] = 0;
     assert_int_equal(loci_corpus_get(loci_engine_store(engine), "handbook", &corpus, NULL),
                      LOCI_OK);
     snprintf(extent_folder, sizeof extent_folder, "/extents/%016llx/",
              (unsigned long long)corpus.uid);
     nftw(folder, find_extent, 16, FTW_PHYS);
     assert_int_equal(stat(extent_path, &info), 0);
+    return info.st_size;
+}
+
+/* 200 single bits anywhere in an extent that is in use. */
+static void test_damage_is_named_or_harmless(void **state) {
+    (void)state;
+    uint64_t seed = 20261124;
+    int named = 0;
+    off_t bytes = choose_extent();
     outcome clean[3], out;
     loci_error err;
     static const int modes[3] = {LOCI_MODE_DENSE, LOCI_MODE_SQUEEZED, LOCI_MODE_HIERARCHICAL};
     for (int m = 0; m < 3; m++) clean[m] = asked("handbook", QUESTION, modes[m], 0, 0);
     for (int round = 0; round < 200; round++) {
-        off_t offset = (off_t)(loci_rng_next(&seed) % (uint64_t)info.st_size);
+        off_t offset = (off_t)(loci_rng_next(&seed) % (uint64_t)bytes);
         if (round % 4 == 0) offset %= 1 << 17; /* headers and nodes more often */
         unsigned bit = (unsigned)(loci_rng_next(&seed) % 8);
         int m = round % 3;
@@ -438,6 +444,44 @@ static void test_damage_is_named_or_harmless(void **state) {
         out = asked("handbook", QUESTION, modes[m], 0, 0);
         assert_string_equal(out.answer, clean[m].answer);
     }
+}
+
+/* Pages of an extent in use that cannot be read any more: an error that names the file, in every
+ * mode, until it is whole and opened again. */
+static void test_unreadable_pages_are_an_error(void **state) {
+    (void)state;
+    off_t bytes = choose_extent(), kept = 1 << 14;
+    size_t lost = (size_t)(bytes - kept), hits = 0;
+    loci_engine_close(engine);
+    open_engine(); /* after cmocka has taken SIGBUS for this test */
+    outcome clean = asked("handbook", QUESTION, LOCI_MODE_HIERARCHICAL, 0, 0), out;
+    uint8_t *tail = malloc(lost);
+    assert_non_null(tail);
+    chmod(extent_path, 0600);
+    int file = open(extent_path, O_RDWR);
+    assert_true(file >= 0);
+    assert_int_equal(pread(file, tail, lost, kept), lost);
+    assert_int_equal(ftruncate(file, kept), 0);
+    for (int whole = 0; whole < 2; whole++) {
+        for (int mode = LOCI_MODE_DENSE; mode <= LOCI_MODE_HIERARCHICAL; mode++) {
+            loci_error err = {0};
+            assert_int_equal(ask("handbook", QUESTION, mode, 0, 0, &out, &err), LOCI_E_IO);
+            assert_non_null(strstr(err.text, extent_path));
+            assert_non_null(strstr(err.text, "could not be read"));
+        }
+        loci_error err = {0};
+        assert_int_equal(
+            loci_engine_retrieve(engine, "handbook", QUESTION, 4, 0, NULL, count_hits, &hits, &err),
+            LOCI_E_IO);
+        assert_int_equal(pwrite(file, tail, lost, kept), lost);
+    }
+    close(file);
+    free(tail);
+    loci_engine_close(engine);
+    open_engine();
+    out = asked("handbook", QUESTION, LOCI_MODE_HIERARCHICAL, 0, 0);
+    assert_string_equal(out.answer, clean.answer);
+    assert_true(out.shares == clean.shares);
 }
 
 static void test_reopening_changes_nothing(void **state) {
@@ -538,6 +582,7 @@ int main(void) {
         cmocka_unit_test(test_retrieve_ranks),
         cmocka_unit_test(test_reopening_changes_nothing),
         cmocka_unit_test(test_damage_is_named_or_harmless),
+        cmocka_unit_test(test_unreadable_pages_are_an_error),
         cmocka_unit_test(test_deleted_documents_are_gone),
         cmocka_unit_test(test_models_that_cannot_serve_are_refused_at_once),
         cmocka_unit_test(test_every_end_of_text_ends_an_answer),
