@@ -191,6 +191,7 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
     memset(out, 0, sizeof *out);
     memcpy(out->name, corpus->name, sizeof out->name);
     out->geometry = corpus->geometry;
+    out->settings = corpus->settings;
     out->uid = corpus->uid;
     out->created = corpus->created;
     out->documents = corpus->documents;
@@ -478,13 +479,15 @@ static loci_status write_new(loci_corpus *corpus, loci_error *err) {
 }
 
 static loci_status create_at(loci_store *store, size_t place, const char *name,
-                             const loci_geometry *geometry, const float *sink_k,
-                             const float *sink_v, loci_corpus_info *out, loci_error *err) {
+                             const loci_geometry *geometry, const loci_corpus_settings *settings,
+                             const float *sink_k, const float *sink_v, loci_corpus_info *out,
+                             loci_error *err) {
     loci_corpus *corpus = corpus_alloc(store, store->next_uid);
     loci_status status = LOCI_E_NOMEM;
     if (!corpus) return loci_fail(err, status, "no memory for corpus %s", name);
     memcpy(corpus->name, name, strlen(name) + 1);
     corpus->geometry = *geometry;
+    corpus->settings = *settings;
     corpus->created = loci_wall_seconds();
     corpus->manifest = loci_manifest_create(geometry->fingerprint);
     corpus->sink_floats = loci_sink_floats(geometry);
@@ -510,8 +513,11 @@ fail:
 }
 
 loci_status loci_corpus_create(loci_store *store, const char *name, const loci_geometry *geometry,
-                               const float *sink_k, const float *sink_v, loci_corpus_info *out,
-                               loci_error *err) {
+                               const loci_corpus_settings *settings, const float *sink_k,
+                               const float *sink_v, loci_corpus_info *out, loci_error *err) {
+    loci_corpus_settings defaults;
+    loci_corpus_settings_default(&defaults);
+    if (!settings) settings = &defaults;
     if (!name_valid(name))
         return loci_fail(err, LOCI_E_INVAL,
                          "\"%.*s\" is not a corpus name: 1 to %d of a-z 0-9 - _, the first a "
@@ -520,6 +526,7 @@ loci_status loci_corpus_create(loci_store *store, const char *name, const loci_g
     if (!loci_geometry_valid(geometry) || geometry->has_sink != (sink_k && sink_v))
         return loci_fail(err, LOCI_E_INVAL, "corpus %s: the model's geometry is out of range",
                          name);
+    LOCI_TRY(loci_corpus_settings_check(settings, geometry, err));
     pthread_mutex_lock(&store->lock);
     bool found;
     loci_status status;
@@ -531,7 +538,7 @@ loci_status loci_corpus_create(loci_store *store, const char *name, const loci_g
         pthread_mutex_unlock(&corpus->lock);
         status = loci_fail(err, LOCI_E_EXISTS, "there is already a corpus %s", name);
     } else {
-        status = create_at(store, place, name, geometry, sink_k, sink_v, out, err);
+        status = create_at(store, place, name, geometry, settings, sink_k, sink_v, out, err);
     }
     pthread_mutex_unlock(&store->lock);
     return status;
@@ -546,6 +553,52 @@ loci_status loci_corpus_get(loci_store *store, const char *name, loci_corpus_inf
     pthread_mutex_unlock(&corpus->lock);
     loci_corpus_release(corpus);
     return LOCI_OK;
+}
+
+/* The catalogue value as the corpus is now; caller holds corpus->lock. */
+static loci_status write_record(loci_corpus *corpus, bool deleted, loci_error *err) {
+    loci_buf record = LOCI_BUF_INIT;
+    loci_corpus_encode(corpus, deleted, &record);
+    loci_batch *batch = loci_batch_create(corpus->store->rocks);
+    loci_key key = loci_key_catalog('c', corpus->uid);
+    loci_status status = loci_buf_status(&record);
+    if (status == LOCI_OK) {
+        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
+                       loci_slice_of(record.data, record.len));
+        status = loci_batch_write(batch, true, err);
+    } else {
+        loci_fail(err, status, "no memory for the record of corpus %s", corpus->name);
+    }
+    loci_batch_destroy(batch);
+    loci_buf_fini(&record);
+    return status;
+}
+
+loci_status loci_corpus_set(loci_store *store, const char *name,
+                            const loci_corpus_settings *settings, loci_corpus_info *out,
+                            loci_error *err) {
+    loci_corpus *corpus = NULL;
+    LOCI_TRY(loci_corpus_acquire(store, name, &corpus, err));
+    loci_status status = loci_corpus_settings_check(settings, &corpus->geometry, err);
+    pthread_mutex_lock(&corpus->lock);
+    loci_corpus_settings before = corpus->settings;
+    loci_snapshot *stale = NULL;
+    if (status == LOCI_OK && corpus->deleted)
+        status = loci_fail(err, LOCI_E_NOTFOUND, "there is no corpus \"%s\"", name);
+    if (status == LOCI_OK) {
+        corpus->settings = *settings;
+        status = write_record(corpus, false, err);
+        if (status != LOCI_OK) corpus->settings = before;
+    }
+    if (status == LOCI_OK) {
+        stale = corpus->current; /* it has the settings of before */
+        corpus->current = NULL;
+    }
+    loci_corpus_fill_info(corpus, out);
+    pthread_mutex_unlock(&corpus->lock);
+    loci_snapshot_release(stale);
+    loci_corpus_release(corpus);
+    return status;
 }
 
 loci_status loci_corpus_manifest_hash(loci_store *store, const char *name, char out[33],
@@ -592,17 +645,9 @@ loci_status loci_corpus_check_model(const loci_corpus_info *info, const char *fi
 
 /* Marks the corpus deleted on disk and in memory; caller holds store->lock. */
 static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current, loci_error *err) {
-    loci_buf record = LOCI_BUF_INIT;
-    loci_corpus_encode(corpus, true, &record);
-    loci_status status = loci_buf_status(&record);
-    if (status != LOCI_OK) return loci_fail(err, status, "no memory to delete %s", corpus->name);
-    loci_batch *batch = loci_batch_create(corpus->store->rocks);
-    loci_key key = loci_key_catalog('c', corpus->uid);
-    loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
-                   loci_slice_of(record.data, record.len));
     pthread_mutex_lock(&corpus->lock);
     LOCI_FAILPOINT("delete_commit");
-    status = loci_batch_write(batch, true, err);
+    loci_status status = write_record(corpus, true, err);
     LOCI_FAILPOINT("delete_commit");
     if (status == LOCI_OK) {
         corpus->deleted = true;
@@ -610,8 +655,6 @@ static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current, lo
         corpus->current = NULL;
     }
     pthread_mutex_unlock(&corpus->lock);
-    loci_batch_destroy(batch);
-    loci_buf_fini(&record);
     return status;
 }
 

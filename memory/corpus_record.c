@@ -1,11 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A corpus's catalogue value (FORMAT.md, kind LCco), and what a causal corpus refuses.
+ * A corpus's catalogue value (FORMAT.md, kind LCco), its settings, and what a causal corpus
+ * refuses.
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "memory/internal.h"
+
+/* What is behind the sinks. */
+enum { TAIL_CAUSAL = 1, TAIL_SETTINGS = 2 };
+
+/* Far beyond what helped anywhere (published: 0.2 to 1), and far from infinite logits. */
+#define TEMPERATURE_LEAST 0.05f
+#define TEMPERATURE_MOST 20.0f
+#define SCALE_LEAST 0.05f
+#define SCALE_MOST 2.0f
 
 void loci_corpus_encode(const loci_corpus *corpus, bool deleted, loci_buf *out) {
     const loci_geometry *geometry = &corpus->geometry;
@@ -21,9 +31,39 @@ void loci_corpus_encode(const loci_corpus *corpus, bool deleted, loci_buf *out) 
     loci_buf_u8(out, geometry->has_sink);
     loci_buf_u32(out, (uint32_t)(corpus->sink_floats / 2));
     loci_buf_append(out, corpus->sinks, corpus->sink_floats * sizeof(float));
-    if (!geometry->causal) return;
-    loci_buf_u8(out, 1);
+    loci_buf_u8(out, TAIL_SETTINGS);
+    loci_buf_u8(out, geometry->causal);
     loci_buf_u64(out, geometry->tokens_max);
+    loci_buf_u32(out, corpus->settings.dense_layers);
+    loci_buf_append(out, &corpus->settings.attn_temperature, sizeof(float));
+    loci_buf_append(out, &corpus->settings.attn_scale, sizeof(float));
+}
+
+void loci_corpus_settings_default(loci_corpus_settings *settings) {
+    *settings = (loci_corpus_settings){.attn_temperature = 1, .attn_scale = 1};
+}
+
+static bool in_range(float value, float least, float most) {
+    return value >= least && value <= most; /* not NaN */
+}
+
+loci_status loci_corpus_settings_check(const loci_corpus_settings *settings,
+                                       const loci_geometry *geometry, loci_error *err) {
+    static const char reason[] = "INVALID_SETTINGS";
+    if (settings->dense_layers > geometry->retrieval_layers)
+        return loci_fail_reason(err, LOCI_E_INVAL, reason,
+                                "dense_layers is %u, and the model has %u retrieval layers",
+                                settings->dense_layers, geometry->retrieval_layers);
+    if (!in_range(settings->attn_temperature, TEMPERATURE_LEAST, TEMPERATURE_MOST))
+        return loci_fail_reason(err, LOCI_E_INVAL, reason,
+                                "attn_temperature is %g; it must lie in [%g, %g]",
+                                (double)settings->attn_temperature, (double)TEMPERATURE_LEAST,
+                                (double)TEMPERATURE_MOST);
+    if (!in_range(settings->attn_scale, SCALE_LEAST, SCALE_MOST))
+        return loci_fail_reason(
+            err, LOCI_E_INVAL, reason, "attn_scale is %g; it must lie in [%g, %g]",
+            (double)settings->attn_scale, (double)SCALE_LEAST, (double)SCALE_MOST);
+    return LOCI_OK;
 }
 
 bool loci_geometry_valid(const loci_geometry *geometry) {
@@ -40,14 +80,23 @@ size_t loci_sink_floats(const loci_geometry *geometry) {
     return 2u * (size_t)geometry->retrieval_layers * geometry->kv_heads * geometry->head_dim;
 }
 
-/* What a causal corpus has behind its sinks. */
-static bool read_causal(const loci_reader *after_count, size_t sink_bytes, uint64_t *tokens_max) {
-    if (after_count->len - after_count->at != sink_bytes + 9) return false;
-    const uint8_t *data = after_count->data + after_count->at + sink_bytes;
-    loci_reader reader = loci_reader_of(loci_slice_of(data, 9));
-    bool known = loci_read_u8(&reader) == 1;
-    *tokens_max = loci_read_u64(&reader);
-    return known;
+/* What stands behind the sinks: nothing (an independent corpus of before there were settings), a
+ * causal one's bound (likewise), or all of it. */
+static bool read_tail(loci_slice tail, loci_geometry *geometry, loci_corpus_settings *settings) {
+    loci_reader reader = loci_reader_of(tail);
+    loci_corpus_settings_default(settings);
+    if (tail.len == 0) return true;
+    uint8_t kind = loci_read_u8(&reader);
+    geometry->causal = kind == TAIL_CAUSAL || loci_read_u8(&reader) == 1;
+    geometry->tokens_max = loci_read_u64(&reader);
+    if (kind == TAIL_CAUSAL) return loci_reader_done(&reader);
+    uint32_t bits[3];
+    for (int i = 0; i < 3; i++) bits[i] = loci_read_u32(&reader);
+    settings->dense_layers = bits[0];
+    memcpy(&settings->attn_temperature, &bits[1], sizeof(float));
+    memcpy(&settings->attn_scale, &bits[2], sizeof(float));
+    return kind == TAIL_SETTINGS && loci_reader_done(&reader) &&
+           loci_corpus_settings_check(settings, geometry, NULL) == LOCI_OK;
 }
 
 loci_status loci_corpus_decode(loci_corpus *corpus, loci_slice payload, loci_error *err) {
@@ -66,10 +115,10 @@ loci_status loci_corpus_decode(loci_corpus *corpus, loci_slice payload, loci_err
     geometry->has_sink = loci_read_u8(&reader) != 0;
     size_t floats = 2u * (size_t)loci_read_u32(&reader);
     size_t left = reader.len - reader.at, bytes = floats * sizeof(float);
-    geometry->causal = left != bytes;
     if (reader.failed || name.len == 0 || name.len > LOCI_NAME_MAX ||
-        !loci_geometry_valid(geometry) || floats != loci_sink_floats(geometry) ||
-        (geometry->causal && !read_causal(&reader, bytes, &geometry->tokens_max)))
+        !loci_geometry_valid(geometry) || floats != loci_sink_floats(geometry) || left < bytes ||
+        !read_tail(loci_slice_of(reader.data + reader.at + bytes, left - bytes), geometry,
+                   &corpus->settings))
         return loci_fail(err, LOCI_E_CORRUPT, "the catalogue entry of corpus %016llx is damaged",
                          (unsigned long long)corpus->uid);
     memcpy(corpus->name, name.data, name.len);

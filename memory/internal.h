@@ -85,6 +85,7 @@ struct loci_corpus {
     pthread_mutex_t build_lock;
     pthread_mutex_t lock; /* guards what follows */
     bool deleted;
+    loci_corpus_settings settings;
     uint64_t last_sequence, documents, bytes;
     loci_manifest *manifest;
     /* Live documents to be indexed, ascending: pending[pending_first .. pending_end). */

@@ -286,6 +286,7 @@ static loci_status make_snapshot(loci_corpus *corpus, loci_manifest *manifest, l
     corpus->snapshot_manifest = NULL;
     if (status == LOCI_OK) {
         atomic_fetch_add(&corpus->refs, 1);
+        snapshot->info.settings = corpus->settings; /* they may have changed meanwhile */
         snapshot->older = corpus->snapshots;
         if (snapshot->older) snapshot->older->newer = snapshot;
         corpus->snapshots = snapshot;

@@ -47,6 +47,16 @@ typedef struct loci_geometry {
     uint64_t tokens_max; /* most tokens of a causal corpus, 0 = no limit */
 } loci_geometry;
 
+/* How questions look at a corpus; nothing that is stored depends on them. The formulas stand in
+ * attention/README.md ("Settings of a corpus"). */
+typedef struct loci_corpus_settings {
+    uint32_t dense_layers;  /* so many first retrieval layers are read in mode dense, always */
+    float attn_temperature; /* T: logits of the corpus's tokens are divided by it */
+    float attn_scale;       /* S: the log-sum-exp of the corpus's tokens is multiplied by it */
+} loci_corpus_settings;
+
+void loci_corpus_settings_default(loci_corpus_settings *settings); /* 0, 1, 1 */
+
 typedef struct loci_store_options {
     uint64_t document_bytes_max; /* default 64 MiB */
     uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
@@ -82,6 +92,7 @@ void loci_store_figures_of(loci_store *store, loci_store_figures *out);
 typedef struct loci_corpus_info {
     char name[LOCI_NAME_MAX + 1];
     loci_geometry geometry;
+    loci_corpus_settings settings;
     uint64_t uid; /* never reused */
     int64_t created;
     uint64_t revision;
@@ -91,12 +102,22 @@ typedef struct loci_corpus_info {
     uint64_t extents;
 } loci_corpus_info;
 
-/* Names: [a-z0-9][a-z0-9_-]{0,62}. sink_k, sink_v: f32 [layers][kv_heads][head_dim], NULL without
- * sink. LOCI_E_EXISTS, with *out filled, when there is one of this name. */
+/* Names: [a-z0-9][a-z0-9_-]{0,62}. settings: NULL = the default ones. sink_k, sink_v: f32
+ * [layers][kv_heads][head_dim], NULL without sink. LOCI_E_EXISTS, with *out filled, when there is
+ * one of this name. */
 LOCI_MUST_CHECK loci_status loci_corpus_create(loci_store *store, const char *name,
-                                               const loci_geometry *geometry, const float *sink_k,
-                                               const float *sink_v, loci_corpus_info *out,
-                                               loci_error *err);
+                                               const loci_geometry *geometry,
+                                               const loci_corpus_settings *settings,
+                                               const float *sink_k, const float *sink_v,
+                                               loci_corpus_info *out, loci_error *err);
+/* LOCI_E_INVAL, reason INVALID_SETTINGS, with a sentence that says what may be. */
+LOCI_MUST_CHECK loci_status loci_corpus_settings_check(const loci_corpus_settings *settings,
+                                                       const loci_geometry *geometry,
+                                                       loci_error *err);
+/* On disk when this returns; snapshots acquired from then on have them. No new revision. */
+LOCI_MUST_CHECK loci_status loci_corpus_set(loci_store *store, const char *name,
+                                            const loci_corpus_settings *settings,
+                                            loci_corpus_info *out, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_corpus_get(loci_store *store, const char *name,
                                             loci_corpus_info *out, loci_error *err);
 /* Hexadecimal hash of what is searchable and in which extents (loci_manifest_hash). */

@@ -44,7 +44,9 @@ loci_status loci_encode_after(void *ctx, const loci_snapshot *past, const uint32
                         .slot = &slot,
                         .snapshot = (loci_snapshot *)(uintptr_t)past, /* only read */
                         .view = loci_snapshot_view(past),
+                        .causal = true,
                         .cancel = cancel};
+    loci_corpus_settings_default(&query.settings); /* as the model would read it */
     loci_encode_out out = {k, v};
     uint64_t bytes = loci_plan_slot_bytes(loci_model_config_of(engine->model), count);
     loci_select_defaults(&query.params);

@@ -47,21 +47,35 @@ loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err) {
 typedef struct step {
     loci_attend_span span;
     loci_attend_dense args;
+    loci_select_params params; /* of this layer */
     loci_lookup_stats stats;
-    float *lse;       /* [2][rows][heads]: sink, total */
+    loci_ref out, lse; /* of one part */
+    /* What the corpus's tokens are merged into: the call's own, or, when their log-sum-exp is to be
+     * scaled, an output of their own first. */
+    loci_ref all, all_lse;
+    uint32_t all_stride;
+    float scale;      /* of logits over the corpus's tokens */
+    float *host;      /* [3][rows][heads]: lse of the sink, of all, of the corpus's tokens */
     bool dense_reads; /* dense mode would read the corpus again for these rows */
 } step;
 
+/* The first layers read everything, whatever the mode. */
+static loci_select_params layer_params(const loci_query *query, uint32_t layer) {
+    loci_select_params params = query->params;
+    if (layer < query->settings.dense_layers) params.mode = LOCI_MODE_DENSE;
+    return params;
+}
+
 static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus_view *view,
-                        loci_ref k, loci_ref v, loci_dtype dtype, uint32_t begin, uint32_t count,
-                        float bias, loci_ref out, loci_ref lse) {
-    s->span = (loci_attend_span){0, call->rows, begin, count};
+                        loci_ref k, loci_ref v, loci_dtype dtype, uint32_t count, float scale,
+                        float bias) {
+    s->span = (loci_attend_span){0, call->rows, 0, count};
     s->args = (loci_attend_dense){
         .q = call->q,
         .k = k,
         .v = v,
-        .out = out,
-        .lse = lse,
+        .out = s->out,
+        .lse = s->lse,
         .q_stride = call->q_stride,
         .kv_stride = view->kv_heads * view->head_dim,
         .out_stride = call->q_heads * call->head_dim,
@@ -69,7 +83,7 @@ static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus
         .kv_heads = view->kv_heads,
         .head_dim = call->head_dim,
         .kv_dtype = dtype,
-        .scale = call->scale,
+        .scale = scale,
         .first_key_is_sink = bias != 0,
         .first_key_bias = bias,
         .spans = &s->span,
@@ -77,44 +91,42 @@ static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus
     };
 }
 
-static void merge_part(const loci_backend *backend, const loci_attend_call *call, loci_ref out,
-                       loci_ref lse) {
-    backend->ops->merge(call->stream, call->out, call->out_stride, call->lse, out,
-                        call->q_heads * call->head_dim, lse, call->rows, call->q_heads,
-                        call->head_dim);
+static void merge(const loci_backend *backend, const loci_attend_call *call, loci_ref out,
+                  uint32_t stride, loci_ref lse, loci_ref part, loci_ref part_lse) {
+    backend->ops->merge(call->stream, out, stride, lse, part, call->q_heads * call->head_dim,
+                        part_lse, call->rows, call->q_heads, call->head_dim);
 }
 
 /* The sink as one row that stands for live_segments identical ones; a causal corpus has one. */
 static loci_status attend_sink(loci_query *query, const loci_attend_call *call, step *s,
-                               loci_ref out, loci_ref lse, loci_error *err) {
+                               loci_error *err) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
-    bool causal = loci_snapshot_info(query->snapshot)->geometry.causal;
-    uint64_t sinks = causal ? 1 : view->live_segments;
+    uint64_t sinks = query->causal ? 1 : view->live_segments;
     if (!view->has_sink || sinks == 0) return LOCI_OK;
     size_t row = (size_t)view->kv_heads * view->head_dim * sizeof(float);
     loci_ref k = view->sink_k, v = view->sink_v;
     k.offset += call->retrieval_index * row;
     v.offset += call->retrieval_index * row;
-    attend_rows(s, call, view, k, v, LOCI_F32, 0, 1, logf((float)sinks), out, lse);
+    attend_rows(s, call, view, k, v, LOCI_F32, 1, call->scale, logf((float)sinks));
     backend->ops->attend_dense(call->stream, &s->args);
-    merge_part(backend, call, out, lse);
-    backend->ops->download(call->stream, s->lse, lse,
+    merge(backend, call, call->out, call->out_stride, call->lse, s->out, s->lse);
+    backend->ops->download(call->stream, s->host, s->lse,
                            (size_t)call->rows * call->q_heads * sizeof(float));
     return backend->ops->sync(call->stream, err);
 }
 
 /* The open segments, exactly. */
 static loci_status attend_flat(loci_query *query, const loci_attend_call *call, step *s,
-                               loci_ref out, loci_ref lse, loci_error *err) {
+                               loci_error *err) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
     if (view->flat_tokens == 0) return LOCI_OK;
     loci_ref k = loci_ref_at(view->flat_k[call->retrieval_index], 0);
     loci_ref v = loci_ref_at(view->flat_v[call->retrieval_index], 0);
-    attend_rows(s, call, view, k, v, LOCI_BF16, 0, view->flat_tokens, 0, out, lse);
+    attend_rows(s, call, view, k, v, LOCI_BF16, view->flat_tokens, s->scale, 0);
     backend->ops->attend_dense(call->stream, &s->args);
-    merge_part(backend, call, out, lse);
+    merge(backend, call, s->all, s->all_stride, s->all_lse, s->out, s->lse);
     LOCI_TRY(backend->ops->sync(call->stream, err));
     uint64_t bytes = (uint64_t)view->flat_tokens * view->kv_heads * view->head_dim * 4u;
     query->usage.kv_read_bytes += bytes;
@@ -123,24 +135,67 @@ static loci_status attend_flat(loci_query *query, const loci_attend_call *call, 
     return LOCI_OK;
 }
 
-static loci_status attend_extents(loci_query *query, const loci_attend_call *call, step *s,
-                                  uint32_t row_begin, loci_ref out, loci_ref lse, loci_error *err) {
-    const loci_corpus_view *view = query->view;
+static void look_up(loci_query *query, const loci_attend_call *call, step *s) {
     const loci_backend *backend = query->engine->backend;
     const loci_backend_ops *ops = backend->ops;
-    uint64_t begun = loci_now_ns();
     loci_lookup *lookup = query->slot->lookup;
-    ops->lookup_begin(call->stream, lookup, view, call->retrieval_index, call->q, call->q_stride,
-                      call->rows, call->q_heads, call->scale, call->lse, &query->params);
+    ops->lookup_begin(call->stream, lookup, query->view, call->retrieval_index, call->q,
+                      call->q_stride, call->rows, call->q_heads, s->scale, s->all_lse, &s->params);
     ops->score_nodes(call->stream, lookup);
     ops->score_codes(call->stream, lookup);
     ops->select(call->stream, lookup);
-    ops->attend_sparse(call->stream, lookup, out, call->q_heads * call->head_dim, lse);
-    merge_part(backend, call, out, lse);
+    ops->attend_sparse(call->stream, lookup, s->out, call->q_heads * call->head_dim, s->lse);
+    merge(backend, call, s->all, s->all_stride, s->all_lse, s->out, s->lse);
+}
+
+/* The corpus's tokens have an output of their own, empty at first. */
+static void begin_apart(const loci_query *query, const loci_attend_call *call, step *s,
+                        float *zeros) {
+    const loci_backend_ops *ops = query->engine->backend->ops;
+    size_t count = (size_t)call->rows * call->q_heads;
+    s->all = s->out;
+    s->all.offset += count * call->head_dim * sizeof(float);
+    s->all_lse = s->lse;
+    s->all_lse.offset += count * sizeof(float);
+    s->all_stride = call->q_heads * call->head_dim;
+    float *none = s->host + 2 * count;
+    for (size_t i = 0; i < count; i++) none[i] = -INFINITY;
+    ops->upload(call->stream, s->all_lse, none, count * sizeof(float));
+    ops->upload(call->stream, s->all, zeros, count * call->head_dim * sizeof(float));
+}
+
+/* Scales their log-sum-exp L by S and merges them; s->lse becomes that by which attribution weighs
+ * them: a token of logit x has exp(x - L) exp(S L - total) of the attention. */
+static loci_status join_apart(const loci_query *query, const loci_attend_call *call, step *s,
+                              loci_error *err) {
+    const loci_backend *backend = query->engine->backend;
+    const loci_backend_ops *ops = backend->ops;
+    size_t count = (size_t)call->rows * call->q_heads, bytes = count * sizeof(float);
+    float *total = s->host + count, *own = s->host + 2 * count, factor = query->settings.attn_scale;
+    ops->download(call->stream, own, s->all_lse, bytes);
+    LOCI_TRY(ops->sync(call->stream, err));
+    for (size_t i = 0; i < count; i++) total[i] = factor * own[i];
+    ops->upload(call->stream, s->all_lse, total, bytes);
+    merge(backend, call, call->out, call->out_stride, call->lse, s->all, s->all_lse);
+    ops->download(call->stream, total, call->lse, bytes);
+    LOCI_TRY(ops->sync(call->stream, err));
+    for (size_t i = 0; i < count; i++)
+        own[i] = isfinite(own[i]) ? total[i] + own[i] - factor * own[i] : total[i];
+    ops->upload(call->stream, s->lse, own, bytes);
+    return LOCI_OK;
+}
+
+static loci_status attend_extents(loci_query *query, const loci_attend_call *call, step *s,
+                                  uint32_t row_begin, loci_error *err) {
+    const loci_backend_ops *ops = query->engine->backend->ops;
+    uint64_t begun = loci_now_ns();
+    bool apart = s->all.buffer != call->out.buffer;
+    look_up(query, call, s);
+    if (apart) LOCI_TRY(join_apart(query, call, s, err));
     if (query->slot->mass)
-        ops->attribute(call->stream, lookup, call->lse, row_begin,
+        ops->attribute(call->stream, query->slot->lookup, apart ? s->lse : call->lse, row_begin,
                        loci_ref_at(query->slot->mass, 0));
-    ops->lookup_stats(call->stream, lookup, &s->stats);
+    ops->lookup_stats(call->stream, query->slot->lookup, &s->stats);
     LOCI_TRY(loci_query_settle(query, call->stream, err));
     uint64_t index =
         s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes + s->stats.hash_bytes;
@@ -157,9 +212,9 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
 static void add_sink_mass(loci_query *query, const loci_attend_call *call, const step *s,
                           uint32_t row_begin) {
     size_t count = (size_t)call->rows * call->q_heads;
-    const float *total = s->lse + count;
+    const float *total = s->host + count;
     for (size_t i = (size_t)row_begin * call->q_heads; i < count && query->view->has_sink; i++)
-        query->sink_mass += exp((double)s->lse[i] - (double)total[i]);
+        query->sink_mass += exp((double)s->host[i] - (double)total[i]);
 }
 
 /* All parts for the rows of one tile. */
@@ -169,22 +224,29 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call, 
     LOCI_TRY(loci_cancel_check(query->cancel));
     uint32_t row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
     size_t lse_count = (size_t)call->rows * call->q_heads;
-    step s = {.dense_reads = dense_reads};
-    s.lse = calloc(2 * lse_count, sizeof(float));
-    if (!s.lse) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
-    loci_ref out, lse;
+    bool apart = query->settings.attn_scale != 1;
+    step s = {.params = layer_params(query, call->retrieval_index),
+              .all = call->out,
+              .all_lse = call->lse,
+              .all_stride = call->out_stride,
+              .scale = call->scale / query->settings.attn_temperature,
+              .dense_reads = dense_reads};
+    /* Behind the three, what an output of its own begins with. */
+    s.host = calloc(lse_count * (3 + (apart ? call->head_dim : 0)), sizeof(float));
+    if (!s.host) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
     loci_status status;
-    LOCI_TRY_GOTO(loci_slot_part(query->engine, query->slot, call->rows, call->q_heads,
-                                 call->head_dim, 0, &out, &lse, err),
+    LOCI_TRY_GOTO(loci_slot_part(query->engine, query->slot, (apart ? 2 : 1) * call->rows,
+                                 call->q_heads, call->head_dim, 0, &s.out, &s.lse, err),
                   out);
-    LOCI_TRY_GOTO(attend_sink(query, call, &s, out, lse, err), out);
-    LOCI_TRY_GOTO(attend_flat(query, call, &s, out, lse, err), out);
-    LOCI_TRY_GOTO(attend_extents(query, call, &s, row_begin, out, lse, err), out);
-    backend->ops->download(call->stream, s.lse + lse_count, call->lse, lse_count * sizeof(float));
+    if (apart) begin_apart(query, call, &s, s.host + 3 * lse_count);
+    LOCI_TRY_GOTO(attend_sink(query, call, &s, err), out);
+    LOCI_TRY_GOTO(attend_flat(query, call, &s, err), out);
+    LOCI_TRY_GOTO(attend_extents(query, call, &s, row_begin, err), out);
+    backend->ops->download(call->stream, s.host + lse_count, call->lse, lse_count * sizeof(float));
     LOCI_TRY_GOTO(backend->ops->sync(call->stream, err), out);
     add_sink_mass(query, call, &s, row_begin);
 out:
-    free(s.lse);
+    free(s.host);
     return status;
 }
 
@@ -193,7 +255,7 @@ out:
  * itself can have several times as many; what bounds memory is the look-up's account, which
  * refuses. */
 static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call) {
-    const loci_select_params *params = &query->params;
+    const loci_select_params layer = layer_params(query, call->retrieval_index), *params = &layer;
     if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
     bool all = params->top_p >= 1.0f && params->budget == 0;
     if (params->mode == LOCI_MODE_DENSE || all) return TILE_ROWS; /* no scores */

@@ -20,6 +20,7 @@
 #define HEAD_DIM_UNIT 16u /* memory/FORMAT.md, section 5 */
 /* The longest prompt with one passage, and its answer. */
 #define SEQUENCE_TOKENS (2 * LOCI_QUESTION_TOKENS_MAX + SEGMENT_TOKENS + LOCI_ANSWER_TOKENS_MAX + 8)
+#define DENSE_LAYERS 2u
 /* A stock model reads several passages in one prompt, as far as it has positions. */
 #define STOCK_PASSAGES 4u
 #define STOCK_PASSAGE_TOKENS (SEGMENT_TOKENS + 16)
@@ -342,10 +343,40 @@ void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
     pthread_mutex_unlock(&engine->lock);
 }
 
+/* As published methods do (Quest, arXiv 2406.10774, section 3: its first two layers). */
+static uint32_t default_dense_layers(const loci_engine *engine) {
+    const loci_model_config *config = loci_model_config_of(engine->model);
+    if (!engine->stock || config->retrieval_count < config->layers) return 0;
+    uint32_t most = config->layers / 4;
+    return most < DENSE_LAYERS ? most : DENSE_LAYERS;
+}
+
+static void change_settings(const loci_settings_change *change, loci_corpus_settings *settings) {
+    if (change->dense_layers >= 0)
+        settings->dense_layers =
+            change->dense_layers < UINT32_MAX ? (uint32_t)change->dense_layers : UINT32_MAX;
+    if (change->attn_temperature != 0) settings->attn_temperature = (float)change->attn_temperature;
+    if (change->attn_scale != 0) settings->attn_scale = (float)change->attn_scale;
+}
+
+loci_status loci_engine_set_corpus(loci_engine *engine, const char *name,
+                                   const loci_settings_change *settings, loci_corpus_info *out,
+                                   loci_error *err) {
+    LOCI_TRY(loci_corpus_get(engine->store, name, out, err));
+    loci_corpus_settings next = out->settings;
+    change_settings(settings, &next);
+    return loci_corpus_set(engine->store, name, &next, out, err);
+}
+
 loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loci_encoding encoding,
-                                      bool beyond_trained_length, loci_corpus_info *out,
+                                      bool beyond_trained_length,
+                                      const loci_settings_change *settings, loci_corpus_info *out,
                                       loci_error *err) {
     loci_geometry geometry = engine->geometry;
+    loci_corpus_settings own;
+    loci_corpus_settings_default(&own);
+    own.dense_layers = default_dense_layers(engine);
+    if (settings) change_settings(settings, &own);
     geometry.causal = encoding == LOCI_ENCODING_CAUSAL;
     if (encoding == LOCI_ENCODING_DEFAULT)
         geometry.causal =
@@ -358,8 +389,8 @@ loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loc
         return loci_fail_reason(err, LOCI_E_INVAL, "ENCODING",
                                 "an independent corpus may be of any length: beyond_trained_length "
                                 "is for causal ones");
-    return loci_corpus_create(engine->store, name, &geometry, engine->sink_k, engine->sink_v, out,
-                              err);
+    return loci_corpus_create(engine->store, name, &geometry, &own, engine->sink_k, engine->sink_v,
+                              out, err);
 }
 
 /* --- Requests ----------------------------------------------------------------------------- */

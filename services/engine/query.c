@@ -111,8 +111,9 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
                                 "corpus %s was encoded by model %s, the daemon runs model %s",
                                 corpus, info->geometry.fingerprint, engine->geometry.fingerprint);
     query->view = loci_snapshot_view(query->snapshot);
-    query->start =
-        info->geometry.causal ? loci_snapshot_end(query->snapshot) : engine->question_start;
+    query->settings = info->settings;
+    query->causal = info->geometry.causal;
+    query->start = query->causal ? loci_snapshot_end(query->snapshot) : engine->question_start;
     query->usage.corpus_tokens = query->view->tokens;
     query->usage.question_tokens = query->question.count;
     loci_sequence_reset(query->slot->sequence);

@@ -66,6 +66,8 @@ typedef struct loci_query {
     const loci_corpus_view *view;
     const loci_cancel *cancel;
     loci_select_params params;
+    loci_corpus_settings settings;
+    bool causal;          /* the corpus */
     uint32_t start;       /* the position of what looks at the corpus */
     const char *text;     /* the question, the caller's */
     loci_tokens question; /* ids of " question" */

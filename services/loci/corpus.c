@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * loci corpus create | list | show | delete
+ * loci corpus create | list | show | set | delete
  */
 #include <stdlib.h>
 #include <string.h>
@@ -11,6 +11,13 @@
 #include "services/loci/output.h"
 
 #define PAGE 1000
+
+/* Kept as a float; shown as it was typed. */
+static json_t *setting_json(double value) {
+    char text[32];
+    snprintf(text, sizeof text, "%.6g", value);
+    return json_real(strtod(text, NULL));
+}
 
 static const char *corpus_id(const Loci__V1__Corpus *corpus) {
     return corpus->name + sizeof(LOCI_PARENT "/corpora/") - 1;
@@ -25,6 +32,9 @@ static json_t *corpus_json(const Loci__V1__Corpus *c) {
                   (json_int_t)c->bytes_on_disk, "extents", (json_int_t)c->extents, "revision",
                   (json_int_t)c->revision, "encoding", c->encoding, "model_fingerprint",
                   c->model_fingerprint, "create_time", (json_int_t)c->create_time, "name", c->name);
+    json_object_set_new(object, "dense_layers", json_integer((json_int_t)c->dense_layers));
+    json_object_set_new(object, "attn_temperature", setting_json(c->attn_temperature));
+    json_object_set_new(object, "attn_scale", setting_json(c->attn_scale));
     if (c->tokens_max > 0)
         json_object_set_new(object, "tokens_max", json_integer((json_int_t)c->tokens_max));
     if (c->manifest_hash[0])
@@ -48,12 +58,14 @@ static void print_corpus(const Loci__V1__Corpus *c) {
            "size       %s of text, %s on disk\n"
            "revision   %llu\n"
            "encoding   %s%s, model %s\n"
+           "attention  first %u layers dense, temperature %g, scale %g\n"
            "created    %s\n",
            corpus_id(c), loci_format_count(documents, c->documents),
            (unsigned long long)c->pending_documents, loci_format_count(tokens, c->tokens),
            loci_format_count(segments, c->segments), (unsigned long long)c->extents,
            loci_format_size(bytes, c->bytes), loci_format_size(disk, c->bytes_on_disk),
-           (unsigned long long)c->revision, c->encoding, limit, c->model_fingerprint, created);
+           (unsigned long long)c->revision, c->encoding, limit, c->model_fingerprint,
+           c->dense_layers, c->attn_temperature, c->attn_scale, created);
 }
 
 /* Parses "NAME", connects. */
@@ -77,17 +89,65 @@ static loci_status open_named(loci_cli *cli, const loci_command *command,
     return status;
 }
 
+/* What create and set have in common. */
+typedef struct settings_flags {
+    uint64_t dense_layers; /* UINT64_MAX: not given */
+    double temperature, scale;
+} settings_flags;
+
+#define SETTINGS_OPTIONS 3
+static const settings_flags no_settings = {.dense_layers = UINT64_MAX};
+
+static void settings_options(settings_flags *flags, loci_option options[SETTINGS_OPTIONS]) {
+    options[0] = (loci_option){"dense-layers",
+                               0,
+                               LOCI_OPTION_U64,
+                               &flags->dense_layers,
+                               0,
+                               65536,
+                               "N",
+                               "so many first layers always read everything"};
+    options[1] = (loci_option){"attn-temperature",
+                               0,
+                               LOCI_OPTION_DOUBLE,
+                               &flags->temperature,
+                               0.05,
+                               20,
+                               "T",
+                               "divides the logits of the corpus's tokens (1)"};
+    options[2] = (loci_option){"attn-scale",
+                               0,
+                               LOCI_OPTION_DOUBLE,
+                               &flags->scale,
+                               0.05,
+                               2,
+                               "S",
+                               "multiplies their log-sum-exp (1)"};
+}
+
+static void fill_settings(const settings_flags *flags, Loci__V1__CorpusSettings *out) {
+    loci__v1__corpus_settings__init(out);
+    if (flags->dense_layers != UINT64_MAX) {
+        out->dense_case = LOCI__V1__CORPUS_SETTINGS__DENSE_DENSE_LAYERS;
+        out->dense_layers = (uint32_t)flags->dense_layers;
+    }
+    out->attn_temperature = flags->temperature;
+    out->attn_scale = flags->scale;
+}
+
 static loci_status run_create(loci_cli *cli, const loci_command *command, int argc, char **argv,
                               loci_error *err) {
     char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
     const char *encoding = NULL;
     bool beyond = false;
-    const loci_option options[] = {
+    settings_flags flags = no_settings;
+    loci_option options[SETTINGS_OPTIONS + 2] = {
         {"encoding", 0, LOCI_OPTION_STRING, &encoding, 0, 0, "ENCODING",
          "independent or causal (default: what suits the model)"},
         {"beyond-trained-length", 0, LOCI_OPTION_FLAG, &beyond, 0, 0, NULL,
          "causal: may be longer than what the model was trained on"},
     };
+    settings_options(&flags, options + 2);
     LOCI_TRY(open_named(cli, command, options, sizeof options / sizeof options[0], argc, argv, id,
                         name, err));
     if (cli->help) return LOCI_OK;
@@ -96,6 +156,9 @@ static loci_status run_create(loci_cli *cli, const loci_command *command, int ar
     request.corpus_id = id;
     if (encoding) request.encoding = (char *)(uintptr_t)encoding;
     request.beyond_trained_length = beyond;
+    Loci__V1__CorpusSettings settings;
+    fill_settings(&flags, &settings);
+    request.settings = &settings;
     ProtobufCMessage *response = NULL;
     LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/CreateCorpus", &request.base,
                            &loci__v1__corpus__descriptor, &response, err));
@@ -116,6 +179,32 @@ static loci_status run_show(loci_cli *cli, const loci_command *command, int argc
     request.name = name;
     ProtobufCMessage *response = NULL;
     LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/GetCorpus", &request.base,
+                           &loci__v1__corpus__descriptor, &response, err));
+    if (cli->json)
+        loci_print_json(corpus_json((Loci__V1__Corpus *)response));
+    else
+        print_corpus((Loci__V1__Corpus *)response);
+    protobuf_c_message_free_unpacked(response, NULL);
+    return LOCI_OK;
+}
+
+static loci_status run_set(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                           loci_error *err) {
+    char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
+    settings_flags flags = no_settings;
+    loci_option options[SETTINGS_OPTIONS];
+    settings_options(&flags, options);
+    LOCI_TRY(open_named(cli, command, options, SETTINGS_OPTIONS, argc, argv, id, name, err));
+    if (cli->help) return LOCI_OK;
+    if (flags.dense_layers == UINT64_MAX && flags.temperature == 0 && flags.scale == 0)
+        return loci_cli_usage(cli, err, "corpus set: nothing to set; --help lists the settings");
+    Loci__V1__UpdateCorpusRequest request = LOCI__V1__UPDATE_CORPUS_REQUEST__INIT;
+    Loci__V1__CorpusSettings settings;
+    fill_settings(&flags, &settings);
+    request.name = name;
+    request.settings = &settings;
+    ProtobufCMessage *response = NULL;
+    LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/UpdateCorpus", &request.base,
                            &loci__v1__corpus__descriptor, &response, err));
     if (cli->json)
         loci_print_json(corpus_json((Loci__V1__Corpus *)response));
@@ -197,7 +286,7 @@ static loci_status run_list(loci_cli *cli, const loci_command *command, int argc
     return status;
 }
 
-const loci_command loci_corpus_commands[4] = {
+const loci_command loci_corpus_commands[LOCI_CORPUS_COMMANDS] = {
     {"corpus create", "NAME", "make an empty corpus",
      "\nNAME: lower-case letters, digits, _ and -; at most 63; begins with a letter or digit.\n"
      "independent: segments are encoded each by itself; documents can be changed and deleted.\n"
@@ -207,5 +296,8 @@ const loci_command loci_corpus_commands[4] = {
      run_create},
     {"corpus list", "", "list the corpora", NULL, run_list},
     {"corpus show", "NAME", "show a corpus", NULL, run_show},
+    {"corpus set", "NAME", "change how questions look at a corpus",
+     "\nNothing that is stored depends on these settings; questions from then on have them.\n",
+     run_set},
     {"corpus delete", "NAME", "delete a corpus and all its documents", NULL, run_delete},
 };

@@ -11,12 +11,12 @@
 #include "base/log.h"
 #include "services/loci/cli.h"
 
-#define COMMANDS 11
+#define COMMANDS (LOCI_CORPUS_COMMANDS + 7)
 static const loci_command *commands[COMMANDS];
 
 static void list_commands(void) {
     size_t n = 0;
-    for (size_t i = 0; i < 4; i++) commands[n++] = &loci_corpus_commands[i];
+    for (size_t i = 0; i < LOCI_CORPUS_COMMANDS; i++) commands[n++] = &loci_corpus_commands[i];
     commands[n++] = &loci_register_command;
     for (size_t i = 0; i < 3; i++) commands[n++] = &loci_document_commands[i];
     commands[n++] = &loci_ask_command;
@@ -60,7 +60,7 @@ static int unknown_command(int argc, char **argv) {
         return 0;
     }
     fprintf(stderr, "loci: \"%s\" needs one of %s; loci --help tells more\n", argv[1],
-            argv[1][0] == 'c' ? "create, list, show, delete" : "list, show, delete");
+            argv[1][0] == 'c' ? "create, list, show, set, delete" : "list, show, delete");
     return 2;
 }
 

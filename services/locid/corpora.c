@@ -57,6 +57,20 @@ static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
     out->bytes = info->bytes;
     out->bytes_on_disk = info->bytes_on_disk;
     out->extents = info->extents;
+    out->dense_layers = info->settings.dense_layers;
+    out->attn_temperature = (double)info->settings.attn_temperature;
+    out->attn_scale = (double)info->settings.attn_scale;
+}
+
+/* NULL names nothing. */
+static loci_settings_change read_settings(const Loci__V1__CorpusSettings *in) {
+    loci_settings_change out = {.dense_layers = -1};
+    if (!in) return out;
+    if (in->dense_case == LOCI__V1__CORPUS_SETTINGS__DENSE_DENSE_LAYERS)
+        out.dense_layers = in->dense_layers;
+    out.attn_temperature = in->attn_temperature;
+    out.attn_scale = in->attn_scale;
+    return out;
 }
 
 static loci_status send_corpus(loci_rpc_call *call, const loci_daemon *node,
@@ -99,13 +113,31 @@ static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err
     loci_corpus_info info;
     loci_encoding encoding;
     LOCI_TRY(read_encoding(request->encoding, &encoding, err));
-    loci_status status = loci_engine_create_corpus(node->engine, request->corpus_id, encoding,
-                                                   request->beyond_trained_length, &info, err);
+    const loci_settings_change settings = read_settings(request->settings);
+    loci_status status =
+        loci_engine_create_corpus(node->engine, request->corpus_id, encoding,
+                                  request->beyond_trained_length, &settings, &info, err);
     bool named = request->request_id[0] != '\0';
     if (status == LOCI_E_EXISTS && named && remembered(request->request_id, info.uid))
         status = LOCI_OK;
     if (status != LOCI_OK) return loci_daemon_reason(err, status, LOCI_E_EXISTS, "CORPUS_EXISTS");
     if (named) remember(request->request_id, info.uid);
+    return send_corpus(call, node, &info, err);
+}
+
+static loci_status update_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
+    loci_daemon *node = ctx;
+    ProtobufCMessage *message = NULL;
+    LOCI_TRY(loci_rpc_recv(call, &message, err));
+    const Loci__V1__UpdateCorpusRequest *request = (void *)message;
+    char corpus[LOCI_NAME_MAX + 1];
+    LOCI_TRY(loci_corpus_name_parse(request->name, "name", corpus, err));
+    loci_rpc_error_metadata(call, "corpus", corpus);
+    const loci_settings_change settings = read_settings(request->settings);
+    loci_corpus_info info;
+    loci_status status = loci_engine_set_corpus(node->engine, corpus, &settings, &info, err);
+    if (status != LOCI_OK)
+        return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
     return send_corpus(call, node, &info, err);
 }
 
@@ -204,5 +236,8 @@ const loci_rpc_method loci_corpus_methods[] = {
     {"/loci.v1.CorpusService/DeleteCorpus", LOCI_RPC_UNARY,
      &loci__v1__delete_corpus_request__descriptor, &loci__v1__delete_corpus_response__descriptor,
      delete_corpus, LOCI_RPC_WORKERS},
+    {"/loci.v1.CorpusService/UpdateCorpus", LOCI_RPC_UNARY,
+     &loci__v1__update_corpus_request__descriptor, &loci__v1__corpus__descriptor, update_corpus,
+     LOCI_RPC_WORKERS},
 };
 const size_t loci_corpus_method_count = sizeof loci_corpus_methods / sizeof loci_corpus_methods[0];

@@ -103,6 +103,32 @@ class StockModel(Case):
         self.ok("register", "bounded", "-", "--id", "short", input="It fits.")
         self.assertEqual(self.result("corpus", "show", "bounded")["pending_documents"], 0)
 
+    def test_settings_stay_over_a_restart(self):
+        self.ok("corpus", "create", "tuned", "--encoding", "independent", "--dense-layers", "1")
+        shown = self.result("corpus", "show", "tuned")
+        self.assertEqual([shown["dense_layers"], shown["attn_temperature"], shown["attn_scale"]],
+                         [1, 1.0, 1.0])
+        self.ok("register", "tuned", *(os.path.join(HANDBOOK, name) for name in FILES))
+        before = self.ask("tuned", "--mode", "dense", "--no-read-twice")
+        self.ok("corpus", "set", "tuned", "--attn-temperature", "0.7")
+        changed = self.ask("tuned", "--mode", "dense", "--no-read-twice")
+        self.assertNotEqual(before, changed)
+        text = self.ok("corpus", "set", "tuned", "--attn-scale", "0.9", "--dense-layers", "0")
+        self.assertIn("first 0 layers dense, temperature 0.7, scale 0.9", text)
+        self.assertEqual(self.daemon.stop(), 0)
+        self.daemon.start()
+        shown = self.result("corpus", "show", "tuned")
+        self.assertEqual([shown["dense_layers"], shown["attn_temperature"], shown["attn_scale"]],
+                         [0, 0.7, 0.9])
+        self.ok("corpus", "set", "tuned", "--attn-temperature", "1", "--attn-scale", "1",
+                "--dense-layers", "1")
+        self.assertEqual(self.ask("tuned", "--mode", "dense", "--no-read-twice"), before)
+        self.refused("corpus", "set", "tuned", "--dense-layers", "3",
+                     says="dense_layers is 3, and the model has 2 retrieval layers")
+        self.refused("corpus", "set", "nowhere", "--attn-scale", "0.9", says="no corpus")
+        for flags in (("--attn-temperature", "0"), ("--attn-scale", "nan"), ()):
+            self.assertEqual(self.daemon.loci("corpus", "set", "tuned", *flags).returncode, 2)
+
     def test_unusable_models_are_refused_by_name(self):
         for base, says in (("qwen2", "head_dim"), ("mistral", "head_dim")):
             model = make_model(os.path.join(self.folder, base), base)

@@ -195,7 +195,7 @@ void fixture_create(fixture *f, const char *corpus) {
     loci_geometry geometry = test_geometry();
     float sink[2 * 2 * 16];
     for (size_t i = 0; i < sizeof sink / sizeof *sink; i++) sink[i] = (float)i;
-    assert_ok(loci_corpus_create(f->store, corpus, &geometry, sink, sink, &info, &err));
+    assert_ok(loci_corpus_create(f->store, corpus, &geometry, NULL, sink, sink, &info, &err));
 }
 
 /* --- Documents -------------------------------------------------------------------------- */

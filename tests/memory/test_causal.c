@@ -57,7 +57,8 @@ static void start(fixture *f, const char *dir, uint64_t tokens_max) {
     fixture_open(f);
     geometry.causal = true;
     geometry.tokens_max = tokens_max;
-    loci_status status = loci_corpus_create(f->store, "a", &geometry, sink, sink, &info, &err);
+    loci_status status =
+        loci_corpus_create(f->store, "a", &geometry, NULL, sink, sink, &info, &err);
     if (status != LOCI_E_EXISTS) assert_ok(status);
     assert_true(info.geometry.causal);
     assert_int_equal(info.geometry.tokens_max, tokens_max);

@@ -5,6 +5,7 @@
  */
 #include "support.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,8 +25,8 @@ static void test_create_get_list(void **state) {
     loci_corpus_info info, again;
     static const char *const names[] = {"m", "a", "z9_-", "b-1"};
     for (size_t i = 0; i < 4; i++)
-        assert_ok(loci_corpus_create(f->store, names[i], &geometry, NULL, NULL, &info, &err));
-    assert_int_equal(loci_corpus_create(f->store, "a", &geometry, NULL, NULL, &again, &err),
+        assert_ok(loci_corpus_create(f->store, names[i], &geometry, NULL, NULL, NULL, &info, &err));
+    assert_int_equal(loci_corpus_create(f->store, "a", &geometry, NULL, NULL, NULL, &again, &err),
                      LOCI_E_EXISTS);
     assert_string_equal(again.name, "a");
     assert_int_equal(again.uid, 2);
@@ -35,13 +36,14 @@ static void test_create_get_list(void **state) {
         "a b",      "a/b",
         "\xc3\xa9", "0123456789012345678901234567890123456789012345678901234567890123"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
-        assert_int_equal(loci_corpus_create(f->store, bad[i], &geometry, NULL, NULL, &info, &err),
-                         LOCI_E_INVAL);
+        assert_int_equal(
+            loci_corpus_create(f->store, bad[i], &geometry, NULL, NULL, NULL, &info, &err),
+            LOCI_E_INVAL);
     geometry.head_dim = 17;
-    assert_int_equal(loci_corpus_create(f->store, "n", &geometry, NULL, NULL, &info, &err),
+    assert_int_equal(loci_corpus_create(f->store, "n", &geometry, NULL, NULL, NULL, &info, &err),
                      LOCI_E_INVAL);
     geometry = test_geometry(); /* wants a sink */
-    assert_int_equal(loci_corpus_create(f->store, "n", &geometry, NULL, NULL, &info, &err),
+    assert_int_equal(loci_corpus_create(f->store, "n", &geometry, NULL, NULL, NULL, &info, &err),
                      LOCI_E_INVAL);
     for (int reopened = 0; reopened < 2; reopened++) {
         loci_corpus_info page[3];
@@ -302,12 +304,123 @@ static void test_envelope(void **state) {
     loci_rocks_close(rocks);
 }
 
+/* Settings stay over a restart; values that cannot be are refused by name and change nothing. */
+static void test_settings(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    fixture_open(f);
+    loci_geometry geometry = test_geometry();
+    geometry.has_sink = false;
+    geometry.causal = true;
+    geometry.tokens_max = 1234;
+    loci_corpus_info info;
+    loci_snapshot *snapshot;
+    loci_corpus_settings settings = {.dense_layers = 1, .attn_temperature = 0.9f, .attn_scale = 1};
+    assert_ok(loci_corpus_create(f->store, "usual", &geometry, NULL, NULL, NULL, &info, &err));
+    assert_true(info.settings.dense_layers == 0 && info.settings.attn_temperature == 1 &&
+                info.settings.attn_scale == 1);
+    assert_ok(loci_corpus_create(f->store, "own", &geometry, &settings, NULL, NULL, &info, &err));
+    uint64_t revision = info.revision;
+    assert_ok(loci_snapshot_acquire(f->store, "own", &snapshot, &err));
+    assert_memory_equal(&loci_snapshot_info(snapshot)->settings, &settings, sizeof settings);
+    loci_corpus_settings other = {geometry.retrieval_layers, 0.5f, 0.8f};
+    assert_ok(loci_corpus_set(f->store, "own", &other, &info, &err));
+    assert_int_equal(info.revision, revision);
+    assert_memory_equal(&loci_snapshot_info(snapshot)->settings, &settings, sizeof settings);
+    loci_snapshot_release(snapshot);
+    assert_ok(loci_snapshot_acquire(f->store, "own", &snapshot, &err));
+    assert_memory_equal(&loci_snapshot_info(snapshot)->settings, &other, sizeof other);
+    loci_snapshot_release(snapshot);
+    const struct {
+        loci_corpus_settings settings;
+        const char *says;
+    } bad[] = {
+        {{geometry.retrieval_layers + 1, 1, 1}, "dense_layers is"},
+        {{0, 0, 1}, "attn_temperature is 0; it must lie in [0.05, 20]"},
+        {{0, NAN, 1}, "attn_temperature is nan"},
+        {{0, INFINITY, 1}, "attn_temperature is inf"},
+        {{0, 1, -1}, "attn_scale is -1; it must lie in [0.05, 2]"},
+        {{0, 1, 2.1f}, "attn_scale is 2.1"},
+    };
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
+        assert_int_equal(loci_corpus_set(f->store, "own", &bad[i].settings, &info, &err),
+                         LOCI_E_INVAL);
+        assert_string_equal(err.reason, "INVALID_SETTINGS");
+        if (!strstr(err.text, bad[i].says)) fail_msg("%s", err.text);
+        assert_int_equal(loci_corpus_create(f->store, "new", &geometry, &bad[i].settings, NULL,
+                                            NULL, &info, &err),
+                         LOCI_E_INVAL);
+    }
+    assert_int_equal(loci_corpus_set(f->store, "none", &other, &info, &err), LOCI_E_NOTFOUND);
+    fixture_close(f);
+    fixture_open(f);
+    assert_ok(loci_corpus_get(f->store, "own", &info, &err));
+    assert_memory_equal(&info.settings, &other, sizeof other);
+    assert_true(info.geometry.causal && info.geometry.tokens_max == 1234);
+    fixture_close(f);
+}
+
+/* Catalogue entries of before there were settings have none behind the sinks, or a causal
+ * corpus's bound only. */
+static void test_records_without_settings_open(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_corpus_info info;
+    loci_rocks *rocks;
+    char path[128];
+    for (int causal = 0; causal < 2; causal++) {
+        fixture_open(f);
+        loci_geometry geometry = test_geometry();
+        geometry.has_sink = false;
+        geometry.causal = causal;
+        geometry.tokens_max = causal ? 77 : 0;
+        const char *name = causal ? "text" : "apart";
+        loci_corpus_settings settings = {1, 0.5f, 0.5f};
+        assert_ok(
+            loci_corpus_create(f->store, name, &geometry, &settings, NULL, NULL, &info, &err));
+        fixture_close(f);
+        snprintf(path, sizeof path, "%s/db", f->dir);
+        assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
+        loci_buf record = LOCI_BUF_INIT;
+        loci_key key = {.len = 0};
+        loci_key_u8(&key, 'c');
+        loci_key_u64(&key, info.uid);
+        assert_ok(
+            loci_rocks_get(rocks, NULL, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS, &record, &err));
+        record.len -= 22;
+        if (causal) {
+            loci_buf_u8(&record, 1);
+            loci_buf_u64(&record, 77);
+        }
+        loci_batch *batch = loci_batch_create(rocks);
+        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
+                       loci_slice_of(record.data, record.len));
+        assert_ok(loci_batch_write(batch, true, &err));
+        loci_batch_destroy(batch);
+        loci_buf_fini(&record);
+        loci_rocks_close(rocks);
+        fixture_open(f);
+        assert_ok(loci_corpus_get(f->store, name, &info, &err));
+        assert_int_equal(info.geometry.causal, causal);
+        assert_int_equal(info.geometry.tokens_max, geometry.tokens_max);
+        assert_true(info.settings.dense_layers == 0 && info.settings.attn_temperature == 1 &&
+                    info.settings.attn_scale == 1);
+        fixture_close(f);
+    }
+}
+
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
     const struct CMUnitTest tests[] = {
-        TEST(test_create_get_list), TEST(test_delete_and_uids),   TEST(test_second_opener_is_told),
-        TEST(test_layout_version),  TEST(test_damaged_catalogue), TEST(test_envelope),
+        TEST(test_create_get_list),
+        TEST(test_delete_and_uids),
+        TEST(test_second_opener_is_told),
+        TEST(test_layout_version),
+        TEST(test_damaged_catalogue),
+        TEST(test_envelope),
         TEST(test_envelope_damage),
+        TEST(test_settings),
+        TEST(test_records_without_settings_open),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

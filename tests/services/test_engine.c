@@ -94,7 +94,7 @@ static int set_up(void **state) {
     static const char *const corpora[] = {"handbook", "both", "flat", "empty", "copies"};
     for (size_t i = 0; i < 5; i++)
         assert_int_equal(loci_engine_create_corpus(engine, corpora[i], LOCI_ENCODING_INDEPENDENT,
-                                                   false, &info, &err),
+                                                   false, NULL, &info, &err),
                          LOCI_OK);
     add_handbook("handbook");
     add_text("both", "orchid", loci_slice_text(ORCHID));
@@ -557,9 +557,9 @@ static void test_every_end_of_text_ends_an_answer(void **state) {
     loci_error err = {0};
     loci_corpus_info info;
     if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
-    assert_int_equal(
-        loci_engine_create_corpus(engine, "flat", LOCI_ENCODING_INDEPENDENT, false, &info, &err),
-        LOCI_OK);
+    assert_int_equal(loci_engine_create_corpus(engine, "flat", LOCI_ENCODING_INDEPENDENT, false,
+                                               NULL, &info, &err),
+                     LOCI_OK);
     add_text("flat", "orchid", loci_slice_text(ORCHID));
     settle("flat");
     outcome other = asked("flat", keeper, LOCI_MODE_DENSE, 0, 0);

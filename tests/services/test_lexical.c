@@ -81,9 +81,9 @@ static int set_up(void **state) {
     snprintf(folder, sizeof folder, "/tmp/loci-test-lexical-XXXXXX");
     assert_non_null(mkdtemp(folder));
     open_engine(0);
-    assert_int_equal(
-        loci_engine_create_corpus(engine, "parts", LOCI_ENCODING_INDEPENDENT, false, &info, &err),
-        LOCI_OK);
+    assert_int_equal(loci_engine_create_corpus(engine, "parts", LOCI_ENCODING_INDEPENDENT, false,
+                                               NULL, &info, &err),
+                     LOCI_OK);
     add_parts(20);
     return 0;
 }

@@ -113,8 +113,9 @@ static int set_up(void **state) {
         loci_engine *engine = open_engine(m);
         static const char *const corpora[] = {"books", "note", "empty"};
         for (size_t i = 0; i < 3; i++)
-            assert_int_equal(loci_engine_create_corpus(
-                                 engine, corpora[i], LOCI_ENCODING_INDEPENDENT, false, &info, &err),
+            assert_int_equal(loci_engine_create_corpus(engine, corpora[i],
+                                                       LOCI_ENCODING_INDEPENDENT, false, NULL,
+                                                       &info, &err),
                              LOCI_OK);
         for (size_t i = 0; i < FILES; i++) add_text(engine, "books", files[i], read_file(files[i]));
         add_text(engine, "note", "orchid", loci_slice_text(NOTE));
@@ -346,7 +347,7 @@ static void test_a_corpus_of_one_segment_is_a_plain_sequence(void **state) {
 static void create(loci_engine *engine, const char *corpus, loci_encoding encoding, bool beyond,
                    loci_corpus_info *info) {
     loci_error err = {0};
-    if (loci_engine_create_corpus(engine, corpus, encoding, beyond, info, &err))
+    if (loci_engine_create_corpus(engine, corpus, encoding, beyond, NULL, info, &err))
         fail_msg("%s", err.text);
 }
 
@@ -513,12 +514,12 @@ static void test_models_with_windows_have_independent_corpora(void **state) {
     create(engine, "usual", LOCI_ENCODING_DEFAULT, false, &info);
     assert_false(info.geometry.causal);
     assert_int_equal(
-        loci_engine_create_corpus(engine, "other", LOCI_ENCODING_CAUSAL, false, &info, &err),
+        loci_engine_create_corpus(engine, "other", LOCI_ENCODING_CAUSAL, false, NULL, &info, &err),
         LOCI_E_UNSUPPORTED);
     assert_string_equal(err.reason, "ENCODING");
     assert_non_null(strstr(err.text, "layer 1 sees a sliding window only"));
     assert_int_equal(
-        loci_engine_create_corpus(engine, "other", LOCI_ENCODING_DEFAULT, true, &info, &err),
+        loci_engine_create_corpus(engine, "other", LOCI_ENCODING_DEFAULT, true, NULL, &info, &err),
         LOCI_E_INVAL);
     loci_engine_close(engine);
 }

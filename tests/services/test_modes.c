@@ -1,0 +1,373 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Attention over a corpus layer by layer, under its settings: random queries of a GQA model whose
+ * every layer is a retrieval layer, against plain transcriptions in double of the rules in
+ * attention/README.md ("Settings of a corpus", "Mode squeezed").
+ */
+#include <ftw.h>
+#include <math.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "attention/cpu/cpu.h"
+#include "base/rng.h"
+#include "services/engine/query.h"
+#include "tests/services/stock_model.h"
+
+#define HANDBOOK "tests/data/handbook"
+#define QUESTION "Who designed the dome of the North Telescope?"
+#define SHAPE                                                                                   \
+    "\"use_sliding_window\": true,\n \"sliding_window\": 24,\n \"no_rope_layers\": [\n  1,\n  " \
+    "1,\n  0\n ],\n \"no_rope_layer_interval\": 3,\n \"layer_types\": [\n  "                    \
+    "\"sliding_attention\",\n  \"sliding_attention\",\n  \"full_attention\"\n ],"
+#define LAYERS 3u
+#define HEADS 4u
+#define KV_HEADS 2u
+#define DIM 32u
+#define ROWS 5u
+#define WIDTH (HEADS * DIM)
+
+static char folder[256];
+static const char *const files[] = {"north-dome.md", "cryogenics.md", "library.md"};
+static const stock_model model = {"untied", "chatml", 16384, SHAPE,
+                                  "\"use_sliding_window\": false, \"no_rope_layers\": [1, 1, 1],"};
+
+static int remove_entry(const char *path, const struct stat *info, int kind, struct FTW *at) {
+    (void)info;
+    (void)kind;
+    (void)at;
+    return remove(path);
+}
+
+static loci_engine *open_engine(void) {
+    char data[300], dir[300];
+    snprintf(dir, sizeof dir, "%s/model", folder);
+    snprintf(data, sizeof data, "%s/data", folder);
+    loci_engine_options options = {.data = data, .model = dir, .precision = "f32"};
+    loci_engine *engine = NULL;
+    loci_error err = {0};
+    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
+    return engine;
+}
+
+static void add_file(loci_engine *engine, const char *corpus, const char *name, size_t most) {
+    static uint8_t bytes[1 << 16];
+    char path[300];
+    loci_document_writer *writer;
+    loci_document_info info;
+    loci_error err = {0};
+    bool unchanged;
+    snprintf(path, sizeof path, HANDBOOK "/%s", name);
+    FILE *file = fopen(path, "rb");
+    assert_non_null(file);
+    size_t len = fread(bytes, 1, most < sizeof bytes ? most : sizeof bytes, file);
+    fclose(file);
+    if (loci_document_begin(loci_engine_store(engine), corpus, name, loci_slice_of(NULL, 0),
+                            &writer, &err) != LOCI_OK ||
+        loci_document_append(writer, loci_slice_of(bytes, len), &err) != LOCI_OK ||
+        loci_document_commit(writer, &info, &unchanged, &err) != LOCI_OK)
+        fail_msg("%s: %s", name, err.text);
+    loci_ingest *ingest = loci_engine_ingest(engine);
+    loci_ingest_wake(ingest);
+    loci_ingest_settle(ingest, corpus);
+    for (int i = 0; i < 6000 && !loci_ingest_settled(ingest, corpus); i++) loci_sleep_ms(10);
+    assert_true(loci_ingest_settled(ingest, corpus));
+}
+
+/* "books": extents; "mixed": an extent and flat segments; "text": causal; "note": flat only. */
+static int set_up(void **state) {
+    (void)state;
+    char dir[300];
+    loci_error err = {0};
+    loci_corpus_info info;
+    static const char *const corpora[] = {"books", "text", "note"};
+    snprintf(folder, sizeof folder, "/tmp/loci-test-modes-XXXXXX");
+    assert_non_null(mkdtemp(folder));
+    snprintf(dir, sizeof dir, "%s/model", folder);
+    stock_model_make(&model, dir);
+    loci_engine *engine = open_engine();
+    for (size_t i = 0; i < 3; i++) {
+        loci_encoding encoding = i == 1 ? LOCI_ENCODING_CAUSAL : LOCI_ENCODING_INDEPENDENT;
+        if (loci_engine_create_corpus(engine, corpora[i], encoding, false, NULL, &info, &err))
+            fail_msg("%s", err.text);
+        assert_int_equal(info.settings.dense_layers, 0); /* a quarter of three */
+    }
+    for (size_t i = 0; i < 3; i++) add_file(engine, "books", files[i], SIZE_MAX);
+    for (size_t i = 0; i < 3; i++) add_file(engine, "text", files[i], SIZE_MAX);
+    add_file(engine, "note", files[0], 700);
+    assert_int_equal(loci_corpus_get(loci_engine_store(engine), "books", &info, &err), LOCI_OK);
+    assert_true(info.extents >= 1);
+    assert_int_equal(loci_corpus_get(loci_engine_store(engine), "note", &info, &err), LOCI_OK);
+    assert_true(info.extents == 0 && info.tokens > 300);
+    loci_engine_close(engine);
+    return 0;
+}
+
+static int tear_down(void **state) {
+    (void)state;
+    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    return 0;
+}
+
+static void begin(loci_query *query, loci_engine *engine, const char *corpus) {
+    loci_error err = {0};
+    if (loci_query_init(query, engine, corpus, QUESTION, 0, NULL, &err)) fail_msg("%s", err.text);
+    assert_true(query->view->kv_heads == KV_HEADS && query->view->head_dim == DIM &&
+                query->view->retrieval_layers == LAYERS);
+}
+
+static void set(loci_engine *engine, const char *corpus, uint32_t dense, double temperature,
+                double scale) {
+    loci_settings_change change = {dense, temperature, scale};
+    loci_corpus_info info;
+    loci_error err = {0};
+    if (loci_engine_set_corpus(engine, corpus, &change, &info, &err)) fail_msg("%s", err.text);
+}
+
+static float uniform(uint64_t *state) {
+    return (float)(loci_rng_next(state) >> 40) / (float)(1 << 23) - 1;
+}
+
+/* What a step finds before the corpus is merged in, and its result. */
+typedef struct attended {
+    float q[ROWS * WIDTH], own[ROWS * WIDTH], own_lse[ROWS * HEADS];
+    float out[ROWS * WIDTH], lse[ROWS * HEADS];
+} attended;
+
+static void draw(attended *a, uint64_t seed) {
+    for (uint32_t i = 0; i < ROWS * WIDTH; i++) {
+        a->q[i] = 3 * uniform(&seed);
+        a->own[i] = uniform(&seed);
+    }
+    for (uint32_t i = 0; i < ROWS * HEADS; i++) a->own_lse[i] = 2 + uniform(&seed);
+}
+
+static void attend(loci_query *query, uint32_t layer, attended *a) {
+    loci_backend *backend = query->engine->backend;
+    const loci_backend_ops *ops = backend->ops;
+    loci_stream *stream = loci_sequence_stream(query->slot->sequence);
+    loci_error err = {0};
+    loci_buffer *buffers[3];
+    const void *data[3] = {a->q, a->own, a->own_lse};
+    const size_t bytes[3] = {sizeof a->q, sizeof a->own, sizeof a->own_lse};
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(ops->alloc(backend, bytes[i], &buffers[i], &err), LOCI_OK);
+        ops->upload(stream, loci_ref_at(buffers[i], 0), data[i], bytes[i]);
+    }
+    loci_attend_call call = {.stream = stream,
+                             .retrieval_index = layer,
+                             .rows = ROWS,
+                             .row_position = 1,
+                             .q_heads = HEADS,
+                             .head_dim = DIM,
+                             .q = loci_ref_at(buffers[0], 0),
+                             .q_stride = WIDTH,
+                             .scale = 1 / sqrtf(DIM),
+                             .out = loci_ref_at(buffers[1], 0),
+                             .out_stride = WIDTH,
+                             .lse = loci_ref_at(buffers[2], 0)};
+    if (loci_corpus_attend(query, &call, &err) != LOCI_OK) fail_msg("%s", err.text);
+    ops->download(stream, a->out, call.out, sizeof a->out);
+    ops->download(stream, a->lse, call.lse, sizeof a->lse);
+    assert_int_equal(ops->sync(stream, &err), LOCI_OK);
+    for (int i = 0; i < 3; i++) ops->free(backend, buffers[i]);
+}
+
+/* K and V of all tokens of a layer and KV head, as f32, in the order of the view. */
+static uint32_t read_kv(const loci_query *query, uint32_t layer, uint32_t head, float **k,
+                        float **v) {
+    const loci_corpus_view *view = query->view;
+    uint32_t tokens = view->flat_tokens, at = 0;
+    loci_error err = {0};
+    for (uint32_t e = 0; e < view->extent_count; e++) tokens += view->extents[e].tokens;
+    uint16_t *rows[2];
+    for (int i = 0; i < 2; i++) assert_non_null(rows[i] = calloc(tokens, DIM * sizeof **rows));
+    for (uint32_t e = 0; e < view->extent_count; e++) {
+        const loci_extent_view *extent = &view->extents[e];
+        uint64_t begins = extent->pair_at[layer * KV_HEADS + head];
+        assert_int_equal(loci_pair_read_positions(extent->buffer->data + begins,
+                                                  extent->buffer->bytes - begins,
+                                                  extent->segment_begin, extent->segments,
+                                                  rows[0] + at * DIM, rows[1] + at * DIM, &err),
+                         LOCI_OK);
+        at += extent->tokens;
+    }
+    for (uint32_t t = 0; t < view->flat_tokens; t++, at++) {
+        size_t from = ((size_t)t * KV_HEADS + head) * DIM * sizeof(uint16_t);
+        memcpy(rows[0] + at * DIM, view->flat_k[layer]->data + from, DIM * sizeof(uint16_t));
+        memcpy(rows[1] + at * DIM, view->flat_v[layer]->data + from, DIM * sizeof(uint16_t));
+    }
+    float **out[2] = {k, v};
+    for (int i = 0; i < 2; i++) {
+        assert_non_null(*out[i] = calloc(tokens, DIM * sizeof(float)));
+        for (size_t j = 0; j < (size_t)tokens * DIM; j++)
+            (*out[i])[j] = loci_bf16_to_f32(rows[i][j]);
+        free(rows[i]);
+    }
+    return tokens;
+}
+
+static double dot(const float *a, const float *b) {
+    double sum = 0;
+    for (uint32_t i = 0; i < DIM; i++) sum += (double)a[i] * (double)b[i];
+    return sum;
+}
+
+/* The result of one row and head by the formulas; T and S as in attention/README.md. */
+static void transcribe(const loci_query *query, uint32_t layer, const attended *a, uint32_t row,
+                       uint32_t head, const float *k, const float *v, uint32_t tokens,
+                       double out[DIM], double *lse) {
+    double T = (double)query->settings.attn_temperature, S = (double)query->settings.attn_scale;
+    const float *q = a->q + row * WIDTH + head * DIM;
+    uint32_t kv = head / (HEADS / KV_HEADS);
+    double sum = 0, mean[DIM] = {0};
+    for (uint32_t t = 0; t < tokens; t++) {
+        double weight = exp(dot(q, k + (size_t)t * DIM) / (T * sqrt(DIM)));
+        sum += weight;
+        for (uint32_t i = 0; i < DIM; i++)
+            mean[i] += weight * (double)v[(size_t)t * (size_t)DIM + i];
+    }
+    const float *sink_k = query->engine->sink_k + (layer * KV_HEADS + kv) * DIM;
+    const float *sink_v = query->engine->sink_v + (layer * KV_HEADS + kv) * DIM;
+    double sinks = query->causal ? 1 : (double)query->view->live_segments;
+    double corpus = pow(sum, S), sink = sinks * exp(dot(q, sink_k) / sqrt(DIM));
+    double own = exp((double)a->own_lse[row * HEADS + head]), all = corpus + sink + own;
+    for (uint32_t i = 0; i < DIM; i++)
+        out[i] = (corpus * mean[i] / sum + sink * (double)sink_v[i] +
+                  own * (double)a->own[row * WIDTH + head * DIM + i]) /
+                 all;
+    *lse = log(all);
+}
+
+static void test_temperature_and_scale_are_those_of_the_formula(void **state) {
+    (void)state;
+    static const struct {
+        const char *corpus;
+        double temperature, scale;
+    } cases[] = {{"books", 1, 1},    {"books", 0.7, 1},   {"books", 1.3, 0.8},
+                 {"note", 0.5, 0.9}, {"text", 0.8, 1.25}, {"note", 1, 0.5}};
+    loci_engine *engine = open_engine();
+    for (size_t c = 0; c < sizeof cases / sizeof *cases; c++) {
+        loci_query query;
+        attended a;
+        uint64_t seed = 41 + c;
+        set(engine, cases[c].corpus, 0, cases[c].temperature, cases[c].scale);
+        begin(&query, engine, cases[c].corpus);
+        query.params.mode = LOCI_MODE_DENSE;
+        for (uint32_t layer = 0; layer < LAYERS; layer++) {
+            draw(&a, seed + layer);
+            attend(&query, layer, &a);
+            for (uint32_t head = 0; head < HEADS; head++) {
+                float *k, *v;
+                uint32_t tokens = read_kv(&query, layer, head / (HEADS / KV_HEADS), &k, &v);
+                assert_int_equal(tokens, query.view->tokens);
+                for (uint32_t row = 0; row < ROWS; row++) {
+                    double out[DIM], lse;
+                    transcribe(&query, layer, &a, row, head, k, v, tokens, out, &lse);
+                    double off = fabs(lse - (double)a.lse[row * HEADS + head]);
+                    for (uint32_t i = 0; i < DIM; i++)
+                        off = fmax(off, fabs(out[i] - (double)a.out[row * WIDTH + head * DIM + i]));
+                    if (!(off < 2e-4)) fail_msg("case %zu, layer %u: off by %g", c, layer, off);
+                }
+                free(k);
+                free(v);
+            }
+        }
+        loci_query_fini(&query);
+        set(engine, cases[c].corpus, 0, 1, 1);
+    }
+    loci_engine_close(engine);
+}
+
+static double difference(const attended *a, const attended *b) {
+    double off = 0;
+    for (uint32_t i = 0; i < ROWS * WIDTH; i++)
+        off = fmax(off, fabs((double)a->out[i] - (double)b->out[i]));
+    return off;
+}
+
+/* Reading all is dense mode, and so are the first layers, however little the others read. */
+static void test_dense_layers_and_reading_all(void **state) {
+    (void)state;
+    static const char *const corpora[] = {"books", "text"};
+    loci_engine *engine = open_engine();
+    for (int c = 0; c < 4; c++) {
+        set(engine, corpora[c % 2], 2, c < 2 ? 1 : 0.8, c < 2 ? 1 : 0.9);
+        loci_query query;
+        begin(&query, engine, corpora[c % 2]);
+        for (uint32_t layer = 0; layer < LAYERS; layer++) {
+            attended dense, full, little, squeezed;
+            draw(&dense, 7 + layer);
+            full = little = squeezed = dense;
+            query.params.mode = LOCI_MODE_DENSE;
+            attend(&query, layer, &dense);
+            query.params.mode = LOCI_MODE_HIERARCHICAL;
+            query.params.top_p = 1;
+            attend(&query, layer, &full);
+            assert_true(difference(&dense, &full) < 1e-5);
+            query.params.budget = 8;
+            uint64_t before = query.usage.kv_read_bytes;
+            attend(&query, layer, &little);
+            uint64_t read = query.usage.kv_read_bytes - before;
+            query.params.mode = LOCI_MODE_SQUEEZED;
+            query.params.squeezed_threshold[0] = query.params.squeezed_threshold[1] = 1;
+            attend(&query, layer, &squeezed);
+            query.params.budget = 0;
+            bool all = layer < 2;
+            assert_true((difference(&dense, &little) < 1e-5) == all);
+            assert_true((difference(&dense, &squeezed) < 1e-5) == all);
+            assert_true((read >= query.view->tokens * KV_HEADS * 4 * DIM) == all);
+        }
+        loci_query_fini(&query);
+        set(engine, corpora[c % 2], 0, 1, 1);
+    }
+    loci_engine_close(engine);
+}
+
+/* With either setting the attention on sink, corpus and own tokens adds up. */
+static void test_masses_add_up(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    for (int c = 0; c < 2; c++) {
+        set(engine, "books", 0, c ? 0.8 : 1, c ? 0.85 : 1);
+        loci_query query;
+        loci_error err = {0};
+        attended a;
+        begin(&query, engine, "books");
+        query.params.mode = LOCI_MODE_DENSE;
+        assert_int_equal(loci_corpus_attend_begin(&query, &err), LOCI_OK);
+        draw(&a, 3);
+        attend(&query, 1, &a);
+        uint32_t segments = loci_snapshot_segments(query.snapshot);
+        float *mass = calloc(segments, sizeof *mass);
+        loci_stream *stream = loci_sequence_stream(query.slot->sequence);
+        engine->backend->ops->download(stream, mass, loci_ref_at(query.slot->mass, 0),
+                                       segments * sizeof *mass);
+        assert_int_equal(engine->backend->ops->sync(stream, &err), LOCI_OK);
+        double all = query.sink_mass;
+        for (uint32_t s = 0; s < segments; s++) all += (double)mass[s];
+        for (uint32_t i = 0; i < ROWS * HEADS; i++) all += exp((double)(a.own_lse[i] - a.lse[i]));
+        assert_true(fabs(all - ROWS * HEADS) < 1e-3);
+        free(mass);
+        loci_query_fini(&query);
+    }
+    set(engine, "books", 0, 1, 1);
+    loci_engine_close(engine);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_temperature_and_scale_are_those_of_the_formula),
+        cmocka_unit_test(test_dense_layers_and_reading_all),
+        cmocka_unit_test(test_masses_add_up),
+    };
+    return cmocka_run_group_tests(tests, set_up, tear_down);
+}
