@@ -240,10 +240,10 @@ typedef struct loci_backend_ops {
                             size_t capacity, size_t *count);
     void (*lookup_stats)(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats);
     /* Mode squeezed, after score_nodes: S and live tokens of each live node of a level (0 = roots,
-     * 1 = leaves) over all KV heads; host arrays, *count is the true number. For calibrating
-     * thresholds. */
+     * 1 = leaves) over all KV heads, and of leaves the S of their roots (NULL: not wanted); host
+     * arrays, *count is the true number. For calibrating thresholds. */
     void (*lookup_squeezed)(loci_stream *stream, loci_lookup *lookup, unsigned level, float *scores,
-                            uint32_t *tokens, size_t capacity, size_t *count);
+                            uint32_t *tokens, float *root_scores, size_t capacity, size_t *count);
 } loci_backend_ops;
 
 struct loci_backend {

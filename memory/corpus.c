@@ -93,7 +93,7 @@ static loci_status erase_corpus(loci_corpus *corpus, loci_error *err) {
     loci_batch_delete_prefix(batch, LOCI_CF_CHUNK, &prefix);
     loci_batch_delete_prefix(batch, LOCI_CF_FLAT, &prefix);
     loci_batch_delete_prefix(batch, LOCI_CF_TERMS, &prefix);
-    static const char kinds[] = {'c', 's', 'm', 'g', 'u'};
+    static const char kinds[] = {'c', 's', 'm', 'g', 'u', 'q', 't'};
     for (size_t i = 0; i < sizeof kinds; i++) {
         prefix = loci_key_catalog(kinds[i], corpus->uid);
         loci_batch_delete_prefix(batch, LOCI_CF_CATALOG, &prefix);

@@ -133,6 +133,17 @@ LOCI_MUST_CHECK loci_status loci_corpus_check_model(const loci_corpus_info *info
 LOCI_MUST_CHECK loci_status loci_corpus_delete(loci_store *store, const char *name,
                                                loci_error *err);
 
+/* Notes on a corpus by those who use it, which can be made again: one that was damaged, lost with
+ * the power or made by another model is LOCI_E_NOTFOUND. They go with the corpus. */
+typedef enum loci_note {
+    LOCI_NOTE_QUERIES,   /* of the last tokens of a causal corpus (services/engine/recorder.c) */
+    LOCI_NOTE_THRESHOLDS /* of mode squeezed (services/engine/squeezed.c) */
+} loci_note;
+LOCI_MUST_CHECK loci_status loci_corpus_note_put(loci_store *store, const loci_corpus_info *info,
+                                                 loci_note note, loci_slice data, loci_error *err);
+LOCI_MUST_CHECK loci_status loci_corpus_note_get(loci_store *store, const loci_corpus_info *info,
+                                                 loci_note note, loci_buf *out, loci_error *err);
+
 /* --- Documents -------------------------------------------------------------------------- */
 typedef struct loci_document_info {
     char id[LOCI_DOCUMENT_ID_MAX + 1];

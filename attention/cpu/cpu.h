@@ -123,6 +123,7 @@ void loci_cpu_lookup_selected(loci_stream *stream, loci_lookup *lookup, loci_sel
                               size_t capacity, size_t *count);
 void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats);
 void loci_cpu_lookup_squeezed(loci_stream *stream, loci_lookup *lookup, unsigned level,
-                              float *scores, uint32_t *tokens, size_t capacity, size_t *count);
+                              float *scores, uint32_t *tokens, float *root_scores, size_t capacity,
+                              size_t *count);
 
 #endif

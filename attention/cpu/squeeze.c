@@ -161,19 +161,22 @@ void lookup_squeeze(loci_stream *stream, loci_lookup *lookup) {
 }
 
 void loci_cpu_lookup_squeezed(loci_stream *stream, loci_lookup *lookup, unsigned level,
-                              float *scores, uint32_t *tokens, size_t capacity, size_t *count) {
+                              float *scores, uint32_t *tokens, float *root_scores, size_t capacity,
+                              size_t *count) {
     (void)stream;
     *count = 0;
     if (!lookup->ready || lookup->mode != LOCI_MODE_SQUEEZED || level > 1) return;
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];
-        size_t nodes = level == 0 ? head->roots : head->leaves;
+        size_t nodes = level == 0 ? head->roots : head->leaves, root = 0;
         for (size_t i = 0; i < nodes; i++) {
+            while (level == 1 && root + 1 < head->roots && head->leaf_at[root + 1] <= i) root++;
             uint32_t live = level == 0 ? head->root_live[i] : head->leaf_live[i];
             if (!live || !head->squeezed[level]) continue;
             if (*count < capacity) {
                 scores[*count] = head->squeezed[level][i];
                 tokens[*count] = live;
+                if (root_scores) root_scores[*count] = head->squeezed[0][level == 0 ? i : root];
             }
             (*count)++;
         }

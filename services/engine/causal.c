@@ -26,13 +26,21 @@ static loci_status run(loci_query *query, const uint32_t *tokens, uint32_t count
                        const loci_encode_out *out, loci_error *err) {
     loci_engine *engine = query->engine;
     loci_slot *slot = query->slot;
-    int last = (int)engine->geometry.retrieval_layers - 1;
+    loci_recorder recorder = {0};
+    uint32_t start = loci_snapshot_end(query->snapshot);
+    uint32_t keep = count < LOCI_RECORDED ? count : LOCI_RECORDED;
+    loci_status status;
     LOCI_TRY(loci_sequence_open(engine->model, count, &slot->sequence, err));
     LOCI_TRY(engine->backend->ops->lookup_create(engine->backend, &slot->lookup, err));
-    loci_sequence_jump(slot->sequence, loci_snapshot_end(query->snapshot));
-    loci_sequence_set_attend(slot->sequence, loci_corpus_attend, query);
-    LOCI_TRY(loci_sequence_append(slot->sequence, tokens, count, 0, last, query->cancel, err));
-    return loci_sequence_read_kv(slot->sequence, out, err);
+    LOCI_TRY_GOTO(loci_recorder_open(query, &recorder, err), out);
+    recorder.attends = true;
+    loci_sequence_jump(slot->sequence, start);
+    LOCI_TRY_GOTO(loci_recorder_pass(&recorder, tokens, count, keep, err), out);
+    LOCI_TRY_GOTO(loci_sequence_read_kv(slot->sequence, out, err), out);
+    loci_recorder_keep(&recorder, start, (uint64_t)start + count);
+out:
+    loci_recorder_close(&recorder);
+    return status;
 }
 
 loci_status loci_encode_after(void *ctx, const loci_snapshot *past, const uint32_t *tokens,
@@ -48,7 +56,8 @@ loci_status loci_encode_after(void *ctx, const loci_snapshot *past, const uint32
                         .cancel = cancel};
     loci_corpus_settings_default(&query.settings); /* as the model would read it */
     loci_encode_out out = {k, v};
-    uint64_t bytes = loci_plan_slot_bytes(loci_model_config_of(engine->model), count);
+    uint64_t bytes = loci_plan_slot_bytes(loci_model_config_of(engine->model), count) +
+                     loci_recorder_bytes(engine);
     loci_select_defaults(&query.params);
     query.params.mode = LOCI_MODE_DENSE;
     LOCI_TRY(loci_budget_take(engine->budget, LOCI_MEMORY_LOOKUPS, bytes,

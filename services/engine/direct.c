@@ -32,7 +32,7 @@ static loci_status ask_question(loci_query *query, loci_error *err) {
     loci_sequence_jump(sequence, query->start);
     loci_sequence_set_attend(sequence, loci_corpus_attend, query);
     loci_sequence_scale_attention(sequence, loci_query_attention_scale(query));
-    loci_select_reach(&query->params, true);
+    loci_query_reach(query, true);
     loci_status status;
     LOCI_TRY_GOTO(loci_corpus_attend_begin(query, err), out);
     if (query->engine->stock)
@@ -48,7 +48,7 @@ static loci_status ask_question(loci_query *query, loci_error *err) {
                                   query->cancel, err);
 out:
     loci_tokens_fini(&prompt);
-    loci_select_reach(&query->params, false);
+    loci_query_reach(query, false);
     query->usage.question_read_bytes = query->step_bytes;
     query->step_bytes = 0;
     return status;

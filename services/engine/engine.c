@@ -21,6 +21,7 @@
 /* The longest prompt with one passage, and its answer. */
 #define SEQUENCE_TOKENS (2 * LOCI_QUESTION_TOKENS_MAX + SEGMENT_TOKENS + LOCI_ANSWER_TOKENS_MAX + 8)
 #define DENSE_LAYERS 2u
+#define DEFAULT_SHARE 0.1 /* of mode squeezed */
 /* A stock model reads several passages in one prompt, as far as it has positions. */
 #define STOCK_PASSAGES 4u
 #define STOCK_PASSAGE_TOKENS (SEGMENT_TOKENS + 16)
@@ -415,10 +416,12 @@ static loci_status check_request(const loci_answer_request *request, loci_error 
     return LOCI_OK;
 }
 
-/* Scores of all nodes while the thresholds of squeezed mode are found; a leaf has at least eight
- * tokens or so. */
-static uint64_t calibration_bytes(const loci_corpus_view *view) {
-    return 2 * view->tokens * view->kv_heads * view->retrieval_layers;
+/* Of the corpus's tokens, in mode squeezed. */
+static double share_kept(const loci_query *query, const loci_answer_request *request) {
+    double tokens = (double)query->view->tokens;
+    if (request->sparsity > 0) return 1 - request->sparsity;
+    if (request->budget == 0) return DEFAULT_SHARE;
+    return request->budget < tokens ? request->budget / tokens : 1;
 }
 
 static loci_status set_params(loci_query *query, const loci_answer_request *request,
@@ -431,9 +434,9 @@ static loci_status set_params(loci_query *query, const loci_answer_request *requ
     }
     if (request->budget) params->budget = request->budget;
     if (params->mode != LOCI_MODE_SQUEEZED) return LOCI_OK;
-    LOCI_TRY(loci_query_reserve(query, calibration_bytes(query->view), err));
-    return loci_query_squeezed_threshold(query, request->sparsity > 0 ? request->sparsity : 0.9,
-                                         err);
+    LOCI_TRY(loci_query_squeezed(query, share_kept(query, request), err));
+    loci_query_reach(query, false);
+    return LOCI_OK;
 }
 
 loci_status loci_engine_answer(loci_engine *engine, const loci_answer_request *request,

@@ -111,6 +111,7 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
                                 "corpus %s was encoded by model %s, the daemon runs model %s",
                                 corpus, info->geometry.fingerprint, engine->geometry.fingerprint);
     query->view = loci_snapshot_view(query->snapshot);
+    loci_query_reach(query, false);
     query->settings = info->settings;
     query->causal = info->geometry.causal;
     query->start = query->causal ? loci_snapshot_end(query->snapshot) : engine->question_start;
@@ -141,6 +142,16 @@ void loci_query_fini(loci_query *query) {
 float loci_query_attention_scale(const loci_query *query) {
     return loci_model_attention_scale(loci_model_config_of(query->engine->model),
                                       query->view->tokens);
+}
+
+float loci_query_corpus_scale(const loci_query *query) {
+    return loci_query_attention_scale(query) / query->settings.attn_temperature;
+}
+
+void loci_query_reach(loci_query *query, bool question) {
+    loci_select_reach(&query->params, question);
+    memcpy(query->params.squeezed_threshold, query->squeezed[question ? 0 : 1],
+           sizeof query->params.squeezed_threshold);
 }
 
 double loci_query_elapsed_ms(const loci_query *query) {

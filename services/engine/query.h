@@ -33,6 +33,16 @@ typedef struct loci_slot {
                           attention on each is not asked for */
 } loci_slot;
 
+/* Thresholds of mode squeezed for one corpus revision (squeezed.c): of a question's rows and of a
+ * next token, for the shares 2^(-i/2) of the tokens to be kept, of roots and leaves. */
+#define LOCI_SQUEEZED_SHARES 17u
+typedef struct loci_squeezed_table {
+    uint64_t uid, revision;
+    uint32_t dense_layers;
+    float scale; /* loci_query_corpus_scale */
+    float threshold[2][LOCI_SQUEEZED_SHARES][2];
+} loci_squeezed_table;
+
 struct loci_engine {
     loci_backend *backend;
     loci_model *model;
@@ -52,10 +62,7 @@ struct loci_engine {
     pthread_cond_t slot_free;
     loci_slot *slots;
     unsigned slot_count, waiting, waiting_max;
-    /* Thresholds of squeezed mode, for the last corpus revision asked for; under lock. */
-    uint64_t squeezed_uid, squeezed_revision;
-    double squeezed_sparsity;
-    float squeezed_threshold[2];
+    loci_squeezed_table squeezed; /* the last one used; under lock */
 };
 
 /* The state of one running question. */
@@ -68,6 +75,7 @@ typedef struct loci_query {
     loci_select_params params;
     loci_corpus_settings settings;
     bool causal;          /* the corpus */
+    float squeezed[2][2]; /* thresholds of a question's rows and of a next token */
     uint32_t start;       /* the position of what looks at the corpus */
     const char *text;     /* the question, the caller's */
     loci_tokens question; /* ids of " question" */
@@ -88,8 +96,12 @@ void loci_query_fini(loci_query *query);
 /* Reserves memory of the budget until fini. */
 LOCI_MUST_CHECK loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *err);
 double loci_query_elapsed_ms(const loci_query *query);
-/* Of the question's and the answer's rows over this corpus. */
+/* Of the logits of the question's and the answer's rows: among themselves, and over the corpus's
+ * tokens (A and A / T of attention/README.md). */
 float loci_query_attention_scale(const loci_query *query);
+float loci_query_corpus_scale(const loci_query *query);
+/* How far the rows from now on look: a question's, or the next token of an answer. */
+void loci_query_reach(loci_query *query, bool question);
 /* <q> question <a> into *out; of a stock model, for ranking: begin question. Either way the
  * question's tokens are query->question and begin in the second row. */
 LOCI_MUST_CHECK loci_status loci_query_prompt(const loci_query *query, loci_tokens *out,
@@ -184,8 +196,31 @@ loci_status loci_encode_after(void *ctx, const loci_snapshot *past, const uint32
  * window. */
 LOCI_MUST_CHECK loci_status loci_causal_check(const loci_model *model, loci_error *err);
 
-/* squeezed.c: sets params.squeezed_threshold for the query's corpus revision. */
-LOCI_MUST_CHECK loci_status loci_query_squeezed_threshold(loci_query *query, double sparsity,
-                                                          loci_error *err);
+/* recorder.c: query vectors of tokens in the retrieval layers. */
+#define LOCI_RECORDED 100u
+typedef struct loci_recorder {
+    loci_query *query;
+    loci_buffer **q; /* of each retrieval layer: f32 [LOCI_RECORDED][q_heads][head_dim] */
+    uint32_t taken;  /* so many rows of them */
+    uint32_t first;  /* row of the pass under way from which on they are taken */
+    bool attends;    /* the passes look at the corpus */
+} loci_recorder;
+
+LOCI_MUST_CHECK loci_status loci_recorder_open(loci_query *query, loci_recorder *out,
+                                               loci_error *err);
+void loci_recorder_close(loci_recorder *recorder); /* also after a failed open */
+uint64_t loci_recorder_bytes(const loci_engine *engine);
+/* Runs tokens on the slot's sequence, which is empty, and takes the queries of the last `keep`. */
+LOCI_MUST_CHECK loci_status loci_recorder_pass(loci_recorder *recorder, const uint32_t *ids,
+                                               uint32_t count, uint32_t keep, loci_error *err);
+/* The recorded rows as those of the tokens of a causal corpus up to position `end`, with the ones
+ * kept up to `start` before them. A failure is logged: they can be had again. */
+void loci_recorder_keep(loci_recorder *recorder, uint64_t start, uint64_t end);
+/* Those kept for `end`; false: there are none. */
+bool loci_recorder_restore(loci_recorder *recorder, uint64_t end);
+
+/* squeezed.c: sets the query's thresholds so that about `share` of the tokens are kept. */
+LOCI_MUST_CHECK loci_status loci_query_squeezed(loci_query *query, double share, loci_error *err);
+void loci_squeezed_choose(const loci_squeezed_table *table, double share, float out[2][2]);
 
 #endif

@@ -360,6 +360,38 @@ static void test_settings(void **state) {
     fixture_close(f);
 }
 
+/* Notes are found again until they are damaged or their corpus is deleted. */
+static void test_notes(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    fixture_open(f);
+    loci_geometry geometry = test_geometry();
+    geometry.has_sink = false;
+    loci_corpus_info info;
+    loci_buf note = LOCI_BUF_INIT;
+    assert_ok(loci_corpus_create(f->store, "a", &geometry, NULL, NULL, NULL, &info, &err));
+    assert_int_equal(loci_corpus_note_get(f->store, &info, LOCI_NOTE_QUERIES, &note, &err),
+                     LOCI_E_NOTFOUND);
+    assert_ok(loci_corpus_note_put(f->store, &info, LOCI_NOTE_QUERIES, loci_slice_text("q"), &err));
+    assert_ok(
+        loci_corpus_note_put(f->store, &info, LOCI_NOTE_THRESHOLDS, loci_slice_text("tt"), &err));
+    fixture_close(f);
+    fixture_open(f);
+    assert_ok(loci_corpus_note_get(f->store, &info, LOCI_NOTE_QUERIES, &note, &err));
+    assert_true(note.len == 1 && note.data[0] == 'q');
+    assert_ok(loci_corpus_note_get(f->store, &info, LOCI_NOTE_THRESHOLDS, &note, &err));
+    assert_true(note.len == 2 && note.data[0] == 't');
+    loci_corpus_info other = info;
+    other.uid++;
+    assert_int_equal(loci_corpus_note_get(f->store, &other, LOCI_NOTE_QUERIES, &note, &err),
+                     LOCI_E_NOTFOUND);
+    assert_ok(loci_corpus_delete(f->store, "a", &err));
+    fixture_close(f);
+    assert_int_equal(count_keys(f->dir, LOCI_CF_CATALOG, "q"), 0);
+    assert_int_equal(count_keys(f->dir, LOCI_CF_CATALOG, "t"), 0);
+    loci_buf_fini(&note);
+}
+
 /* Catalogue entries of before there were settings have none behind the sinks, or a causal
  * corpus's bound only. */
 static void test_records_without_settings_open(void **state) {
@@ -420,6 +452,7 @@ int main(void) {
         TEST(test_envelope),
         TEST(test_envelope_damage),
         TEST(test_settings),
+        TEST(test_notes),
         TEST(test_records_without_settings_open),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -18,6 +18,7 @@
 #include <cmocka.h>
 
 #include "attention/cpu/cpu.h"
+#include "attention/index_layout.h"
 #include "base/rng.h"
 #include "services/engine/query.h"
 #include "tests/services/stock_model.h"
@@ -363,11 +364,255 @@ static void test_masses_add_up(void **state) {
     loci_engine_close(engine);
 }
 
+/* --- Mode squeezed --------------------------------------------------------------------------- */
+
+/* Logits of a node's mean key, by the bytes of the index. */
+static double node_logit(const uint8_t *blob, const loci_node *node, const float *q, double scale) {
+    const float *mean = loci_pair_mean(blob);
+    const int8_t *centroid = loci_node_centroid(node);
+    double sum = 0;
+    for (uint32_t i = 0; i < DIM; i++)
+        sum +=
+            (double)q[i] * ((double)mean[i] + (double)node->centroid_scale * (double)centroid[i]);
+    return scale * sum;
+}
+
+/* S of every root and leaf of a KV head for one query head, added to s. */
+static void add_scores(const loci_query *query, uint32_t layer, uint32_t kv, const float *q,
+                       double weight, double *roots, double *leaves) {
+    const loci_extent_view *extent = &query->view->extents[0];
+    const uint8_t *blob = extent->buffer->data + extent->pair_at[layer * KV_HEADS + kv];
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    double scale = 1 / (sqrt(DIM) * (double)query->settings.attn_temperature), sum[2] = {0};
+    for (int pass = 0; pass < 2; pass++) {
+        for (uint32_t r = 0; r < header->roots; r++) {
+            const loci_root *root = loci_pair_root(blob, r);
+            double x = exp(node_logit(blob, loci_pair_root_node(blob, r), q, scale));
+            if (pass == 0) sum[0] += root->tokens * x;
+            if (pass == 1) roots[r] += weight * x / sum[0];
+            for (uint32_t l = 0; l < root->count; l++) {
+                const loci_leaf *leaf = &loci_root_leaves(blob, root)[l];
+                x = exp(node_logit(blob, loci_pair_leaf_node(blob, root->begin + l), q, scale));
+                if (pass == 0) sum[1] += leaf->count * x;
+                if (pass == 1) leaves[root->begin + l] += weight * x / sum[1];
+            }
+        }
+    }
+}
+
+/* Tokens of a KV head that the rule keeps for these rows together. */
+static uint64_t kept(const loci_query *query, uint32_t layer, uint32_t kv, const float *rows,
+                     uint32_t count, const float threshold[2]) {
+    const loci_extent_view *extent = &query->view->extents[0];
+    const uint8_t *blob = extent->buffer->data + extent->pair_at[layer * KV_HEADS + kv];
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    double *roots = calloc(header->roots, sizeof *roots);
+    double *leaves = calloc(header->leaves, sizeof *leaves);
+    uint32_t group = HEADS / KV_HEADS;
+    for (uint32_t i = 0; i < count * group; i++)
+        add_scores(query, layer, kv, rows + (i / group) * WIDTH + (kv * group + i % group) * DIM,
+                   1.0 / (count * group), roots, leaves);
+    uint64_t tokens = 0;
+    for (uint32_t r = 0; r < header->roots; r++) {
+        const loci_root *root = loci_pair_root(blob, r);
+        for (uint32_t l = 0; l < root->count; l++)
+            if (roots[r] > (double)threshold[0] && leaves[root->begin + l] > (double)threshold[1])
+                tokens += loci_root_leaves(blob, root)[l].count;
+    }
+    free(roots);
+    free(leaves);
+    return tokens;
+}
+
+static float *recorded(loci_query *query, uint32_t *count) {
+    loci_recorder recorder;
+    loci_error err = {0};
+    assert_int_equal(loci_recorder_open(query, &recorder, &err), LOCI_OK);
+    assert_true(loci_recorder_restore(&recorder, query->start));
+    float *out = malloc((size_t)LAYERS * LOCI_RECORDED * WIDTH * sizeof *out);
+    loci_stream *stream = loci_sequence_stream(query->slot->sequence);
+    for (uint32_t i = 0; i < LAYERS; i++)
+        query->engine->backend->ops->download(stream, out + (size_t)i * LOCI_RECORDED * WIDTH,
+                                              loci_ref_at(recorder.q[i], 0),
+                                              (size_t)LOCI_RECORDED * WIDTH * sizeof *out);
+    assert_int_equal(query->engine->backend->ops->sync(stream, &err), LOCI_OK);
+    *count = recorder.taken;
+    loci_recorder_close(&recorder);
+    return out;
+}
+
+/* By a transcription of the rule the thresholds keep, of the recorded queries' tokens, the share
+ * that was asked for: of all together, and on average of single ones. */
+static void test_squeezed_thresholds_keep_the_share(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    for (int round = 0; round < 2; round++) {
+        uint32_t dense = round ? 1 : 0, count = 0;
+        set(engine, "text", dense, round ? 0.8 : 1, 1);
+        loci_query query;
+        loci_error err = {0};
+        begin(&query, engine, "text");
+        assert_true(query.view->extent_count == 1 && query.view->flat_tokens == 0);
+        float *q = recorded(&query, &count);
+        assert_int_equal(count, LOCI_RECORDED);
+        double all = (double)query.view->tokens * KV_HEADS * (LAYERS - dense);
+        static const double shares[] = {0.5, 0.3, 0.1, 0.04};
+        for (size_t s = 0; s < sizeof shares / sizeof *shares; s++) {
+            if (loci_query_squeezed(&query, shares[s], &err)) fail_msg("%s", err.text);
+            double together = 0, single = 0;
+            for (uint32_t layer = dense; layer < LAYERS; layer++) {
+                const float *rows = q + (size_t)layer * LOCI_RECORDED * WIDTH;
+                for (uint32_t kv = 0; kv < KV_HEADS; kv++) {
+                    together += (double)kept(&query, layer, kv, rows, count, query.squeezed[0]);
+                    for (uint32_t i = 0; i < count; i += 5)
+                        single += (double)kept(&query, layer, kv, rows + (size_t)i * WIDTH, 1,
+                                               query.squeezed[1]) /
+                                  (LOCI_RECORDED / 5);
+                }
+            }
+            print_message("share %g: %g together, %g single\n", shares[s], together / all,
+                          single / all);
+            assert_true(fabs(together / all - shares[s]) < 0.1 * shares[s]);
+            assert_true(fabs(single / all - shares[s]) < 0.1 * shares[s]);
+        }
+        free(q);
+        loci_query_fini(&query);
+    }
+    set(engine, "text", 0, 1, 1);
+    loci_engine_close(engine);
+}
+
+static loci_squeezed_table table_of(loci_engine *engine, const char *corpus, double share) {
+    loci_query query;
+    loci_error err = {0};
+    begin(&query, engine, corpus);
+    if (loci_query_squeezed(&query, share, &err)) fail_msg("%s", err.text);
+    loci_query_fini(&query);
+    return engine->squeezed;
+}
+
+/* Thresholds are a note on the corpus: found again after a restart, made anew for other settings
+ * or where the note is damaged, gone with the corpus. */
+static void test_squeezed_thresholds_are_kept(void **state) {
+    (void)state;
+    static const char *const corpora[] = {"books", "text"};
+    loci_error err = {0};
+    loci_corpus_info info;
+    for (int c = 0; c < 2; c++) {
+        loci_engine *engine = open_engine();
+        set(engine, corpora[c], 0, 1, 1);
+        loci_squeezed_table first = table_of(engine, corpora[c], 0.1);
+        for (uint32_t i = 0; i + 1 < LOCI_SQUEEZED_SHARES; i++)
+            for (int next = 0; next < 2; next++)
+                assert_true(first.threshold[next][i][1] <= first.threshold[next][i + 1][1]);
+        set(engine, corpora[c], 0, 0.5, 1);
+        loci_squeezed_table other = table_of(engine, corpora[c], 0.1);
+        assert_memory_not_equal(first.threshold, other.threshold, sizeof first.threshold);
+        loci_engine_close(engine);
+        engine = open_engine();
+        loci_store *store = loci_engine_store(engine);
+        assert_int_equal(loci_corpus_get(store, corpora[c], &info, &err), LOCI_OK);
+        /* A threshold of another value shows that the note is what is used. */
+        loci_buf note = LOCI_BUF_INIT;
+        assert_int_equal(loci_corpus_note_get(store, &info, LOCI_NOTE_THRESHOLDS, &note, &err),
+                         LOCI_OK);
+        float mark = 0.125f;
+        memcpy(note.data + note.len - sizeof mark, &mark, sizeof mark);
+        loci_slice data = loci_slice_of(note.data, note.len);
+        assert_int_equal(loci_corpus_note_put(store, &info, LOCI_NOTE_THRESHOLDS, data, &err),
+                         LOCI_OK);
+        loci_squeezed_table again = table_of(engine, corpora[c], 0.1);
+        assert_true(again.threshold[1][LOCI_SQUEEZED_SHARES - 1][1] == mark);
+        again.threshold[1][LOCI_SQUEEZED_SHARES - 1][1] =
+            other.threshold[1][LOCI_SQUEEZED_SHARES - 1][1];
+        assert_memory_equal(again.threshold, other.threshold, sizeof other.threshold);
+        /* Not of the shape that is known: made anew. */
+        float broken = NAN;
+        memcpy(note.data + note.len - sizeof broken, &broken, sizeof broken);
+        assert_int_equal(loci_corpus_note_put(store, &info, LOCI_NOTE_THRESHOLDS, data, &err),
+                         LOCI_OK);
+        engine->squeezed.uid = 0;
+        again = table_of(engine, corpora[c], 0.1);
+        assert_memory_equal(again.threshold, other.threshold, sizeof other.threshold);
+        info.uid += 1000;
+        assert_int_equal(loci_corpus_note_put(store, &info, LOCI_NOTE_THRESHOLDS, data, &err),
+                         LOCI_E_NOTFOUND);
+        loci_buf_fini(&note);
+        set(engine, corpora[c], 0, 1, 1);
+        loci_engine_close(engine);
+    }
+}
+
+static void test_shares_between_and_beyond_the_table(void **state) {
+    (void)state;
+    loci_squeezed_table table = {0};
+    float out[2][2];
+    for (uint32_t i = 0; i < LOCI_SQUEEZED_SHARES; i++)
+        for (int next = 0; next < 2; next++)
+            for (int level = 0; level < 2; level++)
+                table.threshold[next][i][level] = (float)(i * (uint32_t)(1 + next + 2 * level));
+    loci_squeezed_choose(&table, 1, out);
+    assert_true(out[0][0] == 0 && out[1][1] == 0);
+    loci_squeezed_choose(&table, 0.25, out); /* the fifth */
+    assert_true(fabsf(out[0][1] - 12) < 1e-5f && fabsf(out[1][1] - 16) < 1e-5f);
+    loci_squeezed_choose(&table, (0.25 + 0.5) / 2, out);
+    assert_true(out[0][0] > 2 && out[0][0] < 4);
+    loci_squeezed_choose(&table, exp2(-8) / 4, out);
+    assert_true(fabsf(out[0][0] - 16) < 1e-5f && fabsf(out[0][1] - 4 * 48) < 1e-3f);
+}
+
+typedef struct reads {
+    double share;
+} reads;
+
+static loci_status keep_usage(void *ctx, const loci_event *event, loci_error *err) {
+    (void)err;
+    reads *out = ctx;
+    if (event->kind == LOCI_EVENT_USAGE)
+        out->share = (double)event->usage->kv_read_bytes / (double)event->usage->kv_dense_bytes;
+    return LOCI_OK;
+}
+
+/* A budget of tokens is a share of them; answers read about that share. */
+static void test_a_squeezed_answer_reads_its_budget(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    static const char *const corpora[] = {"books", "text"};
+    for (int c = 0; c < 2; c++) {
+        loci_corpus_info info;
+        loci_error err = {0};
+        assert_int_equal(loci_corpus_get(loci_engine_store(engine), corpora[c], &info, &err),
+                         LOCI_OK);
+        for (int by = 0; by < 2; by++) {
+            reads out = {0};
+            loci_answer_request request = {.corpus = corpora[c],
+                                           .question = QUESTION,
+                                           .mode = LOCI_MODE_SQUEEZED,
+                                           .temperature = 0.8,
+                                           .seed = 7,
+                                           .max_tokens = 40};
+            if (by == 0)
+                request.budget = (uint32_t)info.tokens / 8;
+            else
+                request.sparsity = 0.875;
+            if (loci_engine_answer(engine, &request, NULL, keep_usage, &out, &err))
+                fail_msg("%s", err.text);
+            print_message("%s: reads %g\n", corpora[c], out.share);
+            assert_true(out.share > 0.125 / 2 && out.share < 0.125 * 2);
+        }
+    }
+    loci_engine_close(engine);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_temperature_and_scale_are_those_of_the_formula),
         cmocka_unit_test(test_dense_layers_and_reading_all),
         cmocka_unit_test(test_masses_add_up),
+        cmocka_unit_test(test_squeezed_thresholds_keep_the_share),
+        cmocka_unit_test(test_squeezed_thresholds_are_kept),
+        cmocka_unit_test(test_shares_between_and_beyond_the_table),
+        cmocka_unit_test(test_a_squeezed_answer_reads_its_budget),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -352,6 +352,61 @@ static void create(loci_engine *engine, const char *corpus, loci_encoding encodi
 }
 
 /* Several documents of several batches, before and behind an extent. */
+static void download(loci_recorder *recorder, uint32_t layer, float *out) {
+    const loci_query *query = recorder->query;
+    const loci_model_config *config = loci_model_config_of(query->engine->model);
+    loci_stream *stream = loci_sequence_stream(query->slot->sequence);
+    loci_error err = {0};
+    query->engine->backend->ops->download(stream, out, loci_ref_at(recorder->q[layer], 0),
+                                          (size_t)LOCI_RECORDED * config->q_heads *
+                                              config->head_dim * sizeof *out);
+    assert_int_equal(query->engine->backend->ops->sync(stream, &err), LOCI_OK);
+}
+
+/* What was kept at registration are the queries of the last tokens in one plain sequence. */
+static void expect_recorded(loci_engine *engine, const char *corpus, const loci_tokens *text) {
+    static float kept[LOCI_RECORDED * 256], plain[LOCI_RECORDED * 256];
+    const loci_model_config *config = loci_model_config_of(engine->model);
+    size_t floats = (size_t)LOCI_RECORDED * config->q_heads * config->head_dim;
+    assert_true(floats <= sizeof kept / sizeof *kept);
+    loci_query query;
+    loci_recorder before, again;
+    loci_error err = {0};
+    loci_tokens all = {0};
+    if (loci_query_init(&query, engine, corpus, QUESTION, 0, NULL, &err)) fail_msg("%s", err.text);
+    assert_int_equal(loci_recorder_open(&query, &before, &err), LOCI_OK);
+    assert_int_equal(loci_recorder_open(&query, &again, &err), LOCI_OK);
+    assert_false(loci_recorder_restore(&before, query.start - 1)); /* of another text */
+    assert_true(loci_recorder_restore(&before, query.start));
+    assert_int_equal(before.taken, LOCI_RECORDED);
+    assert_int_equal(loci_tokens_push(&all, loci_model_specials(engine->model)->begin, 0), LOCI_OK);
+    for (size_t i = 0; i < text->count; i++)
+        assert_int_equal(loci_tokens_push(&all, text->ids[i], 0), LOCI_OK);
+    loci_sequence *own = query.slot->sequence;
+    assert_int_equal(
+        loci_sequence_open(engine->model, (uint32_t)all.count, &query.slot->sequence, &err),
+        LOCI_OK);
+    assert_int_equal(loci_recorder_pass(&again, all.ids, (uint32_t)all.count, LOCI_RECORDED, &err),
+                     LOCI_OK);
+    for (uint32_t layer = 0; layer < config->retrieval_count; layer++) {
+        download(&before, layer, kept);
+        download(&again, layer, plain);
+        float most = 0, off = 0;
+        for (size_t i = 0; i < floats; i++) {
+            most = fmaxf(most, fabsf(plain[i]));
+            off = fmaxf(off, fabsf(plain[i] - kept[i]));
+        }
+        if (!(most > 0.1f) || !(off < 0.02f * most))
+            fail_msg("layer %u: queries up to %g differ by %g", layer, (double)most, (double)off);
+    }
+    loci_sequence_close(query.slot->sequence);
+    query.slot->sequence = own;
+    loci_recorder_close(&before);
+    loci_recorder_close(&again);
+    loci_tokens_fini(&all);
+    loci_query_fini(&query);
+}
+
 static void test_a_causal_corpus_is_a_plain_sequence(void **state) {
     (void)state;
     for (int m = 0; m < 2; m++) {
@@ -373,10 +428,16 @@ static void test_a_causal_corpus_is_a_plain_sequence(void **state) {
                          LOCI_OK);
         assert_true(info.extents > 0 && info.tokens == text.count);
         expect_plain(engine, "growing", &text, 0);
+        expect_recorded(engine, "growing", &text);
         add_text(engine, "growing", "orchid", loci_slice_text(NOTE));
         split_text(engine, loci_slice_text(NOTE), &text);
         settle(engine, "growing");
         expect_plain(engine, "growing", &text, 0);
+        expect_recorded(engine, "growing", &text);
+        add_text(engine, "growing", "short", loci_slice_text("It fits.")); /* joins those before */
+        split_text(engine, loci_slice_text("It fits."), &text);
+        settle(engine, "growing");
+        expect_recorded(engine, "growing", &text);
         outcome dense = asked(engine, "growing", LOCI_MODE_DENSE, 0, 0);
         outcome full = asked(engine, "growing", LOCI_MODE_HIERARCHICAL, 0, 1.0);
         outcome squeezed = asked(engine, "growing", LOCI_MODE_SQUEEZED, 0, 0);
