@@ -82,6 +82,38 @@ LOCI_MUST_CHECK loci_status loci_engine_set_corpus(loci_engine *engine, const ch
                                                    const loci_settings_change *settings,
                                                    loci_corpus_info *out, loci_error *err);
 
+/* --- Calibration ---------------------------------------------------------------------------- */
+#define LOCI_CALIBRATION_ROWS 16u
+typedef struct loci_calibration_row {
+    float temperature, scale; /* attn_temperature, attn_scale */
+    double loss;              /* of a next token behind passages encoded apart, in nats */
+    double error;             /* standard error of the difference to the first row, over samples */
+    double agreement;         /* how often the likeliest next token is that of the causal reading */
+    bool present;             /* as the corpus has them */
+} loci_calibration_row;
+
+typedef struct loci_calibration {
+    bool comparable; /* false: of the built-in model, whose corpora are never causal; no rows */
+    bool causal;     /* the corpus */
+    uint32_t samples;
+    uint64_t tokens, context_tokens; /* next tokens in all; tokens before each text, on average */
+    double seconds;
+    double causal_loss, alone_loss; /* the passages and the text as one sequence; no passages */
+    loci_calibration_row rows[LOCI_CALIBRATION_ROWS]; /* the first: 1, 1 */
+    uint32_t row_count, best;
+    bool applied;    /* the best row's settings are the corpus's now */
+    bool thresholds; /* those of mode squeezed are kept for this revision */
+    uint64_t revision;
+} loci_calibration;
+
+/* Compares independent with causal encoding on samples of the corpus, under several temperatures
+ * and scales, for about a minute at most (calibrate.c), and makes the thresholds of mode squeezed.
+ * apply: sets the best; LOCI_E_PRECONDITION, reason ENCODING, of a causal corpus; reason TOO_SHORT
+ * where there is nothing to compare on. */
+LOCI_MUST_CHECK loci_status loci_engine_calibrate(loci_engine *engine, const char *corpus,
+                                                  bool apply, const loci_cancel *cancel,
+                                                  loci_calibration *out, loci_error *err);
+
 /* Evidence quotes the sentences that matter (quote.h); a hit quotes its whole passage. */
 typedef struct loci_passage {
     const char *document;                /* id */

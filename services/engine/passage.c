@@ -47,3 +47,21 @@ void loci_passages_cite(loci_passage *passages, size_t count, const char *questi
         p->quote = loci_slice_of(p->passage.data + from, to - from);
     }
 }
+
+loci_status loci_segment_tokens(const loci_query *query, uint32_t segment, loci_tokens *out,
+                                loci_error *err) {
+    loci_segment_info info;
+    loci_buf bytes = LOCI_BUF_INIT, text = LOCI_BUF_INIT;
+    loci_status status;
+    LOCI_TRY_GOTO(loci_snapshot_segment(query->snapshot, segment, &info, err), out);
+    LOCI_TRY_GOTO(loci_snapshot_read(query->snapshot, segment, info.start, info.end, &bytes, err),
+                  out);
+    loci_passage_text(loci_slice_of(bytes.data, bytes.len), &text);
+    LOCI_TRY_GOTO(loci_buf_status(&text), out);
+    status = loci_tokenizer_encode(loci_model_tokenizer(query->engine->model),
+                                   loci_slice_of(text.data, text.len), false, out, err);
+out:
+    loci_buf_fini(&bytes);
+    loci_buf_fini(&text);
+    return status;
+}

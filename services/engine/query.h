@@ -153,6 +153,9 @@ uint32_t loci_lexical_best(const float *scores, uint32_t segments, uint32_t limi
  * lengths set, the data left NULL until loci_passages_bind (the buffer may move while it grows). */
 LOCI_MUST_CHECK loci_status loci_passage_load(loci_query *query, const loci_ranked *ranked,
                                               loci_buf *bytes, loci_passage *out, loci_error *err);
+/* Appends the tokens of a segment as it was encoded, without its begin token. */
+LOCI_MUST_CHECK loci_status loci_segment_tokens(const loci_query *query, uint32_t segment,
+                                                loci_tokens *out, loci_error *err);
 void loci_passages_bind(loci_passage *passages, size_t count, const loci_buf *bytes);
 /* Quotes of each what matters for the question and the answer ("" = none yet). */
 void loci_passages_cite(loci_passage *passages, size_t count, const char *question,

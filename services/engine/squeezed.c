@@ -28,25 +28,6 @@
 
 /* --- Recording ------------------------------------------------------------------------------ */
 
-/* Appends the tokens of a segment. */
-static loci_status read_segment(const loci_query *query, uint32_t segment, loci_tokens *out,
-                                loci_error *err) {
-    loci_segment_info info;
-    loci_buf bytes = LOCI_BUF_INIT, text = LOCI_BUF_INIT;
-    loci_status status;
-    LOCI_TRY_GOTO(loci_snapshot_segment(query->snapshot, segment, &info, err), out);
-    LOCI_TRY_GOTO(loci_snapshot_read(query->snapshot, segment, info.start, info.end, &bytes, err),
-                  out);
-    loci_passage_text(loci_slice_of(bytes.data, bytes.len), &text);
-    LOCI_TRY_GOTO(loci_buf_status(&text), out);
-    status = loci_tokenizer_encode(loci_model_tokenizer(query->engine->model),
-                                   loci_slice_of(text.data, text.len), false, out, err);
-out:
-    loci_buf_fini(&bytes);
-    loci_buf_fini(&text);
-    return status;
-}
-
 /* Runs one segment as it was encoded and records its last token's queries. */
 static loci_status record_segment(loci_recorder *recorder, uint32_t segment, loci_error *err) {
     const loci_engine *engine = recorder->query->engine;
@@ -54,7 +35,7 @@ static loci_status record_segment(loci_recorder *recorder, uint32_t segment, loc
     loci_status status;
     if (engine->geometry.has_sink)
         LOCI_TRY_GOTO(loci_tokens_push(&tokens, loci_model_specials(engine->model)->begin, 0), out);
-    LOCI_TRY_GOTO(read_segment(recorder->query, segment, &tokens, err), out);
+    LOCI_TRY_GOTO(loci_segment_tokens(recorder->query, segment, &tokens, err), out);
     loci_sequence_reset(recorder->query->slot->sequence);
     status = loci_recorder_pass(recorder, tokens.ids, (uint32_t)tokens.count, 1, err);
 out:
@@ -86,7 +67,7 @@ static loci_status record_end(loci_recorder *recorder, loci_error *err) {
          s--) {
         if (!loci_snapshot_segment_live(query->snapshot, s - 1)) continue;
         part.count = 0;
-        LOCI_TRY_GOTO(read_segment(query, s - 1, &part, err), out);
+        LOCI_TRY_GOTO(loci_segment_tokens(query, s - 1, &part, err), out);
         for (size_t i = part.count; i > 0 && count < LOCI_RECORDED; i--)
             ids[LOCI_RECORDED - ++count] = part.ids[i - 1];
     }

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * loci corpus create | list | show | set | delete
+ * loci corpus create | list | show | set | calibrate | delete
  */
 #include <stdlib.h>
 #include <string.h>
@@ -214,6 +214,82 @@ static loci_status run_set(loci_cli *cli, const loci_command *command, int argc,
     return LOCI_OK;
 }
 
+static json_t *calibration_json(const char *id, const Loci__V1__CalibrateCorpusResponse *c) {
+    json_t *rows = json_array();
+    for (size_t i = 0; i < c->n_rows; i++) {
+        const Loci__V1__CalibrateCorpusResponse__Row *row = c->rows[i];
+        json_array_append_new(rows, json_pack("{s:o,s:o,s:f,s:f,s:f,s:b}", "attn_temperature",
+                                              setting_json(row->attn_temperature), "attn_scale",
+                                              setting_json(row->attn_scale), "loss", row->loss,
+                                              "error", row->error, "agreement", row->agreement,
+                                              "present", (int)row->present));
+    }
+    json_t *object =
+        json_pack("{s:s,s:b,s:b,s:b,s:I,s:o}", "corpus", id, "comparable", (int)c->comparable,
+                  "applied", (int)c->applied, "thresholds", (int)c->thresholds, "revision",
+                  (json_int_t)c->revision, "rows", rows);
+    if (!c->comparable) return object;
+    json_t *more =
+        json_pack("{s:s,s:i,s:I,s:I,s:f,s:f,s:f,s:i}", "encoding", c->encoding, "samples",
+                  (int)c->samples, "tokens", (json_int_t)c->tokens, "context_tokens",
+                  (json_int_t)c->context_tokens, "seconds", c->seconds, "causal_loss",
+                  c->causal_loss, "alone_loss", c->alone_loss, "best", (int)c->best);
+    json_object_update(object, more);
+    json_decref(more);
+    return object;
+}
+
+static void print_calibration(const char *id, const Loci__V1__CalibrateCorpusResponse *c) {
+    if (!c->comparable) {
+        printf("corpus %s: nothing to calibrate, the built-in model's corpora are never causal\n",
+               id);
+    } else {
+        printf("corpus %s (%s): %u samples, %llu next tokens, each text behind %llu tokens of "
+               "passages; %.1f s\n\n"
+               "%-34s %8s %8s %10s\n"
+               "%-34s %8.4f\n%-34s %8.4f\n",
+               id, c->encoding, c->samples, (unsigned long long)c->tokens,
+               (unsigned long long)c->context_tokens, c->seconds, "passages", "loss", "+-",
+               "agreement", "read with the text (causal)", c->causal_loss, "none", c->alone_loss);
+        for (size_t i = 0; i < c->n_rows; i++) {
+            const Loci__V1__CalibrateCorpusResponse__Row *row = c->rows[i];
+            char name[64];
+            snprintf(name, sizeof name, "apart, temperature %g, scale %g%s", row->attn_temperature,
+                     row->attn_scale, row->present ? " *" : "");
+            printf("%-34s %8.4f %8.4f %9.1f%%%s\n", name, row->loss, row->error,
+                   100 * row->agreement, i == c->best ? "  best" : "");
+        }
+        printf("\n* as the corpus has them%s; +-: standard error of the difference to the first "
+               "line apart\n",
+               c->applied ? " had them, now the best" : "");
+    }
+    if (c->thresholds)
+        printf("thresholds of mode squeezed are there for revision %llu\n",
+               (unsigned long long)c->revision);
+}
+
+static loci_status run_calibrate(loci_cli *cli, const loci_command *command, int argc, char **argv,
+                                 loci_error *err) {
+    char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
+    bool apply = false;
+    const loci_option options[] = {{"apply", 0, LOCI_OPTION_FLAG, &apply, 0, 0, NULL,
+                                    "set the temperature and scale of the least loss"}};
+    LOCI_TRY(open_named(cli, command, options, 1, argc, argv, id, name, err));
+    if (cli->help) return LOCI_OK;
+    Loci__V1__CalibrateCorpusRequest request = LOCI__V1__CALIBRATE_CORPUS_REQUEST__INIT;
+    request.name = name;
+    request.apply = apply;
+    ProtobufCMessage *response = NULL;
+    LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/CalibrateCorpus", &request.base,
+                           &loci__v1__calibrate_corpus_response__descriptor, &response, err));
+    if (cli->json)
+        loci_print_json(calibration_json(id, (void *)response));
+    else
+        print_calibration(id, (void *)response);
+    protobuf_c_message_free_unpacked(response, NULL);
+    return LOCI_OK;
+}
+
 static loci_status run_delete(loci_cli *cli, const loci_command *command, int argc, char **argv,
                               loci_error *err) {
     char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
@@ -299,5 +375,11 @@ const loci_command loci_corpus_commands[LOCI_CORPUS_COMMANDS] = {
     {"corpus set", "NAME", "change how questions look at a corpus",
      "\nNothing that is stored depends on these settings; questions from then on have them.\n",
      run_set},
+    {"corpus calibrate", "NAME", "compare independent with causal encoding",
+     "\nReads passages of the corpus before the text that follows them, as one sequence and "
+     "encoded\n"
+     "apart under several temperatures and scales, for about a minute at most, and compares the\n"
+     "losses of the next tokens. Also makes the thresholds of mode squeezed.\n",
+     run_calibrate},
     {"corpus delete", "NAME", "delete a corpus and all its documents", NULL, run_delete},
 };

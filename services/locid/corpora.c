@@ -141,6 +141,55 @@ static loci_status update_corpus(loci_rpc_call *call, void *ctx, loci_error *err
     return send_corpus(call, node, &info, err);
 }
 
+static loci_status send_calibration(loci_rpc_call *call, const loci_calibration *in,
+                                    loci_error *err) {
+    Loci__V1__CalibrateCorpusResponse reply = LOCI__V1__CALIBRATE_CORPUS_RESPONSE__INIT;
+    Loci__V1__CalibrateCorpusResponse__Row rows[LOCI_CALIBRATION_ROWS];
+    Loci__V1__CalibrateCorpusResponse__Row *pointers[LOCI_CALIBRATION_ROWS];
+    for (uint32_t i = 0; i < in->row_count; i++) {
+        const loci_calibration_row *row = &in->rows[i];
+        loci__v1__calibrate_corpus_response__row__init(&rows[i]);
+        rows[i].attn_temperature = (double)row->temperature;
+        rows[i].attn_scale = (double)row->scale;
+        rows[i].loss = row->loss;
+        rows[i].error = row->error;
+        rows[i].agreement = row->agreement;
+        rows[i].present = row->present;
+        pointers[i] = &rows[i];
+    }
+    reply.n_rows = in->row_count;
+    reply.rows = pointers;
+    reply.comparable = in->comparable;
+    reply.encoding = (char *)(uintptr_t)(in->causal ? "causal" : "independent");
+    reply.samples = in->samples;
+    reply.tokens = in->tokens;
+    reply.context_tokens = in->context_tokens;
+    reply.seconds = in->seconds;
+    reply.causal_loss = in->causal_loss;
+    reply.alone_loss = in->alone_loss;
+    reply.best = in->best;
+    reply.applied = in->applied;
+    reply.thresholds = in->thresholds;
+    reply.revision = in->revision;
+    return loci_rpc_send(call, &reply.base, err);
+}
+
+static loci_status calibrate_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
+    loci_daemon *node = ctx;
+    ProtobufCMessage *message = NULL;
+    LOCI_TRY(loci_rpc_recv(call, &message, err));
+    const Loci__V1__CalibrateCorpusRequest *request = (void *)message;
+    char corpus[LOCI_NAME_MAX + 1];
+    LOCI_TRY(loci_corpus_name_parse(request->name, "name", corpus, err));
+    loci_rpc_error_metadata(call, "corpus", corpus);
+    loci_calibration out;
+    loci_status status = loci_engine_calibrate(node->engine, corpus, request->apply,
+                                               loci_rpc_cancel_of(call), &out, err);
+    if (status != LOCI_OK)
+        return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
+    return send_calibration(call, &out, err);
+}
+
 static loci_status get_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
     loci_daemon *node = ctx;
     ProtobufCMessage *message = NULL;
@@ -239,5 +288,8 @@ const loci_rpc_method loci_corpus_methods[] = {
     {"/loci.v1.CorpusService/UpdateCorpus", LOCI_RPC_UNARY,
      &loci__v1__update_corpus_request__descriptor, &loci__v1__corpus__descriptor, update_corpus,
      LOCI_RPC_WORKERS},
+    {"/loci.v1.CorpusService/CalibrateCorpus", LOCI_RPC_UNARY,
+     &loci__v1__calibrate_corpus_request__descriptor,
+     &loci__v1__calibrate_corpus_response__descriptor, calibrate_corpus, LOCI_RPC_LONG},
 };
 const size_t loci_corpus_method_count = sizeof loci_corpus_methods / sizeof loci_corpus_methods[0];

@@ -155,6 +155,15 @@ class Journey(Case):
                     self.assertIn(ANSWER, best["quote"])
                     self.quoted("notes", done["evidence"], "share")
 
+    def test_10_settings_and_calibration(self):
+        shown = self.result("corpus", "show", "notes")
+        self.assertEqual([shown["dense_layers"], shown["attn_temperature"], shown["attn_scale"]],
+                         [0, 1.0, 1.0])
+        self.assertIn("nothing to calibrate, the built-in model's corpora are never causal",
+                      self.ok("corpus", "calibrate", "notes"))
+        done = self.result("corpus", "calibrate", "notes", "--apply")
+        self.assertFalse(done["comparable"] or done["applied"])
+
     def test_11_the_answer_streams(self):
         lines = [json.loads(line) for line in
                  self.ok("ask", "notes", QUESTION, "--json").splitlines()]

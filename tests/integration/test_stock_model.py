@@ -129,6 +129,26 @@ class StockModel(Case):
         for flags in (("--attn-temperature", "0"), ("--attn-scale", "nan"), ()):
             self.assertEqual(self.daemon.loci("corpus", "set", "tuned", *flags).returncode, 2)
 
+    def test_calibration(self):
+        self.ok("corpus", "create", "uncalibrated", "--encoding", "independent")
+        self.refused("corpus", "calibrate", "uncalibrated", says="no two searchable passages")
+        self.refused("corpus", "calibrate", "nowhere", says="no corpus")
+        self.ok("register", "uncalibrated", *(os.path.join(HANDBOOK, name) for name in FILES))
+        text = self.ok("corpus", "calibrate", "uncalibrated")
+        self.assertIn("apart, temperature 1, scale 1 *", text)
+        self.assertIn("thresholds of mode squeezed are there", text)
+        done = self.result("corpus", "calibrate", "uncalibrated", "--apply")
+        self.assertTrue(done["applied"] and done["comparable"])
+        best = done["rows"][done["best"]]
+        self.assertEqual(best["loss"], min(row["loss"] for row in done["rows"]))
+        shown = self.result("corpus", "show", "uncalibrated")
+        for key in ("attn_temperature", "attn_scale"):
+            self.assertEqual(shown[key], best[key])
+        self.ok("corpus", "create", "whole")
+        self.ok("register", "whole", os.path.join(HANDBOOK, FILES[0]))
+        self.assertEqual(self.result("corpus", "calibrate", "whole")["encoding"], "causal")
+        self.refused("corpus", "calibrate", "whole", "--apply", says="is causal")
+
     def test_unusable_models_are_refused_by_name(self):
         for base, says in (("qwen2", "head_dim"), ("mistral", "head_dim")):
             model = make_model(os.path.join(self.folder, base), base)

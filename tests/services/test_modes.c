@@ -48,15 +48,24 @@ static int remove_entry(const char *path, const struct stat *info, int kind, str
     return remove(path);
 }
 
-static loci_engine *open_engine(void) {
+/* Without positions anywhere, a passage encoded apart is what it is in one sequence. */
+static const stock_model placeless = {
+    "untied", "chatml", 16384, SHAPE,
+    "\"use_sliding_window\": false, \"no_rope_layers\": [0, 0, 0],"};
+
+static loci_engine *open_named(const char *name) {
     char data[300], dir[300];
-    snprintf(dir, sizeof dir, "%s/model", folder);
-    snprintf(data, sizeof data, "%s/data", folder);
+    snprintf(dir, sizeof dir, "%s/%s", folder, name);
+    snprintf(data, sizeof data, "%s/%s-data", folder, name);
     loci_engine_options options = {.data = data, .model = dir, .precision = "f32"};
     loci_engine *engine = NULL;
     loci_error err = {0};
     if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
     return engine;
+}
+
+static loci_engine *open_engine(void) {
+    return open_named("model");
 }
 
 static void add_file(loci_engine *engine, const char *corpus, const char *name, size_t most) {
@@ -94,6 +103,8 @@ static int set_up(void **state) {
     assert_non_null(mkdtemp(folder));
     snprintf(dir, sizeof dir, "%s/model", folder);
     stock_model_make(&model, dir);
+    snprintf(dir, sizeof dir, "%s/placeless", folder);
+    stock_model_make(&placeless, dir);
     loci_engine *engine = open_engine();
     for (size_t i = 0; i < 3; i++) {
         loci_encoding encoding = i == 1 ? LOCI_ENCODING_CAUSAL : LOCI_ENCODING_INDEPENDENT;
@@ -604,6 +615,86 @@ static void test_a_squeezed_answer_reads_its_budget(void **state) {
     loci_engine_close(engine);
 }
 
+/* --- Calibration ------------------------------------------------------------------------------ */
+
+static loci_calibration calibrated(loci_engine *engine, const char *corpus, bool apply) {
+    loci_calibration out;
+    loci_error err = {0};
+    if (loci_engine_calibrate(engine, corpus, apply, NULL, &out, &err)) fail_msg("%s", err.text);
+    return out;
+}
+
+/* Of one passage without positions both encodings are the same, so both readings are; under other
+ * settings they are not. */
+static void test_calibration_of_equal_encodings_finds_no_difference(void **state) {
+    (void)state;
+    loci_engine *engine = open_named("placeless");
+    loci_corpus_info info;
+    loci_error err = {0};
+    assert_int_equal(loci_engine_create_corpus(engine, "short", LOCI_ENCODING_INDEPENDENT, false,
+                                               NULL, &info, &err),
+                     LOCI_OK);
+    loci_calibration out;
+    assert_int_equal(loci_engine_calibrate(engine, "short", false, NULL, &out, &err),
+                     LOCI_E_PRECONDITION);
+    assert_string_equal(err.reason, "TOO_SHORT");
+    add_file(engine, "short", files[0], 420);
+    out = calibrated(engine, "short", false);
+    assert_int_equal(loci_corpus_get(loci_engine_store(engine), "short", &info, &err), LOCI_OK);
+    assert_int_equal(info.segments, 2);
+    assert_true(out.comparable && !out.causal && !out.applied && !out.thresholds);
+    assert_true(out.samples == 1 && out.row_count == 15 && out.tokens == 63);
+    assert_true(out.context_tokens > 50 && out.context_tokens < 256);
+    print_message("causal %g, apart %g, alone %g, T 0.5 %g\n", out.causal_loss, out.rows[0].loss,
+                  out.alone_loss, out.rows[4].loss);
+    assert_true(fabs(out.rows[0].loss - out.causal_loss) < 5e-4 * out.causal_loss);
+    assert_true(out.rows[0].agreement > 0.95);
+    assert_true(fabs(out.alone_loss - out.causal_loss) > 0.01 * out.causal_loss);
+    assert_true(fabs(out.rows[4].loss - out.causal_loss) > 2e-3 * out.causal_loss);
+    loci_engine_close(engine);
+}
+
+static void test_calibration_sets_the_best(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    loci_store *store = loci_engine_store(engine);
+    loci_corpus_info info;
+    loci_error err = {0};
+    loci_calibration first, out;
+    set(engine, "books", 1, 0.6, 0.95);
+    first = calibrated(engine, "books", false);
+    assert_true(first.samples == 16 && first.row_count == 16 && first.thresholds);
+    assert_true(first.rows[15].present && !first.rows[0].present && first.rows[0].error == 0);
+    for (uint32_t i = 0; i < first.row_count; i++) {
+        assert_true(first.rows[i].loss >= first.rows[first.best].loss);
+        assert_true(first.rows[i].agreement >= 0 && first.rows[i].agreement <= 1);
+    }
+    assert_int_equal(loci_corpus_get(store, "books", &info, &err), LOCI_OK);
+    assert_true(info.settings.attn_temperature == 0.6f); /* it was only looked at */
+    out = calibrated(engine, "books", true);
+    assert_memory_equal(out.rows, first.rows, sizeof out.rows);
+    assert_true(out.applied && out.revision == info.revision);
+    assert_int_equal(loci_corpus_get(store, "books", &info, &err), LOCI_OK);
+    assert_true(info.settings.attn_temperature == out.rows[out.best].temperature &&
+                info.settings.attn_scale == out.rows[out.best].scale &&
+                info.settings.dense_layers == 1);
+    assert_true(engine->squeezed.scale == 1 / info.settings.attn_temperature); /* made for these */
+    out = calibrated(engine, "text", false);
+    assert_true(out.causal && out.samples > 0);
+    assert_int_equal(loci_engine_calibrate(engine, "text", true, NULL, &out, &err),
+                     LOCI_E_PRECONDITION);
+    assert_string_equal(err.reason, "ENCODING");
+    assert_int_equal(loci_engine_calibrate(engine, "none", true, NULL, &out, &err),
+                     LOCI_E_NOTFOUND);
+    loci_cancel cancel;
+    loci_cancel_init(&cancel, 0);
+    loci_cancel_request(&cancel);
+    assert_int_equal(loci_engine_calibrate(engine, "books", false, &cancel, &out, &err),
+                     LOCI_E_CANCELLED);
+    set(engine, "books", 0, 1, 1);
+    loci_engine_close(engine);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_temperature_and_scale_are_those_of_the_formula),
@@ -613,6 +704,8 @@ int main(void) {
         cmocka_unit_test(test_squeezed_thresholds_are_kept),
         cmocka_unit_test(test_shares_between_and_beyond_the_table),
         cmocka_unit_test(test_a_squeezed_answer_reads_its_budget),
+        cmocka_unit_test(test_calibration_of_equal_encodings_finds_no_difference),
+        cmocka_unit_test(test_calibration_sets_the_best),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
