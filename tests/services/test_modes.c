@@ -483,8 +483,8 @@ static void test_squeezed_thresholds_keep_the_share(void **state) {
             }
             print_message("share %g: %g together, %g single\n", shares[s], together / all,
                           single / all);
-            assert_true(fabs(together / all - shares[s]) < 0.1 * shares[s]);
-            assert_true(fabs(single / all - shares[s]) < 0.1 * shares[s]);
+            assert_true(fabs(together / all - shares[s]) < 0.05 * shares[s]);
+            assert_true(fabs(single / all - shares[s]) < 0.03 * shares[s]);
         }
         free(q);
         loci_query_fini(&query);
@@ -498,6 +498,12 @@ static loci_squeezed_table table_of(loci_engine *engine, const char *corpus, dou
     loci_error err = {0};
     begin(&query, engine, corpus);
     if (loci_query_squeezed(&query, share, &err)) fail_msg("%s", err.text);
+    for (int next = 0; next < 2; next++) {
+        loci_query_reach(&query, next == 0);
+        assert_memory_equal(query.params.squeezed_threshold, query.squeezed[next],
+                            sizeof query.squeezed[next]);
+    }
+    assert_true(query.squeezed[0][1] != query.squeezed[1][1]);
     loci_query_fini(&query);
     return engine->squeezed;
 }
