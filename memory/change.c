@@ -87,8 +87,12 @@ loci_status loci_corpus_extent(loci_corpus *corpus, const loci_manifest_extent *
     pthread_mutex_unlock(&corpus->lock);
     if (*out) return LOCI_OK;
     loci_extent *extent = NULL;
-    LOCI_TRY(loci_extent_open(corpus->extents_dir, &corpus->geometry, entry, corpus->store->backend,
-                              &extent, err));
+    loci_status status = loci_extent_open(corpus->extents_dir, &corpus->geometry, entry,
+                                          corpus->store->backend, &extent, err);
+    if (status == LOCI_E_UNSUPPORTED)
+        return loci_fail_prefix(err, status, "\"loci corpus reindex %s\" makes its index anew",
+                                corpus->name);
+    LOCI_TRY(status);
     pthread_mutex_lock(&corpus->lock);
     *out = find_opened(corpus, entry->id);
     if (*out) {

@@ -45,7 +45,7 @@ static loci_corpus *corpus_alloc(loci_store *store, uint64_t uid) {
 }
 
 static void corpus_free(loci_corpus *corpus) {
-    LOCI_ASSERT(!corpus->snapshots && !corpus->current && !corpus->building);
+    LOCI_ASSERT(!corpus->snapshots && !corpus->current && !corpus->building && !corpus->successor);
     for (size_t i = 0; i < corpus->opened_count; i++) loci_extent_unref(corpus->opened[i]);
     if (corpus->sink_buffer)
         corpus->store->backend->ops->free(corpus->store->backend, corpus->sink_buffer);
@@ -112,8 +112,7 @@ void loci_corpus_release(loci_corpus *corpus) {
     corpus_free(corpus);
 }
 
-/* Caller holds store->lock. The place of name in the table, or where it would stand. */
-static size_t find_place(const loci_store *store, const char *name, bool *found) {
+size_t loci_corpus_place(const loci_store *store, const char *name, bool *found) {
     size_t low = 0, high = store->corpus_count;
     *found = false;
     while (low < high) {
@@ -142,7 +141,7 @@ static bool insert_corpus(loci_store *store, size_t place, loci_corpus *corpus) 
     return true;
 }
 
-static loci_corpus *corpus_ref(loci_corpus *corpus) {
+loci_corpus *loci_corpus_ref(loci_corpus *corpus) {
     atomic_fetch_add(&corpus->refs, 1);
     return corpus;
 }
@@ -152,8 +151,8 @@ static loci_status acquire_any(loci_store *store, const char *name, loci_corpus 
                                loci_error *err) {
     pthread_mutex_lock(&store->lock);
     bool found;
-    size_t place = find_place(store, name, &found);
-    *out = found ? corpus_ref(store->corpora[place]) : NULL;
+    size_t place = loci_corpus_place(store, name, &found);
+    *out = found ? loci_corpus_ref(store->corpora[place]) : NULL;
     pthread_mutex_unlock(&store->lock);
     if (*out) return LOCI_OK;
     return loci_fail(err, LOCI_E_NOTFOUND, "there is no corpus \"%.*s\"", LOCI_NAME_MAX, name);
@@ -177,12 +176,13 @@ loci_corpus *loci_corpus_next(loci_store *store, uint64_t after) {
     pthread_mutex_lock(&store->lock);
     loci_corpus *best = NULL;
     for (size_t i = 0; i < store->corpus_count; i++) {
-        loci_corpus *corpus = store->corpora[i];
-        if (corpus->uid > after && corpus->damage.status == LOCI_OK &&
-            (!best || corpus->uid < best->uid))
-            best = corpus;
+        loci_corpus *both[] = {store->corpora[i], store->corpora[i]->successor};
+        for (size_t b = 0; b < 2; b++)
+            if (both[b] && both[b]->uid > after && both[b]->damage.status == LOCI_OK &&
+                both[b]->stage != LOCI_CORPUS_COPYING && (!best || both[b]->uid < best->uid))
+                best = both[b];
     }
-    if (best) corpus_ref(best);
+    if (best) loci_corpus_ref(best);
     pthread_mutex_unlock(&store->lock);
     return best;
 }
@@ -197,6 +197,17 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
     out->documents = corpus->documents;
     out->bytes = corpus->bytes;
     out->pending_documents = corpus->pending_end - corpus->pending_first;
+    loci_corpus *successor = corpus->successor;
+    if (successor) {
+        out->reindexing = true;
+        pthread_mutex_lock(&successor->lock);
+        memcpy(out->reindex_fingerprint, successor->geometry.fingerprint, LOCI_FINGERPRINT_LEN);
+        if (successor->stage == LOCI_CORPUS_INDEXING)
+            out->reindex_documents =
+                successor->documents - (successor->pending_end - successor->pending_first);
+        out->reindex_tokens = successor->manifest->live_tokens;
+        pthread_mutex_unlock(&successor->lock);
+    }
     const loci_manifest *manifest = corpus->manifest;
     if (!manifest) return; /* damaged */
     out->revision = manifest->revision;
@@ -367,6 +378,25 @@ static loci_status load_contents(loci_corpus *corpus, loci_error *err) {
     return LOCI_OK;
 }
 
+/* Its corpus has a smaller uid: it was read before. One that cannot be used goes, and the corpus is
+ * as it was before. */
+static loci_status load_successor(loci_corpus *successor, loci_corpus *corpus) {
+    loci_error damage = {0};
+    loci_status status = LOCI_E_NOTFOUND;
+    if (corpus && !corpus->successor)
+        status = load_contents(successor, &damage);
+    else
+        loci_fail(&damage, status, "there is no such corpus");
+    if (status == LOCI_OK) {
+        corpus->successor = successor;
+        return LOCI_OK;
+    }
+    loci_log_error("the reindexing of corpus %s begins anew: %s", successor->name, damage.text);
+    successor->deleted = true;
+    loci_corpus_release(successor);
+    return LOCI_OK;
+}
+
 /* One corpus of the catalogue. Damage is logged and kept in the object, not returned. */
 static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan, loci_error *err) {
     loci_error damage = {0};
@@ -378,7 +408,9 @@ static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan,
     bool found = false;
     size_t place = 0;
     if (status == LOCI_OK && !corpus->deleted) {
-        place = find_place(store, corpus->name, &found);
+        place = loci_corpus_place(store, corpus->name, &found);
+        if (corpus->stage == LOCI_CORPUS_INDEXING)
+            return load_successor(corpus, found ? store->corpora[place] : NULL);
         if (found)
             status = loci_fail(&damage, LOCI_E_CORRUPT, "two corpora are named %s", corpus->name);
     }
@@ -451,18 +483,26 @@ static bool name_valid(const char *name) {
     return true;
 }
 
+bool loci_corpus_store(const loci_corpus *corpus, loci_corpus_stage stage, loci_batch *batch) {
+    loci_buf record = LOCI_BUF_INIT;
+    loci_corpus_encode(corpus, stage, &record);
+    bool good = loci_buf_status(&record) == LOCI_OK;
+    loci_key key = loci_key_catalog('c', corpus->uid);
+    if (good)
+        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
+                       loci_slice_of(record.data, record.len));
+    loci_buf_fini(&record);
+    return good;
+}
+
 static loci_status write_new(loci_corpus *corpus, loci_error *err) {
     loci_store *store = corpus->store;
-    loci_buf record = LOCI_BUF_INIT, manifest = LOCI_BUF_INIT;
-    loci_corpus_encode(corpus, false, &record);
+    loci_buf manifest = LOCI_BUF_INIT;
     loci_manifest_encode(corpus->manifest, &manifest);
     loci_batch *batch = loci_batch_create(store->rocks);
     loci_status status = LOCI_E_NOMEM;
-    if (!record.failed && !manifest.failed) {
-        loci_key key = loci_key_catalog('c', corpus->uid);
-        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
-                       loci_slice_of(record.data, record.len));
-        key = loci_key_catalog('m', corpus->uid);
+    if (!manifest.failed && loci_corpus_store(corpus, corpus->stage, batch)) {
+        loci_key key = loci_key_catalog('m', corpus->uid);
         loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_MANIFEST,
                        loci_slice_of(manifest.data, manifest.len));
         loci_state_store(corpus, 0, 0, 0, batch);
@@ -473,22 +513,22 @@ static loci_status write_new(loci_corpus *corpus, loci_error *err) {
     else
         loci_fail(err, status, "no memory for corpus %s", corpus->name);
     loci_batch_destroy(batch);
-    loci_buf_fini(&record);
     loci_buf_fini(&manifest);
     return status;
 }
 
-static loci_status create_at(loci_store *store, size_t place, const char *name,
-                             const loci_geometry *geometry, const loci_corpus_settings *settings,
-                             const float *sink_k, const float *sink_v, loci_corpus_info *out,
-                             loci_error *err) {
+loci_status loci_corpus_make(loci_store *store, const char *name, const loci_geometry *geometry,
+                             const loci_corpus_settings *settings, const float *sink_k,
+                             const float *sink_v, loci_corpus_stage stage, int64_t created,
+                             uint64_t revision, loci_corpus **out, loci_error *err) {
     loci_corpus *corpus = corpus_alloc(store, store->next_uid);
     loci_status status = LOCI_E_NOMEM;
     if (!corpus) return loci_fail(err, status, "no memory for corpus %s", name);
     memcpy(corpus->name, name, strlen(name) + 1);
     corpus->geometry = *geometry;
     corpus->settings = *settings;
-    corpus->created = loci_wall_seconds();
+    corpus->created = created;
+    corpus->stage = stage;
     corpus->manifest = loci_manifest_create(geometry->fingerprint);
     corpus->sink_floats = loci_sink_floats(geometry);
     if (corpus->sink_floats) corpus->sinks = malloc(corpus->sink_floats * sizeof(float));
@@ -496,6 +536,7 @@ static loci_status create_at(loci_store *store, size_t place, const char *name,
         loci_fail(err, status, "no memory for corpus %s", name);
         goto fail;
     }
+    corpus->manifest->revision = revision;
     if (corpus->sinks) {
         size_t half = corpus->sink_floats / 2;
         memcpy(corpus->sinks, sink_k, half * sizeof(float));
@@ -504,12 +545,24 @@ static loci_status create_at(loci_store *store, size_t place, const char *name,
     LOCI_TRY_GOTO(prepare(corpus, err), fail);
     LOCI_TRY_GOTO(write_new(corpus, err), fail);
     store->next_uid = corpus->uid + 1;
-    loci_corpus_fill_info(corpus, out);
-    if (insert_corpus(store, place, corpus)) return LOCI_OK;
-    status = loci_fail(err, LOCI_E_NOMEM, "no memory for corpus %s", name);
+    *out = corpus;
+    return LOCI_OK;
 fail:
     corpus_free(corpus);
     return status;
+}
+
+static loci_status create_at(loci_store *store, size_t place, const char *name,
+                             const loci_geometry *geometry, const loci_corpus_settings *settings,
+                             const float *sink_k, const float *sink_v, loci_corpus_info *out,
+                             loci_error *err) {
+    loci_corpus *corpus = NULL;
+    LOCI_TRY(loci_corpus_make(store, name, geometry, settings, sink_k, sink_v, LOCI_CORPUS_LIVE,
+                              loci_wall_seconds(), 1, &corpus, err));
+    loci_corpus_fill_info(corpus, out);
+    if (insert_corpus(store, place, corpus)) return LOCI_OK;
+    corpus_free(corpus);
+    return loci_fail(err, LOCI_E_NOMEM, "no memory for corpus %s", name);
 }
 
 loci_status loci_corpus_create(loci_store *store, const char *name, const loci_geometry *geometry,
@@ -530,7 +583,7 @@ loci_status loci_corpus_create(loci_store *store, const char *name, const loci_g
     pthread_mutex_lock(&store->lock);
     bool found;
     loci_status status;
-    size_t place = find_place(store, name, &found);
+    size_t place = loci_corpus_place(store, name, &found);
     if (found) {
         loci_corpus *corpus = store->corpora[place];
         pthread_mutex_lock(&corpus->lock);
@@ -555,22 +608,15 @@ loci_status loci_corpus_get(loci_store *store, const char *name, loci_corpus_inf
     return LOCI_OK;
 }
 
-/* The catalogue value as the corpus is now; caller holds corpus->lock. */
-static loci_status write_record(loci_corpus *corpus, bool deleted, loci_error *err) {
-    loci_buf record = LOCI_BUF_INIT;
-    loci_corpus_encode(corpus, deleted, &record);
+/* Writes the catalogue value as the corpus is now; caller holds corpus->lock. */
+static loci_status write_record(loci_corpus *corpus, loci_error *err) {
     loci_batch *batch = loci_batch_create(corpus->store->rocks);
-    loci_key key = loci_key_catalog('c', corpus->uid);
-    loci_status status = loci_buf_status(&record);
-    if (status == LOCI_OK) {
-        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_CORPUS,
-                       loci_slice_of(record.data, record.len));
+    loci_status status = LOCI_E_NOMEM;
+    if (loci_corpus_store(corpus, corpus->stage, batch))
         status = loci_batch_write(batch, true, err);
-    } else {
+    else
         loci_fail(err, status, "no memory for the record of corpus %s", corpus->name);
-    }
     loci_batch_destroy(batch);
-    loci_buf_fini(&record);
     return status;
 }
 
@@ -583,11 +629,10 @@ loci_status loci_corpus_set(loci_store *store, const char *name,
     pthread_mutex_lock(&corpus->lock);
     loci_corpus_settings before = corpus->settings;
     loci_snapshot *stale = NULL;
-    if (status == LOCI_OK && corpus->deleted)
-        status = loci_fail(err, LOCI_E_NOTFOUND, "there is no corpus \"%s\"", name);
+    if (status == LOCI_OK) status = loci_corpus_changeable(corpus, err);
     if (status == LOCI_OK) {
         corpus->settings = *settings;
-        status = write_record(corpus, false, err);
+        status = write_record(corpus, err);
         if (status != LOCI_OK) corpus->settings = before;
     }
     if (status == LOCI_OK) {
@@ -622,7 +667,7 @@ loci_status loci_corpus_list(loci_store *store, const char *after, size_t limit,
     (void)err;
     pthread_mutex_lock(&store->lock);
     bool found;
-    size_t place = find_place(store, after, &found);
+    size_t place = loci_corpus_place(store, after, &found);
     if (found) place++;
     *count = 0;
     for (; place < store->corpus_count && *count < limit; place++) {
@@ -635,39 +680,48 @@ loci_status loci_corpus_list(loci_store *store, const char *after, size_t limit,
     return LOCI_OK;
 }
 
-loci_status loci_corpus_check_model(const loci_corpus_info *info, const char *fingerprint,
-                                    loci_error *err) {
-    if (strcmp(info->geometry.fingerprint, fingerprint) == 0) return LOCI_OK;
-    return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
-                            "corpus %s was made with model %s and cannot be used with model %s",
-                            info->name, info->geometry.fingerprint, fingerprint);
-}
-
-/* Marks the corpus deleted on disk and in memory; caller holds store->lock. */
-static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current, loci_error *err) {
+/* Marks the corpus and its successor deleted on disk and in memory; caller holds store->lock.
+ * *successor: its reference. */
+static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current,
+                                loci_corpus **successor, loci_error *err) {
+    loci_batch *batch = loci_batch_create(corpus->store->rocks);
+    loci_status status = LOCI_OK;
     pthread_mutex_lock(&corpus->lock);
+    *successor = corpus->successor;
+    if (!loci_corpus_store(corpus, LOCI_CORPUS_DELETED, batch) ||
+        (*successor && !loci_corpus_store(*successor, LOCI_CORPUS_DELETED, batch)))
+        status = loci_fail(err, LOCI_E_NOMEM, "no memory to delete %s", corpus->name);
     LOCI_FAILPOINT("delete_commit");
-    loci_status status = write_record(corpus, true, err);
+    if (status == LOCI_OK) status = loci_batch_write(batch, true, err);
     LOCI_FAILPOINT("delete_commit");
     if (status == LOCI_OK) {
         corpus->deleted = true;
         *current = corpus->current;
         corpus->current = NULL;
+        corpus->successor = NULL;
+    } else {
+        *successor = NULL;
     }
     pthread_mutex_unlock(&corpus->lock);
+    if (*successor) {
+        pthread_mutex_lock(&(*successor)->lock);
+        (*successor)->deleted = true;
+        pthread_mutex_unlock(&(*successor)->lock);
+    }
+    loci_batch_destroy(batch);
     return status;
 }
 
 loci_status loci_corpus_delete(loci_store *store, const char *name, loci_error *err) {
-    loci_corpus *corpus = NULL;
+    loci_corpus *corpus = NULL, *successor = NULL;
     loci_snapshot *current = NULL;
     LOCI_TRY(acquire_any(store, name, &corpus, err));
     pthread_mutex_lock(&store->lock);
     bool found;
-    size_t place = find_place(store, name, &found);
+    size_t place = loci_corpus_place(store, name, &found);
     loci_status status = LOCI_E_NOTFOUND;
     if (found && store->corpora[place] == corpus)
-        status = mark_deleted(corpus, &current, err);
+        status = mark_deleted(corpus, &current, &successor, err);
     else
         loci_fail(err, status, "there is no corpus \"%s\"", name);
     if (status == LOCI_OK) {
@@ -677,6 +731,7 @@ loci_status loci_corpus_delete(loci_store *store, const char *name, loci_error *
     }
     pthread_mutex_unlock(&store->lock);
     loci_snapshot_release(current);
+    loci_corpus_release(successor);
     if (status == LOCI_OK) loci_corpus_release(corpus); /* the table's */
     loci_corpus_release(corpus);
     return status;

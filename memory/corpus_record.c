@@ -17,11 +17,11 @@ enum { TAIL_CAUSAL = 1, TAIL_SETTINGS = 2 };
 #define SCALE_LEAST 0.05f
 #define SCALE_MOST 2.0f
 
-void loci_corpus_encode(const loci_corpus *corpus, bool deleted, loci_buf *out) {
+void loci_corpus_encode(const loci_corpus *corpus, loci_corpus_stage stage, loci_buf *out) {
     const loci_geometry *geometry = &corpus->geometry;
     loci_buf_bytes(out, corpus->name, strlen(corpus->name));
     loci_buf_u64(out, (uint64_t)corpus->created);
-    loci_buf_u8(out, deleted);
+    loci_buf_u8(out, (uint8_t)stage);
     loci_buf_append(out, geometry->fingerprint, LOCI_FINGERPRINT_LEN);
     loci_buf_u32(out, geometry->retrieval_layers);
     loci_buf_u32(out, geometry->kv_heads);
@@ -104,7 +104,7 @@ loci_status loci_corpus_decode(loci_corpus *corpus, loci_slice payload, loci_err
     loci_geometry *geometry = &corpus->geometry;
     loci_slice name = loci_read_bytes(&reader);
     corpus->created = (int64_t)loci_read_u64(&reader);
-    corpus->deleted = loci_read_u8(&reader) != 0;
+    uint8_t stage = loci_read_u8(&reader);
     for (size_t i = 0; i < LOCI_FINGERPRINT_LEN; i++)
         geometry->fingerprint[i] = (char)loci_read_u8(&reader);
     geometry->retrieval_layers = loci_read_u32(&reader);
@@ -115,13 +115,16 @@ loci_status loci_corpus_decode(loci_corpus *corpus, loci_slice payload, loci_err
     geometry->has_sink = loci_read_u8(&reader) != 0;
     size_t floats = 2u * (size_t)loci_read_u32(&reader);
     size_t left = reader.len - reader.at, bytes = floats * sizeof(float);
-    if (reader.failed || name.len == 0 || name.len > LOCI_NAME_MAX ||
-        !loci_geometry_valid(geometry) || floats != loci_sink_floats(geometry) || left < bytes ||
+    if (reader.failed || stage > LOCI_CORPUS_INDEXING || name.len == 0 ||
+        name.len > LOCI_NAME_MAX || !loci_geometry_valid(geometry) ||
+        floats != loci_sink_floats(geometry) || left < bytes ||
         !read_tail(loci_slice_of(reader.data + reader.at + bytes, left - bytes), geometry,
                    &corpus->settings))
         return loci_fail(err, LOCI_E_CORRUPT, "the catalogue entry of corpus %016llx is damaged",
                          (unsigned long long)corpus->uid);
     memcpy(corpus->name, name.data, name.len);
+    corpus->stage = (loci_corpus_stage)stage;
+    corpus->deleted = stage == LOCI_CORPUS_DELETED || stage == LOCI_CORPUS_COPYING;
     corpus->sink_floats = floats;
     if (floats == 0) return LOCI_OK;
     corpus->sinks = malloc(floats * sizeof(float));

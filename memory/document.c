@@ -272,6 +272,11 @@ loci_status loci_document_begin(loci_store *store, const char *corpus, const cha
         loci_fail(err, status, "no memory for document \"%.100s\"", id);
     else
         status = loci_corpus_acquire(store, corpus, &writer->corpus, err);
+    if (status == LOCI_OK) { /* else the commit would tell, after all bytes have come */
+        pthread_mutex_lock(&writer->corpus->lock);
+        status = loci_corpus_changeable(writer->corpus, err);
+        pthread_mutex_unlock(&writer->corpus->lock);
+    }
     if (status != LOCI_OK) {
         writer_free(writer);
         return status;
@@ -430,10 +435,8 @@ loci_status loci_document_commit(loci_document_writer *writer, loci_document_inf
     document.created = loci_wall_seconds();
 
     pthread_mutex_lock(&corpus->lock);
-    if (corpus->deleted)
-        status = loci_fail(err, LOCI_E_NOTFOUND, "corpus %s was deleted", corpus->name);
-    else
-        status = find_old(corpus, writer->id, &old, err);
+    status = loci_corpus_changeable(corpus, err);
+    if (status == LOCI_OK) status = find_old(corpus, writer->id, &old, err);
     if (status == LOCI_OK) {
         same = old.sequence != 0 && old.bytes == document.bytes &&
                memcmp(old.content, document.content, sizeof old.content) == 0;

@@ -104,6 +104,7 @@ loci_status loci_document_read(loci_store *store, const char *corpus_name, const
 static loci_status delete_locked(loci_corpus *corpus, const char *id, loci_change *change,
                                  loci_error *err) {
     loci_document document;
+    LOCI_TRY(loci_corpus_changeable(corpus, err));
     LOCI_TRY(loci_change_begin(corpus, change, err));
     loci_status status = find_document(corpus, NULL, id, &document, err);
     if (status == LOCI_OK && corpus->geometry.causal && document.segments > 0)

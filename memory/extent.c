@@ -293,6 +293,10 @@ static loci_status check_header(loci_extent *extent, const char *path,
         return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "LAYOUT_TOO_NEW",
                                 "extent %s has layout %u, known is %u", path, version,
                                 LOCI_LAYOUT_VERSION);
+    if (version < LOCI_LAYOUT_VERSION)
+        return loci_fail_reason(err, LOCI_E_UNSUPPORTED, "LAYOUT_TOO_OLD",
+                                "extent %s has layout %u, this program reads %u", path, version,
+                                LOCI_LAYOUT_VERSION);
     if (XXH3_64bits(extent->map, header_bytes) != expected->header_hash)
         return loci_fail(err, LOCI_E_CORRUPT, "the header of extent %s fails its checksum", path);
     uint32_t stated_bytes = loci_read_u32(&reader);
@@ -305,8 +309,8 @@ static loci_status check_header(loci_extent *extent, const char *path,
                                 "extent %s was made by model %.*s, its corpus is of %s", path,
                                 (int)LOCI_FINGERPRINT_LEN, (const char *)fingerprint,
                                 geometry->fingerprint);
-    bool good = version == LOCI_LAYOUT_VERSION && stated_bytes == header_bytes &&
-                file_bytes == extent->bytes && memcmp(id, expected->id, sizeof expected->id) == 0;
+    bool good = stated_bytes == header_bytes && file_bytes == extent->bytes &&
+                memcmp(id, expected->id, sizeof expected->id) == 0;
     good = loci_read_u32(&reader) == geometry->retrieval_layers && good;
     good = loci_read_u32(&reader) == geometry->kv_heads && good;
     good = loci_read_u32(&reader) == geometry->head_dim && good;
@@ -421,6 +425,20 @@ loci_status loci_extent_open(const char *dir, const loci_geometry *geometry,
     }
     *out = extent;
     return LOCI_OK;
+}
+
+bool loci_extent_outdated(const char *dir, const uint8_t id[LOCI_EXTENT_ID_BYTES]) {
+    char name[LOCI_EXTENT_NAME_BYTES], path[PATH_BYTES];
+    uint8_t head[12];
+    loci_extent_name(id, name);
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return false;
+    bool whole = pread(fd, head, sizeof head, 0) == (ssize_t)sizeof head;
+    close(fd);
+    if (!whole || memcmp(head, MAGIC, 8) != 0) return false;
+    loci_reader reader = loci_reader_of(loci_slice_of(head + 8, 4));
+    return loci_read_u32(&reader) < LOCI_LAYOUT_VERSION;
 }
 
 loci_extent *loci_extent_ref(loci_extent *extent) {

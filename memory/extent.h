@@ -11,6 +11,7 @@
 #include "memory/manifest.h"
 
 #define LOCI_LAYOUT_VERSION 3u
+#define LOCI_LAYOUT_OLDEST 2u /* of a directory that is opened; its corpora are to be reindexed */
 #define LOCI_EXTENT_NAME_BYTES (2u * LOCI_EXTENT_ID_BYTES + 1u)
 
 typedef struct loci_extent {
@@ -52,6 +53,8 @@ LOCI_MUST_CHECK loci_status loci_extent_open(const char *dir, const loci_geometr
                                              const loci_manifest_extent *expected,
                                              loci_backend *backend, loci_extent **out,
                                              loci_error *err);
+/* Whether the file says that it is of an older layout. */
+bool loci_extent_outdated(const char *dir, const uint8_t id[LOCI_EXTENT_ID_BYTES]);
 loci_extent *loci_extent_ref(loci_extent *extent);
 void loci_extent_unref(loci_extent *extent); /* NULL allowed */
 

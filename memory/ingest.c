@@ -279,16 +279,18 @@ static loci_status forgive(loci_ingest *ingest, loci_corpus *corpus, loci_status
 /* What a corpus's turn begins with. */
 typedef struct turn_state {
     loci_tail_demand demand;
-    bool pause;  /* before the next attempt */
-    bool failed; /* the last attempt */
+    bool pause;     /* before the next attempt */
+    bool failed;    /* the last attempt */
+    bool successor; /* to take another corpus's place when it is at rest */
 } turn_state;
 
 static turn_state begin_turn(loci_ingest *ingest, loci_corpus *corpus) {
     uint64_t now = loci_now_ns();
     pthread_mutex_lock(&corpus->lock);
     uint64_t revision = corpus->manifest->revision, last = corpus->last_sequence;
+    bool successor = corpus->stage == LOCI_CORPUS_INDEXING;
     pthread_mutex_unlock(&corpus->lock);
-    turn_state state = {.demand = LOCI_TAIL_KEEP, .pause = true};
+    turn_state state = {.demand = LOCI_TAIL_KEEP, .pause = true, .successor = successor};
     pthread_mutex_lock(&ingest->lock);
     corpus_slot *slot = slot_of(ingest, corpus->uid);
     if (slot) {
@@ -298,13 +300,22 @@ static turn_state begin_turn(loci_ingest *ingest, loci_corpus *corpus) {
         slot->known_sequence = last;
         state.pause = now < slot->retry_ns;
         state.failed = slot->failures > 0;
-        if (slot->settle)
+        if (slot->settle || successor)
             state.demand = LOCI_TAIL_ANY;
         else if (now - slot->changed_ns >= SETTLE_NS)
             state.demand = LOCI_TAIL_LARGE;
     }
     pthread_mutex_unlock(&ingest->lock);
     return state;
+}
+
+/* True when it was done. */
+static bool take_place(loci_ingest *ingest, loci_corpus *corpus, bool pause) {
+    loci_error err = {0};
+    if (pause) return false;
+    loci_status status = loci_reindex_finish(corpus, &err);
+    set_outcome(ingest, corpus, forgive(ingest, corpus, status), &err);
+    return status == LOCI_OK;
 }
 
 /* True when something was done. */
@@ -314,6 +325,7 @@ static bool take_turn(loci_ingest *ingest, loci_corpus *corpus) {
     bool pending = pending_of(corpus) > 0;
     loci_rebuild_plan plan;
     if (!pending && !tidy_due(corpus, state.demand, &plan)) {
+        if (state.successor) return take_place(ingest, corpus, state.pause);
         /* At rest: whatever failed or was asked for is no more. */
         if (state.demand == LOCI_TAIL_ANY) set_settle(ingest, corpus, false);
         if (state.failed) set_outcome(ingest, corpus, LOCI_OK, &err);
@@ -434,10 +446,7 @@ void loci_ingest_wake(loci_ingest *ingest) {
 
 /* --- Progress --------------------------------------------------------------------------- */
 
-loci_status loci_ingest_progress_of(loci_ingest *ingest, const char *name,
-                                    loci_ingest_progress *out, loci_error *err) {
-    loci_corpus *corpus = NULL;
-    LOCI_TRY(loci_corpus_acquire(ingest->store, name, &corpus, err));
+static void fill_progress(loci_ingest *ingest, loci_corpus *corpus, loci_ingest_progress *out) {
     memset(out, 0, sizeof *out);
     pthread_mutex_lock(&ingest->lock);
     corpus_slot *slot = slot_of(ingest, corpus->uid);
@@ -452,7 +461,25 @@ loci_status loci_ingest_progress_of(loci_ingest *ingest, const char *name,
         out->searchable_sequence = corpus->pending[corpus->pending_first] - 1;
     out->revision = corpus->manifest->revision;
     pthread_mutex_unlock(&corpus->lock);
+}
+
+loci_status loci_ingest_progress_of(loci_ingest *ingest, const char *name,
+                                    loci_ingest_progress *out, loci_error *err) {
+    loci_corpus *corpus = NULL;
+    LOCI_TRY(loci_corpus_acquire(ingest->store, name, &corpus, err));
+    fill_progress(ingest, corpus, out);
     loci_corpus_release(corpus);
+    return LOCI_OK;
+}
+
+loci_status loci_ingest_reindex_progress(loci_ingest *ingest, const char *name,
+                                         loci_ingest_progress *out, loci_error *err) {
+    loci_corpus *successor = NULL;
+    LOCI_TRY(loci_corpus_successor(ingest->store, name, &successor, err));
+    memset(out, 0, sizeof *out);
+    out->stage = "idle";
+    if (successor) fill_progress(ingest, successor, out);
+    loci_corpus_release(successor);
     return LOCI_OK;
 }
 

@@ -93,6 +93,10 @@ void loci_ingest_stop(loci_ingest *ingest);
 void loci_ingest_wake(loci_ingest *ingest);
 LOCI_MUST_CHECK loci_status loci_ingest_progress_of(loci_ingest *ingest, const char *corpus,
                                                     loci_ingest_progress *out, loci_error *err);
+/* The same of the index that loci_corpus_reindex is making; nothing when it is not. */
+LOCI_MUST_CHECK loci_status loci_ingest_reindex_progress(loci_ingest *ingest, const char *corpus,
+                                                         loci_ingest_progress *out,
+                                                         loci_error *err);
 /* Waits until something changed for the corpus since *out was last filled, or timeout_ms. */
 LOCI_MUST_CHECK loci_status loci_ingest_wait(loci_ingest *ingest, const char *corpus,
                                              unsigned timeout_ms, loci_ingest_progress *in_out,

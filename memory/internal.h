@@ -6,7 +6,8 @@
  *   corpus.build_lock   making a snapshot of the corpus (slow: opens files)
  *   store.lock          the table of corpora
  *   corpus.lock         everything that changes in a corpus; held over small RocksDB reads and over
- *                       the write that commits a change, so that changes of a corpus are ordered
+ *                       the write that commits a change, so that changes of a corpus are ordered;
+ *                       that of its successor comes after it
  * A corpus object lives while somebody holds a reference; the last release of a deleted corpus
  * removes its data.
  *
@@ -63,6 +64,15 @@ typedef struct loci_id_list {
     size_t count;
 } loci_id_list;
 
+/* What a corpus's catalogue value says it is (FORMAT.md). */
+typedef enum loci_corpus_stage {
+    LOCI_CORPUS_LIVE,
+    LOCI_CORPUS_DELETED,
+    LOCI_CORPUS_COPYING, /* the successor of a corpus of its name; its documents are coming */
+    LOCI_CORPUS_INDEXING /* ... they are all there; it takes that corpus's place when it is indexed
+                          */
+} loci_corpus_stage;
+
 struct loci_corpus {
     loci_store *store;
     atomic_uint refs;
@@ -86,6 +96,11 @@ struct loci_corpus {
     pthread_mutex_t lock; /* guards what follows */
     bool deleted;
     loci_corpus_settings settings;
+    loci_corpus_stage stage; /* as on disk */
+    bool replaced;           /* deleted, since its successor took its place */
+    /* The corpus that will take this one's place (reindex.c), and one reference to it; changed
+     * under store->lock and this lock. While there is one, documents neither come nor go. */
+    loci_corpus *successor;
     uint64_t last_sequence, documents, bytes;
     loci_manifest *manifest;
     /* Live documents to be indexed, ascending: pending[pending_first .. pending_end). */
@@ -170,15 +185,32 @@ LOCI_MUST_CHECK loci_status loci_corpora_load(loci_store *store, loci_error *err
 LOCI_MUST_CHECK loci_status loci_corpus_acquire(loci_store *store, const char *name,
                                                 loci_corpus **out, loci_error *err);
 /* The corpus with the smallest uid above `after`, with a reference; NULL at the end. Damaged
- * ones are left out. */
+ * ones are left out, successors that have their documents are not. */
 loci_corpus *loci_corpus_next(loci_store *store, uint64_t after);
+loci_corpus *loci_corpus_ref(loci_corpus *corpus);
 void loci_corpus_release(loci_corpus *corpus); /* NULL allowed */
+/* Writes a new, empty corpus that is in no table; *out has one reference. The first revision is
+ * `revision`. Caller holds store->lock. */
+LOCI_MUST_CHECK loci_status loci_corpus_make(loci_store *store, const char *name,
+                                             const loci_geometry *geometry,
+                                             const loci_corpus_settings *settings,
+                                             const float *sink_k, const float *sink_v,
+                                             loci_corpus_stage stage, int64_t created,
+                                             uint64_t revision, loci_corpus **out, loci_error *err);
+/* Puts the catalogue value into the batch; false when there is no memory. */
+bool loci_corpus_store(const loci_corpus *corpus, loci_corpus_stage stage, loci_batch *batch);
+/* Caller holds store->lock. The place of name in the table, or where it would stand. */
+size_t loci_corpus_place(const loci_store *store, const char *name, bool *found);
+/* Caller holds the lock. An error unless documents may come and go: LOCI_E_NOTFOUND when it was
+ * deleted, LOCI_E_PRECONDITION, reason REINDEXING, while it has a successor or after that took its
+ * place. */
+LOCI_MUST_CHECK loci_status loci_corpus_changeable(const loci_corpus *corpus, loci_error *err);
 /* Caller holds the lock. */
 void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out);
 /* corpus_record.c: the catalogue value; decode fills the name, geometry, creation and sinks. */
 bool loci_geometry_valid(const loci_geometry *geometry);
 size_t loci_sink_floats(const loci_geometry *geometry); /* of K and V together */
-void loci_corpus_encode(const loci_corpus *corpus, bool deleted, loci_buf *out);
+void loci_corpus_encode(const loci_corpus *corpus, loci_corpus_stage stage, loci_buf *out);
 LOCI_MUST_CHECK loci_status loci_corpus_decode(loci_corpus *corpus, loci_slice payload,
                                                loci_error *err);
 /* The error that a document of a causal corpus cannot be `what` ("deleted"). */
@@ -195,6 +227,13 @@ LOCI_MUST_CHECK loci_status loci_corpus_extent(loci_corpus *corpus,
                                                loci_error *err);
 /* Removes files and dead documents that nobody needs any more. Takes the lock. */
 void loci_corpus_purge(loci_corpus *corpus);
+
+/* --- Reindexing (reindex.c) --------------------------------------------------------------- */
+/* The successor of a corpus, with a reference, or NULL. LOCI_E_NOTFOUND without such a corpus. */
+LOCI_MUST_CHECK loci_status loci_corpus_successor(loci_store *store, const char *name,
+                                                  loci_corpus **out, loci_error *err);
+/* The successor takes its corpus's place, once nothing in it is pending; else nothing happens. */
+LOCI_MUST_CHECK loci_status loci_reindex_finish(loci_corpus *successor, loci_error *err);
 
 /* --- Changes ---------------------------------------------------------------------------- */
 /* One new revision being made: begin, edit next and batch, then commit or abort. The caller

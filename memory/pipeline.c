@@ -65,6 +65,11 @@ static loci_status check_model(const loci_corpus *corpus, const loci_encoder *en
     const loci_geometry *a = &corpus->geometry, *b = &encoder->geometry;
     loci_corpus_info info = {.geometry = *a};
     memcpy(info.name, corpus->name, sizeof info.name);
+    if (corpus->stage == LOCI_CORPUS_INDEXING && strcmp(a->fingerprint, b->fingerprint) != 0)
+        return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
+                                "corpus %s is being reindexed for model %s, and this locid runs "
+                                "model %s: \"loci corpus reindex %s\" begins anew for this one",
+                                corpus->name, a->fingerprint, b->fingerprint, corpus->name);
     LOCI_TRY(loci_corpus_check_model(&info, b->fingerprint, err));
     if (a->retrieval_layers == b->retrieval_layers && a->kv_heads == b->kv_heads &&
         a->head_dim == b->head_dim && a->ranking_layer == b->ranking_layer &&

@@ -15,13 +15,23 @@
 #include "memory/snapshot.h"
 
 const char *const loci_failpoints[] = {
-    "doc_chunk",       "doc_commit",
-    "store_sync",      "encode",
-    "extent_write",    "extent_fsync",
-    "extent_rename",   "flat_commit",
-    "manifest_commit", "delete_commit",
-    "rewrite_commit",  "unlink",
-    "terms_write",     NULL,
+    "doc_chunk",
+    "doc_commit",
+    "store_sync",
+    "encode",
+    "extent_write",
+    "extent_fsync",
+    "extent_rename",
+    "flat_commit",
+    "manifest_commit",
+    "delete_commit",
+    "rewrite_commit",
+    "unlink",
+    "terms_write",
+    "reindex_copy",
+    "reindex_begin",
+    "reindex_switch",
+    NULL,
 };
 
 void loci_store_options_default(loci_store_options *options) {
@@ -92,7 +102,9 @@ static loci_status check_layout(const loci_store *store, loci_error *err) {
         version = strtoul(text + sizeof head - 1, &end, 10);
     if (version == 0 || strcmp(end, "\n") != 0)
         return loci_fail(err, LOCI_E_CORRUPT, "%s does not say a layout version", path);
-    if (version < LOCI_LAYOUT_VERSION)
+    if (version < LOCI_LAYOUT_VERSION && version >= LOCI_LAYOUT_OLDEST)
+        return write_layout(store, path, err); /* extents tell for themselves */
+    if (version < LOCI_LAYOUT_OLDEST)
         return loci_fail_reason(
             err, LOCI_E_UNSUPPORTED, "LAYOUT_TOO_OLD",
             "data directory %s has layout %lu, this program writes %u: register "
@@ -149,8 +161,11 @@ void loci_store_close(loci_store *store) {
     for (size_t i = 0; i < store->corpus_count; i++) {
         loci_corpus *corpus = store->corpora[i];
         loci_snapshot *current = corpus->current;
+        loci_corpus *successor = corpus->successor;
         corpus->current = NULL;
+        corpus->successor = NULL;
         loci_snapshot_release(current);
+        loci_corpus_release(successor);
         LOCI_ASSERT(atomic_load(&corpus->refs) == 1); /* a snapshot or writer is still held */
         loci_corpus_release(corpus);
     }

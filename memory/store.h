@@ -79,6 +79,7 @@ LOCI_MUST_CHECK loci_status loci_store_sync(loci_store *store, loci_error *err);
 typedef struct loci_store_figures {
     uint64_t corpora, tokens;   /* tokens: searchable */
     uint64_t pending_documents; /* of corpora that are not damaged */
+    uint64_t reindexing;        /* corpora that are */
     uint64_t mapped_bytes;      /* extents that are open */
     uint64_t resident_bytes;    /* about how much of that is in RAM; looked at once a second */
 } loci_store_figures;
@@ -100,6 +101,9 @@ typedef struct loci_corpus_info {
     uint64_t bytes;         /* of live documents as registered */
     uint64_t bytes_on_disk; /* extent files and open segments */
     uint64_t extents;
+    bool reindexing; /* what follows is of the index that is being made */
+    char reindex_fingerprint[LOCI_FINGERPRINT_LEN + 1];
+    uint64_t reindex_documents, reindex_tokens; /* in it */
 } loci_corpus_info;
 
 /* Names: [a-z0-9][a-z0-9_-]{0,62}. settings: NULL = the default ones. sink_k, sink_v: f32
@@ -126,7 +130,8 @@ LOCI_MUST_CHECK loci_status loci_corpus_manifest_hash(loci_store *store, const c
 /* Names in order, the first strictly after `after` ("" = from the start); *count <= limit. */
 LOCI_MUST_CHECK loci_status loci_corpus_list(loci_store *store, const char *after, size_t limit,
                                              loci_corpus_info *out, size_t *count, loci_error *err);
-/* LOCI_E_PRECONDITION, reason MODEL_MISMATCH, unless the corpus is of the model `fingerprint`. */
+/* LOCI_E_PRECONDITION, reason MODEL_MISMATCH, unless the corpus is of the model `fingerprint`; the
+ * text says what to type. */
 LOCI_MUST_CHECK loci_status loci_corpus_check_model(const loci_corpus_info *info,
                                                     const char *fingerprint, loci_error *err);
 /* Gone at once for new calls; files go when the last snapshot is released. */
@@ -143,6 +148,30 @@ LOCI_MUST_CHECK loci_status loci_corpus_note_put(loci_store *store, const loci_c
                                                  loci_note note, loci_slice data, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_corpus_note_get(loci_store *store, const loci_corpus_info *info,
                                                  loci_note note, loci_buf *out, loci_error *err);
+/* --- Reindexing --------------------------------------------------------------------------- */
+/* Makes the index of a corpus anew from its documents, for the model of `geometry`. This call
+ * copies the documents into a successor of the corpus, verifying them; the ingest thread encodes
+ * them, and the successor takes the corpus's place in one atomic write when all of them are
+ * searchable. Until then the old index answers and the corpus takes no documents and loses none
+ * (LOCI_E_PRECONDITION, reason REINDEXING). Documents keep ids, metadata, order and times, the
+ * corpus its revision, plus one. A killed process leaves either nothing, or a successor with all
+ * documents, which goes on by itself. Where that is under way for this model already, nothing
+ * happens. A damaged document is LOCI_E_CORRUPT naming it, and nothing is changed. `settings` are
+ * for a corpus that another model made (NULL: the default ones); one of this model keeps its own.
+ */
+LOCI_MUST_CHECK loci_status loci_corpus_reindex(loci_store *store, const char *name,
+                                                const loci_geometry *geometry,
+                                                const loci_corpus_settings *settings,
+                                                const float *sink_k, const float *sink_v,
+                                                const loci_cancel *cancel, loci_error *err);
+/* Gives it up: the corpus stays as it was. LOCI_E_PRECONDITION, reason NOT_REINDEXING. */
+LOCI_MUST_CHECK loci_status loci_corpus_reindex_cancel(loci_store *store, const char *name,
+                                                       loci_error *err);
+/* Whether the index can not be used with this model and this program: it is of another model, or an
+ * extent is of an older layout. */
+LOCI_MUST_CHECK loci_status loci_corpus_outdated(loci_store *store, const char *name,
+                                                 const char *fingerprint, bool *outdated,
+                                                 loci_error *err);
 
 /* --- Documents -------------------------------------------------------------------------- */
 typedef struct loci_document_info {

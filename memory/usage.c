@@ -69,6 +69,8 @@ static void look_at_corpus(loci_corpus *corpus, const struct timespec *until) {
     for (size_t i = 0; i < corpus->opened_count; i++)
         corpus->seen_mapped += corpus->opened[i]->bytes;
     pthread_mutex_unlock(&corpus->lock);
+    if (corpus->successor)
+        look_at_corpus(corpus->successor, until); /* of it, only what is mapped counts */
 }
 
 /* Pages of some part of the map, and how many of them are in RAM: none where the system does not
@@ -112,6 +114,10 @@ static loci_store_figures add_up(const loci_store *store) {
         sum.tokens += store->corpora[i]->seen_tokens;
         sum.pending_documents += store->corpora[i]->seen_pending;
         sum.mapped_bytes += store->corpora[i]->seen_mapped;
+        const loci_corpus *successor = store->corpora[i]->successor;
+        if (!successor) continue;
+        sum.reindexing++;
+        sum.mapped_bytes += successor->seen_mapped;
     }
     sum.resident_bytes = (uint64_t)(store->resident_share * (double)sum.mapped_bytes);
     return sum;

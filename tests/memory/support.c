@@ -57,10 +57,13 @@ static uint64_t mix(uint64_t x) {
     return loci_rng_next(&x);
 }
 
+uint64_t fake_model;
+
 /* A bf16 number of magnitude 0.5 to 2. */
 uint16_t fake_value(uint32_t token, uint32_t offset, uint32_t pair, uint32_t channel, uint32_t v) {
-    uint64_t hash = mix(token | (uint64_t)offset << 20 | (uint64_t)pair << 40 |
-                        (uint64_t)channel << 48 | (uint64_t)v << 60);
+    uint64_t hash = mix(fake_model * 0x9e3779b97f4a7c15u ^
+                        (token | (uint64_t)offset << 20 | (uint64_t)pair << 40 |
+                         (uint64_t)channel << 48 | (uint64_t)v << 60));
     return (uint16_t)((hash & 0x8000u) | (0x3f00u + (hash & 0xffu)));
 }
 

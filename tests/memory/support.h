@@ -69,6 +69,8 @@ loci_status put_document(fixture *f, const char *corpus, const char *id, loci_sl
 void put_text(fixture *f, const char *corpus, const char *id, uint64_t seed, size_t size);
 void wait_searchable(fixture *f, const char *corpus); /* and wakes the thread; asserts success */
 void wait_settled(fixture *f, const char *corpus);
+/* Another number is another model: all values change. */
+extern uint64_t fake_model;
 /* The expected K (v = 0) or V (v = 1) value of a token. */
 uint16_t fake_value(uint32_t token, uint32_t offset, uint32_t pair, uint32_t channel, uint32_t v);
 /* Every live segment of a snapshot against the text and the encoder: K and V of all pairs through

@@ -243,6 +243,7 @@ static void test_every_point(void **state) {
     static const int passes[PASSES_MAX] = {1, 2, 6};
     for (size_t i = 0; loci_failpoints[i]; i++) {
         int p = 0;
+        if (strncmp(loci_failpoints[i], "reindex", 7) == 0) continue; /* test_reindex.c */
         while (p < PASSES_MAX && die_once(loci_failpoints[i], passes[p])) p++;
         if (p == 0) fail_msg("the script never passes %s", loci_failpoints[i]);
     }
