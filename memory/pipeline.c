@@ -68,7 +68,8 @@ static loci_status check_model(const loci_corpus *corpus, const loci_encoder *en
     if (corpus->stage == LOCI_CORPUS_INDEXING && strcmp(a->fingerprint, b->fingerprint) != 0)
         return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
                                 "corpus %s is being reindexed for model %s, and this locid runs "
-                                "model %s: \"loci corpus reindex %s\" begins anew for this one",
+                                "model %s: it goes on with that model, or \"loci corpus reindex %s "
+                                "--cancel\" gives it up",
                                 corpus->name, a->fingerprint, b->fingerprint, corpus->name);
     LOCI_TRY(loci_corpus_check_model(&info, b->fingerprint, err));
     if (a->retrieval_layers == b->retrieval_layers && a->kv_heads == b->kv_heads &&

@@ -423,6 +423,13 @@ loci_status loci_corpus_changeable(const loci_corpus *corpus, loci_error *err) {
 loci_status loci_corpus_check_model(const loci_corpus_info *info, const char *fingerprint,
                                     loci_error *err) {
     if (strcmp(info->geometry.fingerprint, fingerprint) == 0) return LOCI_OK;
+    if (info->reindexing && strcmp(info->reindex_fingerprint, fingerprint) == 0)
+        return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
+                                "corpus %s was encoded by model %s and is being reindexed for "
+                                "model %s: ask again when that is done (\"loci corpus reindex %s\" "
+                                "waits for it; locid --also-model FOLDER, with the old model, "
+                                "answers meanwhile)",
+                                info->name, info->geometry.fingerprint, fingerprint, info->name);
     return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
                             "corpus %s was encoded by model %s, and this locid runs model %s: "
                             "\"loci corpus reindex %s\" encodes its documents anew (locid "

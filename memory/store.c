@@ -38,6 +38,7 @@ void loci_store_options_default(loci_store_options *options) {
     options->document_bytes_max = 64u << 20;
     options->memory_bytes = 256u << 20;
     options->extent_tokens = LOCI_EXTENT_TOKENS_MAX;
+    options->fingerprint = NULL;
     options->budget = NULL;
 }
 

@@ -61,6 +61,7 @@ typedef struct loci_store_options {
     uint64_t document_bytes_max; /* default 64 MiB */
     uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
     uint32_t extent_tokens;      /* most tokens of an extent; default (and most) 32768 */
+    const char *fingerprint;     /* of the node's model, for the figures below; NULL = none */
     loci_budget *budget;         /* snapshots reserve their memory there; NULL = not counted */
 } loci_store_options;
 
@@ -80,6 +81,7 @@ typedef struct loci_store_figures {
     uint64_t corpora, tokens;   /* tokens: searchable */
     uint64_t pending_documents; /* of corpora that are not damaged */
     uint64_t reindexing;        /* corpora that are */
+    uint64_t other_models;      /* corpora of another model than options.fingerprint */
     uint64_t mapped_bytes;      /* extents that are open */
     uint64_t resident_bytes;    /* about how much of that is in RAM; looked at once a second */
 } loci_store_figures;

@@ -4,6 +4,7 @@
  * and the other figures of a status.
  */
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
@@ -114,6 +115,9 @@ static loci_store_figures add_up(const loci_store *store) {
         sum.tokens += store->corpora[i]->seen_tokens;
         sum.pending_documents += store->corpora[i]->seen_pending;
         sum.mapped_bytes += store->corpora[i]->seen_mapped;
+        const char *model = store->options.fingerprint;
+        if (model && strcmp(store->corpora[i]->geometry.fingerprint, model) != 0)
+            sum.other_models++;
         const loci_corpus *successor = store->corpora[i]->successor;
         if (!successor) continue;
         sum.reindexing++;

@@ -148,33 +148,40 @@ loci_status loci_engine_check_model(const char *dir, loci_error *err) {
 
 /* --- Memory ----------------------------------------------------------------------------- */
 
+static loci_status tokenizer_bytes(const char *model, uint64_t *out, loci_error *err) {
+    loci_buf path = LOCI_BUF_INIT;
+    struct stat tokenizer = {0};
+    loci_buf_printf(&path, "%s/tokenizer.json", model);
+    loci_status status = loci_buf_status(&path);
+    if (status == LOCI_OK) (void)stat(loci_buf_text(&path), &tokenizer); /* has just been read */
+    if (status != LOCI_OK) loci_fail(err, status, "no memory for a path");
+    loci_buf_fini(&path);
+    *out = (uint64_t)tokenizer.st_size;
+    return status;
+}
+
 /* Shares the budget out before the weights are there. */
 static loci_status plan_memory(loci_engine *engine, const loci_engine_options *options,
                                loci_dtype precision, loci_error *err) {
-    const loci_model_config *config = loci_model_config_of(engine->model);
-    loci_buf path = LOCI_BUF_INIT;
-    struct stat tokenizer = {0};
-    loci_status status;
-    loci_buf_printf(&path, "%s/tokenizer.json", options->model);
-    LOCI_TRY_GOTO(loci_buf_status(&path), out);
-    (void)stat(loci_buf_text(&path), &tokenizer); /* it has just been read */
     loci_geometry shape = shape_of(engine->model);
-    const loci_plan_request request = {
-        .config = config,
-        .geometry = &shape,
-        .precision = precision,
-        .tokenizer_bytes = (uint64_t)tokenizer.st_size,
-        .threads = loci_pool_threads(loci_backend_pool(engine->backend)),
-        .calls_bytes = options->calls_bytes,
-        .sequence_tokens = engine->sequence_tokens,
-        .queries = options->queries_max,
-        .limit = options->memory_bytes ? options->memory_bytes : loci_plan_default_limit()};
-    LOCI_TRY_GOTO(loci_plan_make(&request, &engine->plan, err), out);
-    LOCI_TRY_GOTO(loci_budget_create(request.limit, &engine->budget, err), out);
-    status = loci_plan_take(&engine->plan, engine->budget, err);
-out:
-    loci_buf_fini(&path);
-    return status;
+    loci_plan_request request = {.config = loci_model_config_of(engine->model),
+                                 .geometry = &shape,
+                                 .precision = precision,
+                                 .threads = loci_pool_threads(loci_backend_pool(engine->backend)),
+                                 .calls_bytes = options->calls_bytes,
+                                 .sequence_tokens = engine->sequence_tokens,
+                                 .queries = options->queries_max,
+                                 .limit = options->memory_bytes ? options->memory_bytes
+                                                                : loci_plan_default_limit()};
+    LOCI_TRY(tokenizer_bytes(options->model, &request.tokenizer_bytes, err));
+    if (engine->also) {
+        request.also_config = loci_model_config_of(engine->also->model);
+        request.also_sequence_tokens = engine->also->sequence_tokens;
+        LOCI_TRY(tokenizer_bytes(options->also_model, &request.also_tokenizer_bytes, err));
+    }
+    LOCI_TRY(loci_plan_make(&request, &engine->plan, err));
+    LOCI_TRY(loci_budget_create(request.limit, &engine->budget, err));
+    return loci_plan_take(&engine->plan, engine->budget, err);
 }
 
 static loci_status lookup_memory(void *ctx, int64_t bytes, loci_error *err) {
@@ -189,6 +196,7 @@ static loci_status lookup_memory(void *ctx, int64_t bytes, loci_error *err) {
 /* Frees the look-ups of idle slots; a question makes a new one. */
 static void idle_lookups_let_go(void *ctx) {
     loci_engine *engine = ctx;
+    if (engine->also) idle_lookups_let_go(engine->also);
     for (unsigned i = 0; i < engine->slot_count; i++) {
         loci_lookup *idle = NULL;
         pthread_mutex_lock(&engine->lock);
@@ -243,6 +251,7 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
     options.memory_bytes = engine->plan.database;
     options.document_bytes_max = engine->plan.document_bytes_max;
     options.budget = engine->budget;
+    options.fingerprint = engine->geometry.fingerprint;
     LOCI_TRY(loci_store_open(data, &options, engine->backend, &engine->store, err));
     loci_encoder encoder = {engine, engine->geometry, encoder_split, encoder_encode,
                             loci_encode_after};
@@ -250,37 +259,77 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
                              &engine->ingest, err);
 }
 
-loci_status loci_engine_open(const loci_engine_options *options, loci_engine **out,
-                             loci_error *err) {
+static loci_engine *engine_alloc(const loci_engine_options *options) {
     loci_engine *engine = calloc(1, sizeof *engine);
-    if (!engine) return loci_fail(err, LOCI_E_NOMEM, "no memory for the engine");
+    if (!engine) return NULL;
     pthread_mutex_init(&engine->lock, NULL);
     pthread_cond_init(&engine->slot_free, NULL);
     engine->waiting_max = options->queries_waiting_max ? options->queries_waiting_max : 64;
     engine->lexical_percent = options->lexical_percent ? options->lexical_percent : 100;
+    return engine;
+}
+
+/* All of a model that can be told without weights. */
+static loci_status prepare_model(loci_engine *engine, const char *dir, loci_error *err) {
+    LOCI_TRY(loci_model_prepare(dir, &engine->model, err));
+    LOCI_TRY(check_model(engine->model, &engine->sequence_tokens, &engine->question_room, err));
+    engine->stock = !loci_model_is_built_in(engine->model);
+    engine->question_start = question_start(loci_model_config_of(engine->model));
+    return LOCI_OK;
+}
+
+static loci_status load_model(loci_engine *engine, const char *dir, loci_dtype precision,
+                              unsigned slots, loci_error *err) {
+    LOCI_TRY(loci_model_load(engine->model, dir, engine->backend, precision, err));
+    set_geometry(engine);
+    return open_slots(engine, slots, err);
+}
+
+/* The model that only answers, as far as memory has not been shared out. */
+static loci_status prepare_also(loci_engine *engine, const loci_engine_options *options,
+                                loci_error *err) {
+    if (!options->also_model) return LOCI_OK;
+    engine->also = engine_alloc(options);
+    if (!engine->also) return loci_fail(err, LOCI_E_NOMEM, "no memory for the engine");
+    engine->also->backend = engine->backend;
+    return prepare_model(engine->also, options->also_model, err);
+}
+
+static loci_status load_also(loci_engine *engine, const loci_engine_options *options,
+                             loci_dtype precision, loci_error *err) {
+    loci_engine *also = engine->also;
+    if (!also) return LOCI_OK;
+    also->budget = engine->budget;
+    LOCI_TRY(load_model(also, options->also_model, precision, 1, err));
+    if (strcmp(also->geometry.fingerprint, engine->geometry.fingerprint) != 0) return LOCI_OK;
+    return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_CONFIG",
+                            "--also-model %.200s is the same model as --model",
+                            options->also_model);
+}
+
+loci_status loci_engine_open(const loci_engine_options *options, loci_engine **out,
+                             loci_error *err) {
+    loci_engine *engine = engine_alloc(options);
+    if (!engine) return loci_fail(err, LOCI_E_NOMEM, "no memory for the engine");
     loci_backend_options backend_options = {options->threads, NULL};
     const char *name = options->backend ? options->backend : "cpu";
     loci_dtype precision = LOCI_F32;
     loci_status status;
     LOCI_TRY_GOTO(loci_backend_open(name, &backend_options, &engine->backend, err), out);
     LOCI_TRY_GOTO(choose_precision(options->precision, engine->backend, &precision, err), out);
-    LOCI_TRY_GOTO(loci_model_prepare(options->model, &engine->model, err), out);
-    LOCI_TRY_GOTO(check_model(engine->model, &engine->sequence_tokens, &engine->question_room, err),
-                  out);
-    engine->stock = !loci_model_is_built_in(engine->model);
-    engine->question_start = question_start(loci_model_config_of(engine->model));
+    LOCI_TRY_GOTO(prepare_model(engine, options->model, err), out);
+    LOCI_TRY_GOTO(prepare_also(engine, options, err), out);
     LOCI_TRY_GOTO(plan_memory(engine, options, precision, err), out);
-    LOCI_TRY_GOTO(loci_model_load(engine->model, options->model, engine->backend, precision, err),
-                  out);
-    set_geometry(engine);
+    watch_memory(engine);
+    LOCI_TRY_GOTO(load_model(engine, options->model, precision, engine->plan.slots, err), out);
+    LOCI_TRY_GOTO(load_also(engine, options, precision, err), out);
     LOCI_TRY_GOTO(loci_splitter_open(loci_model_tokenizer(engine->model), SEGMENT_TOKENS,
                                      loci_model_specials(engine->model)->begin, &engine->splitter,
                                      err),
                   out);
     LOCI_TRY_GOTO(compute_sink(engine, err), out);
-    watch_memory(engine);
-    LOCI_TRY_GOTO(open_slots(engine, engine->plan.slots, err), out);
     status = open_store(engine, options->data, err);
+    if (engine->also) engine->also->store = engine->store;
 out:
     if (status != LOCI_OK) {
         loci_engine_close(engine);
@@ -290,20 +339,28 @@ out:
     return LOCI_OK;
 }
 
-void loci_engine_close(loci_engine *engine) {
-    if (!engine) return;
-    if (engine->ingest) loci_ingest_stop(engine->ingest);
-    close_slots(engine);
-    if (engine->store) loci_store_close(engine->store);
-    loci_splitter_close(engine->splitter);
-    loci_model_close(engine->model);
-    loci_backend_close(engine->backend);
-    loci_budget_destroy(engine->budget);
+static void engine_free(loci_engine *engine) {
     free(engine->sink_k);
     free(engine->sink_v);
     pthread_cond_destroy(&engine->slot_free);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
+}
+
+void loci_engine_close(loci_engine *engine) {
+    if (!engine) return;
+    loci_engine *also = engine->also;
+    if (engine->ingest) loci_ingest_stop(engine->ingest);
+    close_slots(engine);
+    if (also) close_slots(also);
+    if (engine->store) loci_store_close(engine->store);
+    loci_splitter_close(engine->splitter);
+    loci_model_close(engine->model);
+    if (also) loci_model_close(also->model);
+    loci_backend_close(engine->backend);
+    loci_budget_destroy(engine->budget);
+    if (also) engine_free(also);
+    engine_free(engine);
 }
 
 loci_store *loci_engine_store(loci_engine *engine) {
@@ -316,6 +373,10 @@ loci_ingest *loci_engine_ingest(loci_engine *engine) {
 
 loci_model *loci_engine_model(loci_engine *engine) {
     return engine->model;
+}
+
+const char *loci_engine_also_fingerprint(loci_engine *engine) {
+    return engine->also ? engine->also->geometry.fingerprint : NULL;
 }
 
 const char *loci_engine_backend_name(loci_engine *engine) {
@@ -334,11 +395,9 @@ static uint64_t anonymous_bytes(void) {
     return kib * 1024;
 }
 
-void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
-    *out = (loci_engine_status){.memory_used_bytes = anonymous_bytes()};
-    loci_budget_usage_of(engine->budget, &out->memory);
+static void count_questions(loci_engine *engine, loci_engine_status *out) {
     pthread_mutex_lock(&engine->lock);
-    out->queries_waiting = engine->waiting;
+    out->queries_waiting += engine->waiting;
     for (unsigned i = 0; i < engine->slot_count; i++)
         out->queries_running += engine->slots[i].busy ? 1 : 0;
     pthread_mutex_unlock(&engine->lock);
@@ -369,6 +428,18 @@ loci_status loci_engine_set_corpus(loci_engine *engine, const char *name,
     return loci_corpus_set(engine->store, name, &next, out, err);
 }
 
+void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
+    *out = (loci_engine_status){.memory_used_bytes = anonymous_bytes()};
+    loci_budget_usage_of(engine->budget, &out->memory);
+    count_questions(engine, out);
+    if (engine->also) count_questions(engine->also, out);
+}
+
+static uint64_t trained_tokens(const loci_engine *engine) {
+    return loci_model_config_of(engine->model)->positions_max - engine->question_room -
+           1; /* the shared prefix */
+}
+
 loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loci_encoding encoding,
                                       bool beyond_trained_length,
                                       const loci_settings_change *settings, loci_corpus_info *out,
@@ -383,15 +454,42 @@ loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loc
         geometry.causal =
             engine->question_start > 0 && loci_causal_check(engine->model, NULL) == LOCI_OK;
     if (geometry.causal) LOCI_TRY(loci_causal_check(engine->model, err));
-    if (geometry.causal && !beyond_trained_length)
-        geometry.tokens_max = loci_model_config_of(engine->model)->positions_max -
-                              engine->question_room - 1; /* the shared prefix */
+    if (geometry.causal && !beyond_trained_length) geometry.tokens_max = trained_tokens(engine);
     if (beyond_trained_length && !geometry.causal)
         return loci_fail_reason(err, LOCI_E_INVAL, "ENCODING",
                                 "an independent corpus may be of any length: beyond_trained_length "
                                 "is for causal ones");
     return loci_corpus_create(engine->store, name, &geometry, &own, engine->sink_k, engine->sink_v,
                               out, err);
+}
+
+loci_status loci_engine_reindex(loci_engine *engine, const char *name, bool force,
+                                const loci_cancel *cancel, bool *begun, loci_error *err) {
+    loci_corpus_info info;
+    loci_geometry geometry = engine->geometry;
+    const char *fingerprint = geometry.fingerprint;
+    bool outdated = false;
+    LOCI_TRY(loci_corpus_get(engine->store, name, &info, err));
+    LOCI_TRY(loci_corpus_outdated(engine->store, name, fingerprint, &outdated, err));
+    bool joins = info.reindexing && strcmp(info.reindex_fingerprint, fingerprint) == 0;
+    *begun = outdated || force || joins;
+    if (!*begun && info.reindexing)
+        return loci_fail_reason(err, LOCI_E_PRECONDITION, "REINDEXING",
+                                "corpus %s is of this locid's model and is being reindexed for "
+                                "model %s: \"loci corpus reindex %s --cancel\" gives that up",
+                                name, info.reindex_fingerprint, name);
+    if (!*begun) return LOCI_OK;
+    geometry.causal = info.geometry.causal;
+    if (geometry.causal) LOCI_TRY(loci_causal_check(engine->model, err));
+    if (geometry.causal && info.geometry.tokens_max > 0)
+        geometry.tokens_max = trained_tokens(engine);
+    loci_corpus_settings settings;
+    loci_corpus_settings_default(&settings);
+    settings.dense_layers = default_dense_layers(engine);
+    LOCI_TRY(loci_corpus_reindex(engine->store, name, &geometry, &settings, engine->sink_k,
+                                 engine->sink_v, cancel, err));
+    loci_ingest_wake(engine->ingest);
+    return LOCI_OK;
 }
 
 /* --- Requests ----------------------------------------------------------------------------- */
@@ -453,6 +551,7 @@ loci_status loci_engine_answer(loci_engine *engine, const loci_answer_request *r
     loci_event event = {.kind = LOCI_EVENT_STARTED,
                         .revision = loci_snapshot_info(query.snapshot)->revision,
                         .mode = query.params.mode,
+                        .model = query.engine->geometry.fingerprint,
                         .read_twice = read_twice};
     LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
     if (read_twice)

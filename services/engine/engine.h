@@ -22,14 +22,15 @@
 typedef struct loci_engine loci_engine;
 
 typedef struct loci_engine_options {
-    const char *data;             /* data directory, made if missing */
-    const char *model;            /* model folder */
-    const char *backend;          /* "cpu" */
-    const char *precision;        /* "auto" (bf16 where the CPU has it), "f32", "bf16" */
-    uint64_t memory_bytes;        /* the budget; 0 = half of RAM */
-    uint64_t calls_bytes;         /* of it for messages of running calls */
-    unsigned threads;             /* 0 = one per CPU */
-    unsigned queries_max;         /* 0 = 2, or 1 where memory is short */
+    const char *data;       /* data directory, made if missing */
+    const char *model;      /* model folder */
+    const char *also_model; /* of one that only answers corpora that it encoded; NULL = none */
+    const char *backend;    /* "cpu" */
+    const char *precision;  /* "auto" (bf16 where the CPU has it), "f32", "bf16" */
+    uint64_t memory_bytes;  /* the budget; 0 = half of RAM */
+    uint64_t calls_bytes;   /* of it for messages of running calls */
+    unsigned threads;       /* 0 = one per CPU */
+    unsigned queries_max;   /* 0 = 2, or 1 where memory is short */
     unsigned queries_waiting_max; /* 0 = 64 */
     /* Weight of the lexical score in ranking, in percent of the tuned one (rank.c): 0 = 100; below
      * 0 = none. */
@@ -45,7 +46,8 @@ void loci_engine_close(loci_engine *engine);
 loci_store *loci_engine_store(loci_engine *engine);
 loci_ingest *loci_engine_ingest(loci_engine *engine);
 loci_model *loci_engine_model(loci_engine *engine);
-const char *loci_engine_backend_name(loci_engine *engine); /* describe() of the backend */
+const char *loci_engine_also_fingerprint(loci_engine *engine); /* NULL without also_model */
+const char *loci_engine_backend_name(loci_engine *engine);     /* describe() of the backend */
 
 typedef struct loci_engine_status {
     loci_budget_usage memory;
@@ -114,6 +116,13 @@ LOCI_MUST_CHECK loci_status loci_engine_calibrate(loci_engine *engine, const cha
                                                   bool apply, const loci_cancel *cancel,
                                                   loci_calibration *out, loci_error *err);
 
+/* Begins to make the index of a corpus anew for the engine's model, or joins what is under way
+ * (loci_corpus_reindex); *begun is false when that would change nothing, which `force` does all the
+ * same. The encoding stays. */
+LOCI_MUST_CHECK loci_status loci_engine_reindex(loci_engine *engine, const char *name, bool force,
+                                                const loci_cancel *cancel, bool *begun,
+                                                loci_error *err);
+
 /* Evidence quotes the sentences that matter (quote.h); a hit quotes its whole passage. */
 typedef struct loci_passage {
     const char *document;                /* id */
@@ -147,6 +156,7 @@ typedef struct loci_event {
     loci_event_kind kind;
     uint64_t revision; /* STARTED */
     loci_mode mode;    /* STARTED */
+    const char *model; /* STARTED: the fingerprint of the one that answers */
     bool read_twice;   /* STARTED */
     const char *stage; /* PROGRESS: "question", "rank", "read", "decode" */
     uint64_t done, total;

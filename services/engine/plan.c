@@ -55,8 +55,8 @@ static uint64_t weight_bytes(uint64_t rows, uint64_t cols, loci_dtype precision)
 }
 
 /* Weights, and the tokenizer: about four times its file while that is read. */
-static uint64_t model_bytes(const loci_plan_request *r) {
-    const loci_model_config *c = r->config;
+static uint64_t model_bytes(const loci_plan_request *r, const loci_model_config *c,
+                            uint64_t tokenizer_bytes) {
     uint64_t q = (uint64_t)c->q_heads * c->head_dim, kv = (uint64_t)c->kv_heads * c->head_dim;
     uint64_t layer = weight_bytes(q + 2 * kv, c->hidden, r->precision) +
                      weight_bytes(c->hidden, q, r->precision) +
@@ -66,7 +66,7 @@ static uint64_t model_bytes(const loci_plan_request *r) {
     if (c->qkv_bias) layer += weight_bytes(1, q + 2 * kv, LOCI_F32);
     uint64_t tables = c->tied_embeddings ? 1 : 2;
     return c->layers * layer + tables * weight_bytes(c->vocab, c->hidden, r->precision) +
-           4 * r->tokenizer_bytes;
+           4 * tokenizer_bytes;
 }
 
 /* A row of activations (model/decoder.c). */
@@ -93,9 +93,13 @@ static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document
            4 * MIB;
 }
 
+static uint64_t widest_of(const loci_model_config *c) {
+    return c->intermediate > c->hidden ? c->intermediate : c->hidden;
+}
+
 static uint64_t process_bytes(const loci_plan_request *r) {
-    const loci_model_config *c = r->config;
-    uint64_t widest = c->intermediate > c->hidden ? c->intermediate : c->hidden;
+    uint64_t widest = widest_of(r->config);
+    if (r->also_config && widest_of(r->also_config) > widest) widest = widest_of(r->also_config);
     return PROCESS_BYTES + r->calls_bytes +
            r->threads * (PRODUCT_ROWS * widest * sizeof(float) + MIB / 2);
 }
@@ -106,14 +110,18 @@ static unsigned long long mib(uint64_t bytes) {
 
 loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loci_error *err) {
     loci_plan plan = {.process = process_bytes(request),
-                      .model = model_bytes(request),
+                      .model = model_bytes(request, request->config, request->tokenizer_bytes),
                       .database = DATABASE_LEAST,
                       .registration = registration_bytes(request, DOCUMENT_LEAST),
                       .slot = loci_plan_slot_bytes(request->config, request->sequence_tokens),
                       .slots = request->queries ? request->queries : 1,
                       .document_bytes_max = DOCUMENT_LEAST};
+    if (request->also_config) {
+        plan.model += model_bytes(request, request->also_config, request->also_tokenizer_bytes);
+        plan.also_slot = loci_plan_slot_bytes(request->also_config, request->also_sequence_tokens);
+    }
     uint64_t least = plan.process + plan.model + plan.database + plan.registration +
-                     plan.slots * plan.slot + LOOKUPS_LEAST;
+                     plan.slots * plan.slot + plan.also_slot + LOOKUPS_LEAST;
     if (request->limit < least)
         return loci_fail_reason(
             err, LOCI_E_INVAL, "MEMORY_TOO_SMALL",
@@ -121,7 +129,7 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
             "(model %llu MiB, registration %llu, %u question%s %llu, database %llu, process %llu)",
             (unsigned long long)(request->limit / MIB), mib(least), mib(plan.model),
             mib(plan.registration), plan.slots, plan.slots == 1 ? "" : "s",
-            mib(plan.slots * plan.slot), mib(plan.database), mib(plan.process));
+            mib(plan.slots * plan.slot + plan.also_slot), mib(plan.database), mib(plan.process));
     /* Half of what is over makes the fixed shares larger, the other half is for look-ups. */
     uint64_t over = request->limit - least, grown = DATABASE_LEAST + over / 8;
     plan.database = grown < DATABASE_MOST ? grown : DATABASE_MOST;
@@ -146,7 +154,7 @@ loci_status loci_plan_take(const loci_plan *plan, loci_budget *budget, loci_erro
         {LOCI_MEMORY_MODEL, plan->model, "the model"},
         {LOCI_MEMORY_DATABASE, plan->database, "the database"},
         {LOCI_MEMORY_REGISTRATION, plan->registration, "registration"},
-        {LOCI_MEMORY_QUESTIONS, plan->slots * plan->slot, "the questions' slots"},
+        {LOCI_MEMORY_QUESTIONS, plan->slots * plan->slot + plan->also_slot, "the questions' slots"},
     };
     for (size_t i = 0; i < sizeof shares / sizeof *shares; i++)
         LOCI_TRY(loci_budget_take(budget, shares[i].part, shares[i].bytes, shares[i].what, err));

@@ -19,13 +19,18 @@ typedef struct loci_plan_request {
     unsigned threads;         /* of the backend */
     uint64_t calls_bytes;     /* messages of running calls */
     uint32_t sequence_tokens; /* of a slot */
-    unsigned queries;         /* slots; 0 = two, or one where memory is short */
-    uint64_t limit;           /* the budget */
+    /* The model that only answers (locid --also-model), with one slot; config NULL = none. */
+    const loci_model_config *also_config;
+    uint64_t also_tokenizer_bytes;
+    uint32_t also_sequence_tokens;
+    unsigned queries; /* slots; 0 = two, or one where memory is short */
+    uint64_t limit;   /* the budget */
 } loci_plan_request;
 
 typedef struct loci_plan {
     uint64_t process, model, database, registration, slot; /* slot: of one question */
     unsigned slots;
+    uint64_t also_slot; /* of the other model; its weights are part of `model` */
     uint64_t document_bytes_max;
 } loci_plan;
 

@@ -90,26 +90,32 @@ loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *er
     return LOCI_OK;
 }
 
-loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *corpus,
-                            const char *question, uint64_t min_revision, const loci_cancel *cancel,
-                            loci_error *err) {
-    *query = (loci_query){
-        .engine = engine, .cancel = cancel, .text = question, .started_ns = loci_now_ns()};
-    loci_select_defaults(&query->params);
-    LOCI_TRY(tokenize_question(query, question, err));
+/* The one whose model encoded the corpus. */
+static loci_status choose_engine(loci_engine *engine, const char *corpus, loci_engine **out,
+                                 loci_error *err) {
+    loci_corpus_info info;
+    LOCI_TRY(loci_corpus_get(engine->store, corpus, &info, err));
+    *out = engine;
+    if (engine->also && strcmp(info.geometry.fingerprint, engine->also->geometry.fingerprint) == 0)
+        *out = engine->also;
+    return loci_corpus_check_model(&info, (*out)->geometry.fingerprint, err);
+}
+
+static loci_status open_snapshot(loci_query *query, const char *corpus, uint64_t min_revision,
+                                 const loci_cancel *cancel, loci_error *err) {
+    loci_engine *engine = query->engine;
     /* First the turn, then the snapshot: whoever waits pins nothing. */
     LOCI_TRY(take_slot(engine, cancel, &query->slot, err));
     LOCI_TRY(loci_snapshot_acquire(engine->store, corpus, &query->snapshot, err));
     const loci_corpus_info *info = loci_snapshot_info(query->snapshot);
+    if (strcmp(info->geometry.fingerprint, engine->geometry.fingerprint) != 0)
+        return loci_fail(err, LOCI_E_ABORTED, "corpus %s was reindexed meanwhile: ask again",
+                         corpus);
     if (info->revision < min_revision)
         return loci_fail_reason(err, LOCI_E_PRECONDITION, "REVISION_NOT_REACHED",
                                 "corpus %s is at revision %llu, %llu was asked for", corpus,
                                 (unsigned long long)info->revision,
                                 (unsigned long long)min_revision);
-    if (strcmp(info->geometry.fingerprint, engine->geometry.fingerprint) != 0)
-        return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
-                                "corpus %s was encoded by model %s, the daemon runs model %s",
-                                corpus, info->geometry.fingerprint, engine->geometry.fingerprint);
     query->view = loci_snapshot_view(query->snapshot);
     loci_query_reach(query, false);
     query->settings = info->settings;
@@ -128,6 +134,24 @@ loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *
 loci_status loci_query_settle(const loci_query *query, loci_stream *stream, loci_error *err) {
     loci_status status = query->engine->backend->ops->sync(stream, err);
     LOCI_TRY(loci_snapshot_check(query->snapshot, err));
+    return status;
+}
+
+loci_status loci_query_init(loci_query *query, loci_engine *engine, const char *corpus,
+                            const char *question, uint64_t min_revision, const loci_cancel *cancel,
+                            loci_error *err) {
+    loci_status status = LOCI_E_ABORTED;
+    *query = (loci_query){.engine = engine};
+    /* Once more when the corpus was reindexed between the look and the snapshot. */
+    for (int attempt = 0; status == LOCI_E_ABORTED && attempt < 2; attempt++) {
+        loci_query_fini(query);
+        *query = (loci_query){
+            .engine = engine, .cancel = cancel, .text = question, .started_ns = loci_now_ns()};
+        LOCI_TRY(choose_engine(engine, corpus, &query->engine, err));
+        loci_select_defaults(&query->params);
+        LOCI_TRY(tokenize_question(query, question, err));
+        status = open_snapshot(query, corpus, min_revision, cancel, err);
+    }
     return status;
 }
 

@@ -43,7 +43,10 @@ typedef struct loci_squeezed_table {
     float threshold[2][LOCI_SQUEEZED_SHARES][2];
 } loci_squeezed_table;
 
+/* A model and what questions to it need. The engine of --also-model lacks what registers, and all
+ * that is shared (backend, store, budget) is the other one's. */
 struct loci_engine {
+    loci_engine *also; /* or NULL */
     loci_backend *backend;
     loci_model *model;
     loci_store *store;

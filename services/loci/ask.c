@@ -52,10 +52,11 @@ static const char *mode_name(Loci__V1__Mode mode) {
 static json_t *event_json(const Loci__V1__AnswerEvent *event) {
     switch (event->event_case) {
     case LOCI__V1__ANSWER_EVENT__EVENT_STARTED:
-        return json_pack("{s:s,s:s,s:I,s:s,s:b}", "event", "started", "corpus",
+        return json_pack("{s:s,s:s,s:I,s:s,s:b,s:s}", "event", "started", "corpus",
                          event->started->corpus, "revision", (json_int_t)event->started->revision,
                          "mode", mode_name(event->started->mode), "read_twice",
-                         (int)event->started->read_twice);
+                         (int)event->started->read_twice, "model_fingerprint",
+                         event->started->model_fingerprint);
     case LOCI__V1__ANSWER_EVENT__EVENT_PROGRESS:
         return json_pack("{s:s,s:s,s:I,s:I}", "event", "progress", "stage", event->progress->stage,
                          "done", (json_int_t)event->progress->done, "total",

@@ -69,7 +69,11 @@ LOCI_MUST_CHECK loci_status loci_cli_call(loci_cli *cli, const char *path,
                                           const ProtobufCMessageDescriptor *response_type,
                                           ProtobufCMessage **response, loci_error *err);
 
-#define LOCI_CORPUS_COMMANDS 6
+/* loci corpus reindex (reindex.c), listed in corpus.c. */
+loci_status loci_corpus_reindex_run(loci_cli *cli, const loci_command *command, int argc,
+                                    char **argv, loci_error *err);
+
+#define LOCI_CORPUS_COMMANDS 7
 extern const loci_command loci_corpus_commands[LOCI_CORPUS_COMMANDS], loci_document_commands[3],
     loci_register_command, loci_ask_command, loci_search_command, loci_status_command;
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * loci corpus create | list | show | set | calibrate | delete
+ * loci corpus create | list | show | set | calibrate | delete, and the list of those with reindex
+ * (reindex.c)
  */
 #include <stdlib.h>
 #include <string.h>
@@ -37,9 +38,32 @@ static json_t *corpus_json(const Loci__V1__Corpus *c) {
     json_object_set_new(object, "attn_scale", setting_json(c->attn_scale));
     if (c->tokens_max > 0)
         json_object_set_new(object, "tokens_max", json_integer((json_int_t)c->tokens_max));
+    json_object_set_new(object, "other_model", json_boolean(c->other_model));
+    json_object_set_new(object, "answers", json_boolean(c->answers));
+    json_object_set_new(object, "reindexing", json_boolean(c->reindexing));
+    if (c->reindexing) {
+        json_object_set_new(object, "reindex_fingerprint", json_string(c->reindex_fingerprint));
+        json_object_set_new(object, "reindex_documents",
+                            json_integer((json_int_t)c->reindex_documents));
+    }
     if (c->manifest_hash[0])
         json_object_set_new(object, "manifest_hash", json_string(c->manifest_hash));
     return object;
+}
+
+/* What a corpus of another model, or on the way to one, needs. */
+static void print_model_note(const Loci__V1__Corpus *c) {
+    if (c->other_model)
+        printf("note       this locid registers with another model%s\n",
+               c->answers ? " and answers with this one" : " and cannot answer with this one");
+    if (c->reindexing)
+        printf(
+            "           being reindexed for model %s, %llu of %llu documents: loci corpus reindex "
+            "%s\n",
+            c->reindex_fingerprint, (unsigned long long)c->reindex_documents,
+            (unsigned long long)c->documents, corpus_id(c));
+    else if (c->other_model)
+        printf("           to encode it anew: loci corpus reindex %s\n", corpus_id(c));
 }
 
 static void print_corpus(const Loci__V1__Corpus *c) {
@@ -66,6 +90,7 @@ static void print_corpus(const Loci__V1__Corpus *c) {
            loci_format_size(bytes, c->bytes), loci_format_size(disk, c->bytes_on_disk),
            (unsigned long long)c->revision, c->encoding, limit, c->model_fingerprint,
            c->dense_layers, c->attn_temperature, c->attn_scale, created);
+    print_model_note(c);
 }
 
 /* Parses "NAME", connects. */
@@ -310,8 +335,12 @@ static loci_status run_delete(loci_cli *cli, const loci_command *command, int ar
 
 static void print_row(const Loci__V1__Corpus *c) {
     char documents[32], tokens[32], disk[32];
-    printf("%-32s %12s %16s %10s\n", corpus_id(c), loci_format_count(documents, c->documents),
-           loci_format_count(tokens, c->tokens), loci_format_size(disk, c->bytes_on_disk));
+    const char *note = c->reindexing     ? "  reindexing"
+                       : !c->other_model ? ""
+                       : c->answers      ? "  old model: to be reindexed"
+                                         : "  other model: to be reindexed";
+    printf("%-32s %12s %16s %10s%s\n", corpus_id(c), loci_format_count(documents, c->documents),
+           loci_format_count(tokens, c->tokens), loci_format_size(disk, c->bytes_on_disk), note);
 }
 
 /* One page; *token is replaced by the next page's (to be freed), NULL at the end. */
@@ -381,5 +410,12 @@ const loci_command loci_corpus_commands[LOCI_CORPUS_COMMANDS] = {
      "apart under several temperatures and scales, for about a minute at most, and compares the\n"
      "losses of the next tokens. Also makes the thresholds of mode squeezed.\n",
      run_calibrate},
+    {"corpus reindex", "NAME", "encode its documents anew with the daemon's model",
+     "\nThe old index answers until the new one is complete (where locid has its model: "
+     "--also-model),"
+     "\nthen they are swapped; meanwhile the corpus takes no documents and loses none. Once the\n"
+     "documents are copied, the work goes on when this command ends, and over restarts; the same\n"
+     "command shows it again. Needed after a change of the model or of the index's layout.\n",
+     loci_corpus_reindex_run},
     {"corpus delete", "NAME", "delete a corpus and all its documents", NULL, run_delete},
 };

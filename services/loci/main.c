@@ -60,7 +60,7 @@ static int unknown_command(int argc, char **argv) {
         return 0;
     }
     fprintf(stderr, "loci: \"%s\" needs one of %s; loci --help tells more\n", argv[1],
-            argv[1][0] == 'c' ? "create, list, show, set, calibrate, delete"
+            argv[1][0] == 'c' ? "create, list, show, set, calibrate, reindex, delete"
                               : "list, show, delete");
     return 2;
 }

@@ -26,12 +26,19 @@ static json_t *status_json(const Loci__V1__NodeStatus *s, const char *address) {
                   {"mapped_bytes", s->mapped_bytes},
                   {"resident_bytes", s->resident_bytes},
                   {"corpora", s->corpora},
+                  {"other_model_corpora", s->other_model_corpora},
+                  {"reindexing_corpora", s->reindexing_corpora},
                   {"tokens", s->tokens},
                   {"pending_documents", s->pending_documents},
                   {"active_calls", s->active_calls},
                   {"queued_calls", s->queued_calls}};
     for (size_t i = 0; i < sizeof counts / sizeof counts[0]; i++)
         json_object_set_new(object, counts[i].name, json_integer((json_int_t)counts[i].value));
+    if (s->also_model[0]) {
+        json_object_set_new(object, "also_model", json_string(s->also_model));
+        json_object_set_new(object, "also_model_fingerprint",
+                            json_string(s->also_model_fingerprint));
+    }
     json_t *parts = json_object();
     for (size_t i = 0; i < s->n_memory_parts; i++)
         json_object_set_new(parts, s->memory_parts[i]->name,
@@ -72,6 +79,17 @@ static void print_status(const Loci__V1__NodeStatus *s, const char *address) {
            loci_format_size(reserved, s->memory_reserved_bytes),
            loci_format_size(budget, s->memory_budget_bytes));
     print_parts(s);
+    if (s->also_model[0])
+        printf("also      %s (%.12s), for corpora that it encoded\n", s->also_model,
+               s->also_model_fingerprint);
+    if (s->other_model_corpora > 0)
+        printf(
+            "to do     %llu corpora are of another model (loci corpus list): loci corpus reindex "
+            "NAME\n",
+            (unsigned long long)s->other_model_corpora);
+    if (s->reindexing_corpora > 0)
+        printf("          %llu corpora are being reindexed\n",
+               (unsigned long long)s->reindexing_corpora);
 }
 
 static loci_status run_status(loci_cli *cli, const loci_command *command, int argc, char **argv,

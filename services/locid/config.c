@@ -15,7 +15,7 @@
 #include "services/common/text.h"
 #include "services/engine/engine.h"
 
-#define SETTINGS 15
+#define SETTINGS 16
 
 typedef enum setting_kind { KIND_TEXT, KIND_LIST, KIND_SIZE, KIND_U64, KIND_BOOL } setting_kind;
 
@@ -39,6 +39,8 @@ static const setting settings[SETTINGS] = {
      "data directory, made if missing (required)"},
     {"", "model", "model", KIND_TEXT, AT(model), 0, 0, NULL, "DIR",
      "model folder (default: the built-in model)"},
+    {"", "also_model", "also-model", KIND_TEXT, AT(also_model), 0, 0, NULL, "DIR",
+     "model folder that only answers corpora encoded by it, until they are reindexed"},
     {"server", "listen", "listen", KIND_LIST, AT(listen), 0, 0, LOCI_DEFAULT_ADDRESS, "ADDR",
      "HOST:PORT, [V6]:PORT or unix:PATH; may be repeated (default " LOCI_DEFAULT_ADDRESS ")"},
     {"server", "insecure", "insecure", KIND_BOOL, AT(insecure), 0, 0, "false", NULL,
@@ -67,6 +69,7 @@ static const setting settings[SETTINGS] = {
      "YAML file with settings"},
 };
 /* clang-format on */
+#define SETTING_LISTEN 3
 #define SETTING_CONFIG (SETTINGS - 1) /* names the file itself: no member */
 
 static void setting_name(const setting *s, char out[64]) {
@@ -145,7 +148,7 @@ typedef struct file_log {
     char *level, *json;
 } file_log;
 typedef struct file_root {
-    char *data, *model;
+    char *data, *model, *also_model;
     file_server *server;
     file_engine *engine;
     file_log *log;
@@ -172,10 +175,13 @@ static const cyaml_schema_field_t engine_fields[] = {TEXT_FIELD(file_engine, bac
                                                      CYAML_FIELD_END};
 static const cyaml_schema_field_t log_fields[] = {TEXT_FIELD(file_log, level),
                                                   TEXT_FIELD(file_log, json), CYAML_FIELD_END};
-static const cyaml_schema_field_t root_fields[] = {
-    TEXT_FIELD(file_root, data),          TEXT_FIELD(file_root, model),
-    SECTION_FIELD(server, server_fields), SECTION_FIELD(engine, engine_fields),
-    SECTION_FIELD(log, log_fields),       CYAML_FIELD_END};
+static const cyaml_schema_field_t root_fields[] = {TEXT_FIELD(file_root, data),
+                                                   TEXT_FIELD(file_root, model),
+                                                   TEXT_FIELD(file_root, also_model),
+                                                   SECTION_FIELD(server, server_fields),
+                                                   SECTION_FIELD(engine, engine_fields),
+                                                   SECTION_FIELD(log, log_fields),
+                                                   CYAML_FIELD_END};
 static const cyaml_schema_value_t root_schema = {
     CYAML_VALUE_MAPPING(CYAML_FLAG_POINTER, file_root, root_fields)};
 
@@ -207,17 +213,18 @@ static const char *file_text(const file_root *root, size_t index) {
     switch (index) {
     case 0: return root->data;
     case 1: return root->model;
-    case 3: return server ? server->insecure : NULL;
-    case 4: return server ? server->workers : NULL;
-    case 5: return server ? server->drain_seconds : NULL;
-    case 6: return engine ? engine->backend : NULL;
-    case 7: return engine ? engine->precision : NULL;
-    case 8: return engine ? engine->memory : NULL;
-    case 9: return engine ? engine->threads : NULL;
-    case 10: return engine ? engine->queries : NULL;
-    case 11: return engine ? engine->lexical : NULL;
-    case 12: return log ? log->level : NULL;
-    case 13: return log ? log->json : NULL;
+    case 2: return root->also_model;
+    case 4: return server ? server->insecure : NULL;
+    case 5: return server ? server->workers : NULL;
+    case 6: return server ? server->drain_seconds : NULL;
+    case 7: return engine ? engine->backend : NULL;
+    case 8: return engine ? engine->precision : NULL;
+    case 9: return engine ? engine->memory : NULL;
+    case 10: return engine ? engine->threads : NULL;
+    case 11: return engine ? engine->queries : NULL;
+    case 12: return engine ? engine->lexical : NULL;
+    case 13: return log ? log->level : NULL;
+    case 14: return log ? log->json : NULL;
     default: return NULL;
     }
 }
@@ -246,7 +253,8 @@ static loci_status load_file(const char *path, loci_config *config, loci_error *
     if (status == LOCI_OK && root && root->server && root->server->listen_count > 0) {
         config->listen_count = 0;
         for (unsigned i = 0; i < root->server->listen_count && status == LOCI_OK; i++)
-            status = add_item(config, &settings[2], root->server->listen[i], path, err);
+            status =
+                add_item(config, &settings[SETTING_LISTEN], root->server->listen[i], path, err);
     }
     cyaml_free(&yaml, &root_schema, root, 0);
     return status;
@@ -328,7 +336,8 @@ static loci_status apply_flags(const flag_values *values, loci_config *config, l
     }
     if (values->list.count > 0) config->listen_count = 0;
     for (size_t i = 0; i < values->list.count; i++)
-        LOCI_TRY(add_item(config, &settings[2], values->list.items[i], "--listen", err));
+        LOCI_TRY(
+            add_item(config, &settings[SETTING_LISTEN], values->list.items[i], "--listen", err));
     return LOCI_OK;
 }
 
@@ -346,6 +355,20 @@ static void resolve_model(loci_config *config) {
         if (stat(config->model, &info) == 0) return;
     }
     snprintf(config->model, sizeof config->model, "%s", LOCI_SOURCE_MODEL);
+}
+
+static loci_status check_folder(const char *model, bool thoroughly, loci_error *err) {
+    char path[LOCI_CONFIG_TEXT_MAX + 16];
+    snprintf(path, sizeof path, "%s/config.json", model);
+    if (access(path, R_OK) != 0) {
+        int why = errno;
+        loci_status status = loci_model_check_folder(model, err);
+        if (status == LOCI_E_UNSUPPORTED) return status;
+        return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_CONFIG",
+                                "model folder %.200s has no readable config.json: %s", model,
+                                strerror(why));
+    }
+    return thoroughly ? loci_engine_check_model(model, err) : LOCI_OK;
 }
 
 /* thoroughly: also what the start finds out, as far as it takes a moment only. */
@@ -374,17 +397,8 @@ static loci_status check(const loci_config *config, bool thoroughly, loci_error 
                                     "allow it with --insecure",
                                     config->listen[i]);
     }
-    char path[LOCI_CONFIG_TEXT_MAX + 16];
-    snprintf(path, sizeof path, "%s/config.json", config->model);
-    if (access(path, R_OK) != 0) {
-        int why = errno;
-        loci_status status = loci_model_check_folder(config->model, err);
-        if (status == LOCI_E_UNSUPPORTED) return status;
-        return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_CONFIG",
-                                "model folder %.200s has no readable config.json: %s",
-                                config->model, strerror(why));
-    }
-    return thoroughly ? loci_engine_check_model(config->model, err) : LOCI_OK;
+    LOCI_TRY(check_folder(config->model, thoroughly, err));
+    return config->also_model[0] ? check_folder(config->also_model, thoroughly, err) : LOCI_OK;
 }
 
 loci_status loci_config_load(int argc, char **argv, char *(*environment)(const char *name),
@@ -455,6 +469,10 @@ void loci_config_print(FILE *out, const loci_config *config) {
         if (strcmp(section, s->section) != 0) fprintf(out, "%s:\n", s->section);
         section = s->section;
         fprintf(out, "%s", section[0] ? "  " : "");
+        if (s->kind == KIND_TEXT && ((const char *)config + s->at)[0] == '\0') {
+            fprintf(out, "# %s: none\n", s->key);
+            continue;
+        }
         if (s->kind == KIND_SIZE && config->memory_bytes == 0) {
             fprintf(out, "# %s: half of RAM\n", s->key);
             continue;

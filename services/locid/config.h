@@ -18,7 +18,8 @@
 
 typedef struct loci_config {
     char data[LOCI_CONFIG_TEXT_MAX];
-    char model[LOCI_CONFIG_TEXT_MAX]; /* "" until resolved */
+    char model[LOCI_CONFIG_TEXT_MAX];      /* "" until resolved */
+    char also_model[LOCI_CONFIG_TEXT_MAX]; /* "" = none */
     char listen[LOCI_LIST_MAX][LOCI_CONFIG_TEXT_MAX];
     size_t listen_count;
     char backend[64];

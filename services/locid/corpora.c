@@ -41,7 +41,9 @@ static bool remembered(const char *id, uint64_t uid) {
 
 /* name must outlive *out; so must info. */
 static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
-                        const loci_corpus_info *info) {
+                        const loci_daemon *node, const loci_corpus_info *info) {
+    const char *model = loci_model_fingerprint(loci_engine_model(node->engine));
+    const char *also = loci_engine_also_fingerprint(node->engine);
     loci__v1__corpus__init(out);
     loci_corpus_name_format(name, info->name);
     out->name = name;
@@ -57,6 +59,12 @@ static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
     out->bytes = info->bytes;
     out->bytes_on_disk = info->bytes_on_disk;
     out->extents = info->extents;
+    out->other_model = strcmp(info->geometry.fingerprint, model) != 0;
+    out->answers = !out->other_model || (also && strcmp(info->geometry.fingerprint, also) == 0);
+    out->reindexing = info->reindexing;
+    out->reindex_fingerprint = (char *)(uintptr_t)info->reindex_fingerprint;
+    out->reindex_documents = info->reindex_documents;
+    out->reindex_tokens = info->reindex_tokens;
     out->dense_layers = info->settings.dense_layers;
     out->attn_temperature = (double)info->settings.attn_temperature;
     out->attn_scale = (double)info->settings.attn_scale;
@@ -73,11 +81,11 @@ static loci_settings_change read_settings(const Loci__V1__CorpusSettings *in) {
     return out;
 }
 
-static loci_status send_corpus(loci_rpc_call *call, const loci_daemon *node,
-                               const loci_corpus_info *info, loci_error *err) {
+loci_status loci_daemon_send_corpus(loci_rpc_call *call, const loci_daemon *node,
+                                    const loci_corpus_info *info, loci_error *err) {
     Loci__V1__Corpus reply;
     char name[LOCI_RESOURCE_MAX], hash[33];
-    fill_corpus(&reply, name, info);
+    fill_corpus(&reply, name, node, info);
     loci_status status =
         loci_corpus_manifest_hash(loci_engine_store(node->engine), info->name, hash, err);
     if (status != LOCI_OK)
@@ -122,7 +130,7 @@ static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err
         status = LOCI_OK;
     if (status != LOCI_OK) return loci_daemon_reason(err, status, LOCI_E_EXISTS, "CORPUS_EXISTS");
     if (named) remember(request->request_id, info.uid);
-    return send_corpus(call, node, &info, err);
+    return loci_daemon_send_corpus(call, node, &info, err);
 }
 
 static loci_status update_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
@@ -138,7 +146,7 @@ static loci_status update_corpus(loci_rpc_call *call, void *ctx, loci_error *err
     loci_status status = loci_engine_set_corpus(node->engine, corpus, &settings, &info, err);
     if (status != LOCI_OK)
         return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
-    return send_corpus(call, node, &info, err);
+    return loci_daemon_send_corpus(call, node, &info, err);
 }
 
 static loci_status send_calibration(loci_rpc_call *call, const loci_calibration *in,
@@ -199,7 +207,7 @@ static loci_status get_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
     LOCI_TRY(loci_corpus_name_parse(request->name, "name", corpus, err));
     loci_corpus_info info;
     LOCI_TRY(loci_daemon_corpus(node, call, corpus, &info, err));
-    return send_corpus(call, node, &info, err);
+    return loci_daemon_send_corpus(call, node, &info, err);
 }
 
 typedef struct listed_corpus {
@@ -208,7 +216,7 @@ typedef struct listed_corpus {
     char name[LOCI_RESOURCE_MAX];
 } listed_corpus;
 
-static loci_status send_corpora(loci_rpc_call *call, const char *parent,
+static loci_status send_corpora(loci_rpc_call *call, const loci_daemon *node, const char *parent,
                                 const loci_corpus_info *infos, size_t count, bool more,
                                 loci_error *err) {
     listed_corpus *items = calloc(count + 1, sizeof *items);
@@ -220,7 +228,7 @@ static loci_status send_corpora(loci_rpc_call *call, const char *parent,
     }
     Loci__V1__ListCorporaResponse reply = LOCI__V1__LIST_CORPORA_RESPONSE__INIT;
     for (size_t i = 0; i < count; i++) {
-        fill_corpus(&items[i].message, items[i].name, &infos[i]);
+        fill_corpus(&items[i].message, items[i].name, node, &infos[i]);
         pointers[i] = &items[i].message;
     }
     reply.n_corpora = count;
@@ -252,7 +260,7 @@ static loci_status list_corpora(loci_rpc_call *call, void *ctx, loci_error *err)
         loci_corpus_list(loci_engine_store(node->engine), cursor, size + 1, infos, &count, err);
     bool more = count > size;
     if (status == LOCI_OK)
-        status = send_corpora(call, request->parent, infos, more ? size : count, more, err);
+        status = send_corpora(call, node, request->parent, infos, more ? size : count, more, err);
     free(infos);
     return status;
 }
@@ -291,5 +299,11 @@ const loci_rpc_method loci_corpus_methods[] = {
     {"/loci.v1.CorpusService/CalibrateCorpus", LOCI_RPC_UNARY,
      &loci__v1__calibrate_corpus_request__descriptor,
      &loci__v1__calibrate_corpus_response__descriptor, calibrate_corpus, LOCI_RPC_LONG},
+    {"/loci.v1.CorpusService/ReindexCorpus", LOCI_RPC_SERVER_STREAM,
+     &loci__v1__reindex_corpus_request__descriptor, &loci__v1__reindex_corpus_response__descriptor,
+     loci_reindex_handler, LOCI_RPC_LONG},
+    {"/loci.v1.CorpusService/CancelReindexCorpus", LOCI_RPC_UNARY,
+     &loci__v1__cancel_reindex_corpus_request__descriptor, &loci__v1__corpus__descriptor,
+     loci_reindex_cancel_handler, LOCI_RPC_WORKERS},
 };
 const size_t loci_corpus_method_count = sizeof loci_corpus_methods / sizeof loci_corpus_methods[0];

@@ -72,6 +72,7 @@ static loci_status open_engine(const loci_config *config, loci_engine **out, loc
     loci_engine_options options = {0};
     options.data = config->data;
     options.model = config->model;
+    options.also_model = config->also_model[0] ? config->also_model : NULL;
     options.backend = config->backend;
     options.precision = config->precision;
     options.memory_bytes = config->memory_bytes;
@@ -168,7 +169,10 @@ static int run(const loci_config *config) {
     tune_malloc();
     loci_rpc_init();
     loci_error err = {LOCI_OK, "", ""};
-    loci_daemon node = {.model = config->model, .data = config->data, .started_ns = loci_now_ns()};
+    loci_daemon node = {.model = config->model,
+                        .also_model = config->also_model,
+                        .data = config->data,
+                        .started_ns = loci_now_ns()};
     loci_status status = open_engine(config, &node.engine, &err);
     if (status == LOCI_OK) status = start_server(config, &node, &err);
     if (status == LOCI_OK)

@@ -62,6 +62,11 @@ static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
     reply.corpora = figures.corpora;
     reply.tokens = figures.tokens;
     reply.pending_documents = figures.pending_documents;
+    reply.other_model_corpora = figures.other_models;
+    reply.reindexing_corpora = figures.reindexing;
+    const char *also = loci_engine_also_fingerprint(node->engine);
+    if (also) reply.also_model = (char *)(uintptr_t)node->also_model;
+    if (also) reply.also_model_fingerprint = (char *)(uintptr_t)also;
     reply.state = atomic_load(&node->draining) ? "draining" : "serving";
     reply.data = (char *)(uintptr_t)node->data;
     return loci_rpc_send(call, &reply.base, err);

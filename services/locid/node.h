@@ -17,7 +17,8 @@
 typedef struct loci_daemon {
     loci_engine *engine;
     loci_rpc_server *server;
-    const char *model; /* folder */
+    const char *model;      /* folder */
+    const char *also_model; /* "" = none */
     const char *data;
     uint64_t started_ns;
     atomic_bool draining; /* set before shutdown; long waits end */
@@ -32,6 +33,13 @@ extern const size_t loci_corpus_method_count, loci_document_method_count, loci_q
 /* Register (register.c), listed in the table of documents.c. */
 loci_status loci_register_handler(loci_rpc_call *call, void *ctx, loci_error *err);
 
+/* ReindexCorpus and CancelReindexCorpus (reindex.c), listed in the table of corpora.c. */
+loci_status loci_reindex_handler(loci_rpc_call *call, void *ctx, loci_error *err);
+loci_status loci_reindex_cancel_handler(loci_rpc_call *call, void *ctx, loci_error *err);
+
+/* Sends the corpus as the one reply. */
+LOCI_MUST_CHECK loci_status loci_daemon_send_corpus(loci_rpc_call *call, const loci_daemon *node,
+                                                    const loci_corpus_info *info, loci_error *err);
 /* Looks the corpus up; LOCI_E_NOTFOUND gets the reason CORPUS_NOT_FOUND and metadata. */
 LOCI_MUST_CHECK loci_status loci_daemon_corpus(loci_daemon *node, loci_rpc_call *call,
                                                const char *corpus, loci_corpus_info *out,

@@ -154,8 +154,7 @@ static void fill_started(answer_stream *stream, const loci_event *event,
                 : event->mode == LOCI_MODE_SQUEEZED ? LOCI__V1__MODE__SQUEEZED
                                                     : LOCI__V1__MODE__HIERARCHICAL;
     out->read_twice = event->read_twice;
-    out->model_fingerprint =
-        text_of(loci_model_fingerprint(loci_engine_model(stream->node->engine)));
+    out->model_fingerprint = text_of(event->model);
 }
 
 static void fill_candidate(answer_stream *stream, const loci_event *event,

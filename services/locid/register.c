@@ -169,11 +169,8 @@ static loci_status open_registration(loci_registration *r, const Loci__V1__Regis
     LOCI_TRY(loci_corpus_name_parse(first->corpus, "corpus", r->corpus, err));
     loci_corpus_info info;
     LOCI_TRY(loci_daemon_corpus(r->node, r->call, r->corpus, &info, err));
-    const char *fingerprint = loci_model_fingerprint(loci_engine_model(r->node->engine));
-    if (strcmp(info.geometry.fingerprint, fingerprint) != 0)
-        return loci_fail_reason(err, LOCI_E_PRECONDITION, "MODEL_MISMATCH",
-                                "corpus %s was made with the model %s, this node runs %s",
-                                r->corpus, info.geometry.fingerprint, fingerprint);
+    LOCI_TRY(loci_corpus_check_model(
+        &info, loci_model_fingerprint(loci_engine_model(r->node->engine)), err));
     loci_ingest_progress progress = {0};
     LOCI_TRY(
         loci_ingest_progress_of(loci_engine_ingest(r->node->engine), r->corpus, &progress, err));

@@ -36,7 +36,8 @@ static void run_model(fixture *f, const char *fingerprint) {
 static loci_status reindex(fixture *f, const char *corpus, const char *fingerprint,
                            loci_error *err) {
     loci_geometry geometry = geometry_of(fingerprint);
-    loci_status status = loci_corpus_reindex(f->store, corpus, &geometry, sinks, sinks, NULL, err);
+    loci_status status =
+        loci_corpus_reindex(f->store, corpus, &geometry, NULL, sinks, sinks, NULL, err);
     if (f->ingest) loci_ingest_wake(f->ingest);
     return status;
 }
@@ -89,7 +90,7 @@ static void create_of(fixture *f, const char *corpus, const char *fingerprint) {
     loci_error err;
     loci_corpus_info info;
     loci_geometry geometry = geometry_of(fingerprint);
-    assert_ok(loci_corpus_create(f->store, corpus, &geometry, sinks, sinks, &info, &err));
+    assert_ok(loci_corpus_create(f->store, corpus, &geometry, NULL, sinks, sinks, &info, &err));
 }
 
 static void compare_documents(const loci_document_info *a, const loci_document_info *b,

@@ -173,8 +173,10 @@ static void test_print_reads_back(void **state) {
     assert_int_equal(LOAD("--data", "/it's", "--model", MODEL, "--listen", "unix:/a b", "--listen",
                           "0.0.0.0:1", "--insecure", "--memory", "1G", "--threads", "3",
                           "--queries", "5", "--workers", "7", "--drain-seconds", "9", "--log-level",
-                          "warn", "--log-json", "--precision", "f32", "--backend", "other"),
+                          "warn", "--log-json", "--precision", "f32", "--backend", "other",
+                          "--also-model", "tests/data/model/tiny-llama"),
                      LOCI_OK);
+    assert_string_equal(config.also_model, "tests/data/model/tiny-llama");
     static loci_config before;
     before = config;
     char *text = NULL;
@@ -196,6 +198,9 @@ static void test_requests(void **state) {
     assert_true(request.version);
     assert_int_equal(LOAD("--data", "/d", "--model", MODEL, "--check-config"), LOCI_OK);
     assert_int_equal(LOAD("--data", "/d", "--model", "tests/data/model/tiny-llama"), LOCI_OK);
+    assert_int_equal(LOAD("--data", "/d", "--model", MODEL, "--also-model", "/nowhere"),
+                     LOCI_E_INVAL);
+    assert_non_null(strstr(err.text, "/nowhere"));
     assert_int_equal(
         LOAD("--data", "/d", "--model", "tests/data/model/tiny-llama", "--check-config"),
         LOCI_E_UNSUPPORTED);

@@ -145,8 +145,32 @@ static void test_questions_that_are_asked_for_are_counted(void **state) {
     assert_int_equal(plan.slots, 9);
 }
 
+static void test_a_model_that_also_answers_is_counted(void **state) {
+    (void)state;
+    loci_plan_request request = request_of(&built_in, 0);
+    loci_plan plan;
+    uint64_t alone = least_of(request);
+    request.also_config = &built_in;
+    request.also_tokenizer_bytes = 300000;
+    request.also_sequence_tokens = 1300;
+    uint64_t both = least_of(request);
+    request.limit = both;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_int_equal(plan.also_slot, plan.slot);
+    uint64_t more = plan.model / 2 + plan.also_slot;
+    assert_true(both - alone > more - 2 * MIB && both - alone < more + 2 * MIB);
+    loci_budget *budget = NULL;
+    loci_budget_usage usage;
+    assert_int_equal(loci_budget_create(request.limit, &budget, &err), LOCI_OK);
+    assert_int_equal(loci_plan_take(&plan, budget, &err), LOCI_OK);
+    loci_budget_usage_of(budget, &usage);
+    assert_true(usage.used == sum(&plan) + plan.also_slot);
+    loci_budget_destroy(budget);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_a_model_that_also_answers_is_counted),
         cmocka_unit_test(test_plans_of_the_built_in_model),
         cmocka_unit_test(test_plans_of_a_large_model),
         cmocka_unit_test(test_biases_are_counted),
