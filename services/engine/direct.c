@@ -54,18 +54,20 @@ out:
     return status;
 }
 
-static loci_status finish(loci_query *query, const loci_generation *answer,
-                          const loci_passage *passages, uint32_t count, loci_event_fn on_event,
-                          void *ctx, loci_error *err) {
+static loci_status finish(loci_query *query, const loci_generation *answer, loci_passage *passages,
+                          uint32_t count, loci_event_fn on_event, void *ctx, loci_error *err) {
     query->usage.decode_read_bytes = query->step_bytes;
     query->usage.answer_tokens = answer->tokens;
     query->usage.total_ms = loci_query_elapsed_ms(query);
     loci_event event = {.kind = LOCI_EVENT_USAGE, .usage = &query->usage};
     LOCI_TRY(on_event(ctx, &event, err));
     bool found = answer->text.len > 0;
+    const char *text = found ? (const char *)answer->text.data : "";
+    bool verbatim = loci_passages_mark(passages, count, text);
     event = (loci_event){.kind = LOCI_EVENT_FINISHED,
-                         .text = found ? (const char *)answer->text.data : "",
+                         .text = text,
                          .found = found,
+                         .verbatim = verbatim,
                          .stop = found ? answer->stop : "not_found",
                          .passages = passages,
                          .passage_count = count};

@@ -131,6 +131,8 @@ typedef struct loci_passage {
     uint64_t passage_start, passage_end; /* of the passage that holds it */
     loci_slice passage;                  /* exactly those bytes */
     double share;                        /* of the passage; or its score, in hits */
+    const char *answer; /* what was read there ("" or NULL: nothing), see loci_passage_mark */
+    uint64_t answer_start, answer_end; /* where it stands in the document; equal: not literally */
 } loci_passage;
 
 typedef struct loci_usage {
@@ -164,6 +166,7 @@ typedef struct loci_event {
     size_t passage_count;
     const char *text; /* CANDIDATE, FINISHED: the answer; DELTA: the next piece (valid UTF-8) */
     bool found;       /* CANDIDATE, FINISHED */
+    bool verbatim;    /* FINISHED: some passage has the answer literally, marked in it */
     double score;     /* CANDIDATE */
     const char *stop; /* FINISHED: "eos", "length", "repetition", "not_found" */
     const loci_usage *usage; /* USAGE */

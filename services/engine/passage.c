@@ -2,6 +2,7 @@
  *
  * Passages: segments with their document, byte range and exact bytes.
  */
+#include "services/common/text.h"
 #include "services/engine/query.h"
 #include "services/engine/quote.h"
 
@@ -64,4 +65,24 @@ out:
     loci_buf_fini(&bytes);
     loci_buf_fini(&text);
     return status;
+}
+
+bool loci_passage_mark(loci_passage *passage, const char *answer) {
+    size_t from, to;
+    passage->answer = answer;
+    passage->answer_start = passage->answer_end = 0;
+    if (!loci_text_find(passage->quote, 0, loci_slice_text(answer), &from, &to)) return false;
+    passage->answer_start = passage->start + from;
+    passage->answer_end = passage->start + to;
+    return true;
+}
+
+bool loci_passages_mark(loci_passage *passages, size_t count, const char *answer) {
+    bool found = false;
+    for (size_t i = 0; i < count; i++) {
+        bool here = loci_passage_mark(&passages[i], answer);
+        if (!here) passages[i].answer = "";
+        found = found || here;
+    }
+    return found;
 }

@@ -164,6 +164,12 @@ void loci_passages_bind(loci_passage *passages, size_t count, const loci_buf *by
 void loci_passages_cite(loci_passage *passages, size_t count, const char *question,
                         const char *answer);
 
+/* Marks where the answer stands in the quote: without regard to ASCII case and the kind of white
+ * space (loci_text_find). False where it does not. */
+bool loci_passage_mark(loci_passage *passage, const char *answer);
+/* The same in each that has it, no answer in others; whether there is one. */
+bool loci_passages_mark(loci_passage *passages, size_t count, const char *answer);
+
 /* generate.c: one answer, token by token. */
 typedef struct loci_generation {
     loci_buf text;       /* of the answer, without its leading space */

@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "services/common/text.h"
 #include "services/engine/query.h"
 
 #define RANK_WEIGHT 0.3 /* temperature of the ranking loss that trained the score */
@@ -62,9 +63,35 @@ out:
     return status;
 }
 
+/* The answer as it stands in the passage, its white space as single spaces: a name keeps its
+ * capitals, a number its form. What is not literally there stays as it is. */
+static loci_status take_literally(loci_passage *passage, const char *question, loci_buf *answer,
+                                  loci_error *err) {
+    const char *text = (const char *)answer->data;
+    loci_passages_cite(passage, 1, question, text);
+    if (answer->len == 0 || !loci_passage_mark(passage, text)) return LOCI_OK;
+    loci_buf literal = LOCI_BUF_INIT;
+    const uint8_t *data = passage->passage.data;
+    for (uint64_t at = passage->answer_start; at < passage->answer_end; at++) {
+        uint8_t byte = data[at - passage->passage_start];
+        bool blank = byte == ' ' || (byte >= '\t' && byte <= '\r');
+        if (!blank)
+            loci_buf_u8(&literal, byte);
+        else if (literal.len > 0 && literal.data[literal.len - 1] != ' ')
+            loci_buf_u8(&literal, ' ');
+    }
+    if (!loci_buf_text(&literal) || !loci_utf8_valid(loci_slice_of(literal.data, literal.len))) {
+        loci_status status = loci_buf_status(&literal);
+        loci_buf_fini(&literal);
+        return status == LOCI_OK ? LOCI_OK : loci_fail(err, status, "no memory for an answer");
+    }
+    loci_buf_fini(answer);
+    *answer = literal;
+    return LOCI_OK;
+}
+
 static loci_status read_passage(loci_query *query, const loci_answer_request *request,
-                                const loci_passage *passage, double rank, reading *out,
-                                loci_error *err) {
+                                loci_passage *passage, double rank, reading *out, loci_error *err) {
     loci_sequence *sequence = query->slot->sequence;
     loci_tokens prompt = {0};
     loci_sequence_reset(sequence);
@@ -76,6 +103,7 @@ static loci_status read_passage(loci_query *query, const loci_answer_request *re
     loci_tokens_fini(&prompt);
     LOCI_TRY(status);
     LOCI_TRY(loci_generate(query, request, &out->answer, NULL, NULL, err));
+    LOCI_TRY(take_literally(passage, request->question, &out->answer.text, err));
     out->rank = rank;
     double some = 1 - exp(out->answer.none_logprob);
     out->score = out->answer.logprob + log(some > 1e-4 ? some : 1e-4) + RANK_WEIGHT * rank;
@@ -85,7 +113,9 @@ static loci_status read_passage(loci_query *query, const loci_answer_request *re
 static loci_status emit_candidate(const reading *read, const char *question, loci_passage *passage,
                                   loci_event_fn on_event, void *ctx, loci_error *err) {
     const char *answer = (const char *)read->answer.text.data;
-    loci_passages_cite(passage, 1, question, read->answer.says_none ? "" : answer);
+    const char *cited = read->answer.says_none ? "" : answer;
+    loci_passages_cite(passage, 1, question, cited);
+    (void)loci_passage_mark(passage, cited);
     loci_event event = {.kind = LOCI_EVENT_CANDIDATE,
                         .text = answer,
                         .found = !read->answer.says_none,
@@ -150,7 +180,14 @@ static loci_status finish(loci_query *query, const char *question, const reading
         loci_event delta = {.kind = LOCI_EVENT_DELTA, .text = text};
         LOCI_TRY(on_event(ctx, &delta, err));
     }
-    loci_passages_cite(passages, count, question, text);
+    /* Each for what was read there itself, if anything: different answers are not merged. */
+    for (uint32_t i = 0; i < count; i++) {
+        bool own = found && !readings[i].answer.says_none;
+        const char *cited = own ? (const char *)readings[i].answer.text.data : text;
+        loci_passages_cite(&passages[i], 1, question, cited);
+        if (!loci_passage_mark(&passages[i], cited) && !own) passages[i].answer = "";
+    }
+    bool verbatim = found && passages[best].answer_end > passages[best].answer_start;
     share_scores(passages, scores, count);
     if (count > 0) { /* the chosen passage first, then by share */
         loci_passage chosen = passages[best];
@@ -163,6 +200,7 @@ static loci_status finish(loci_query *query, const char *question, const reading
     event = (loci_event){.kind = LOCI_EVENT_FINISHED,
                          .text = text,
                          .found = found,
+                         .verbatim = verbatim,
                          .stop = found ? readings[best].answer.stop : "not_found",
                          .passages = passages,
                          .passage_count = found ? count : 0};
@@ -219,6 +257,7 @@ static loci_status read_together(loci_query *query, const loci_answer_request *r
     bool found = answer.text.len > 0;
     const char *text = found ? (const char *)answer.text.data : "";
     loci_passages_cite(passages, count, request->question, text);
+    bool verbatim = loci_passages_mark(passages, count, text);
     usage->answer_tokens = answer.tokens;
     usage->read_twice_ms = (double)(loci_now_ns() - begun) / 1e6;
     usage->total_ms = loci_query_elapsed_ms(query);
@@ -227,6 +266,7 @@ static loci_status read_together(loci_query *query, const loci_answer_request *r
     event = (loci_event){.kind = LOCI_EVENT_FINISHED,
                          .text = text,
                          .found = found,
+                         .verbatim = verbatim,
                          .stop = found ? answer.stop : "not_found",
                          .passages = passages,
                          .passage_count = found ? count : 0};

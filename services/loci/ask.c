@@ -11,6 +11,7 @@
 #include "services/loci/cli.h"
 #include "services/loci/output.h"
 
+#define SHARE_OTHER 0.05  /* of the passage of another answer that is listed */
 #define SHARE_SHOWN 0.001 /* of a second and later passage, for people; --json has all */
 
 /* --- ask ------------------------------------------------------------------------------------ */
@@ -26,6 +27,10 @@ static void wipe_stage(const asking *ask) {
     if (ask->terminal) fprintf(stderr, "\r\x1b[K");
 }
 
+static json_t *text_json(const char *text) {
+    return loci_json_text(loci_slice_text(text));
+}
+
 static json_t *evidence_json(Loci__V1__Evidence *const *items, size_t count) {
     json_t *array = json_array();
     for (size_t i = 0; i < count; i++) {
@@ -34,13 +39,14 @@ static json_t *evidence_json(Loci__V1__Evidence *const *items, size_t count) {
             loci_json_passage(e->document, e->start, e->end, e->quote, "share", e->share);
         json_object_set_new(object, "passage_start", json_integer((json_int_t)e->passage_start));
         json_object_set_new(object, "passage_end", json_integer((json_int_t)e->passage_end));
+        if (e->answer[0]) json_object_set_new(object, "answer", text_json(e->answer));
+        if (e->answer_end > e->answer_start) {
+            json_object_set_new(object, "answer_start", json_integer((json_int_t)e->answer_start));
+            json_object_set_new(object, "answer_end", json_integer((json_int_t)e->answer_end));
+        }
         json_array_append_new(array, object);
     }
     return array;
-}
-
-static json_t *text_json(const char *text) {
-    return loci_json_text(loci_slice_text(text));
 }
 
 static const char *mode_name(Loci__V1__Mode mode) {
@@ -111,6 +117,51 @@ static void print_timing(const Loci__V1__Usage *u) {
     printf("\n");
 }
 
+/* One is a part of the other: "Holmqvist", "Dagny Holmqvist". */
+static bool same_answer(const char *a, const char *b) {
+    loci_slice x = loci_slice_text(a), y = loci_slice_text(b);
+    size_t from, to;
+    return loci_text_find(x, 0, y, &from, &to) || loci_text_find(y, 0, x, &from, &to);
+}
+
+/* Another answer that was read in another document, with some share, and not yet listed. */
+static bool is_other(const Loci__V1__AnswerFinished *finished, size_t index) {
+    const Loci__V1__Evidence *e = finished->evidence[index];
+    if (!finished->found || e->answer[0] == '\0' || e->share < SHARE_OTHER ||
+        strcmp(e->document, finished->evidence[0]->document) == 0 ||
+        same_answer(e->answer, finished->answer))
+        return false;
+    for (size_t i = 1; i < index; i++)
+        if (is_other(finished, i) && same_answer(finished->evidence[i]->answer, e->answer) &&
+            strcmp(finished->evidence[i]->document, e->document) == 0)
+            return false;
+    return true;
+}
+
+static json_t *others_json(const Loci__V1__AnswerFinished *finished) {
+    json_t *array = json_array();
+    for (size_t i = 1; i < finished->n_evidence; i++) {
+        const Loci__V1__Evidence *e = finished->evidence[i];
+        if (!is_other(finished, i)) continue;
+        json_array_append_new(array,
+                              json_pack("{s:o,s:s,s:f}", "answer", text_json(e->answer), "document",
+                                        loci_document_name_id(e->document), "share", e->share));
+    }
+    return array;
+}
+
+static void print_others(const Loci__V1__AnswerFinished *finished) {
+    bool first = true;
+    for (size_t i = 1; i < finished->n_evidence; i++) {
+        const Loci__V1__Evidence *e = finished->evidence[i];
+        if (!is_other(finished, i)) continue;
+        if (first) printf("\nOther answers, in other documents:\n");
+        first = false;
+        printf("  %s  (%s, %.1f%%)\n", e->answer, loci_document_name_id(e->document),
+               100.0 * e->share);
+    }
+}
+
 static void print_result(const asking *ask, const Loci__V1__AnswerFinished *finished,
                          const Loci__V1__Usage *usage) {
     if (!ask->started) wipe_stage(ask);
@@ -119,6 +170,9 @@ static void print_result(const asking *ask, const Loci__V1__AnswerFinished *fini
         printf("No answer found in this corpus.\n");
     else if (!ask->started)
         printf("%s\n", finished->answer);
+    if (finished->found && !finished->verbatim && finished->n_evidence > 0)
+        printf("(not in these words in the passages below)\n");
+    print_others(finished);
     if (finished->n_evidence > 0) printf("\n%s\n", finished->found ? "Evidence:" : "Looked at:");
     for (size_t i = 0; i < finished->n_evidence; i++) {
         const Loci__V1__Evidence *e = finished->evidence[i];
@@ -126,7 +180,9 @@ static void print_result(const asking *ask, const Loci__V1__AnswerFinished *fini
         char share[32];
         snprintf(share, sizeof share, "%.1f%%", 100.0 * e->share);
         loci_print_passage(e->document, e->start, e->end, e->quote, share,
-                           finished->found ? finished->answer : "");
+                           !finished->found ? ""
+                           : e->answer[0]   ? e->answer
+                                            : finished->answer);
     }
     if (usage) print_timing(usage);
 }
@@ -143,10 +199,11 @@ static loci_status finish(const asking *ask, loci_error *err) {
         print_result(ask, finished, usage);
         return LOCI_OK;
     }
-    loci_print_json(json_pack("{s:o,s:b,s:s,s:o,s:o}", "answer", text_json(finished->answer),
-                              "found", (int)finished->found, "stop", finished->stop, "evidence",
-                              evidence_json(finished->evidence, finished->n_evidence), "usage",
-                              loci_json_usage(usage)));
+    loci_print_json(json_pack(
+        "{s:o,s:b,s:b,s:s,s:o,s:o,s:o}", "answer", text_json(finished->answer), "found",
+        (int)finished->found, "verbatim", (int)finished->verbatim, "stop", finished->stop,
+        "other_answers", others_json(finished), "evidence",
+        evidence_json(finished->evidence, finished->n_evidence), "usage", loci_json_usage(usage)));
     return LOCI_OK;
 }
 

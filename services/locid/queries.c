@@ -89,6 +89,10 @@ typedef struct answer_stream {
     Loci__V1__Evidence *pointers[EVIDENCE_MAX];
 } answer_stream;
 
+static char *text_of(const char *text) {
+    return text ? (char *)(uintptr_t)text : (char *)(uintptr_t)protobuf_c_empty_string;
+}
+
 static size_t fill_evidence(answer_stream *stream, const loci_event *event) {
     size_t count = event->passage_count < EVIDENCE_MAX ? event->passage_count : EVIDENCE_MAX;
     for (size_t i = 0; i < count; i++) {
@@ -104,6 +108,9 @@ static size_t fill_evidence(answer_stream *stream, const loci_event *event) {
         slot->message.share = passage->share;
         slot->message.passage_start = passage->passage_start;
         slot->message.passage_end = passage->passage_end;
+        slot->message.answer = text_of(passage->answer);
+        slot->message.answer_start = passage->answer_start;
+        slot->message.answer_end = passage->answer_end;
         stream->pointers[i] = &slot->message;
     }
     return count;
@@ -141,10 +148,6 @@ typedef union event_body {
     Loci__V1__AnswerFinished finished;
 } event_body;
 
-static char *text_of(const char *text) {
-    return text ? (char *)(uintptr_t)text : (char *)(uintptr_t)protobuf_c_empty_string;
-}
-
 static void fill_started(answer_stream *stream, const loci_event *event,
                          Loci__V1__AnswerStarted *out) {
     loci__v1__answer_started__init(out);
@@ -171,6 +174,7 @@ static void fill_finished(answer_stream *stream, const loci_event *event,
     loci__v1__answer_finished__init(out);
     out->answer = text_of(event->text);
     out->found = event->found;
+    out->verbatim = event->verbatim;
     out->stop = text_of(event->stop);
     out->n_evidence = fill_evidence(stream, event);
     out->evidence = stream->pointers;

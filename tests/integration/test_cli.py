@@ -249,6 +249,58 @@ class Journey(Case):
         self.assertNotIn("\x1b", plain)
         self.assertIn(f"\x1b[1m{ANSWER}\x1b[0m", self.on_terminal("ask", "notes", QUESTION))
 
+    def test_18_answers_are_as_in_the_source(self):
+        # Of 40 questions; dates, numbers and names to the letter, but for white space.
+        found = literal = 0
+        with open(HANDBOOK + "-questions.jsonl", encoding="utf-8") as file:
+            questions = [json.loads(line)["question"] for line in file]
+        for question in questions:
+            result = self.result("ask", "notes", question)
+            if not result["found"]:
+                self.assertFalse(result["verbatim"])
+                continue
+            found += 1
+            best = result["evidence"][0]
+            if not result["verbatim"]:
+                self.assertNotIn("answer_start", best)
+                self.assertIn("not in these words", self.ok("ask", "notes", question))
+                continue
+            literal += 1
+            self.assertEqual(best["answer"], result["answer"])
+            self.assertIn(result["answer"], " ".join(best["quote"].split()))
+            self.assertTrue(best["start"] <= best["answer_start"] < best["answer_end"]
+                            <= best["end"])
+            content = self.ok("document", "show", "notes", best["document"], "--content").encode()
+            span = content[best["answer_start"]:best["answer_end"]].decode()
+            self.assertEqual(" ".join(span.split()), result["answer"])
+        self.assertGreater(found, len(questions) // 2)
+        self.assertGreaterEqual(literal, 0.9 * found)
+
+    def test_18_different_answers_stand_side_by_side(self):
+        one = self.write("reeve/old.txt", "The reeve of Quillhaven is Marten Dole.\n")
+        two = self.write("reeve/new.txt", "The reeve of Quillhaven is Ysolde Bram.\n")
+        self.ok("register", "reeves", os.path.dirname(one), "--create")
+        question = "Who is the reeve of Quillhaven?"
+        result = self.result("ask", "reeves", question)
+        names = {"old.txt": "Marten Dole", "new.txt": "Ysolde Bram"}
+        main = result["evidence"][0]["document"]
+        other = next(name for name in names if name != main)
+        self.assertEqual(result["answer"], names[main])
+        self.assertEqual([(o["answer"], o["document"]) for o in result["other_answers"]],
+                         [(names[other], other)])
+        for item in result["evidence"]:
+            self.assertEqual(item["answer"], names[item["document"]])
+        self.assertRegex(self.ok("ask", "reeves", question),
+                         f"Other answers, in other documents:\\n  {names[other]}  .{other}")
+        shown = self.on_terminal("ask", "reeves", question)
+        for name in names.values():
+            self.assertIn(f"\x1b[1m{name}\x1b[0m", shown)
+        # The same answer in two documents is one.
+        with open(two, "w", encoding="utf-8") as file:
+            file.write("Quillhaven has a reeve: the reeve of Quillhaven is marten dole.\n")
+        self.ok("register", "reeves", os.path.dirname(one))
+        self.assertEqual(self.result("ask", "reeves", question)["other_answers"], [])
+
     def test_19_a_small_document_is_searchable_soon(self):
         text = "The lamp of buoy {} shows every {} seconds. " * 24
         took = []
