@@ -5,10 +5,12 @@
  */
 #include "support.h"
 
+#include <dirent.h>
 #include <jansson.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "model/model.h"
 
@@ -275,8 +277,34 @@ static void test_mutated_files(void **state) {
     if (opened < 20 || refused < 100) fail_msg("%u opened, %u were refused", opened, refused);
 }
 
+/* What everybody who clones the repository downloads. */
+static void test_built_in_folder_is_small(void **state) {
+    (void)state;
+    struct dirent **names;
+    uint64_t sum = 0;
+    bool card = false;
+    int count = scandir("model/default", &names, NULL, alphasort);
+    assert_true(count > 0);
+    for (int i = 0; i < count; i++) {
+        char path[300];
+        struct stat info;
+        snprintf(path, sizeof path, "model/default/%.200s", names[i]->d_name);
+        assert_int_equal(stat(path, &info), 0);
+        if (S_ISREG(info.st_mode)) {
+            if (info.st_size > 16 << 20) fail_msg("%s has more than 16 MiB", path);
+            sum += (uint64_t)info.st_size;
+        }
+        card = card || strcmp(names[i]->d_name, "README.md") == 0;
+        free(names[i]);
+    }
+    free(names);
+    assert_true(card);
+    if (sum > 48u << 20) fail_msg("model/default has %llu bytes", (unsigned long long)sum);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_built_in_folder_is_small),
         cmocka_unit_test_teardown(test_configuration_and_weights, clear_dir),
         cmocka_unit_test_teardown(test_damaged_weights, clear_dir),
         cmocka_unit_test_teardown(test_ends_and_chat, clear_dir),
