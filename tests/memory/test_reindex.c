@@ -134,6 +134,10 @@ static void test_new_index_is_that_of_a_registration(void **state) {
     assert_int_equal(count_after, 4);
     compare_documents(before, after, 4);
 
+    loci_buf metadata = LOCI_BUF_INIT;
+    assert_ok(loci_document_get(f->store, "a", "wide", after, &metadata, &err));
+    assert_int_equal(metadata.len, 4);
+    loci_buf_fini(&metadata);
     create_of(f, "fresh", OTHER_FINGERPRINT);
     fill(f, "fresh", false);
     hash_of(f, "a", hash);
