@@ -272,6 +272,36 @@ static void test_goes_on_after_a_restart(void **state) {
     assert_int_equal(count_keys(f->dir, LOCI_CF_CHUNK, ""), 5);
 }
 
+/* A replacement that is not searchable yet: only it comes along. */
+static void test_pending_documents_come_along(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    char hash[33], expected[33];
+    fixture_open(f);
+    fixture_create(f, "a");
+    run_model(f, FINGERPRINT);
+    put_text(f, "a", "x", 1, 900);
+    put_text(f, "a", "y", 2, 900);
+    wait_settled(f, "a");
+    loci_ingest_stop(f->ingest);
+    f->ingest = NULL;
+    put_text(f, "a", "x", 3, 700);
+    put_text(f, "a", "z", 4, 300);
+    assert_ok(reindex(f, "a", OTHER_FINGERPRINT, &err));
+    run_model(f, OTHER_FINGERPRINT);
+    wait_reindexed(f, "a");
+    check_snapshot(f, "a");
+    assert_int_equal(info_of(f, "a").documents, 3);
+    create_of(f, "fresh", OTHER_FINGERPRINT);
+    put_text(f, "fresh", "y", 2, 900);
+    put_text(f, "fresh", "x", 3, 700);
+    put_text(f, "fresh", "z", 4, 300);
+    wait_settled(f, "fresh");
+    hash_of(f, "a", hash);
+    hash_of(f, "fresh", expected);
+    assert_string_equal(hash, expected);
+}
+
 static void test_deleting_takes_both(void **state) {
     fixture *f = *state;
     loci_error err;
@@ -491,6 +521,8 @@ int main(int argc, char **argv) {
         cmocka_unit_test_setup_teardown(test_old_index_answers_and_nothing_changes_meanwhile,
                                         fixture_setup, fixture_teardown),
         cmocka_unit_test_setup_teardown(test_goes_on_after_a_restart, fixture_setup,
+                                        fixture_teardown),
+        cmocka_unit_test_setup_teardown(test_pending_documents_come_along, fixture_setup,
                                         fixture_teardown),
         cmocka_unit_test_setup_teardown(test_deleting_takes_both, fixture_setup, fixture_teardown),
         cmocka_unit_test_setup_teardown(test_damaged_document_is_named, fixture_setup,

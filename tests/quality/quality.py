@@ -5,6 +5,9 @@
 Drives the `loci` command line against a daemon of its own, prints one JSON line a row.
 
   quality.py qa --data FOLDER        1,000 questions of qa_valid.jsonl.xz, all paragraphs registered
+  quality.py among --data FOLDER     questions of qa_valid with their paragraph among 16, among 256 and
+                                     among all: answers, passages found (beside BM25, where the
+                                     package bm25s is there), and questions that nothing answers
   quality.py needles --data FOLDER   needles in public-domain books, at given sizes and modes;
                                      --compare-dense: how many hierarchical and dense mode find
   quality.py same --data FOLDER      share of hierarchical mode's answers that equal dense mode's to
@@ -178,6 +181,96 @@ def answer_qa(daemon, questions):
     emit(row="read_twice", questions=count, f1=percent(sum(scores), count),
          f1_forced=percent(sum(forced), count), exact=percent(sum(exact), count),
          found=percent(sum(found), count, 1), median_ms=round(median(times)))
+
+
+# --- gold among so many ------------------------------------------------------------------------
+
+def make_blocks(count, size, rng):
+    """Paragraphs 0..count-1 in blocks of `size`; the last one is filled up from the others."""
+    order = list(range(count))
+    rng.shuffle(order)
+    blocks = [order[at:at + size] for at in range(0, count, size)]
+    if len(blocks) > 1:
+        blocks[-1] += rng.sample(order[:-len(blocks[-1])], size - len(blocks[-1]))
+    return blocks
+
+
+def bm25_ranker(texts):
+    """A function from a question to the indices of the best texts, or None without bm25s."""
+    try:
+        import bm25s
+    except ImportError:
+        return None
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+
+    def rank(question):
+        words = bm25s.tokenize([question], stopwords="en", show_progress=False)
+        found, _ = index.retrieve(words, k=min(8, len(texts)), show_progress=False)
+        return list(found[0])
+    return rank
+
+
+def recalls(name, ranks):
+    return {f"{name}@{k}": percent(sum(r < k for r in ranks), len(ranks), 1) for k in (1, 4, 8)}
+
+
+def place(wanted, ranked):
+    return ranked.index(wanted) if wanted in ranked else 1000
+
+
+def unanswered_block(blocks, paragraphs, home, answer):
+    """A block other than `home` in which the answer does not stand; None without one."""
+    for step in range(1, len(blocks)):
+        other = (home + step) % len(blocks)
+        if all(normalize(answer) not in normalize(paragraphs[i]) for i in blocks[other]):
+            return other
+    return None
+
+
+def run_among(options):
+    paragraphs, questions = load_qa(options)
+    questions = questions[:options.count]
+    for size in (16, 256, len(paragraphs)):
+        with Daemon(options.build) as daemon:
+            blocks = make_blocks(len(paragraphs), size, random.Random(options.seed))
+            ask_among(daemon, paragraphs, questions, blocks, options)
+
+
+def ask_among(daemon, paragraphs, questions, blocks, options):
+    home = {i: b for b, block in reversed(list(enumerate(blocks))) for i in block}
+    rankers = {}
+
+    def block_corpus(b):
+        if b not in rankers:
+            daemon.run("register", f"b{b}", write_qa(daemon, ((i, paragraphs[i]) for i in blocks[b])),
+                       "--create")
+            rankers[b] = bm25_ranker([paragraphs[i] for i in blocks[b]])
+        return f"b{b}"
+
+    scores, exact, found, ranks, base, silent = [], [], [], [], [], []
+    for gold, question, answer in questions:
+        b = home[gold]
+        corpus = block_corpus(b)
+        hits = daemon.last("search", corpus, question, "-k", "20")["hits"]
+        ranks.append(place(f"p{gold}", list(dict.fromkeys(h["document"] for h in hits))))
+        if rankers[b]:
+            base.append(place(gold, [blocks[b][i] for i in rankers[b](question)]))
+        given = daemon.last("ask", corpus, question)
+        scores.append(f1(given["answer"], answer))
+        exact.append(normalize(given["answer"]) == normalize(answer))
+        found.append(given["found"])
+        other = unanswered_block(blocks, paragraphs, b, answer)
+        if other is not None:
+            silent.append(not daemon.last("ask", block_corpus(other), question)["found"])
+    count = len(questions)
+    emit(row="among", among=len(blocks[0]), questions=count, seed=options.seed,
+         f1=percent(sum(scores), count), exact=percent(sum(exact), count, 1),
+         **recalls("recall", ranks), **(recalls("bm25", base) if base else {}))
+    if silent:
+        emit(row="silence", among=len(blocks[0]), questions=len(silent), seed=options.seed,
+             refused_percent=percent(sum(silent), len(silent), 1),
+             answerable_refused_percent=percent(count - sum(found), count, 1))
 
 
 # --- needles ---------------------------------------------------------------------------------
@@ -395,7 +488,7 @@ def ask_handbook(daemon, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["qa", "needles", "same", "handbook"])
+    parser.add_argument("what", choices=["qa", "among", "needles", "same", "handbook"])
     parser.add_argument("--data", help="folder of the data files")
     parser.add_argument("--build", default=os.path.join(ROOT, "build/release"))
     parser.add_argument("--count", type=int, default=None)
@@ -408,12 +501,12 @@ def main():
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     if options.count is None:
-        options.count = {"qa": 1000, "same": 100}.get(options.what, 200)
+        options.count = {"qa": 1000, "among": 1000, "same": 100}.get(options.what, 200)
     if options.compare_dense:
         options.modes = list(dict.fromkeys([*options.modes, *COMPARED]))
     if options.what != "handbook" and not options.data:
         parser.error(f"{options.what} needs --data")
-    {"qa": run_qa, "needles": run_needles, "same": run_same,
+    {"qa": run_qa, "among": run_among, "needles": run_needles, "same": run_same,
      "handbook": run_handbook}[options.what](options)
 
 
