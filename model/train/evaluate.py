@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quick quality of a checkpoint, on a GPU, to choose between checkpoints. Prints JSON lines.
 
-  evaluate.py --model FOLDER|CHECKPOINT --prepared FOLDER [--what needles,questions]
+  evaluate.py --model FOLDER|CHECKPOINT --prepared FOLDER [--what needles,made-up,questions]
 
-needles: facts in the wording of RULER, which training never uses, in held-out novels; one key and
-five near-miss keys. questions: of the validation paragraphs, recall of the passage that holds the
+needles: facts in the wording of RULER, which training never uses, in held-out novels; one key, five
+keys, and the keys of all trials. made-up: the same with the made-up keys of tests/quality, the five
+near misses of each other. Both say how concentrated attention is: the keys that carry 98% of what a
+row gives to contexts outside <doc>, over the rows, heads and retrieval layers. questions: of the
+validation paragraphs, recall of the passage that holds the
 answer by the late-interaction score of the first retrieval layer, then answers read from the best
 passages one at a time, and how well <none> tells answerable questions from others. The figures that
 count are those of the C engine (tests/quality).
@@ -25,12 +28,18 @@ import torch
 from corpus import ANSWER, EVIDENCE, PASSAGE_TOKENS_MAX, QUESTION, Corpus, Tokenizer
 from export import read_any
 from facts import FactMaker
-from inference import Engine
+from inference import Context, Engine
+from packing import attention_scale
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 NEEDLE = "One of the special magic numbers for {} is: {}."
 NEEDLE_QUESTION = "What is the special magic number for {} mentioned in the provided text?"
 KEYS = 5  # of a needle trial
+SYLLABLES = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we",
+             "zy"]
+ENDINGS = ["n", "l", "rk", "st"]
+CARRIED = 0.98  # of a row's attention on contexts, by the keys that are counted
+MEASURED_TRIALS = 16  # whose rows' concentration is measured
 READ_PASSAGES = 4
 READ_BATCH = 400  # prompts
 SCORE_BATCH = 32  # questions
@@ -69,21 +78,85 @@ def needle_passage(tokenizer, text, word, value, rng):
     return tokenizer.encode(" ".join(sentences))[:PASSAGE_TOKENS_MAX]
 
 
-def run_needles(engine, tokenizer, options):
-    """Each trial sees the haystack and its own needles: the first key's, or those of all five."""
-    path = os.path.join(options.prepared, options.haystack)
+def draw_words(options, rng):
+    """KEYS words of the evaluation for each trial, all different while there are enough."""
+    with open(os.path.join(options.prepared, "words.json"), encoding="utf-8") as file:
+        words = FactMaker(json.load(file)).evaluation_words
+    count = options.trials * KEYS
+    if count > len(words):
+        return [rng.sample(words, KEYS) for _ in range(options.trials)]
+    drawn = rng.sample(words, count)
+    return [drawn[i:i + KEYS] for i in range(0, count, KEYS)]
+
+
+def draw_made_up(options, rng):
+    """KEYS made-up words for each trial, those after the first one part away from it."""
+    used = set()
+
+    def unused(parts):
+        fresh = "".join(parts) not in used
+        used.add("".join(parts))
+        return fresh
+
+    out = []
+    while len(out) < options.trials:
+        first = [*rng.choices(SYLLABLES, k=3), rng.choice(ENDINGS)]
+        if not unused(first):
+            continue
+        keys = [first]
+        while len(keys) < KEYS:
+            near, place = list(first), rng.randrange(4)
+            near[place] = rng.choice(ENDINGS if place == 3 else SYLLABLES)
+            if unused(near):
+                keys.append(near)
+        out.append(["".join(parts) for parts in keys])
+    return out
+
+
+def joined(a, b):
+    """A context of the passages of both."""
+    layers = [tuple(torch.cat(pair, 1) for pair in zip(*layer))
+              for layer in zip(a.layers, b.layers)]
+    return Context(layers, np.concatenate([a.offsets, b.offsets[1:] + a.offsets[-1]]))
+
+
+@torch.no_grad()
+def concentration(engine, context, answers, prompts):
+    """Shares of a context's tokens that carry CARRIED of each row's attention outside <doc>, over
+    the prompts' rows, heads and retrieval layers."""
+    kept, shares = torch.ones(len(context), dtype=torch.bool, device=engine.device), []
+    kept[torch.from_numpy(context.offsets[:-1]).to(engine.device)] = False
+    scale = attention_scale(len(context), engine.c.attention_scale_tokens)
+    for (keys, _), seeking in zip(context.layers, answers.seeking):
+        keys = keys[:, kept].float()
+        for q, prompt in zip(seeking, prompts):
+            q = q[:, 1:len(prompt)].reshape(len(keys), -1, q.shape[-1]).float()
+            z = q @ keys.transpose(-1, -2) * (scale * q.shape[-1] ** -0.5)
+            share = z.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+            shares.append(((share < CARRIED).sum(-1) + 1).flatten() / keys.shape[1])
+    return torch.cat(shares)
+
+
+def emit_concentration(shares, tokens):
+    shares = np.sort(shares.float().cpu().numpy())
+    emit(row="concentration", tokens=tokens, carried=CARRIED, rows=len(shares),
+         **{f"keys_percent_{name}": round(100 * float(value), 4) for name, value in
+            (("mean", shares.mean()), ("median", shares[len(shares) // 2]),
+             ("p90", shares[int(len(shares) * 0.9)]))})
+
+
+def run_needles(engine, tokenizer, options, draw=draw_words):
+    """Each trial sees the haystack and needles: its first key's, those of its keys, or all."""
+    path, name = os.path.join(options.prepared, options.haystack), draw.__name__[5:]
     if not os.path.isdir(path):
         emit(row="needles", error=f"{path} is not there")
         return
     rng, haystack = random.Random(options.seed), Corpus(path)
-    with open(os.path.join(options.prepared, "words.json"), encoding="utf-8") as file:
-        words = FactMaker(json.load(file)).evaluation_words
     sizes = np.cumsum(np.diff(haystack.token_offsets) + 1)
     count = int(min(len(haystack), np.searchsorted(sizes, max(options.tokens)) + 1))
     context = engine.encode([haystack.passage(i) for i in range(count)])
     passages, trials = [], []
-    for _ in range(options.trials):
-        keys = rng.sample(words, KEYS)
+    for keys in draw(options, rng):
         values = [str(rng.randint(10**6, 10**7 - 1)) for _ in keys]
         passages += [needle_passage(tokenizer, haystack.text(rng.randrange(len(haystack))), *pair,
                                     rng) for pair in zip(keys, values)]
@@ -93,20 +166,31 @@ def run_needles(engine, tokenizer, options):
                for word, _ in trials]
     for size in options.tokens:
         seen = context.head(int(min(count, np.searchsorted(context.offsets, size))))
-        for keys in (1, KEYS):
+        for keys in (1, KEYS, len(passages)):
             begun, rows = time.time(), torch.zeros(len(trials), len(needles), dtype=torch.bool)
             for i in range(len(trials)):
-                first = needles.offsets[KEYS * i]
-                rows[i, first:needles.offsets[KEYS * i + keys]] = True
+                first = needles.offsets[KEYS * i if keys <= KEYS else 0]
+                rows[i, first:needles.offsets[KEYS * i + keys if keys <= KEYS else keys]] = True
             right = 0
             for at in range(0, len(trials), 10):
                 part = slice(at, at + 10)
                 answers = engine.answer(prompts[part], seen,
                                         (needles, rows[part].to(engine.device)), tokens_max=12)
-                right += sum(tokenizer.decode(tokens) == value
-                             for tokens, (_, value) in zip(answers.tokens, trials[part]))
-            emit(row="needles", tokens=len(seen), keys=keys, right=right, of=len(trials),
-                 seconds=round(time.time() - begun, 1))
+                texts = list(map(tokenizer.decode, answers.tokens))
+                right += sum(text == value for text, (_, value) in zip(texts, trials[part]))
+                if options.verbose:
+                    for text, (word, value) in zip(texts, trials[part]):
+                        if text != value:
+                            emit(row="missed", key=word, value=value, answer=text)
+            emit(row="needles", keys_are=name, tokens=len(seen), keys=keys, right=right,
+                 of=len(trials), seconds=round(time.time() - begun, 1))
+        whole, part = joined(seen, needles), prompts[:MEASURED_TRIALS]
+        emit_concentration(concentration(engine, whole, engine.answer(part, whole, tokens_max=1),
+                                         part), len(whole))
+
+
+def run_made_up(engine, tokenizer, options):
+    run_needles(engine, tokenizer, options, draw_made_up)
 
 
 # --- questions -------------------------------------------------------------------------------
@@ -222,12 +306,13 @@ def main():
     parser.add_argument("--model", required=True, help="Hugging Face folder or checkpoint.pt")
     parser.add_argument("--prepared", required=True, help="folder that prepare.py made")
     parser.add_argument("--tokenizer", default=os.path.join(HERE, "../default/tokenizer.json"))
-    parser.add_argument("--what", default="questions,needles")
+    parser.add_argument("--what", default="questions,needles,made-up")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--tokens", type=int, nargs="*", default=[32768, 1000000])
     parser.add_argument("--haystack", default="haystack", help="prepared source to hide needles in")
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--verbose", action="store_true", help="print needles that were missed")
     parser.add_argument("--scale-tokens", type=int, help="instead of the model's own; 0: no scale")
     options = parser.parse_args()
     parameters, c = read_any(options.model)
@@ -235,7 +320,8 @@ def main():
         c.attention_scale_tokens = options.scale_tokens
     engine, tokenizer = Engine(c, parameters), Tokenizer(options.tokenizer)
     for what in options.what.split(","):
-        {"needles": run_needles, "questions": run_questions}[what](engine, tokenizer, options)
+        {"needles": run_needles, "made-up": run_made_up,
+         "questions": run_questions}[what](engine, tokenizer, options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 The wording of the evaluation ("special magic number ... mentioned in the provided text") is left out
 on purpose, and a tenth of the words never serves here: the evaluation's keys are drawn from them.
+Nearly half of the sets have made-up keys: syllables, codes, hexadecimal digits, numbers.
 """
 import hashlib
 
@@ -119,6 +120,15 @@ List every {A} for {E}.
 What are the {A}s of {E} mentioned in the documents?""".split("\n")
 LIST_ITEMS = ["{E}: {V}", "{A} of {E}: {V}", "{E} = {V}", '"{E}": "{V}",', "The {A} of {E} is {V}.",
               "{E}, {A} {V};"]
+ONSETS = """b bl br c ch cl cr d dr f fl fr g gl gr h j k kl l m n p ph pl pr qu r s sh sk sl sn sp st t
+th tr tw v w y z""".split()
+VOWELS = "a a a e e e i i i o o o u u u ai au ea ee ie oo ou y".split()
+ENDINGS = "n l r s t m d x k rk st nd ng sk lt rn th ck mp ss ria nix tor".split()
+INVENTIONS = {"word": 60, "name": 8, "two words": 6, "code": 12, "hex": 8, "number": 6}
+NEAR_SETS = [2, 2, 3, 4, 5, 6, 12, 30]  # keys of a set: near misses, made-up keys
+NEAR_ASKED = 6  # questions about a set, at most
+INVENTED_SETS = [1, 1, 2, 2, 3, 4, 4, 6, 6, 8, 12, 20, 40, 60]
+INVENTED_ASKED = 10
 ENTITY_KINDS = [0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
@@ -135,10 +145,60 @@ def capital(text):
     return text[:1].upper() + text[1:]
 
 
-class FactMaker:
-    """Draws facts from words.json ({"low": [...], "names": [...]})."""
+class Invention:
+    """Made-up keys of one form, as lists of parts, from a small alphabet drawn for the purpose: the
+    keys of a set resemble each other."""
 
-    def __init__(self, words):
+    def __init__(self, rng):
+        self.form = rng.choices(list(INVENTIONS), list(INVENTIONS.values()))[0]
+        self.separator = ""
+        if self.form == "code":
+            letters = rng.choice(["ABCDEFGHJKLMNPQRSTUVWXYZ", "abcdefghijkmnpqrstuvwxyz"])
+            self.alphabets = ([letters] * rng.randint(1, 4) + [rng.choice(["", "-", "_"])]
+                              + ["0123456789"] * rng.randint(2, 5))
+        elif self.form == "hex":
+            self.alphabets = ["0123456789abcdef"] * rng.randint(5, 12)
+        elif self.form == "number":
+            self.alphabets = ["123456789"] + ["0123456789"] * rng.randint(3, 7)
+        else:
+            syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.randint(6, 18))]
+            endings = rng.sample(ENDINGS, rng.randint(2, 5)) + [""] * rng.randint(0, 2)
+            self.alphabets = [syllables] * rng.choice([1, 2, 2, 3, 3]) + [endings]
+            if self.form == "two words":
+                self.alphabets = self.alphabets + [[" "]] + self.alphabets
+
+    def draw(self, rng):
+        return [rng.choice(alphabet) if alphabet else "" for alphabet in self.alphabets]
+
+    def near(self, rng, parts):
+        """A key that differs in one part; another one if there is only one."""
+        places = [i for i, alphabet in enumerate(self.alphabets) if len(set(alphabet)) > 1]
+        place, parts = rng.choice(places), list(parts)
+        parts[place] = rng.choice([x for x in self.alphabets[place] if x != parts[place]])
+        return parts
+
+    def text(self, parts):
+        text = "".join(parts)
+        return text.title() if self.form == "name" else text
+
+    def keys(self, rng, count):
+        """So many different keys, or fewer; half of them near one before."""
+        drawn, tries = [self.draw(rng)], 0
+        while len(drawn) < count and tries < 4 * count:
+            tries += 1
+            near = rng.random() < 0.5
+            parts = self.near(rng, rng.choice(drawn)) if near else self.draw(rng)
+            if parts not in drawn:
+                drawn.append(parts)
+        return [self.text(parts) for parts in drawn]
+
+
+class FactMaker:
+    """Draws facts from words.json ({"low": [...], "names": [...]}); a share of the sets has made-up
+    keys."""
+
+    def __init__(self, words, invented_share=0.0):
+        self.invented_share = invented_share
         self.low = [w for w in words["low"] if not held_out(w)]
         self.names = words["names"]
         self.evaluation_words = [w for w in words["low"] if held_out(w)]
@@ -217,6 +277,8 @@ class FactMaker:
         """A set of (statement, [(question, answer)]); the statements of a set are near misses."""
         kind, attribute = self.attribute(rng)
         template, entity_kind = rng.choice(STATEMENTS), rng.choice(ENTITY_KINDS)
+        if rng.random() < self.invented_share:
+            return self.invented(rng, kind, attribute, template)
         x = rng.random()
         if x < 0.3:
             return [self.fact(rng, template, attribute, self.entity(rng, entity_kind),
@@ -231,7 +293,7 @@ class FactMaker:
         """Several keys in one wording, and at times another attribute of the first key."""
         first = self.entity(rng, entity_kind)
         out = []
-        for i in range(rng.choice([2, 2, 3, 4, 5, 6])):
+        for i in range(rng.choice(NEAR_SETS)):
             entity = self.entity(rng, entity_kind)
             if rng.random() < 0.3:  # share a word with the first key
                 theirs, ours = first.split(" "), entity.split(" ")
@@ -239,11 +301,30 @@ class FactMaker:
                     entity = " ".join([theirs[0]] + ours[1:])
             wording = template if rng.random() < 0.8 else rng.choice(STATEMENTS)
             out.append(self.fact(rng, wording, attribute, entity if i else first,
-                                 self.value(rng, kind), ask=i < 3))
+                                 self.value(rng, kind), ask=i < NEAR_ASKED))
         if rng.random() < 0.4:
             kind, other = self.attribute(rng)
             out.append(self.fact(rng, template, other, first, self.value(rng, kind),
                                  ask=rng.random() < 0.7))
+        return out
+
+    def invented(self, rng, kind, attribute, template):
+        """Made-up keys, up to a crowd of them in one wording, or several facts about one."""
+        keys = Invention(rng).keys(rng, rng.choice(INVENTED_SETS))
+        values = Invention(rng) if rng.random() < 0.15 else None
+        mixed, out = rng.random() < 0.2, []
+        asked = set(rng.sample(range(len(keys)), min(INVENTED_ASKED, len(keys))))
+        for i, key in enumerate(keys):
+            value = values.text(values.draw(rng)) if values else self.value(rng, kind)
+            wording = rng.choice(STATEMENTS) if mixed else template
+            out.append(self.fact(rng, wording, attribute, key, value, ask=i in asked))
+        if rng.random() < 0.3:
+            for _ in range(rng.choice([1, 2])):
+                kind, other = self.attribute(rng)
+                if other != attribute:
+                    out.append(self.fact(rng, rng.choice(STATEMENTS), other, keys[0],
+                                         self.value(rng, kind)))
+        rng.shuffle(out)
         return out
 
     def several_values(self, rng, kind, attribute, template, entity_kind):

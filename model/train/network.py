@@ -11,12 +11,13 @@ import math
 import torch
 import torch.nn.functional as F
 
-from packing import ANSWER_TYPES, passages_max
+from packing import ANSWER_TYPES, ANSWERING_ROWS, passages_max
 
 CUDA = torch.cuda.is_available()
 if CUDA:
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+SPREAD_QUESTIONS = 16  # of a slot whose rows' spread is looked at
 BLOCK = 128  # rows and columns of a mask block
 LAYER_WEIGHTS = ["input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
                  "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
@@ -134,6 +135,17 @@ def make_layer(c, with_dropout):
     return layer
 
 
+def spread(logits, kept, weights):
+    """Mean entropy, in nats, of rows of logits over the columns kept. logits: [slots, heads,
+    questions, rows, columns]; kept: [slots, columns]; weights: [slots, questions, rows]."""
+    logits = logits.masked_fill(~kept[:, None, None, None], -1e30)
+    total = torch.logsumexp(logits, -1)
+    share = (logits - total[..., None]).exp()
+    entropy = total - (share * logits).sum(-1)
+    weights = weights[:, None].expand_as(entropy)
+    return (entropy * weights).sum() / weights.sum().clamp(min=1.0)
+
+
 def language_loss(x, norm, embedding, targets, weights, epsilon):
     logits = F.linear(rms_norm(x, norm, epsilon), embedding.to(x.dtype)).float()
     loss = F.cross_entropy(logits, targets, reduction="none")
@@ -224,10 +236,11 @@ class Network:
         self.dropout = torch.zeros((), device=self.device)
         self.dtype = torch.bfloat16 if CUDA else torch.float32
         layer = make_layer(c, with_dropout)
-        self.layer, self.language_loss = layer, language_loss
+        self.layer, self.language_loss, self.spread = layer, language_loss, spread
         if CUDA:
             self.layer = torch.compile(layer, dynamic=False, fullgraph=True)
             self.language_loss = torch.compile(language_loss, dynamic=False, fullgraph=True)
+            self.spread = torch.compile(spread, dynamic=False, fullgraph=True)
         weights = [loss_config["answer_weights"].get(kind, 0.0) for kind in ANSWER_TYPES]
         self.answer_weights = torch.tensor(weights, device=self.device)
 
@@ -249,7 +262,8 @@ class Network:
         return x[0], seen
 
     def losses(self, batch):
-        """Dictionary of losses (language, answer, mass, ranking) and of figures without gradient."""
+        """Dictionary of losses (language, answer; mass, ranking and spread of each retrieval layer;
+        pointing) and of figures without gradient."""
         c, p = self.c, self.parameters
         x, seen = self.forward(batch)
         targets = torch.roll(batch["tokens"], -1)
@@ -264,32 +278,42 @@ class Network:
         out["answer_losses"] = loss.detach()
         out["answer_right"] = (logits.detach().argmax(-1) == targets[rows]).float()
         results = [self.retrieval_losses(batch, q, k) for q, k in seen]
-        for key in ("mass", "ranking", "found", "gold_mass"):
+        for key in ("mass", "ranking", "spread", "found", "gold_mass"):
             out[key] = torch.stack([r[key] for r in results])
+        pointed = torch.stack([r["pointed"] for r in results]).amax(0)
+        there = (batch["pointers"][..., 0] >= 0).float()
+        out["pointing"] = -((pointed + 1e-6).log() * there).sum() / there.sum().clamp(min=1)
         return out
 
-    def retrieval_losses(self, batch, q, k):
-        """Of one retrieval layer: A, the answering row's attention on the gold passage (scaled
-        logits, as the layer attends), and B, the late-interaction score of the gold passage among
-        the slot's passages (unscaled logits)."""
-        c = self.c
-        rows, gold = batch["score_rows"].long(), batch["gold"].long()
+    def score_logits(self, batch, q, k):
+        """Logits of the score rows over their slots, [slots, heads, questions, rows, tokens]. Those
+        of answering rows are scaled, as the layer attends; the question's tokens' are not."""
+        c, rows = self.c, batch["score_rows"].long()
         slots, count, width = rows.shape
+        q = q.index_select(1, rows.reshape(-1)).view(c.heads, slots, count, width, c.head_width)
+        factor = batch["scale"][rows].clone()
+        factor[:, :, ANSWERING_ROWS:] = 1.0
+        q = q.float() * (factor * c.head_width ** -0.5)[None, ..., None]
+        q = q.permute(1, 0, 2, 3, 4).reshape(slots, c.key_heads, -1, c.head_width)
+        k = k.view(c.key_heads, slots, -1, c.head_width).transpose(0, 1).float()
+        return (q @ k.transpose(-1, -2)).view(slots, c.heads, count, width, -1)
+
+    def retrieval_losses(self, batch, q, k):
+        """Of one retrieval layer: A, the answering rows' attention on the gold passage (scaled
+        logits, as the layer attends), and B, the late-interaction score of the gold passage among
+        the slot's passages (unscaled logits); the spread of attention over contexts; and the
+        greatest share that a head gives to the token to be copied."""
+        c = self.c
+        gold, weights = batch["gold"].long(), batch["score_weights"]
+        slots, count, width = weights.shape
         slot_tokens = len(batch["tokens"]) // slots
         passages = passages_max(slot_tokens) - 1
         member = batch["passage"].long().view(slots, slot_tokens)
         one_hot = torch.zeros(slots, slot_tokens, passages + 1, device=q.device)
         one_hot = one_hot.scatter_(2, member[..., None], 1.0)[..., :-1]
         there = one_hot.amax(1) > 0
-        q = q.index_select(1, rows.reshape(-1)).view(c.key_heads, -1, slots, count * width,
-                                                     c.head_width)
-        factor = torch.cat([batch["scale"][rows[:, :, :1]], torch.ones_like(rows[:, :, 1:])], -1)
-        factor = factor.view(slots, 1, count * width, 1) * c.head_width ** -0.5
-        q = q.permute(2, 0, 1, 3, 4).reshape(slots, c.heads, -1, c.head_width).float() * factor
-        q = q.reshape(slots, c.key_heads, -1, c.head_width)
-        k = k.view(c.key_heads, slots, slot_tokens, c.head_width).transpose(0, 1).float()
-        z = q @ k.transpose(-1, -2)
-        z = (z - z.detach().amax(-1, keepdim=True)).exp()
+        logits = self.score_logits(batch, q, k)
+        z = (logits - logits.detach().amax(-1, keepdim=True)).exp()
         # log of the passages' summed exp, up to a constant a row
         mass = (z.view(slots, -1, slot_tokens) @ one_hot + 1e-30).log()
         mass = mass.view(slots, c.heads, count, width, passages)
@@ -297,16 +321,36 @@ class Network:
         asked = (gold >= 0).float()
         total = asked.sum().clamp(min=1)
         target = gold.clamp(min=0)[..., None]
-        share = mass[:, :, :, 0].softmax(-1).mean(1)
-        gold_share = share.gather(-1, target)[..., 0]
-        score = mass[:, :, :, 1:].mean(1)
-        score = (score * batch["score_weights"][:, :, 1:, None]).sum(2)
+        answering = weights[:, :, :ANSWERING_ROWS]
+        share = mass[:, :, :, :ANSWERING_ROWS].softmax(-1).mean(1)
+        gold_share = share.gather(-1, target[:, :, None].expand(-1, -1, ANSWERING_ROWS, -1))[..., 0]
+        score = mass[:, :, :, ANSWERING_ROWS:].mean(1)
+        score = (score * weights[:, :, ANSWERING_ROWS:, None]).sum(2)
         score = score * self.loss_config["score_temperature"]
         score = score.masked_fill(~there[:, None], -1e9)
         ranking = F.cross_entropy(score.reshape(-1, passages), target.reshape(-1),
                                   reduction="none").view(slots, count)
         found = (score.detach().argmax(-1) == target[..., 0]).float()
-        return {"mass": -((gold_share + 1e-6).log() * asked).sum() / total,
+        return {"mass": -((gold_share + 1e-6).log() * answering).sum() / answering.sum().clamp(min=1),
                 "ranking": (ranking * asked).sum() / total,
+                "spread": self.slot_spread(batch, logits[:, :, :SPREAD_QUESTIONS]),
+                "pointed": self.pointed(batch, z[:, :, :, :ANSWERING_ROWS]),
                 "found": (found * asked).sum() / total,
-                "gold_mass": (gold_share.detach() * asked).sum() / total}
+                "gold_mass": (gold_share.detach()[:, :, 0] * asked).sum() / total}
+
+    def slot_spread(self, batch, logits):
+        """Entropy of the rows' attention, as the layer attends, over context tokens but <doc>."""
+        slots, _, count, _, tokens = logits.shape
+        kept = ((batch["context_group"] >= 0) & (batch["position"] > 0)).view(slots, tokens)
+        factor = batch["scale"][batch["score_rows"][:, :count].long()].clone()
+        factor[:, :, :ANSWERING_ROWS] = 1.0  # scaled already
+        return self.spread(logits * factor[:, None, ..., None], kept,
+                           batch["score_weights"][:, :count])
+
+    def pointed(self, batch, z):
+        """Of answering rows: the greatest share, over heads, on the token to be copied."""
+        pointers = batch["pointers"].long()
+        places = pointers.clamp(min=0)[:, None].expand(-1, z.shape[1], -1, -1, -1)
+        seen = (batch["context_group"] >= 0).float().view(len(z), -1)
+        share = z.gather(-1, places) / torch.einsum("shqrt,st->shqr", z, seen)[..., None]
+        return (share * (pointers >= 0)[:, None]).sum(-1).amax(1)

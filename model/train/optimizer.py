@@ -78,4 +78,6 @@ class Optimizer:
         for (_, momentum), saved in zip(self.groups, state["momentum"], strict=True):
             momentum.copy_(saved)
         self.adam.load_state_dict(state["adam"])
-        self.average = state["average"]
+        if state["average"] is not None:
+            self.average = {name: tensor.to(self.parameters[name].device)
+                            for name, tensor in state["average"].items()}

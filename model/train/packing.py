@@ -9,6 +9,9 @@ Language segments (longer runs of text) and isolated query segments attend to th
   isolated  <question> question (<evidence> passage)+ <question> question <answer>
                                                             -> answer <eos>, or <none> <eos>
 
+Of a query's answer, the rows that the auxiliary losses look at point at the tokens of the gold passage
+that they should copy.
+
 A pack depends on its seed alone, so that training resumes at any pack with the same data.
 """
 import dataclasses
@@ -22,9 +25,12 @@ from corpus import (ANSWER, DOC, EOS, EVIDENCE, NONE, PASSAGE_TOKENS_MAX, QUESTI
 from facts import FactMaker
 
 ANSWER_TYPES = ["none", "question", "cloze", "recurring", "fact", "read_question", "read_other",
-                "continuation"]
+                "continuation", "refusal"]
 ANSWER_TOKENS_MAX = 48
 QUESTION_TOKENS_MAX = 60
+ANSWERING_ROWS = 3  # of a question that auxiliary losses look at: the first, and others
+POINTERS = 3  # places of a token to be copied
+REMOVED_CHARACTERS_MIN = 120  # of a passage without its answering sentences
 SMALL_SLOT = 8192  # tokens: larger slots mix everything inside
 
 
@@ -83,7 +89,7 @@ class Packer:
         self.questions = sources["questions"]
         self.asked = [i for i, pairs in enumerate(self.questions.questions) if pairs]
         self.index = LexicalIndex(self.questions)
-        self.facts = FactMaker(words)
+        self.facts = FactMaker(words, self.mix["invented_keys"])
         self.replacer = q.AnswerReplacer(self.questions.questions, words["names"])
         settings = config["sources"]
         names = [n for n in sources if n != "questions"]
@@ -123,7 +129,7 @@ class Packer:
         if len(statement) > 260:
             passage.text = statement + " " + text[:200]
         else:
-            room = max(0.0, (235 - len(statement) / 2.8) / max(size, 1))
+            room = max(0.0, (235 - len(statement) / 2.4) / max(size, 1))
             limit = len(text) * min(1.0, room)
             places = [0] + [m.end() for m in q.SENTENCE.finditer(text)] + [len(text)]
             place = self.rng.choice([p for p in places if p <= limit] or [0])
@@ -143,7 +149,8 @@ class Packer:
                 passage = passages[places[at]]
                 self.insert_fact(passage, statement)
                 asked += [Asked("fact", *pair, places[at]) for pair in pairs]
-                if not together or len(passage.tokens) + passage.growth > 200:
+                full = len(passage.tokens) + passage.growth > 200
+                if full or not together and rng.random() < 0.7:
                     at += 1
             at += together
 
@@ -191,7 +198,7 @@ class Packer:
                     asked += [Asked("question", q.vary_question(rng, question), answer, number)
                               for question, answer in pairs
                               if rng.random() < mix["keep_question"]]
-                if rng.random() < facts * (0.2 if written else 1.0):
+                if rng.random() < facts * (0.4 if written else 1.0):
                     fact_places.append(number)
                 elif rng.random() < made * (0.7 if written else 1.0):
                     self.ask_made(passage, number, asked)
@@ -215,7 +222,7 @@ class Packer:
             if rng.random() >= mix["hard_everywhere"]:
                 first, last = source.document(gold)
                 near = [i for i in near if first <= i < last] or list(range(first, last))
-            near = near[:rng.choice([4, 8, 16])]
+            near = near[:rng.choice([3, 6, 12])]
             rng.shuffle(near)
         else:
             near = [rng.randrange(len(source)) for _ in range(2 * count)]
@@ -227,22 +234,36 @@ class Packer:
                     break
         return out
 
-    def reading_segment(self, question, answer, gold_tokens, wrong, kind):
+    def refusal(self, question, answer, gold_text, wrong):
+        """(question, passage's tokens) that <none> answers, or None: the gold passage without the
+        answering sentences, another name or number in the question, or a wrong passage."""
+        rng, mix, x = self.rng, self.mix, self.rng.random()
+        if x < mix["none_removed"]:
+            text = q.without_sentences(gold_text, answer)
+            if len(text) >= REMOVED_CHARACTERS_MIN and answer.lower() not in text.lower():
+                return question, self.tokenizer.encode(text)[:PASSAGE_TOKENS_MAX]
+        elif x < mix["none_removed"] + mix["none_swapped"]:
+            swapped = self.replacer.swapped(rng, question, gold_text)
+            if swapped:
+                return swapped, self.tokenizer.encode(gold_text)[:PASSAGE_TOKENS_MAX]
+        others = wrong(self.tokenizer.encode(question), 1)
+        return (question, others[0]) if others else None
+
+    def reading_segment(self, question, answer, gold_text, wrong, kind):
         """One isolated query; `wrong` yields so many wrong passages. None if it is too long."""
-        rng, mix = self.rng, self.mix
+        rng, mix, x = self.rng, self.mix, self.rng.random()
+        refused = self.refusal(question, answer, gold_text, wrong) if x < mix["none"] else None
+        if refused:
+            question, kind, evidence = refused[0], "refusal", [refused[1]]
+        else:
+            evidence = [self.tokenizer.encode(gold_text)[:PASSAGE_TOKENS_MAX]]
         question_tokens, answer_tokens = self.tokenizer.encode_batch([question, answer])
         if len(question_tokens) > QUESTION_TOKENS_MAX or len(answer_tokens) >= ANSWER_TOKENS_MAX:
             return None
-        x = rng.random()
-        others = [] if x < mix["gold_alone"] else wrong(question_tokens, rng.choice([1, 1, 2, 3]))
-        if not others:
-            evidence = [gold_tokens]
-        elif x < mix["gold_alone"] + mix["none"]:
-            evidence, answer_tokens = others[:1], [NONE]
-        elif rng.random() < 0.08:
-            evidence, answer_tokens = others, [NONE]
-        else:
-            evidence = [gold_tokens, *others]
+        if refused:
+            answer_tokens = [NONE]
+        elif x >= mix["none"] + mix["gold_alone"]:
+            evidence += wrong(question_tokens, rng.choice([1, 1, 2, 3]))
             rng.shuffle(evidence)
         parts = [[QUESTION], question_tokens]
         for tokens in evidence:
@@ -256,15 +277,14 @@ class Packer:
         """Isolated queries on one passage with written questions."""
         rng, source = self.rng, self.questions
         gold = rng.choice(self.asked)
-        text, pairs, tokens = source.text(gold), source.questions[gold], source.passage(gold)
+        text, pairs = source.text(gold), source.questions[gold]
         if rng.random() < self.mix["augment"]:
             text, pairs = self.replacer.replace(rng, text, pairs)
-            tokens = np.array(self.tokenizer.encode(text)[:PASSAGE_TOKENS_MAX], np.uint16)
         for question, answer in rng.sample(pairs, min(3, len(pairs))):
             def wrong(question_tokens, count, answer=answer):
                 return self.wrong_passages(gold, question_tokens, answer, count)
 
-            yield self.reading_segment(q.vary_question(rng, question), answer, tokens, wrong,
+            yield self.reading_segment(q.vary_question(rng, question), answer, text, wrong,
                                        "read_question")
 
     def read_made(self, facts):
@@ -275,9 +295,11 @@ class Packer:
             def wrong(_, count, item=item):
                 others = [p for i, p in enumerate(passages) if i != item.gold]
                 rng.shuffle(others)
+                if facts:  # those with near misses first
+                    others.sort(key=lambda p: p.text is None)
                 return [p.tokens for p in others if item.answer not in p.content()][:count]
 
-            yield self.reading_segment(item.question, item.answer, passages[item.gold].tokens,
+            yield self.reading_segment(item.question, item.answer, passages[item.gold].content(),
                                        wrong, "read_other")
 
     def reading_segments(self, budget):
@@ -329,6 +351,7 @@ class Packer:
         passages, asked = self.draw_passages(int(context_budget * 0.93), question_share,
                                              mix["facts"], mix["cloze"])
         rng.shuffle(asked)
+        asked.sort(key=lambda item: item.kind != "fact")  # all facts are asked for
         queries = self.query_segments(asked, query_budget)
         contexts = [context_segment(p.tokens, p.weight, i) for i, p in enumerate(passages)]
         total, asked_tokens = sum(map(len, contexts)), sum(map(len, queries))
@@ -375,14 +398,18 @@ class PackWriter:
       passage                      number of the passage in its slot; the last: none
       scale                        of the query rows' logits in the retrieval layers
       answer_rows, answer_types    rows that predict an answer's tokens
-      score_rows, score_weights    (slots, questions, 1 + rows): the answering row, then rows of the
+      score_rows, score_weights    (slots, questions, ANSWERING_ROWS + rows): rows that predict tokens
+                                   of the answer, the first before others, then rows of the
                                    question's tokens, of the questions that auxiliary losses look at
+      pointers                     (slots, questions, ANSWERING_ROWS, POINTERS): places in the slot of
+                                   the token to be copied, in the gold passage; -1: unused, as for
+                                   the first: a place may not know of a key that comes after it
       gold                         (slots, questions): the passage that holds the answer; -1: unused
     """
 
     def __init__(self, config, slot_tokens, slot_questions):
         total = config["batch"]["tokens"]
-        slots, rows = total // slot_tokens, 1 + config["batch"]["score_tokens"]
+        slots, rows = total // slot_tokens, ANSWERING_ROWS + config["batch"]["score_tokens"]
         self.slot_tokens, self.scale_tokens = slot_tokens, config["model"]["attention_scale_tokens"]
         self.sharpen = config["mix"]["sharpen"]
         self.arrays = {
@@ -396,6 +423,7 @@ class PackWriter:
             "scale": np.ones(total, np.float32),
             "score_rows": np.zeros((slots, slot_questions, rows), np.int32),
             "score_weights": np.zeros((slots, slot_questions, rows), np.float32),
+            "pointers": np.full((slots, slot_questions, ANSWERING_ROWS, POINTERS), -1, np.int32),
             "gold": np.full((slots, slot_questions), -1, np.int32),
         }
         self.answer_rows, self.answer_types = [], []
@@ -407,7 +435,7 @@ class PackWriter:
         scale = attention_scale(visible, self.scale_tokens) * self.sharpen ** rng.random()
         for segment in sorted(segments, key=lambda s: s.answer is not None):
             if segment.answer is None:
-                self.add_context(slot, segment, numbers)
+                self.add_context(slot, segment, numbers)  # before all queries
                 continue
             start = self.add_query(slot, segment, scale)
             if segment.kind == "query" and segment.passage in numbers:
@@ -431,8 +459,8 @@ class PackWriter:
         if segment.kind == "context":
             a["context_group"][place] = slot
             if len(numbers) < passages_max(self.slot_tokens) - 1:
-                numbers[segment.passage] = len(numbers)
-                a["passage"][place] = numbers[segment.passage]
+                a["passage"][place] = len(numbers)
+                numbers[segment.passage] = len(numbers), place
 
     def add_query(self, slot, segment, scale):
         a, place = self.arrays, self.add_segment(np.concatenate([segment.tokens, segment.answer]))
@@ -448,19 +476,34 @@ class PackWriter:
 
     def add_scored(self, slot, scored, rng):
         a = self.arrays
-        count, rows = a["gold"].shape[1], a["score_rows"].shape[2]
-        for i, (start, segment, gold) in enumerate(rng.sample(scored, min(count, len(scored)))):
+        count, tokens = a["gold"].shape[1], a["score_rows"].shape[2] - ANSWERING_ROWS
+        for i, (start, segment, (gold, place)) in enumerate(rng.sample(scored,
+                                                                       min(count, len(scored)))):
+            later = range(1, len(segment.answer) - 1)  # the last is <eos>
+            answering = [0, *rng.sample(later, min(len(later), ANSWERING_ROWS - 1))]
             asked = list(range(start + 1, start + 1 + segment.question_tokens))
-            if len(asked) > rows - 1:
-                asked = rng.sample(asked, rows - 1)
-            chosen = [start + len(segment.tokens) - 1, *asked]
-            a["score_rows"][slot, i, :len(chosen)] = chosen
-            a["score_weights"][slot, i, :len(chosen)] = 1
+            if len(asked) > tokens:
+                asked = rng.sample(asked, tokens)
+            first = start + len(segment.tokens) - 1
+            for rows, at in (([first + j for j in answering], 0), (asked, ANSWERING_ROWS)):
+                a["score_rows"][slot, i, at:at + len(rows)] = rows
+                a["score_weights"][slot, i, at:at + len(rows)] = 1
+            begin = slot * self.slot_tokens
+            copied = places_of(segment.answer[:-1], a["tokens"][place])[:POINTERS]
+            for row, j in enumerate(answering[1:], 1):
+                a["pointers"][slot, i, row, :len(copied)] = copied + place.start + j - begin
             a["gold"][slot, i] = gold
 
     def finish(self):
         return {**self.arrays, "answer_rows": np.array(self.answer_rows, np.int32),
                 "answer_types": np.array(self.answer_types, np.uint8)}
+
+
+def places_of(answer, tokens):
+    """Where an answer's tokens stand in a passage's, in order."""
+    places = np.flatnonzero(tokens[:len(tokens) - len(answer) + 1] == answer[0])
+    whole = [p for p in places if np.array_equal(tokens[p:p + len(answer)], answer)]
+    return np.array(whole, np.int32)
 
 
 def attention_scale(visible, scale_tokens):

@@ -35,6 +35,12 @@ def sentences_of(text):
     return [part for part in parts if low < len(part) < high]
 
 
+def without_sentences(text, answer):
+    """The text without the sentences that hold the answer."""
+    kept = [part for part in SENTENCE.split(text) if part and answer.lower() not in part.lower()]
+    return " ".join(kept).strip()
+
+
 def vary_question(rng, question):
     """A question as people type them: no question mark, lower case, words left out."""
     if rng.random() < 0.15:
@@ -194,6 +200,20 @@ class AnswerReplacer:
             return rng.choice(self.capitalised[count]) if self.capitalised[count] else None
         if rng.random() < 0.5 and self.lower[count]:
             return rng.choice(self.lower[count])
+        return None
+
+    def swapped(self, rng, question, text):
+        """The question about another name or number, which the text does not hold; or None."""
+        spans = [m.group(0) for pattern in (NAME, NUMBER) for m in pattern.finditer(question)
+                 if m.start() > 0 and m.group(0).lower() not in STOP_WORDS and m.group(0) in text]
+        rng.shuffle(spans)
+        for span in spans[:3]:
+            other = self.other(rng, span)
+            if other and other != span and other not in text:
+                pattern = r"(?<!\w)" + re.escape(span) + r"(?!\w)"
+                changed = re.sub(pattern, lambda _: other, question)
+                if changed != question:
+                    return changed
         return None
 
     def replace(self, rng, text, questions):

@@ -16,12 +16,18 @@ import unittest
 import numpy as np
 import torch
 
-from corpus import ANSWER, EOS, QUESTION, Corpus, Tokenizer
+from corpus import ANSWER, EOS, NONE, QUESTION, Corpus, Tokenizer
+from evaluate import draw_made_up
 from export import read_checkpoint, read_folder, write_folder
+from facts import ENDINGS, FactMaker, Invention
 from inference import Engine
-from network import EMBEDDING, FINAL_NORM, ModelConfig, Network, initial_parameters, rms_norm
+from loader import open_packer
+from network import (EMBEDDING, FINAL_NORM, ModelConfig, Network, initial_parameters, rms_norm,
+                     spread)
 from optimizer import Optimizer
-from packing import PackWriter, Segment, attention_scale
+from packing import (ANSWER_TYPES, ANSWERING_ROWS, PackWriter, Segment, attention_scale,
+                     places_of)
+from questions import without_sentences
 from train import to_device
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -39,8 +45,8 @@ def tiny_config(**batch):
     config["batch"].update(tokens=512, **batch)
     config["mix"]["sharpen"] = 1.0
     config["optimizer"].update(warmup_steps=5)
-    phase = {**config["phases"][0], "slot_tokens": 512, "slot_questions": 4, "steps": 12,
-             "dropout": 0.1}
+    phase = {**config["phases"][0], "name": "text", "slot_tokens": 512, "slot_questions": 4,
+             "steps": 12, "dropout": 0.1}
     del phase["seconds"]
     other = {**phase, "name": "reading", "steps": 8, "learning_rate": [0.01, 0.0],
              "average": 0.9}
@@ -122,8 +128,8 @@ class ModelTest(unittest.TestCase):
         optimizer, rng, right = Optimizer(parameters, config["optimizer"]), random.Random(1), []
         for _ in range(2000):
             losses = network.losses(to_device(copy_pack(config, rng), "cpu"))
-            auxiliary = losses["mass"].mean() + losses["ranking"].mean()
-            (losses["answer"] + 0.1 * auxiliary).backward()
+            auxiliary = losses["mass"].mean() + losses["ranking"].mean() + losses["pointing"]
+            (losses["answer"] + 0.1 * auxiliary + 0.03 * losses["spread"].mean()).backward()
             optimizer.step(0.005, 0.0007)
             right.append(losses["answer_right"][::2].mean().item())
             if len(right) > 50 and np.mean(right[-50:]) > 0.92:
@@ -206,6 +212,58 @@ class ModelTest(unittest.TestCase):
         self.assertLess(float((ours - theirs).abs().max()), 1e-4)
 
 
+class DataTest(unittest.TestCase):
+    def test_made_up_keys_differ_and_resemble(self):
+        near = 0
+        for seed in range(200):
+            rng = random.Random(seed)
+            invention = Invention(rng)
+            keys = invention.keys(rng, 12)
+            self.assertEqual(len(keys), len(set(keys)), f"seed {seed}")
+            parts = invention.draw(rng)
+            other = invention.near(rng, parts)
+            self.assertEqual(sum(a != b for a, b in zip(parts, other)), 1, f"seed {seed}")
+            near += len(keys) > 1
+        self.assertGreater(near, 190)
+        self.assertTrue(set(ENDINGS))
+
+    def test_facts_about_made_up_keys_hold_their_answers(self):
+        maker, sizes = FactMaker({"low": ["table", "green"], "names": ["Anna", "Rome"]}, 1.0), []
+        for seed in range(200):
+            made = maker.make(random.Random(seed))
+            sizes.append(len(made))
+            asked = [(text, *pair) for text, pairs in made for pair in pairs]
+            self.assertTrue(asked)
+            for text, _, answer in asked:
+                self.assertIn(answer.lower(), text.lower(), f"seed {seed}")
+        self.assertGreater(max(sizes), 30)
+
+    def test_evaluation_keys_are_near_misses(self):
+        options = type("Options", (), {"trials": 50})()
+        trials = draw_made_up(options, random.Random(1))
+        self.assertEqual(len({key for keys in trials for key in keys}), 250)
+        self.assertTrue(all(len(keys) == 5 for keys in trials))
+
+    def test_pointers_are_places_of_the_answer(self):
+        tokens = np.array([3, 50, 60, 70, 50, 60, 80, 50, 60], np.uint16)
+        self.assertEqual(places_of(np.array([50, 60]), tokens).tolist(), [1, 4, 7])
+        self.assertEqual(places_of(np.array([60, 80]), tokens).tolist(), [5])
+        self.assertEqual(places_of(np.array([80, 90]), tokens).tolist(), [])
+
+    def test_answering_sentences_are_taken_away(self):
+        text = "It rained. Anna came at noon. They left. At NOON it was dry."
+        self.assertEqual(without_sentences(text, "noon"), "It rained. They left.")
+
+    def test_spread_is_the_entropy_of_what_is_kept(self):
+        logits = torch.zeros(1, 2, 1, 3, 10)
+        kept = torch.arange(10)[None] < 4
+        logits[..., 9] = 50.0  # not kept
+        weights = torch.tensor([[[1.0, 1.0, 0.0]]])
+        self.assertAlmostEqual(float(spread(logits, kept, weights)), float(np.log(4)), places=5)
+        logits[..., 0] = 30.0
+        self.assertLess(float(spread(logits, kept, weights)), 1e-3)
+
+
 class ProgramTest(unittest.TestCase):
     """prepare, train and export as programs."""
 
@@ -248,6 +306,28 @@ class ProgramTest(unittest.TestCase):
             self.assertEqual(corpus.passage(i).tolist(), tokenizer.encode(corpus.text(i))[:255])
             for _, answer in corpus.questions[i]:
                 self.assertIn(answer, corpus.text(i))
+
+    def test_packs_point_at_what_is_copied_and_refuse(self):
+        with open(self.config, "rb") as file:
+            config = tomllib.load(file)
+        packer, pointed, refused = open_packer(self.prepared, config, TOKENIZER), 0, 0
+        phase = {**config["phases"][0], "slots": {"corpus": 1.0, "reading": 1.0}}
+        for number in range(20):
+            pack = packer.pack(f"test {number}", phase)
+            tokens = pack["tokens"]
+            for slot, question, row in np.argwhere(pack["pointers"][..., 0] >= 0):
+                self.assertLess(row, ANSWERING_ROWS)
+                place = slot * phase["slot_tokens"] + pack["pointers"][slot, question, row, 0]
+                predicts = tokens[pack["score_rows"][slot, question, row] + 1]
+                self.assertEqual(tokens[place], predicts)
+                self.assertEqual(pack["passage"][place], pack["gold"][slot, question])
+                pointed += 1
+            refusal = pack["answer_types"] == ANSWER_TYPES.index("refusal")
+            predicted = tokens[pack["answer_rows"][refusal] + 1]
+            self.assertTrue((predicted[::2] == NONE).all() and (predicted[1::2] == EOS).all())
+            refused += len(predicted) // 2
+        self.assertGreater(pointed, 20)
+        self.assertGreater(refused, 5)
 
     def test_resumes_exactly(self):
         whole = torch.load(self.train("whole"), weights_only=True)

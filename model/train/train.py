@@ -98,12 +98,15 @@ class Log:
             file.flush()
 
 
+METERED = ("language", "answer", "mass", "ranking", "spread", "pointing")
+
+
 class Meter:
     """Means of the losses since the last report, without waiting for the device."""
 
     def __init__(self, device, layers):
         self.types = torch.zeros(3, len(ANSWER_TYPES), device=device)
-        self.sums = torch.zeros(4 + layers, device=device)
+        self.sums = torch.zeros(len(METERED) + layers, device=device)
         self.steps, self.begun = 0, time.time()
 
     @torch.no_grad()
@@ -111,15 +114,14 @@ class Meter:
         count = torch.ones_like(losses["answer_losses"])
         for row, values in enumerate((losses["answer_losses"], losses["answer_right"], count)):
             self.types[row].index_add_(0, types, values)
-        means = [losses["language"], losses["answer"], losses["mass"].mean(),
-                 losses["ranking"].mean()]
-        self.sums += torch.cat([torch.stack(means).detach(), losses["found"]])
+        means = torch.stack([losses[name].detach().mean() for name in METERED])
+        self.sums += torch.cat([means, losses["found"]])
         self.steps += 1
 
     def report(self, batch_tokens):
         sums = (self.sums / max(1, self.steps)).tolist()
-        row = dict(zip(("language", "answer", "mass", "ranking"), (round(x, 4) for x in sums)))
-        row["found"] = [round(x, 3) for x in sums[4:]]
+        row = dict(zip(METERED, (round(x, 4) for x in sums)))
+        row["found"] = [round(x, 3) for x in sums[len(METERED):]]
         for name, (loss, right, count) in zip(ANSWER_TYPES, self.types.T.tolist()):
             if count:
                 row[name] = [round(loss / count, 3), round(right / count, 3)]
@@ -204,11 +206,10 @@ class Run:
         os.replace(self.checkpoint + ".new", self.checkpoint)
 
     def rehearse(self):
-        """Compiles the step while the loader's processes start. Leaves no trace: not in the
-        gradients and not in the random numbers."""
+        """Compiles the steps of all phases while the loader's processes start. Leaves no trace: not
+        in the gradients and not in the random numbers."""
         random, random_device = torch.get_rng_state(), CUDA and torch.cuda.get_rng_state()
-        phase = self.config["phases"][self.todo[0]]
-        for _ in range(2):
+        for phase in (self.config["phases"][number] for number in self.todo):
             losses = self.network.losses(to_device(rehearsal_pack(self.config, phase),
                                                    self.network.device))
             self.total_loss(losses, phase).backward()
@@ -224,6 +225,8 @@ class Run:
         weights = self.config["loss"]
         return (weights["language"] * losses["language"] + weights["answer"] * losses["answer"]
                 + weights["attention_mass"] * losses["mass"].mean()
+                + weights["pointing"] * losses["pointing"]
+                + phase["spread"] * losses["spread"].mean()
                 + phase["ranking"] * losses["ranking"].mean())
 
     def validate(self):

@@ -21,10 +21,10 @@
 
 #define RANK_WEIGHT 0.3 /* temperature of the ranking loss that trained the score */
 
-/* Fitted on questions of the training data, answerable and not (attention/README.md, Segments). */
-#define LEAD_WEIGHT 0.05
+/* Fitted on questions that are no part of the evaluated sample (attention/README.md, Segments). */
+#define LEAD_WEIGHT 0.1
 #define LEAD_OVER 3u /* passages */
-#define FOUND_LEAST 2.0
+#define FOUND_LEAST 2.4
 
 typedef struct reading {
     loci_generation answer;
