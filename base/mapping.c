@@ -34,8 +34,8 @@ static void on_bus_error(int number, siginfo_t *info, void *context) {
     int kept = errno;
     uintptr_t at = (uintptr_t)info->si_addr;
     for (loci_mapping *m = atomic_load(&all); m; m = m->next) {
-        uintptr_t begin = atomic_load(&m->begin);
-        if (begin == 0 || at < begin || at >= atomic_load(&m->end)) continue;
+        uintptr_t begin = atomic_load(&m->begin), end = atomic_load(&m->end);
+        if (begin == 0 || at < begin || at >= end || begin != atomic_load(&m->begin)) continue;
         atomic_store(&m->failed, true);
         void *page = mmap((void *)(at / page_bytes * page_bytes), page_bytes, PROT_READ,
                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);

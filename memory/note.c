@@ -17,12 +17,18 @@ static const struct {
     [LOCI_NOTE_THRESHOLDS] = {'t', LOCI_KIND('n', 't')},
 };
 
-/* With a reference. */
+/* With a reference. The corpus, or the one that is made to take its place. */
 static loci_status acquire(loci_store *store, const loci_corpus_info *info, loci_corpus **out,
                            loci_error *err) {
     loci_corpus *corpus = NULL;
     LOCI_TRY(loci_corpus_acquire(store, info->name, &corpus, err));
     if (corpus->uid == info->uid) {
+        *out = corpus;
+        return LOCI_OK;
+    }
+    loci_corpus_release(corpus);
+    LOCI_TRY(loci_corpus_successor(store, info->name, &corpus, err));
+    if (corpus && corpus->uid == info->uid) {
         *out = corpus;
         return LOCI_OK;
     }

@@ -256,9 +256,15 @@ static loci_status hand_over(loci_corpus *from, loci_corpus *to, loci_error *err
     pthread_mutex_lock(&from->lock);
     if (from->successor != to) {
         status = loci_fail(err, LOCI_E_ABORTED, "reindexing corpus %s was given up", from->name);
-    } else if (!loci_corpus_store(to, LOCI_CORPUS_INDEXING, batch)) {
+    }
+    if (status == LOCI_OK) { /* what may have changed since the beginning */
+        bool own = strcmp(from->geometry.fingerprint, to->geometry.fingerprint) == 0;
+        if (own) to->settings = from->settings;
+        if (to->last_sequence < from->last_sequence) to->last_sequence = from->last_sequence;
+    }
+    if (status == LOCI_OK && !loci_corpus_store(to, LOCI_CORPUS_INDEXING, batch)) {
         status = loci_fail(err, LOCI_E_NOMEM, "no memory to reindex corpus %s", from->name);
-    } else {
+    } else if (status == LOCI_OK) {
         loci_state_store(to, to->last_sequence, to->documents, to->bytes, batch);
         LOCI_FAILPOINT("reindex_begin");
         status = loci_batch_write(batch, true, err);
@@ -346,7 +352,7 @@ static loci_status switch_locked(loci_corpus *old, loci_corpus *new, loci_error 
     loci_buf manifest = LOCI_BUF_INIT;
     loci_status status = LOCI_E_NOMEM;
     if (next) {
-        uint64_t least = old->manifest->revision;
+        uint64_t least = old->manifest ? old->manifest->revision : 0; /* none: damaged */
         next->revision = (next->revision > least ? next->revision : least) + 1;
         loci_manifest_encode(next, &manifest);
     }

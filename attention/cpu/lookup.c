@@ -583,13 +583,13 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
 }
 
 void loci_select_reach(loci_select_params *params, bool question) {
-    params->roots = question ? 2.0f : 0.7f;
-    params->candidates = question ? 8.0f : 2.0f;
+    params->roots = question ? 1.6f : 1.0f;
+    params->candidates = question ? 5.0f : 5.0f;
     params->roots_min = 64;
     params->candidates_min = 2048;
 }
 
 void loci_select_defaults(loci_select_params *params) {
-    *params = (loci_select_params){.mode = LOCI_MODE_HIERARCHICAL, .top_p = 0.998f};
+    *params = (loci_select_params){.mode = LOCI_MODE_HIERARCHICAL, .top_p = 0.999f};
     loci_select_reach(params, false);
 }

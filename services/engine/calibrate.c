@@ -42,7 +42,7 @@ typedef struct comparison {
     uint32_t flat_begin[CONTEXT + 1];
     uint16_t *rows, *flat; /* [pairs][K, V][SEGMENT][dim]; [layers][K, V][tokens][heads][dim] */
     uint16_t **pair;       /* into rows: all K, then all V */
-    loci_buffer **flat_buffers, *sinks[2];
+    loci_buffer **flat_buffers;
     double loss[LOCI_CALIBRATION_ROWS][SAMPLES];
 } comparison;
 
@@ -305,22 +305,20 @@ static loci_status open_comparison(comparison *c, loci_error *err) {
     if (!c->flat || !c->rows || !c->pair || !c->flat_buffers)
         return loci_fail(err, LOCI_E_NOMEM, "no memory to calibrate with");
     for (uint32_t i = 0; i < 2 * pairs; i++) c->pair[i] = c->rows + i * passage;
-    float *const sinks[2] = {engine->sink_k, engine->sink_v};
-    for (int i = 0; i < 2; i++)
-        LOCI_TRY(engine->backend->ops->wrap(engine->backend, sinks[i],
-                                            g->retrieval_layers * width * sizeof(float),
-                                            &c->sinks[i], err));
     c->view = (loci_corpus_view){.retrieval_layers = g->retrieval_layers,
                                  .kv_heads = g->kv_heads,
                                  .head_dim = g->head_dim,
                                  .flat_k = c->flat_buffers,
                                  .flat_v = c->flat_buffers + g->retrieval_layers,
                                  .flat_segment_begin = c->flat_begin,
-                                 .sink_k = loci_ref_at(c->sinks[0], 0),
-                                 .sink_v = loci_ref_at(c->sinks[1], 0),
-                                 .has_sink = g->has_sink};
-    c->look = (loci_query){
-        .engine = engine, .slot = &c->slot, .view = &c->view, .cancel = c->query->cancel};
+                                 .sink_k = c->query->view->sink_k,
+                                 .sink_v = c->query->view->sink_v,
+                                 .has_sink = c->query->view->has_sink};
+    c->look = (loci_query){.engine = engine,
+                           .slot = &c->slot,
+                           .snapshot = c->query->snapshot,
+                           .view = &c->view,
+                           .cancel = c->query->cancel};
     loci_select_defaults(&c->look.params);
     c->look.params.mode = LOCI_MODE_DENSE;
     LOCI_TRY(engine->backend->ops->lookup_create(engine->backend, &c->slot.lookup, err));
@@ -332,7 +330,6 @@ static void close_comparison(comparison *c) {
     loci_slot_close(c->query->engine, &c->slot);
     for (uint32_t i = 0; c->flat_buffers && i < 2 * c->view.retrieval_layers; i++)
         backend->ops->free(backend, c->flat_buffers[i]);
-    for (int i = 0; i < 2; i++) backend->ops->free(backend, c->sinks[i]);
     loci_tokens_fini(&c->context);
     free(c->flat_buffers);
     free(c->pair);
@@ -379,7 +376,11 @@ loci_status loci_engine_calibrate(loci_engine *engine, const char *corpus, bool 
                                   loci_error *err) {
     loci_query query;
     loci_corpus_info info;
-    *out = (loci_calibration){.comparable = engine->stock};
+    *out = (loci_calibration){0};
+    loci_status status = begin(&query, engine, corpus, cancel, err);
+    out->comparable = status == LOCI_OK && query.engine->stock; /* of the corpus's own model */
+    loci_query_fini(&query);
+    LOCI_TRY(status);
     if (out->comparable) LOCI_TRY(compare(engine, corpus, apply, cancel, out, err));
     if (out->comparable && apply) {
         const loci_calibration_row *best = &out->rows[out->best];
@@ -387,7 +388,7 @@ loci_status loci_engine_calibrate(loci_engine *engine, const char *corpus, bool 
         LOCI_TRY(loci_engine_set_corpus(engine, corpus, &change, &info, err));
         out->applied = true;
     }
-    loci_status status = begin(&query, engine, corpus, cancel, err);
+    status = begin(&query, engine, corpus, cancel, err);
     if (status == LOCI_OK && query.view->extent_count > 0) {
         status = loci_query_squeezed(&query, 1, err);
         out->thresholds = status == LOCI_OK;

@@ -251,9 +251,9 @@ out:
 }
 
 /* Rows of one tile, by what a row's scores usually take: floats for all roots, for the leaves of
- * the kept ones and for about twice as many candidates as are asked for. A corpus that repeats
- * itself can have several times as many; what bounds memory is the look-up's account, which
- * refuses. */
+ * the kept ones and for about twice as many candidates as are asked for, and each extent's table of
+ * sketches. A corpus that repeats itself can have several times as many; what bounds memory is the
+ * look-up's account, which refuses. */
 static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call) {
     const loci_select_params layer = layer_params(query, call->retrieval_index), *params = &layer;
     if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
@@ -265,7 +265,8 @@ static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call)
     double scores = fmin(roots * LOCI_ROOT_LEAVES + 2 * candidates, live) * call->q_heads;
     scores = scores * call->q_heads / query->view->kv_heads;
     scores += live / (LOCI_ROOT_LEAVES * LOCI_LEAF_TOKENS) * call->q_heads;
-    double row = scores * sizeof(float) + 1;
+    double tables = (double)query->view->extent_count * call->q_heads * (4.0 * call->head_dim + 24);
+    double row = scores * sizeof(float) + tables + 1;
     double most = (double)TILE_BYTES / row;
     return most >= TILE_ROWS ? TILE_ROWS : most > 1 ? (uint32_t)most : 1;
 }

@@ -169,12 +169,12 @@ static loci_status look(calibration *c, uint32_t layer, uint32_t first, uint32_t
                       loci_ref_at(c->steady, 0), &params);
     ops->score_nodes(stream, lookup);
     ops->lookup_squeezed(stream, lookup, level, NULL, NULL, NULL, 0, &count);
-    LOCI_TRY(ops->sync(stream, err));
+    LOCI_TRY(loci_query_settle(query, stream, err));
     if (!reserve(c, count + 1))
         return loci_fail(err, LOCI_E_NOMEM, "no memory to calibrate squeezed mode");
     ops->lookup_squeezed(stream, lookup, level, c->scores, c->tokens, c->root_scores, c->capacity,
                          &count);
-    LOCI_TRY(ops->sync(stream, err));
+    LOCI_TRY(loci_query_settle(query, stream, err));
     for (size_t i = 0; i < count; i++) {
         if (!isfinite(c->scores[i]))
             return loci_fail(err, LOCI_E_INTERNAL, "a score of squeezed mode is not finite");
