@@ -583,8 +583,8 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
 }
 
 void loci_select_reach(loci_select_params *params, bool question) {
-    params->roots = question ? 1.6f : 1.0f;
-    params->candidates = question ? 5.0f : 5.0f;
+    params->roots = question ? 1.6f : 1.2f;
+    params->candidates = 5.0f;
     params->roots_min = 64;
     params->candidates_min = 2048;
 }
