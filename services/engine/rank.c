@@ -15,6 +15,8 @@
 
 #include "services/engine/query.h"
 
+#define RANK_ROOTS 0.7f
+#define RANK_CANDIDATES 2.0f
 #define CANDIDATES 64u
 #define LEXICAL_WEIGHT 3.0      /* attention/README.md says how it was chosen */
 #define SCORE_ALL_SEGMENTS 256u /* up to here every segment is a candidate */
@@ -55,13 +57,16 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     }
     loci_lookup *lookup = query->slot->lookup;
     loci_lookup_stats stats;
-    /* With the reach of a next token: candidates need the best tokens only, not nearly all mass. */
+    /* With less reach than attention: passages need their best tokens only, not nearly all mass,
+     * and all rows of a question are looked up together. */
+    loci_select_params params = query->params;
+    params.roots = RANK_ROOTS;
+    params.candidates = RANK_CANDIDATES;
     loci_ref q = call->q;
     q.offset += (size_t)call->q_stride * sizeof(float); /* the question's tokens, not <q> */
     lse.offset += (size_t)call->q_heads * sizeof(float);
     ops->lookup_begin(call->stream, lookup, query->view, call->retrieval_index, q, call->q_stride,
-                      (uint32_t)query->question.count, call->q_heads, call->scale, lse,
-                      &query->params);
+                      (uint32_t)query->question.count, call->q_heads, call->scale, lse, &params);
     ops->score_nodes(call->stream, lookup);
     ops->score_codes(call->stream, lookup);
     uint32_t limit = state->limit > CANDIDATES ? state->limit : CANDIDATES;

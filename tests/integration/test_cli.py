@@ -16,8 +16,8 @@ import unittest
 
 from harness import BUILD, HANDBOOK, LOCI, LOCID, ROOT, Case, Daemon, clean_environment, run
 
-QUESTION = "When did the North Telescope see first light?"
-ANSWER = "3 October 1978"
+QUESTION = "Who designed the dome of the North Telescope?"
+ANSWER = "Philippa Rouncewell"
 USAGE = {"corpus_tokens", "question_tokens", "answer_tokens", "kv_read_bytes", "index_read_bytes",
          "kv_dense_bytes", "fetched_bytes", "first_token_ms", "decode_tokens_per_s", "total_ms"}
 
@@ -151,7 +151,7 @@ class Journey(Case):
                     self.assertLessEqual(USAGE, set(done["usage"]))
                     self.assertGreater(done["usage"]["kv_dense_bytes"], 0)
                     best = done["evidence"][0]
-                    self.assertEqual(best["document"], "north-telescope.md")
+                    self.assertEqual(best["document"], "north-dome.md")
                     self.assertIn(ANSWER, best["quote"])
                     self.quoted("notes", done["evidence"], "share")
 
@@ -176,7 +176,7 @@ class Journey(Case):
     def test_12_text_for_people(self):
         text = self.ok("ask", "notes", QUESTION)
         self.assertTrue(text.startswith(ANSWER + "\n"), text)
-        self.assertIn("north-telescope.md:", text)
+        self.assertIn("north-dome.md:", text)
         self.assertIn("first token", text)
         self.assertNotIn("\x1b", text)  # no terminal, no colours
 
@@ -194,7 +194,7 @@ class Journey(Case):
     def test_15_search(self):
         done = self.result("search", "notes", QUESTION, "-k", "3")
         self.assertEqual(len(done["hits"]), 3)
-        self.assertIn("north-telescope.md", [hit["document"] for hit in done["hits"]])
+        self.assertIn("north-dome.md", [hit["document"] for hit in done["hits"]])
         scores = [hit["score"] for hit in done["hits"]]
         self.assertEqual(scores, sorted(scores, reverse=True))
         self.quoted("notes", done["hits"], "score")
@@ -297,7 +297,7 @@ class Journey(Case):
             self.assertIn(f"\x1b[1m{name}\x1b[0m", shown)
         # The same answer in two documents is one.
         with open(two, "w", encoding="utf-8") as file:
-            file.write("Quillhaven has a reeve: the reeve of Quillhaven is marten dole.\n")
+            file.write("The reeve of Quillhaven is marten dole.\n")
         self.ok("register", "reeves", os.path.dirname(one))
         self.assertEqual(self.result("ask", "reeves", question)["other_answers"], [])
 
