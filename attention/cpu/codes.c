@@ -123,9 +123,7 @@ static void join_candidates(root_work *w, const lookup_head *head) {
 static bool find_candidates(root_work *w, const lookup_head *head, uint32_t local) {
     uint32_t end = w->pair->root_base + loci_pair_header_of(w->pair->blob)->roots;
     for (w->root = w->pair->root_base + local; w->root < end; w->root++) {
-        if (head->mask_at[head->entry_begin[w->root]] ==
-            head->mask_at[head->entry_begin[w->root + 1]])
-            continue;
+        if (!lookup_has_leaves(head, w->root)) continue;
         join_candidates(w, head);
         if (w->n > 0) return true;
     }

@@ -114,6 +114,11 @@ static inline bool lookup_shared(const loci_lookup *lookup) {
     return lookup->mode != LOCI_MODE_HIERARCHICAL;
 }
 
+/* Whether some entry of a root has leaves with candidates. */
+static inline bool lookup_has_leaves(const lookup_head *head, uint32_t root) {
+    return head->mask_at[head->entry_begin[root]] != head->mask_at[head->entry_begin[root + 1]];
+}
+
 /* Candidates of an entry. */
 static inline size_t lookup_candidates(const loci_lookup *lookup, const lookup_head *head,
                                        size_t entry) {

@@ -151,9 +151,7 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
     for (uint32_t i = 0; i < roots; i++) {
         const loci_root *root = loci_pair_root(pair->blob, i);
         w.root = pair->root_base + i;
-        if (head->mask_at[head->entry_begin[w.root]] ==
-            head->mask_at[head->entry_begin[w.root + 1]])
-            continue;
+        if (!lookup_has_leaves(head, w.root)) continue;
         find_selected(&w, root);
         for (w.bit = 0; w.bit < root->count; w.bit++) {
             uint32_t all = w.all[w.bit];

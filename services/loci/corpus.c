@@ -195,6 +195,19 @@ static loci_status run_create(loci_cli *cli, const loci_command *command, int ar
     return LOCI_OK;
 }
 
+/* A call that is answered by a corpus, which is printed. */
+static loci_status call_and_print(loci_cli *cli, const char *method, ProtobufCMessage *request,
+                                  loci_error *err) {
+    ProtobufCMessage *response = NULL;
+    LOCI_TRY(loci_cli_call(cli, method, request, &loci__v1__corpus__descriptor, &response, err));
+    if (cli->json)
+        loci_print_json(corpus_json((Loci__V1__Corpus *)response));
+    else
+        print_corpus((Loci__V1__Corpus *)response);
+    protobuf_c_message_free_unpacked(response, NULL);
+    return LOCI_OK;
+}
+
 static loci_status run_show(loci_cli *cli, const loci_command *command, int argc, char **argv,
                             loci_error *err) {
     char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
@@ -202,15 +215,7 @@ static loci_status run_show(loci_cli *cli, const loci_command *command, int argc
     if (cli->help) return LOCI_OK;
     Loci__V1__GetCorpusRequest request = LOCI__V1__GET_CORPUS_REQUEST__INIT;
     request.name = name;
-    ProtobufCMessage *response = NULL;
-    LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/GetCorpus", &request.base,
-                           &loci__v1__corpus__descriptor, &response, err));
-    if (cli->json)
-        loci_print_json(corpus_json((Loci__V1__Corpus *)response));
-    else
-        print_corpus((Loci__V1__Corpus *)response);
-    protobuf_c_message_free_unpacked(response, NULL);
-    return LOCI_OK;
+    return call_and_print(cli, "/loci.v1.CorpusService/GetCorpus", &request.base, err);
 }
 
 static loci_status run_set(loci_cli *cli, const loci_command *command, int argc, char **argv,
@@ -228,15 +233,7 @@ static loci_status run_set(loci_cli *cli, const loci_command *command, int argc,
     fill_settings(&flags, &settings);
     request.name = name;
     request.settings = &settings;
-    ProtobufCMessage *response = NULL;
-    LOCI_TRY(loci_cli_call(cli, "/loci.v1.CorpusService/UpdateCorpus", &request.base,
-                           &loci__v1__corpus__descriptor, &response, err));
-    if (cli->json)
-        loci_print_json(corpus_json((Loci__V1__Corpus *)response));
-    else
-        print_corpus((Loci__V1__Corpus *)response);
-    protobuf_c_message_free_unpacked(response, NULL);
-    return LOCI_OK;
+    return call_and_print(cli, "/loci.v1.CorpusService/UpdateCorpus", &request.base, err);
 }
 
 static json_t *calibration_json(const char *id, const Loci__V1__CalibrateCorpusResponse *c) {
