@@ -153,7 +153,7 @@ typedef struct loci_corpus_view {
 } loci_corpus_view;
 
 typedef struct loci_pair_build_options {
-    uint32_t iterations; /* K-means rounds over all leaves; 0 = default (6) */
+    uint32_t iterations; /* K-means rounds of the leaves of a root; 0 = default (6) */
     bool position_codes; /* store the codes once more in position order (ranking layer) */
     const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */
 } loci_pair_build_options;

@@ -2,10 +2,10 @@
  *
  * Builds the blob of one pair: keys -> roots -> leaves -> nodes, codes, hashes and KV.
  *
- * Keys are clustered into roots and the keys of each root into leaves; then a few rounds of every
- * key against every leaf tighten the leaves (an eighth less variance in them), which stay under the
- * root that they were made for: roots made of leaves afterwards rank much worse. Groups that
- * are too large are cut in two. Bytes depend on the arguments only.
+ * Keys are clustered into roots and the keys of each root into leaves. (Rounds of every key against
+ * every leaf would tighten the leaves, by an eighth of their variance, but loosen the roots, of
+ * which a third more must then be read.) Groups that are too large are cut in two. Bytes depend on
+ * the arguments only.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -21,7 +21,7 @@
 #define ROOT_TOKENS (LOCI_LEAF_TOKENS * LOCI_ROOT_LEAVES)
 #define ROOT_TOKENS_MAX (ROOT_TOKENS * 3 / 2)
 #define ROOT_ROUNDS 10
-#define FIRST_ROUNDS 4
+#define ROOT_SAMPLE 64u /* keys a root on which the roots' centroids are trained */
 #define ROUNDS_DEFAULT 6
 /* Codes reach 2.7 standard deviations: cutting the rare outliers costs less than the coarser
  * steps that covering them would need. */
@@ -124,10 +124,10 @@ static void centre_keys(build *b) {
 
 /* Clusters all keys into roots. */
 static loci_status make_roots(build *b, uint32_t *group, loci_error *err) {
-    uint32_t n = b->tokens, k = (n + ROOT_TOKENS - 1) / ROOT_TOKENS;
+    uint32_t n = b->tokens, k = (n + ROOT_TOKENS - 1) / ROOT_TOKENS, sample = k * ROOT_SAMPLE;
     uint32_t *begin = b->scratch + n, *ends = group; /* ends: when group is done with */
     for (uint32_t i = 0; i < n; i++) b->ids[i] = i;
-    LOCI_TRY(loci_kmeans(&b->points, b->ids, n, k, ROOT_ROUNDS, false, b->pool, group, err));
+    LOCI_TRY(loci_kmeans(&b->points, b->ids, n, k, ROOT_ROUNDS, sample, b->pool, group, err));
     loci_group(b->ids, group, n, k, begin, b->scratch);
     for (uint32_t c = 0; c < k; c++)
         LOCI_TRY(loci_kmeans_cut(&b->points, b->ids + begin[c], begin[c + 1] - begin[c],
@@ -148,7 +148,7 @@ static void first_leaves(void *arg, size_t index, unsigned thread) {
     const build_root *root = &b->roots[index];
     uint32_t *group = b->group + root->begin;
     b->root_status[index] = loci_kmeans(&b->points, b->ids + root->begin, root->count, root->leaves,
-                                        FIRST_ROUNDS, false, NULL, group, NULL);
+                                        b->options.iterations, 0, NULL, group, NULL);
     for (uint32_t i = 0; i < root->count; i++) group[i] += root->leaf_base;
 }
 
@@ -198,10 +198,7 @@ static loci_status cluster(build *b, loci_error *err) {
         if (b->root_status[i] != LOCI_OK)
             return loci_fail(err, b->root_status[i], "no memory to index %u tokens", b->tokens);
     const build_root *last = &b->roots[b->root_count - 1];
-    uint32_t leaves = last->leaf_base + last->leaves;
-    LOCI_TRY(loci_kmeans(&b->points, b->ids, b->tokens, leaves, b->options.iterations, true,
-                         b->pool, b->group, err));
-    LOCI_TRY(final_leaves(b, leaves, err));
+    LOCI_TRY(final_leaves(b, last->leaf_base + last->leaves, err));
     for (uint32_t l = 0; l < b->leaf_count; l++) {
         uint32_t from = l ? b->leaf_ends[l - 1] : 0;
         qsort(b->ids + from, b->leaf_ends[l] - from, sizeof *b->ids, compare_ids);

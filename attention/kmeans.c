@@ -13,6 +13,7 @@
 
 #define ASSIGN_CHUNK 512u /* points of one task */
 #define GATHER 64u        /* rows copied together before one kernel call */
+#define WHOLE_ROUNDS 2u   /* over all points, after those over a sample */
 
 typedef struct kmeans_state {
     const loci_points *points;
@@ -162,31 +163,44 @@ static loci_status state_alloc(kmeans_state *state, loci_error *err) {
     return loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", state->n);
 }
 
+/* Rounds over state->ids until nothing changes; `before`: room for as many groups. */
+static void run_rounds(kmeans_state *state, uint32_t rounds, uint32_t *before, loci_pool *pool) {
+    for (uint32_t round = 0; round < rounds; round++) {
+        pack_centroids(state);
+        memcpy(before, state->group, state->n * sizeof *before);
+        assign_all(state, pool);
+        update_centroids(state);
+        if (round > 0 && memcmp(before, state->group, state->n * sizeof *before) == 0) break;
+    }
+}
+
 loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t n, uint32_t k,
-                        uint32_t rounds, bool resume, loci_pool *pool, uint32_t *group,
+                        uint32_t rounds, uint32_t sample, loci_pool *pool, uint32_t *group,
                         loci_error *err) {
     LOCI_ASSERT(k > 0 && k <= n && points->dim <= LOCI_HEAD_DIM_MAX);
-    if (!resume || k == 1) memset(group, 0, n * sizeof *group);
+    memset(group, 0, n * sizeof *group);
     if (k == 1) return LOCI_OK;
+    if (sample == 0 || sample > n) sample = n;
+    if (sample < k) sample = k;
     kmeans_state state = {.points = points, .ids = ids, .n = n, .k = k, .group = group};
-    uint32_t *before = malloc(n * sizeof *before);
+    uint32_t *before = malloc(n * sizeof *before), *sampled = malloc(sample * sizeof *sampled);
     loci_status status = state_alloc(&state, err);
-    if (status == LOCI_OK && !before)
+    if (status == LOCI_OK && (!before || !sampled))
         status = loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", n);
     if (status != LOCI_OK) goto out;
-    if (resume)
-        update_centroids(&state);
-    else
-        seed_centroids(&state);
-    for (uint32_t round = 0; round < rounds; round++) {
-        pack_centroids(&state);
-        memcpy(before, group, n * sizeof *before);
-        assign_all(&state, pool);
-        update_centroids(&state);
-        if (round > 0 && memcmp(before, group, n * sizeof *before) == 0) break;
+    for (uint32_t i = 0; i < sample; i++) sampled[i] = ids[(uint64_t)i * n / sample];
+    state.ids = sampled;
+    state.n = sample;
+    seed_centroids(&state);
+    run_rounds(&state, rounds, before, pool);
+    if (sample < n) {
+        state.ids = ids;
+        state.n = n;
+        run_rounds(&state, WHOLE_ROUNDS, before, pool);
     }
 out:
     free(before);
+    free(sampled);
     free(state.best_dot);
     free(state.centroid);
     free(state.size);
@@ -210,7 +224,7 @@ void loci_group(uint32_t *ids, const uint32_t *group, uint32_t n, uint32_t k, ui
  * coincide). Returns the length of the first half. */
 static loci_status halve(const loci_points *points, uint32_t *ids, uint32_t n, uint32_t *group,
                          uint32_t *scratch, uint32_t *half, loci_error *err) {
-    LOCI_TRY(loci_kmeans(points, ids, n, 2, 4, false, NULL, group, err));
+    LOCI_TRY(loci_kmeans(points, ids, n, 2, 4, 0, NULL, group, err));
     uint32_t begin[3];
     loci_group(ids, group, n, 2, begin, scratch);
     *half = begin[1];

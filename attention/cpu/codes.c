@@ -96,7 +96,7 @@ void loci_score_codes_tile(const loci_corpus_kernels *kernels, const loci_folded
 
 /* The candidates of some row under one root. */
 typedef struct root_work {
-    const lookup_pair *pair;
+    const lookup_part *part;
     uint32_t root;                      /* its number among the head's */
     uint32_t all[LOCI_ROOT_LEAVES_MAX]; /* of each leaf, a bit each */
     uint32_t at[LOCI_ROOT_LEAVES_MAX];  /* number of the leaf's first among the root's */
@@ -105,8 +105,8 @@ typedef struct root_work {
 } root_work;
 
 static void join_candidates(root_work *w, const lookup_head *head) {
-    const loci_root *root = loci_pair_root(w->pair->blob, w->root - w->pair->root_base);
-    const loci_leaf *leaves = loci_root_leaves(w->pair->blob, root);
+    const loci_root *root = loci_pair_root(w->part->blob, w->root - w->part->root_base);
+    const loci_leaf *leaves = loci_root_leaves(w->part->blob, root);
     lookup_join_masks(head, w->root, head->candidates, w->all);
     w->n = 0;
     for (uint32_t l = 0; l < root->count; l++) {
@@ -114,15 +114,15 @@ static void join_candidates(root_work *w, const lookup_head *head) {
         w->n += lookup_count_bits(w->all[l]);
         for (uint32_t left = w->all[l]; left; left &= left - 1)
             __builtin_prefetch(
-                loci_slot_record(w->pair->blob, leaves[l].begin + (uint32_t)__builtin_ctz(left)));
+                loci_slot_record(w->part->blob, leaves[l].begin + (uint32_t)__builtin_ctz(left)));
     }
 }
 
 /* The next root from `local` on that has candidates, its records on their way to the cache; false
  * if there is none. */
 static bool find_candidates(root_work *w, const lookup_head *head, uint32_t local) {
-    uint32_t end = w->pair->root_base + loci_pair_header_of(w->pair->blob)->roots;
-    for (w->root = w->pair->root_base + local; w->root < end; w->root++) {
+    uint32_t end = w->part->root_base + w->part->end;
+    for (w->root = w->part->root_base + local; w->root < end; w->root++) {
         if (!lookup_has_leaves(head, w->root)) continue;
         join_candidates(w, head);
         if (w->n > 0) return true;
@@ -131,20 +131,20 @@ static bool find_candidates(root_work *w, const lookup_head *head, uint32_t loca
 }
 
 /* Verifies the candidates' records and gathers their codes; false when one is damaged. */
-static bool gather_codes(root_work *w, lookup_pair *pair, const loci_root *root, uint32_t dim) {
-    const loci_leaf *leaves = loci_root_leaves(pair->blob, root);
+static bool gather_codes(root_work *w, lookup_part *part, const loci_root *root, uint32_t dim) {
+    const loci_leaf *leaves = loci_root_leaves(part->blob, root);
     uint8_t *out = w->codes;
     for (uint32_t l = 0; l < root->count; l++) {
         for (uint32_t left = w->all[l]; left; left &= left - 1, out += dim / 2) {
             uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(left);
-            if (!loci_slot_check_record(pair->blob, slot)) {
-                lookup_fault(pair, "record of slot", slot);
+            if (!loci_slot_check_record(part->blob, slot)) {
+                lookup_fault(part, "record of slot", slot);
                 return false;
             }
-            memcpy(out, loci_slot_record(pair->blob, slot), dim / 2);
+            memcpy(out, loci_slot_record(part->blob, slot), dim / 2);
         }
     }
-    pair->stats.code_bytes += w->n * loci_record_stride(dim);
+    part->stats.code_bytes += w->n * loci_record_stride(dim);
     return true;
 }
 
@@ -192,22 +192,22 @@ static void score_root(const loci_lookup *lookup, lookup_head *head, const root_
 
 void lookup_code_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
-    lookup_pair *pair = &lookup->pairs[index];
-    lookup_head *head = &lookup->heads[pair->kv_head];
+    lookup_part *part = &lookup->parts[index];
+    lookup_head *head = &lookup->heads[part->kv_head];
     const float *mean_terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
     loci_folded folded;
     loci_fold_query(&folded, lookup->folded + thread * lookup->folded_stride,
-                    lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim,
-                    lookup->vectors, lookup->dim, loci_pair_code_scale(pair->blob));
+                    lookup->q + (size_t)part->kv_head * lookup->vectors * lookup->dim,
+                    lookup->vectors, lookup->dim, loci_pair_code_scale(part->blob));
     root_work work[2]; /* one is scored while the records of the other come */
-    work[0].pair = work[1].pair = pair;
+    work[0].part = work[1].part = part;
     uint32_t now = 0;
-    bool found = find_candidates(&work[now], head, 0);
+    bool found = find_candidates(&work[now], head, part->first);
     while (found) {
         root_work *w = &work[now];
         now = 1 - now;
-        found = find_candidates(&work[now], head, w->root - pair->root_base + 1);
-        if (!gather_codes(w, pair, loci_pair_root(pair->blob, w->root - pair->root_base),
+        found = find_candidates(&work[now], head, w->root - part->root_base + 1);
+        if (!gather_codes(w, part, loci_pair_root(part->blob, w->root - part->root_base),
                           lookup->dim))
             return;
         score_root(lookup, head, w, &folded, mean_terms);

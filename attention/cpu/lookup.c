@@ -127,28 +127,26 @@ void lookup_no_memory(loci_stream *stream, loci_lookup *lookup) {
         stream->error = *refusal;
 }
 
-void lookup_fault(lookup_pair *pair, const char *part, uint32_t index) {
-    if (pair->error.status != LOCI_OK) return;
-    (void)loci_fail(&pair->error, LOCI_E_CORRUPT, "%s %u: wrong hash", part, index);
+void lookup_fault(lookup_part *part, const char *what, uint32_t index) {
+    if (part->error.status != LOCI_OK) return;
+    (void)loci_fail(&part->error, LOCI_E_CORRUPT, "%s %u: wrong hash", what, index);
 }
 
 bool lookup_report(loci_stream *stream, loci_lookup *lookup) {
-    size_t count = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
-    for (size_t i = 0; i < count; i++) {
-        const lookup_pair *pair = &lookup->pairs[i];
-        if (pair->error.status == LOCI_OK) continue;
+    for (size_t i = 0; i < lookup->part_count; i++) {
+        const lookup_part *part = &lookup->parts[i];
+        if (part->error.status == LOCI_OK) continue;
         lookup->ready = false;
-        loci_cpu_fail(stream, pair->error.status, "extent %016llx, layer %u, KV head %u: %s",
-                      (unsigned long long)pair->extent->id, lookup->layer, pair->kv_head,
-                      pair->error.text);
+        loci_cpu_fail(stream, part->error.status, "extent %016llx, layer %u, KV head %u: %s",
+                      (unsigned long long)part->extent->id, lookup->layer, part->kv_head,
+                      part->error.text);
         return false;
     }
     return true;
 }
 
-void lookup_run_pairs(loci_stream *stream, loci_lookup *lookup, loci_pool_fn fn) {
-    size_t count = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
-    loci_pool_run(lookup->cpu->pool, count, fn, lookup);
+void lookup_run_parts(loci_stream *stream, loci_lookup *lookup, loci_pool_fn fn) {
+    loci_pool_run(lookup->cpu->pool, lookup->part_count, fn, lookup);
     (void)lookup_report(stream, lookup);
 }
 
@@ -166,9 +164,9 @@ void lookup_join_masks(const lookup_head *head, uint32_t root, const uint32_t *m
     }
 }
 
-void lookup_mean_terms(const loci_lookup *lookup, const lookup_pair *pair, float *out) {
-    const float *mean = loci_pair_mean(pair->blob);
-    const float *q = lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim;
+void lookup_mean_terms(const loci_lookup *lookup, const lookup_part *part, float *out) {
+    const float *mean = loci_pair_mean(part->blob);
+    const float *q = lookup->q + (size_t)part->kv_head * lookup->vectors * lookup->dim;
     for (uint32_t v = 0; v < lookup->blocks * LOCI_LANES; v++) {
         float sum = 0.0f;
         for (uint32_t i = 0; v < lookup->vectors && i < lookup->dim; i++)
@@ -228,38 +226,69 @@ static bool load_queries(loci_lookup *lookup, loci_ref q, uint32_t q_stride, flo
     return true;
 }
 
-/* Finds and checks the header of every pair and numbers the roots. */
-static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
+/* The blob of a pair, its header checked. */
+static loci_status open_pair(const loci_lookup *lookup, const loci_extent_view *extent,
+                             uint32_t index, const uint8_t **blob, loci_error *err) {
+    uint64_t at = extent->pair_at[index], size = extent->buffer->bytes;
+    if (at > size || at % 8 != 0)
+        return loci_fail(err, LOCI_E_CORRUPT, "pair lies outside its block");
+    *blob = extent->buffer->data + at;
+    LOCI_TRY(loci_pair_check_header(*blob, size - at, extent->pair_hash[index], err));
+    const loci_pair_header *header = loci_pair_header_of(*blob);
+    if (header->head_dim == lookup->dim && header->tokens == extent->tokens) return LOCI_OK;
+    return loci_fail(err, LOCI_E_CORRUPT, "header: of another shape than its extent");
+}
+
+/* Opens the pairs, numbers their roots and counts their parts. */
+static bool open_pairs(loci_stream *stream, loci_lookup *lookup, lookup_part *pairs) {
     const loci_corpus_view *corpus = lookup->corpus;
-    for (uint32_t e = 0; e < corpus->extent_count; e++) {
-        for (uint32_t h = 0; h < lookup->kv_heads; h++) {
-            const loci_extent_view *extent = &corpus->extents[e];
-            lookup_pair *pair = lookup_pair_at(lookup, e, h);
-            uint32_t index = lookup->layer * lookup->kv_heads + h;
-            *pair = (lookup_pair){.extent = extent, .kv_head = h};
-            pair->live = extent->live ? extent->live[index] : NULL;
-            pair->root_base = lookup->heads[h].roots;
-            uint64_t at = extent->pair_at[index], size = extent->buffer->bytes;
-            loci_error *err = &pair->error;
-            if (at > size || at % 8 != 0) {
-                (void)loci_fail(err, LOCI_E_CORRUPT, "pair lies outside its block");
-            } else {
-                pair->blob = extent->buffer->data + at;
-                err->status =
-                    loci_pair_check_header(pair->blob, size - at, extent->pair_hash[index], err);
-            }
-            const loci_pair_header *header = loci_pair_header_of(pair->blob);
-            if (err->status == LOCI_OK &&
-                (header->head_dim != lookup->dim || header->tokens != extent->tokens))
-                (void)loci_fail(err, LOCI_E_CORRUPT, "header: of another shape than its extent");
-            if (err->status != LOCI_OK) {
-                loci_cpu_fail(stream, err->status, "extent %016llx, layer %u, KV head %u: %s",
-                              (unsigned long long)extent->id, lookup->layer, h, err->text);
-                return false;
-            }
-            lookup->heads[h].roots += header->roots;
+    for (size_t i = 0; i < (size_t)corpus->extent_count * lookup->kv_heads; i++) {
+        const loci_extent_view *extent = &corpus->extents[i / lookup->kv_heads];
+        uint32_t h = (uint32_t)(i % lookup->kv_heads), index = lookup->layer * lookup->kv_heads + h;
+        lookup_part *whole = &pairs[i];
+        *whole = (lookup_part){.extent = extent, .kv_head = h, .root_base = lookup->heads[h].roots};
+        whole->live = extent->live ? extent->live[index] : NULL;
+        loci_error err = {0};
+        if (open_pair(lookup, extent, index, &whole->blob, &err) != LOCI_OK) {
+            loci_cpu_fail(stream, err.status, "extent %016llx, layer %u, KV head %u: %s",
+                          (unsigned long long)extent->id, lookup->layer, h, err.text);
+            return false;
         }
+        whole->end = loci_pair_header_of(whole->blob)->roots;
+        lookup->heads[h].roots += whole->end;
+        lookup->pair_begin[i] = lookup->part_count;
+        lookup->part_count += (whole->end + LOOKUP_PART_ROOTS - 1) / LOOKUP_PART_ROOTS;
     }
+    return true;
+}
+
+static void cut_pair(const lookup_part *whole, lookup_part *parts) {
+    for (uint32_t first = 0; first < whole->end; first += LOOKUP_PART_ROOTS) {
+        *parts = *whole;
+        parts->first = first;
+        if (whole->end - first > LOOKUP_PART_ROOTS) parts->end = first + LOOKUP_PART_ROOTS;
+        parts++;
+    }
+}
+
+static bool make_parts(loci_stream *stream, loci_lookup *lookup) {
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    lookup_part *whole = lookup_alloc(lookup, pairs * sizeof *whole);
+    lookup->pair_begin = lookup_alloc(lookup, (pairs + 1) * sizeof *lookup->pair_begin);
+    if (!whole || !lookup->pair_begin) {
+        lookup_no_memory(stream, lookup);
+        return false;
+    }
+    if (!open_pairs(stream, lookup, whole)) return false;
+    lookup->pair_begin[pairs] = lookup->part_count;
+    size_t lanes = lookup->part_count * lookup->blocks * LOCI_LANES;
+    lookup->parts = lookup_alloc(lookup, lookup->part_count * sizeof *lookup->parts);
+    lookup->task_terms = lookup_alloc(lookup, lanes * sizeof *lookup->task_terms);
+    if (!lookup->parts || !lookup->task_terms) {
+        lookup_no_memory(stream, lookup);
+        return false;
+    }
+    for (size_t i = 0; i < pairs; i++) cut_pair(&whole[i], lookup->parts + lookup->pair_begin[i]);
     return true;
 }
 
@@ -316,17 +345,13 @@ void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup, const loci_
     }
     lookup->vectors = rows * lookup->group;
     lookup->blocks = loci_lane_blocks(lookup->vectors);
-    size_t pairs = (size_t)corpus->extent_count * corpus->kv_heads;
-    lookup->pairs = lookup_alloc(lookup, pairs * sizeof *lookup->pairs);
     lookup->heads = lookup_alloc(lookup, corpus->kv_heads * sizeof *lookup->heads);
-    lookup->task_terms = lookup_alloc(lookup, pairs * lookup->blocks * LOCI_LANES * sizeof(float));
-    if (!lookup->pairs || !lookup->heads || !lookup->task_terms ||
-        !load_queries(lookup, q, q_stride, scale, steady_lse)) {
+    if (!lookup->heads || !load_queries(lookup, q, q_stride, scale, steady_lse)) {
         lookup_no_memory(stream, lookup);
         return;
     }
     memset(lookup->heads, 0, corpus->kv_heads * sizeof *lookup->heads);
-    if (!open_pairs(stream, lookup)) return;
+    if (!make_parts(stream, lookup)) return;
     if (!alloc_heads(lookup)) {
         lookup_no_memory(stream, lookup);
         return;
@@ -432,10 +457,24 @@ static bool reserve_choices(loci_stream *stream, loci_lookup *lookup, size_t cho
 }
 
 static void count_live(loci_lookup *lookup) {
-    for (uint32_t h = 0; lookup->ready && h < lookup->kv_heads; h++) {
-        lookup_head *head = &lookup->heads[h];
-        for (uint32_t r = 0; r < head->roots; r++) head->live_tokens += head->root_live[r];
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
+    for (size_t i = 0; lookup->ready && i < pairs; i++) {
+        lookup_part *part = &lookup->parts[lookup->pair_begin[i]];
+        lookup_head *head = &lookup->heads[part->kv_head];
+        const uint32_t *live = head->root_live + part->root_base;
+        uint32_t roots = loci_pair_header_of(part->blob)->roots;
+        uint64_t tokens = 0;
+        for (uint32_t r = 0; r < roots; r++) tokens += live[r];
+        head->live_tokens += tokens;
+        head->spread += sqrt((double)tokens);
     }
+}
+
+/* Checks the roots' hashes, then reads the roots. */
+static void run_roots(loci_stream *stream, loci_lookup *lookup) {
+    lookup_run_parts(stream, lookup, lookup_check_task);
+    if (lookup->ready) lookup_run_parts(stream, lookup, lookup_root_task);
+    count_live(lookup);
 }
 
 static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
@@ -449,12 +488,11 @@ static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
             return;
         }
     }
-    lookup_run_pairs(stream, lookup, lookup_root_task);
-    count_live(lookup);
+    run_roots(stream, lookup);
     if (!lookup->ready) return;
     lookup_run_rows(lookup, lookup_keep_roots_task);
     if (!make_all_entries(stream, lookup) || !lookup_prepare_sketches(stream, lookup)) return;
-    lookup_run_pairs(stream, lookup, lookup_leaf_task);
+    lookup_run_parts(stream, lookup, lookup_leaf_task);
     if (!lookup->ready || !reserve_choices(stream, lookup, most_choices(lookup, false))) return;
     lookup_run_rows(lookup, lookup_find_floors_task);
 }
@@ -466,19 +504,18 @@ void loci_cpu_score_nodes(loci_stream *stream, loci_lookup *lookup) {
         return;
     }
     /* Dense and squeezed walk all roots and leaves. */
-    lookup_run_pairs(stream, lookup, lookup_root_task);
-    count_live(lookup);
+    run_roots(stream, lookup);
     if (!lookup->ready || !make_all_entries(stream, lookup)) return;
-    lookup_run_pairs(stream, lookup, lookup_leaf_task);
+    lookup_run_parts(stream, lookup, lookup_leaf_task);
     if (lookup->ready && lookup->mode == LOCI_MODE_SQUEEZED) lookup_squeeze(stream, lookup);
 }
 
 void loci_cpu_score_codes(loci_stream *stream, loci_lookup *lookup) {
     if (!lookup->ready || !lookup_place_masks(stream, lookup)) return;
     if (lookup->mode != LOCI_MODE_HIERARCHICAL) return;
-    lookup_run_pairs(stream, lookup, lookup_candidate_task);
+    lookup_run_parts(stream, lookup, lookup_candidate_task);
     if (!lookup_prepare_codes(stream, lookup)) return;
-    lookup_run_pairs(stream, lookup, lookup_code_task);
+    lookup_run_parts(stream, lookup, lookup_code_task);
     lookup->tokens_scored = lookup->ready;
 }
 
@@ -486,16 +523,16 @@ void loci_cpu_score_codes(loci_stream *stream, loci_lookup *lookup) {
 static void select_whole_leaves(void *arg, size_t index, unsigned thread) {
     (void)thread;
     loci_lookup *lookup = arg;
-    const lookup_pair *pair = &lookup->pairs[index];
-    lookup_head *head = &lookup->heads[pair->kv_head];
-    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++) {
-        const loci_root *root = loci_pair_root(pair->blob, i);
-        size_t entry = head->entry_begin[pair->root_base + i];
+    const lookup_part *part = &lookup->parts[index];
+    lookup_head *head = &lookup->heads[part->kv_head];
+    for (uint32_t i = part->first; i < part->end; i++) {
+        const loci_root *root = loci_pair_root(part->blob, i);
+        size_t entry = head->entry_begin[part->root_base + i];
         uint32_t *mask = head->token_mask + head->mask_at[entry];
         for (uint32_t l = 0; l < root->count; l++) {
             if (!(head->leaf_mask[entry] >> l & 1)) continue;
-            const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[l];
-            *mask++ = lookup_live_bits(pair->live, leaf->begin, leaf->count);
+            const loci_leaf *leaf = &loci_root_leaves(part->blob, root)[l];
+            *mask++ = lookup_live_bits(part->live, leaf->begin, leaf->count);
         }
     }
 }
@@ -503,7 +540,7 @@ static void select_whole_leaves(void *arg, size_t index, unsigned thread) {
 void loci_cpu_select(loci_stream *stream, loci_lookup *lookup) {
     if (!lookup->ready) return;
     if (lookup_shared(lookup)) {
-        lookup_run_pairs(stream, lookup, select_whole_leaves);
+        lookup_run_parts(stream, lookup, select_whole_leaves);
     } else {
         if (!reserve_choices(stream, lookup, most_choices(lookup, true))) return;
         lookup_run_rows(lookup, lookup_select_task);
@@ -513,25 +550,25 @@ void loci_cpu_select(loci_stream *stream, loci_lookup *lookup) {
 
 /* --- what the host may see ------------------------------------------------------------- */
 
-static void add_selected(const lookup_pair *pair, uint32_t extent, uint32_t row, uint32_t first,
+static void add_selected(const lookup_part *part, uint32_t extent, uint32_t row, uint32_t first,
                          uint32_t mask, loci_selected *selected, size_t capacity, size_t *count) {
     for (uint32_t t = 0; t < LOCI_LEAF_TOKENS_MAX; t++) {
         if (!(mask >> t & 1)) continue;
         if (*count < capacity)
-            selected[*count] = (loci_selected){extent, pair->kv_head, row, first + t};
+            selected[*count] = (loci_selected){extent, part->kv_head, row, first + t};
         (*count)++;
     }
 }
 
 /* What one entry of a row selected under a root of an extent. */
-static void add_entry_selected(const lookup_pair *pair, const lookup_head *head, uint32_t extent,
+static void add_entry_selected(const lookup_part *part, const lookup_head *head, uint32_t extent,
                                uint32_t row, lookup_kept at, loci_selected *selected,
                                size_t capacity, size_t *count) {
-    const loci_root *root = loci_pair_root(pair->blob, at.root - pair->root_base);
+    const loci_root *root = loci_pair_root(part->blob, at.root - part->root_base);
     const uint32_t *mask = head->token_mask + head->mask_at[at.entry];
     for (uint64_t left = head->leaf_mask[at.entry]; left; left &= left - 1, mask++) {
-        uint32_t first = loci_root_leaves(pair->blob, root)[__builtin_ctzll(left)].begin;
-        add_selected(pair, extent, row, first, *mask, selected, capacity, count);
+        uint32_t first = loci_root_leaves(part->blob, root)[__builtin_ctzll(left)].begin;
+        add_selected(part, extent, row, first, *mask, selected, capacity, count);
     }
 }
 
@@ -541,17 +578,17 @@ void loci_cpu_lookup_selected(loci_stream *stream, loci_lookup *lookup, loci_sel
     *count = 0;
     if (!lookup->tokens_selected) return;
     bool shared = lookup_shared(lookup);
-    for (uint32_t i = 0; i < lookup->corpus->extent_count * lookup->kv_heads; i++) {
-        const lookup_pair *pair = &lookup->pairs[i];
-        const lookup_head *head = &lookup->heads[pair->kv_head];
-        uint32_t begin = pair->root_base, end = begin + loci_pair_header_of(pair->blob)->roots;
+    for (size_t i = 0; i < lookup->part_count; i++) {
+        const lookup_part *part = &lookup->parts[i];
+        const lookup_head *head = &lookup->heads[part->kv_head];
+        uint32_t begin = part->root_base + part->first, end = part->root_base + part->end;
+        uint32_t extent = (uint32_t)(part->extent - lookup->corpus->extents);
         for (uint32_t t = 0; t < lookup->rows; t++) {
             size_t last = shared ? end : head->row_begin[t + 1];
             for (size_t k = shared ? begin : head->row_begin[t]; k < last; k++) {
                 lookup_kept at = shared ? (lookup_kept){(uint32_t)k, k} : head->row_kept[k];
                 if (at.root >= begin && at.root < end)
-                    add_entry_selected(pair, head, i / lookup->kv_heads, t, at, selected, capacity,
-                                       count);
+                    add_entry_selected(part, head, extent, t, at, selected, capacity, count);
             }
         }
     }
@@ -561,15 +598,15 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
     (void)stream;
     *stats = (loci_lookup_stats){0};
     if (!lookup->ready) return;
-    for (size_t i = 0; i < (size_t)lookup->corpus->extent_count * lookup->kv_heads; i++) {
-        const lookup_pair *pair = &lookup->pairs[i];
-        stats->root_bytes += pair->stats.root_bytes;
-        stats->leaf_bytes += pair->stats.leaf_bytes;
-        stats->code_bytes += pair->stats.code_bytes;
-        stats->hash_bytes += pair->stats.hash_bytes;
-        stats->kv_bytes += pair->stats.kv_bytes;
-        stats->kv_leaf_bytes += pair->stats.kv_leaf_bytes;
-        stats->tail_bytes += pair->stats.tail_bytes;
+    for (size_t i = 0; i < lookup->part_count; i++) {
+        const lookup_part *part = &lookup->parts[i];
+        stats->root_bytes += part->stats.root_bytes;
+        stats->leaf_bytes += part->stats.leaf_bytes;
+        stats->code_bytes += part->stats.code_bytes;
+        stats->hash_bytes += part->stats.hash_bytes;
+        stats->kv_bytes += part->stats.kv_bytes;
+        stats->kv_leaf_bytes += part->stats.kv_leaf_bytes;
+        stats->tail_bytes += part->stats.tail_bytes;
     }
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];

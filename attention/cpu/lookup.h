@@ -8,8 +8,8 @@
  * An "entry" is a root kept by one row (or, where all rows share one set, by all of them, and then
  * row 0 stands for them); entries stand root by root, rows ascending, so that work by block walks
  * roots and work by row finds its entry in each root. All memory is the look-up's arena, which
- * is reset by begin. Parallel tasks work on one (extent, KV head), a "pair", or on one (KV head,
- * row), and write nothing that another one writes.
+ * is reset by begin. Parallel tasks work on some roots of one (extent, KV head), a "part", or on
+ * one (KV head, row), and write nothing that another one writes.
  */
 #ifndef LOCI_ATTENTION_CPU_LOOKUP_H
 #define LOCI_ATTENTION_CPU_LOOKUP_H
@@ -30,15 +30,20 @@ typedef struct lookup_arena {
     loci_error refusal; /* status OK, or why the chunks could not grow */
 } lookup_arena;
 
-typedef struct lookup_pair {
+#define LOOKUP_PART_ROOTS 512u
+
+/* Up to LOOKUP_PART_ROOTS roots of a pair. */
+typedef struct lookup_part {
     const loci_extent_view *extent;
     const uint8_t *blob;
     const uint64_t *live;
     uint32_t kv_head;
-    uint32_t root_base; /* number of its first root among the head's */
-    loci_error error;   /* first failure of a task on this pair */
+    uint32_t root_base; /* number of the pair's first root among the head's */
+    uint32_t first,
+        end;          /* its roots among the pair's; the part with root 0 checks the pair's own */
+    loci_error error; /* first failure of a task on this part */
     loci_lookup_stats stats;
-} lookup_pair;
+} lookup_part;
 
 /* A root that a row keeps (its number among the head's), and its entry. */
 typedef struct lookup_kept {
@@ -53,6 +58,7 @@ typedef struct lookup_head {
     uint32_t *root_first; /* [roots] first slot in the root's pair */
     uint8_t *root_leaves; /* [roots] */
     uint64_t live_tokens;
+    double spread; /* sum over extents of the square root of their live tokens */
     uint8_t *root_kept;    /* [rows][roots]; absent where all rows share one set */
     size_t *entry_begin;   /* [roots + 1] */
     uint32_t *entry_row;   /* [entries] */
@@ -90,11 +96,13 @@ struct loci_lookup {
     float *q, *q_lanes, *q_scale, *qq_scale;
     int8_t *q_codes, *qq_codes;
     int32_t *q_sum, *qq_sum;
-    float *steady;             /* [kv_heads][vectors] */
-    lookup_pair *pairs;        /* [extents][kv_heads] */
+    float *steady;      /* [kv_heads][vectors] */
+    lookup_part *parts; /* [part_count], extent by extent, KV head by KV head */
+    size_t *pair_begin; /* [extents * kv_heads + 1]: where a pair's begin */
+    size_t part_count;
     lookup_head *heads;        /* [kv_heads] */
-    float *task_terms;         /* [pairs][blocks * 16]: q.mean */
-    loci_sketch_table *tables; /* [pairs][vectors] */
+    float *task_terms;         /* [parts][blocks * 16]: q.mean */
+    loci_sketch_table *tables; /* [parts][vectors] */
     uint8_t *folded;           /* [threads][folded_stride]: queries with a pair's code scales */
     size_t folded_stride;
     float **scratch; /* [threads] */
@@ -106,8 +114,9 @@ void *lookup_alloc(loci_lookup *lookup, size_t bytes);
 /* One scratch of that many floats for each thread of the pool. */
 bool lookup_scratch(loci_lookup *lookup, size_t floats);
 
-static inline lookup_pair *lookup_pair_at(const loci_lookup *lookup, size_t extent, size_t head) {
-    return &lookup->pairs[extent * lookup->kv_heads + head];
+/* The first part of a pair. */
+static inline lookup_part *lookup_part_at(const loci_lookup *lookup, size_t extent, size_t head) {
+    return &lookup->parts[lookup->pair_begin[extent * lookup->kv_heads + head]];
 }
 
 static inline bool lookup_shared(const loci_lookup *lookup) {
@@ -164,31 +173,32 @@ static inline void lookup_block_entries(const loci_lookup *lookup, const lookup_
 void lookup_join_masks(const lookup_head *head, uint32_t root, const uint32_t *masks,
                        uint32_t *all);
 
-/* q of a KV head times the mean of a pair: out [blocks * 16], 0 in unused lanes. */
-void lookup_mean_terms(const loci_lookup *lookup, const lookup_pair *pair, float *out);
+/* q of a KV head times the mean of its pair: out [blocks * 16], 0 in unused lanes. */
+void lookup_mean_terms(const loci_lookup *lookup, const lookup_part *part, float *out);
 
-void lookup_fault(lookup_pair *pair, const char *part, uint32_t index);
-/* Puts the first error of a pair, in their order, in the stream; false if there is one. */
+void lookup_fault(lookup_part *part, const char *what, uint32_t index);
+/* Puts the first error of a part, in their order, in the stream; false if there is one. */
 bool lookup_report(loci_stream *stream, loci_lookup *lookup);
-/* Runs fn(lookup, extent * kv_heads + head) over the pool, then reports the first error. */
-void lookup_run_pairs(loci_stream *stream, loci_lookup *lookup, loci_pool_fn fn);
+/* Runs fn(lookup, number of a part) over the pool, then reports the first error. */
+void lookup_run_parts(loci_stream *stream, loci_lookup *lookup, loci_pool_fn fn);
 /* Runs fn(lookup, head * rows + row). */
 void lookup_run_rows(loci_lookup *lookup, loci_pool_fn fn);
 void lookup_no_memory(loci_stream *stream, loci_lookup *lookup);
 
-/* nodes.c */
+/* nodes.c: the roots' hashes, before all else; scores. */
+void lookup_check_task(void *arg, size_t index, unsigned thread);
 void lookup_root_task(void *arg, size_t index, unsigned thread);
 void lookup_leaf_task(void *arg, size_t index, unsigned thread);
 /* Scores of nodes [0, count), count <= 64, for one block of lanes: out [count][16]. size NULL: q.c
  * alone, without mass and variance. */
-void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const loci_node *first,
+void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
                        uint32_t block, float *out);
-/* sketches.c: tables of one pair, then the leaves of one of its roots for all rows that keep it. */
+/* sketches.c: tables of one part, then the leaves of one of its roots for all rows that keep it. */
 bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup);
-void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair);
-void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root);
-/* Marks the tokens of one pair that reach a floor of a row. */
+void lookup_make_tables(const loci_lookup *lookup, const lookup_part *part);
+void lookup_score_sketches(const loci_lookup *lookup, const lookup_part *part, uint32_t root);
+/* Marks the tokens of one part that reach a floor of a row. */
 void lookup_candidate_task(void *arg, size_t index, unsigned thread);
 /* codes.c: room for the masks of leaf_mask, then for the scores of the candidates. */
 bool lookup_place_masks(loci_stream *stream, loci_lookup *lookup);

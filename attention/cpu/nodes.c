@@ -10,10 +10,10 @@
 
 #define TILE 64u /* nodes scored together */
 
-void lookup_score_tile(const loci_lookup *lookup, const lookup_pair *pair, const loci_node *first,
+void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
                        uint32_t block, float *out) {
-    uint32_t dim = lookup->dim, h = pair->kv_head;
+    uint32_t dim = lookup->dim, h = part->kv_head;
     size_t stride = loci_node_stride(dim), at = lookup_lane_at(lookup, h, block);
     size_t lane = ((size_t)h * lookup->blocks + block) * LOCI_LANES;
     uint8_t x[TILE * LOCI_HEAD_DIM_MAX];
@@ -64,84 +64,94 @@ static uint32_t live_tokens(const uint64_t *live, uint32_t first, uint32_t count
     return sum;
 }
 
-/* All roots of one pair. */
+void lookup_check_task(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    loci_lookup *lookup = arg;
+    lookup_part *part = &lookup->parts[index];
+    if (part->first == 0) part->error.status = loci_pair_check_roots(part->blob, &part->error);
+}
+
+/* What is known of the roots of one part without their scores. */
+static void count_roots(const lookup_part *part, lookup_head *head) {
+    uint32_t slot = 0;
+    for (uint32_t i = 0; i < part->first; i++) slot += loci_pair_root(part->blob, i)->tokens;
+    for (uint32_t i = part->first; i < part->end; i++) {
+        const loci_root *root = loci_pair_root(part->blob, i);
+        uint32_t r = part->root_base + i;
+        head->root_leaves[r] = (uint8_t)root->count;
+        head->root_first[r] = slot;
+        head->root_live[r] = live_tokens(part->live, slot, root->tokens);
+        slot += root->tokens;
+    }
+}
+
+/* All roots of one part. */
 void lookup_root_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     loci_lookup *lookup = arg;
-    lookup_pair *pair = &lookup->pairs[index];
-    lookup_head *head = &lookup->heads[pair->kv_head];
-    const loci_pair_header *header = loci_pair_header_of(pair->blob);
-    if (loci_pair_check_roots(pair->blob, &pair->error) != LOCI_OK) return;
-    pair->stats.root_bytes += header->roots * (sizeof(loci_root) + loci_node_stride(lookup->dim));
-    uint32_t *live = head->root_live + pair->root_base, first = 0;
-    for (uint32_t i = 0; i < header->roots; i++) {
-        uint32_t tokens = loci_pair_root(pair->blob, i)->tokens;
-        head->root_leaves[pair->root_base + i] = (uint8_t)loci_pair_root(pair->blob, i)->count;
-        head->root_first[pair->root_base + i] = first;
-        live[i] = live_tokens(pair->live, first, tokens);
-        first += tokens;
-    }
+    lookup_part *part = &lookup->parts[index];
+    lookup_head *head = &lookup->heads[part->kv_head];
+    part->stats.root_bytes +=
+        (part->end - part->first) * (sizeof(loci_root) + loci_node_stride(lookup->dim));
+    count_roots(part, head);
     if (lookup->mode != LOCI_MODE_HIERARCHICAL) return;
     float *mean_terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
-    lookup_mean_terms(lookup, pair, mean_terms);
-    for (uint32_t i = 0; i < header->roots; i += TILE) {
-        uint32_t count = header->roots - i < TILE ? header->roots - i : TILE;
+    lookup_mean_terms(lookup, part, mean_terms);
+    for (uint32_t i = part->first; i < part->end; i += TILE) {
+        uint32_t count = part->end - i < TILE ? part->end - i : TILE, r = part->root_base + i;
         for (uint32_t b = 0; b < lookup->blocks; b++) {
             float scores[TILE * LOCI_LANES];
-            lookup_score_tile(lookup, pair, loci_pair_root_node(pair->blob, i), count, live + i,
-                              mean_terms, b, scores);
+            lookup_score_tile(lookup, part, loci_pair_root_node(part->blob, i), count,
+                              head->root_live + r, mean_terms, b, scores);
             for (uint32_t l = 0; l < LOCI_LANES && b * LOCI_LANES + l < lookup->vectors; l++) {
-                float *out = head->root_score + (size_t)(b * LOCI_LANES + l) * head->roots;
-                for (uint32_t n = 0; n < count; n++)
-                    out[pair->root_base + i + n] = scores[n * LOCI_LANES + l];
+                float *out = head->root_score + (size_t)(b * LOCI_LANES + l) * head->roots + r;
+                for (uint32_t n = 0; n < count; n++) out[n] = scores[n * LOCI_LANES + l];
             }
         }
     }
 }
 
-/* The next root of a pair, from `local` on, with entries; their number if there is none. Its block
- * is on its way to the cache. */
-static uint32_t next_kept(const loci_lookup *lookup, const lookup_pair *pair, uint32_t local) {
-    const lookup_head *head = &lookup->heads[pair->kv_head];
-    const size_t *begin = head->entry_begin + pair->root_base;
-    uint32_t roots = loci_pair_header_of(pair->blob)->roots;
-    while (local < roots && begin[local] == begin[local + 1]) local++;
-    if (local == roots) return roots;
-    const loci_root *root = loci_pair_root(pair->blob, local);
-    const uint8_t *block = (const void *)loci_root_leaves(pair->blob, root);
+/* The next root of a part, from `local` on, with entries; the end if there is none. Its block is on
+ * its way to the cache. */
+static uint32_t next_kept(const loci_lookup *lookup, const lookup_part *part, uint32_t local) {
+    const lookup_head *head = &lookup->heads[part->kv_head];
+    const size_t *begin = head->entry_begin + part->root_base;
+    while (local < part->end && begin[local] == begin[local + 1]) local++;
+    if (local == part->end) return local;
+    const loci_root *root = loci_pair_root(part->blob, local);
+    const uint8_t *block = (const void *)loci_root_leaves(part->blob, root);
     size_t bytes = loci_block_bytes(lookup->dim, root->count, root->tokens);
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + i);
     return local;
 }
 
-/* All leaves of the roots of one pair that some row keeps. */
+/* All leaves of the roots of one part that some row keeps. */
 void lookup_leaf_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     loci_lookup *lookup = arg;
-    lookup_pair *pair = &lookup->pairs[index];
-    lookup_head *head = &lookup->heads[pair->kv_head];
+    lookup_part *part = &lookup->parts[index];
+    lookup_head *head = &lookup->heads[part->kv_head];
     bool sketches = lookup->mode == LOCI_MODE_HIERARCHICAL;
-    if (sketches) lookup_make_tables(lookup, pair);
-    uint32_t roots = loci_pair_header_of(pair->blob)->roots;
-    for (uint32_t i = next_kept(lookup, pair, 0), next; i < roots; i = next) {
-        uint32_t r = pair->root_base + i;
+    if (sketches) lookup_make_tables(lookup, part);
+    for (uint32_t i = next_kept(lookup, part, part->first), next; i < part->end; i = next) {
+        uint32_t r = part->root_base + i;
         size_t begin = head->entry_begin[r];
-        next = next_kept(lookup, pair, i + 1);
-        if (loci_pair_check_block(pair->blob, i, head->root_first[r], &pair->error) != LOCI_OK)
+        next = next_kept(lookup, part, i + 1);
+        if (loci_pair_check_block(part->blob, i, head->root_first[r], &part->error) != LOCI_OK)
             return;
-        const loci_root *root = loci_pair_root(pair->blob, i);
-        const loci_leaf *leaves = loci_root_leaves(pair->blob, root);
-        pair->stats.leaf_bytes += loci_block_bytes(lookup->dim, root->count, root->tokens);
+        const loci_root *root = loci_pair_root(part->blob, i);
+        const loci_leaf *leaves = loci_root_leaves(part->blob, root);
+        part->stats.leaf_bytes += loci_block_bytes(lookup->dim, root->count, root->tokens);
         uint8_t *live = head->leaf_live + head->leaf_at[r];
         for (uint32_t l = 0; l < root->count; l++) {
-            live[l] = (uint8_t)live_tokens(pair->live, leaves[l].begin, leaves[l].count);
+            live[l] = (uint8_t)live_tokens(part->live, leaves[l].begin, leaves[l].count);
             if (lookup->mode == LOCI_MODE_DENSE && live[l]) head->leaf_mask[begin] |= 1ull << l;
         }
         if (sketches) {
-            lookup_score_sketches(lookup, pair, i);
+            lookup_score_sketches(lookup, part, i);
         } else if (lookup->mode == LOCI_MODE_SQUEEZED) {
-            if (loci_pair_check_leaf_nodes(pair->blob, i, &pair->error) != LOCI_OK) return;
-            pair->stats.leaf_bytes += root->count * loci_node_stride(lookup->dim);
+            if (loci_pair_check_leaf_nodes(part->blob, i, &part->error) != LOCI_OK) return;
+            part->stats.leaf_bytes += root->count * loci_node_stride(lookup->dim);
         }
     }
 }

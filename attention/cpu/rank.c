@@ -58,21 +58,21 @@ static double sum_logs(const loci_lookup *lookup, const loci_lane_softmax *state
     return sum;
 }
 
-/* Positions [begin, end) of one pair, all lanes: sum over vectors of the log-sum-exp. */
-static double score_positions(const loci_lookup *lookup, const lookup_pair *pair,
+/* Positions [begin, end) of one part, all lanes: sum over vectors of the log-sum-exp. */
+static double score_positions(const loci_lookup *lookup, const lookup_part *part,
                               const loci_folded *folded, const float *terms, uint32_t begin,
                               uint32_t end) {
-    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    const loci_pair_header *header = loci_pair_header_of(part->blob);
     uint8_t codes[TILE * LOCI_HEAD_DIM_MAX];
     float logits[TILE * LOCI_LANES];
     double total = 0.0;
     for (uint32_t b = 0; b < lookup->blocks; b++) {
         loci_lane_softmax state;
-        start(lookup, pair->kv_head, b, &state);
+        start(lookup, part->kv_head, b, &state);
         for (uint32_t at = begin; at < end; at += TILE) {
             uint32_t n = end - at < TILE ? end - at : TILE;
             lookup->kernels->unpack(
-                codes, pair->blob + header->position_codes_at + (size_t)at * (lookup->dim / 2),
+                codes, part->blob + header->position_codes_at + (size_t)at * (lookup->dim / 2),
                 (size_t)n * lookup->dim);
             loci_score_codes_tile(lookup->kernels, folded, terms, codes, n, lookup->dim, b, logits);
             score_tile(lookup, &state, logits, n);
@@ -82,16 +82,20 @@ static double score_positions(const loci_lookup *lookup, const lookup_pair *pair
     return total;
 }
 
+static float *mean_terms_of(const loci_lookup *lookup, const lookup_part *part) {
+    return lookup->task_terms + (size_t)(part - lookup->parts) * lookup->blocks * LOCI_LANES;
+}
+
 /* The blocks of codes that positions [begin, end) touch. */
-static bool positions_ok(const lookup_pair *pair, uint32_t begin, uint32_t end, uint32_t *bad) {
-    const loci_pair_header *header = loci_pair_header_of(pair->blob);
-    const uint64_t *hashes = (const void *)(pair->blob + header->position_hashes_at);
+static bool positions_ok(const lookup_part *part, uint32_t begin, uint32_t end, uint32_t *bad) {
+    const loci_pair_header *header = loci_pair_header_of(part->blob);
+    const uint64_t *hashes = (const void *)(part->blob + header->position_hashes_at);
     for (uint32_t b = begin / LOCI_POSITION_BLOCK; b * LOCI_POSITION_BLOCK < end; b++) {
         uint32_t from = b * LOCI_POSITION_BLOCK, left = header->tokens - from;
         size_t bytes = (size_t)(left < LOCI_POSITION_BLOCK ? left : LOCI_POSITION_BLOCK) *
                        (header->head_dim / 2);
         *bad = b;
-        if (loci_hash_bytes(pair->blob + header->position_codes_at +
+        if (loci_hash_bytes(part->blob + header->position_codes_at +
                                 (size_t)from * (header->head_dim / 2),
                             bytes) != hashes[b])
             return false;
@@ -123,18 +127,17 @@ static float score_extent_segment(const rank_job *job, uint32_t segment, loci_er
     double sum = 0.0;
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         size_t index = (size_t)e * lookup->kv_heads + h;
-        const lookup_pair *pair = &lookup->pairs[index];
-        if (end > loci_pair_header_of(pair->blob)->tokens ||
-            !positions_ok(pair, begin, end, &bad)) {
+        const lookup_part *part = lookup_part_at(lookup, e, h);
+        if (end > loci_pair_header_of(part->blob)->tokens ||
+            !positions_ok(part, begin, end, &bad)) {
             (void)loci_fail(err, LOCI_E_CORRUPT,
                             "extent %016llx, layer %u, KV head %u: position codes of block %u: "
                             "wrong hash",
                             (unsigned long long)extent->id, lookup->layer, h, bad);
             return -INFINITY;
         }
-        sum +=
-            score_positions(lookup, pair, &job->folded[index],
-                            lookup->task_terms + index * lookup->blocks * LOCI_LANES, begin, end);
+        sum += score_positions(lookup, part, &job->folded[index], mean_terms_of(lookup, part),
+                               begin, end);
     }
     return (float)(sum / lookup->q_heads);
 }
@@ -186,25 +189,25 @@ static void fold_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     rank_job *job = arg;
     loci_lookup *lookup = job->lookup;
-    lookup_pair *pair = &lookup->pairs[index];
-    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    lookup_part *part = &lookup->parts[lookup->pair_begin[index]];
+    const loci_pair_header *header = loci_pair_header_of(part->blob);
     if (header->position_codes_at == 0) {
-        (void)loci_fail(&pair->error, LOCI_E_PRECONDITION, "it was built without position codes");
+        (void)loci_fail(&part->error, LOCI_E_PRECONDITION, "it was built without position codes");
         return;
     }
     size_t hashes = (header->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
-    if (loci_hash_bytes(pair->blob + header->position_hashes_at, hashes * sizeof(uint64_t)) !=
+    if (loci_hash_bytes(part->blob + header->position_hashes_at, hashes * sizeof(uint64_t)) !=
         header->hash_position_hashes) {
-        (void)loci_fail(&pair->error, LOCI_E_CORRUPT, "position hashes: wrong hash");
+        (void)loci_fail(&part->error, LOCI_E_CORRUPT, "position hashes: wrong hash");
         return;
     }
     uint8_t *memory =
         (uint8_t *)(job->folded + (size_t)lookup->corpus->extent_count * lookup->kv_heads);
     memory += index * loci_folded_bytes(lookup->blocks * LOCI_LANES, lookup->dim);
     loci_fold_query(&job->folded[index], memory,
-                    lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim,
-                    lookup->vectors, lookup->dim, loci_pair_code_scale(pair->blob));
-    lookup_mean_terms(lookup, pair, lookup->task_terms + index * lookup->blocks * LOCI_LANES);
+                    lookup->q + (size_t)part->kv_head * lookup->vectors * lookup->dim,
+                    lookup->vectors, lookup->dim, loci_pair_code_scale(part->blob));
+    lookup_mean_terms(lookup, part, mean_terms_of(lookup, part));
 }
 
 /* On a look-up after begin. `codes`: some of the segments stand in extents. */
@@ -275,25 +278,24 @@ static void add_tokens(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
                        float *sums) {
     const lookup_head *head = &lookup->heads[kv_head];
     uint32_t row = vector / lookup->group, j = vector % lookup->group;
-    const lookup_pair *pair = lookup_pair_at(lookup, 0, kv_head);
+    const lookup_part *part = lookup->parts;
     for (size_t i = head->row_begin[row]; i < head->row_begin[row + 1]; i++) {
         lookup_kept at = head->row_kept[i];
-        while (at.root >= pair->root_base + loci_pair_header_of(pair->blob)->roots)
-            pair += lookup->kv_heads; /* of the next extent */
-        const loci_root *root = loci_pair_root(pair->blob, at.root - pair->root_base);
+        while (part->kv_head != kv_head || at.root >= part->root_base + part->end) part++;
+        const loci_root *root = loci_pair_root(part->blob, at.root - part->root_base);
         const float *score = head->token_score + head->token_at[at.entry] +
                              j * lookup_candidates(lookup, head, at.entry);
         const uint32_t *mask = head->candidates + head->mask_at[at.entry];
         for (uint64_t left = head->leaf_mask[at.entry]; left; left &= left - 1, mask++) {
-            const loci_leaf *leaf = &loci_root_leaves(pair->blob, root)[__builtin_ctzll(left)];
+            const loci_leaf *leaf = &loci_root_leaves(part->blob, root)[__builtin_ctzll(left)];
             float weight[LOCI_LEAF_TOKENS_MAX];
             uint32_t n = lookup_count_bits(*mask), bits = *mask;
             lookup->kernels->exp_sub(weight, score, n, max);
             for (uint32_t t = 0; t < n; t++, bits &= bits - 1) {
                 uint32_t slot = leaf->begin + (uint32_t)__builtin_ctz(bits);
-                uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(pair->blob, slot));
-                if (segment < pair->extent->segments)
-                    sums[pair->extent->segment_base + segment] += weight[t];
+                uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(part->blob, slot));
+                if (segment < part->extent->segments)
+                    sums[part->extent->segment_base + segment] += weight[t];
             }
             score += n;
         }

@@ -16,13 +16,12 @@ static size_t table_bytes(const loci_lookup *lookup) {
     return (size_t)loci_sketch_parts(lookup->dim) * LOCI_SKETCH_WORDS;
 }
 
-static loci_sketch_table *tables_of(const loci_lookup *lookup, const lookup_pair *pair) {
-    return lookup->tables + (size_t)(pair - lookup->pairs) * lookup->vectors;
+static loci_sketch_table *tables_of(const loci_lookup *lookup, const lookup_part *part) {
+    return lookup->tables + (size_t)(part - lookup->parts) * lookup->vectors;
 }
 
 bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup) {
-    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
-    size_t count = pairs * lookup->vectors;
+    size_t count = lookup->part_count * lookup->vectors;
     size_t bytes = table_bytes(lookup);
     lookup->tables = lookup_alloc(lookup, count * sizeof *lookup->tables);
     uint8_t *entries = lookup_alloc(lookup, count * bytes);
@@ -35,17 +34,17 @@ bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup) {
     return true;
 }
 
-void lookup_make_tables(const loci_lookup *lookup, const lookup_pair *pair) {
-    const float *book = loci_pair_codebook(pair->blob);
-    const float *q = lookup->q + (size_t)pair->kv_head * lookup->vectors * lookup->dim;
+void lookup_make_tables(const loci_lookup *lookup, const lookup_part *part) {
+    const float *book = loci_pair_codebook(part->blob);
+    const float *q = lookup->q + (size_t)part->kv_head * lookup->vectors * lookup->dim;
     for (uint32_t v = 0; v < lookup->vectors; v++)
-        lookup->kernels->sketch_table(tables_of(lookup, pair) + v, q + (size_t)v * lookup->dim,
+        lookup->kernels->sketch_table(tables_of(lookup, part) + v, q + (size_t)v * lookup->dim,
                                       book, loci_sketch_parts(lookup->dim));
 }
 
 /* Vectors of one row under one root. */
 typedef struct sketch_run {
-    const lookup_pair *pair;
+    const lookup_part *part;
     const loci_root *root;
     const loci_sketch_table *table;
     uint32_t count; /* of vectors, at most LOCI_SKETCH_VECTORS */
@@ -59,7 +58,7 @@ static void sum_groups(const loci_lookup *lookup, sketch_run *run, uint32_t firs
     uint32_t parts = loci_sketch_parts(lookup->dim);
     for (uint32_t v = 0; v < run->count; v++) entries[v] = run->table[v].entry;
     lookup->kernels->sketch_sums(run->sum + first * LOCI_SKETCH_GROUP,
-                                 loci_root_sketches(run->pair->blob, run->root) +
+                                 loci_root_sketches(run->part->blob, run->root) +
                                      (size_t)first * parts * LOCI_SKETCH_WORDS,
                                  end - first, parts, entries, run->count);
 }
@@ -72,9 +71,9 @@ static float estimate_of(const sketch_run *run, uint32_t v, uint32_t sum) {
 /* The highest estimate among each leaf's live tokens: out [count][leaves]. */
 static void top_leaves(const loci_lookup *lookup, const sketch_run *run, const uint8_t *live,
                        float *out) {
-    const loci_leaf *leaves = loci_root_leaves(run->pair->blob, run->root);
+    const loci_leaf *leaves = loci_root_leaves(run->part->blob, run->root);
     for (uint32_t l = 0; l < run->root->count; l++) {
-        uint32_t mask = lookup_live_bits(run->pair->live, leaves[l].begin, leaves[l].count);
+        uint32_t mask = lookup_live_bits(run->part->live, leaves[l].begin, leaves[l].count);
         const uint16_t *of_leaf = run->sum + (leaves[l].begin - leaves[0].begin);
         for (uint32_t v = 0; v < run->count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX)
             out[v * run->root->count + l] =
@@ -101,7 +100,7 @@ static uint16_t least_sum(const sketch_run *run, uint32_t v, float floor) {
  * tokens of kept leaves are summed. */
 static void mark_run(const loci_lookup *lookup, sketch_run *run, const float *floor, uint64_t kept,
                      uint32_t *candidates) {
-    const loci_leaf *leaves = loci_root_leaves(run->pair->blob, run->root);
+    const loci_leaf *leaves = loci_root_leaves(run->part->blob, run->root);
     uint16_t least[LOCI_SKETCH_VECTORS];
     uint32_t summed = 0;
     for (uint32_t v = 0; v < run->count; v++) least[v] = least_sum(run, v, floor[v]);
@@ -116,7 +115,7 @@ static void mark_run(const loci_lookup *lookup, sketch_run *run, const float *fl
         const uint16_t *of_leaf = run->sum + begin;
         for (uint32_t v = 0; v < run->count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX)
             mask |= lookup->kernels->reaching(of_leaf, least[v]);
-        *candidates |= mask & lookup_live_bits(run->pair->live, leaf->begin, leaf->count);
+        *candidates |= mask & lookup_live_bits(run->part->live, leaf->begin, leaf->count);
     }
 }
 
@@ -127,15 +126,15 @@ static float *centre_of(const loci_lookup *lookup, const lookup_head *head, size
 }
 
 /* Scores the leaves of a root for the entries that keep it, or marks their candidates. */
-static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root_index,
+static void walk_entries(const loci_lookup *lookup, const lookup_part *part, uint32_t root_index,
                          bool mark) {
-    lookup_head *head = &lookup->heads[pair->kv_head];
+    lookup_head *head = &lookup->heads[part->kv_head];
     sketch_run run; /* its sums are large: not cleared */
-    run.pair = pair;
-    run.root = loci_pair_root(pair->blob, root_index);
+    run.part = part;
+    run.root = loci_pair_root(part->blob, root_index);
     const float *mean_terms =
-        lookup->task_terms + (size_t)(pair - lookup->pairs) * lookup->blocks * LOCI_LANES;
-    uint32_t r = pair->root_base + root_index;
+        lookup->task_terms + (size_t)(part - lookup->parts) * lookup->blocks * LOCI_LANES;
+    uint32_t r = part->root_base + root_index;
     const uint8_t *live = head->leaf_live + head->leaf_at[r];
     float centre[LOCI_LANES];
     for (uint32_t b = 0; b < lookup->blocks; b++) {
@@ -144,7 +143,7 @@ static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uin
                              &first, &last);
         if (first == last) continue;
         if (!mark)
-            lookup_score_tile(lookup, pair, loci_pair_root_node(pair->blob, root_index), 1, NULL,
+            lookup_score_tile(lookup, part, loci_pair_root_node(part->blob, root_index), 1, NULL,
                               mean_terms, b, centre);
         for (size_t e = first; e < last; e++) {
             if (mark && !head->leaf_mask[e]) continue;
@@ -153,7 +152,7 @@ static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uin
             for (uint32_t v = from < low ? low : from; v < end && v < high; v += run.count) {
                 uint32_t left = (end < high ? end : high) - v;
                 run.count = left < LOCI_SKETCH_VECTORS ? left : LOCI_SKETCH_VECTORS;
-                run.table = tables_of(lookup, pair) + v;
+                run.table = tables_of(lookup, part) + v;
                 run.centre = centre_of(lookup, head, e) + (v - from);
                 if (mark) {
                     mark_run(lookup, &run, head->floor + v, head->leaf_mask[e],
@@ -170,14 +169,13 @@ static void walk_entries(const loci_lookup *lookup, const lookup_pair *pair, uin
     }
 }
 
-void lookup_score_sketches(const loci_lookup *lookup, const lookup_pair *pair, uint32_t root) {
-    walk_entries(lookup, pair, root, false);
+void lookup_score_sketches(const loci_lookup *lookup, const lookup_part *part, uint32_t root) {
+    walk_entries(lookup, part, root, false);
 }
 
 void lookup_candidate_task(void *arg, size_t index, unsigned thread) {
     const loci_lookup *lookup = arg;
-    const lookup_pair *pair = &lookup->pairs[index];
+    const lookup_part *part = &lookup->parts[index];
     (void)thread;
-    for (uint32_t i = 0; i < loci_pair_header_of(pair->blob)->roots; i++)
-        walk_entries(lookup, pair, i, true);
+    for (uint32_t i = part->first; i < part->end; i++) walk_entries(lookup, part, i, true);
 }

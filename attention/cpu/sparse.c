@@ -2,8 +2,8 @@
  *
  * Exact attention over selected tokens, the estimated tail, and the share of segments.
  *
- * One task walks the selected leaves of one pair, each leaf once for all rows that need any of
- * its tokens; what it has summed for each vector is merged over extents in their order.
+ * One task walks the selected leaves of one part, each leaf once for all rows that need any of
+ * its tokens; what it has summed for each vector is merged over the parts in their order.
  */
 #include <math.h>
 #include <string.h>
@@ -16,7 +16,7 @@
 /* Selected tokens of one leaf. */
 typedef struct leaf_work {
     loci_lookup *lookup;
-    lookup_pair *pair;
+    lookup_part *part;
     const loci_leaf *leaf;
     uint32_t root, bit; /* number of the root among the head's; of the leaf in the root */
     uint32_t all[LOCI_ROOT_LEAVES_MAX]; /* of each leaf of the root, tokens that some row needs */
@@ -34,7 +34,7 @@ typedef struct partial {
 
 typedef struct attend_job {
     loci_lookup *lookup;
-    partial *partials; /* [pairs] */
+    partial *partials; /* [parts] */
     float *out, *lse;
     uint32_t out_stride;
     const float *total_lse;
@@ -55,13 +55,13 @@ static uint32_t mask_of(const lookup_head *head, size_t entry, uint32_t bit) {
 /* Gathers, verifies and widens the tokens of `all`, a bit each. False when one is damaged. Without
  * values nothing is verified: attend_sparse has done it. */
 static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
-    const uint8_t *blob = w->pair->blob;
+    const uint8_t *blob = w->part->blob;
     uint32_t dim = w->lookup->dim;
     w->n = 0;
     for (uint32_t t = 0; t < w->leaf->count; t++) {
         if (!(all >> t & 1)) continue;
         if (values && !loci_slot_check_kv(blob, w->leaf->begin + t)) {
-            lookup_fault(w->pair, "KV of slot", w->leaf->begin + t);
+            lookup_fault(w->part, "KV of slot", w->leaf->begin + t);
             return false;
         }
         const uint16_t *row = loci_slot_kv(blob, w->leaf->begin + t);
@@ -75,7 +75,7 @@ static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
 /* Which tokens each lane of a block selected; false if none did. */
 static bool set_allowed(leaf_work *w, uint32_t block, uint32_t shared_mask) {
     const loci_lookup *lookup = w->lookup;
-    const lookup_head *head = &lookup->heads[w->pair->kv_head];
+    const lookup_head *head = &lookup->heads[w->part->kv_head];
     memset(w->allowed, 0, sizeof w->allowed);
     if (lookup_shared(lookup)) {
         for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++)
@@ -102,7 +102,7 @@ static bool set_allowed(leaf_work *w, uint32_t block, uint32_t shared_mask) {
 static void score_block(leaf_work *w, uint32_t block) {
     const loci_lookup *lookup = w->lookup;
     lookup->kernels->dot_f32(w->logits, w->k, w->n, lookup->dim,
-                             lookup->q_lanes + lookup_lane_at(lookup, w->pair->kv_head, block));
+                             lookup->q_lanes + lookup_lane_at(lookup, w->part->kv_head, block));
     for (uint32_t t = 0; t < w->n; t++)
         for (uint32_t l = 0; l < LOCI_LANES; l++)
             if (!(w->allowed[l] >> w->index[t] & 1)) w->logits[t * LOCI_LANES + l] = -INFINITY;
@@ -110,13 +110,13 @@ static void score_block(leaf_work *w, uint32_t block) {
 
 /* Adds n tokens with these logits and values to the partial results of a block; allowed is 0 for
  * the lanes that have none of them. */
-static void add_block(const loci_lookup *lookup, const partial *part, uint32_t block, float *logits,
+static void add_block(const loci_lookup *lookup, const partial *own, uint32_t block, float *logits,
                       const float *v, uint32_t n, const uint32_t *allowed) {
-    loci_lane_softmax *state = &part->state[block];
+    loci_lane_softmax *state = &own->state[block];
     lookup->kernels->softmax_lanes(logits, n, state);
     for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++) {
         if (state->max[l] == -INFINITY || !allowed[l]) continue;
-        float *o = part->o + (size_t)(block * LOCI_LANES + l) * lookup->dim;
+        float *o = own->o + (size_t)(block * LOCI_LANES + l) * lookup->dim;
         lookup->kernels->add_values(o, state->keep[l], logits + l, v, n, lookup->dim);
     }
 }
@@ -126,42 +126,41 @@ typedef void (*leaf_fn)(attend_job *job, leaf_work *work, uint32_t block, size_t
 /* Which tokens of each leaf of the root some row needs, on their way to the cache. */
 static void find_selected(leaf_work *w, const loci_root *root) {
     const loci_lookup *lookup = w->lookup;
-    const lookup_head *head = &lookup->heads[w->pair->kv_head];
-    const loci_leaf *leaves = loci_root_leaves(w->pair->blob, root);
+    const lookup_head *head = &lookup->heads[w->part->kv_head];
+    const loci_leaf *leaves = loci_root_leaves(w->part->blob, root);
     lookup_join_masks(head, w->root, head->token_mask, w->all);
     for (uint32_t l = 0; l < root->count && !lookup_shared(lookup); l++) {
         for (uint32_t all = w->all[l]; all; all &= all - 1) {
             uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(all);
-            __builtin_prefetch(loci_slot_kv_hash(w->pair->blob, slot));
-            const uint16_t *row = loci_slot_kv(w->pair->blob, slot);
+            __builtin_prefetch(loci_slot_kv_hash(w->part->blob, slot));
+            const uint16_t *row = loci_slot_kv(w->part->blob, slot);
             for (uint32_t i = 0; i < 2 * lookup->dim; i += 32) __builtin_prefetch(row + i);
         }
     }
 }
 
-/* Calls fn for each selected leaf of a pair and each block of lanes with a stake in it. */
+/* Calls fn for each selected leaf of a part and each block of lanes with a stake in it. */
 static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn) {
     loci_lookup *lookup = job->lookup;
-    lookup_pair *pair = &lookup->pairs[index];
-    const lookup_head *head = &lookup->heads[pair->kv_head];
-    uint32_t roots = loci_pair_header_of(pair->blob)->roots;
+    lookup_part *part = &lookup->parts[index];
+    const lookup_head *head = &lookup->heads[part->kv_head];
     leaf_work w;
     w.lookup = lookup;
-    w.pair = pair;
-    for (uint32_t i = 0; i < roots; i++) {
-        const loci_root *root = loci_pair_root(pair->blob, i);
-        w.root = pair->root_base + i;
+    w.part = part;
+    for (uint32_t i = part->first; i < part->end; i++) {
+        const loci_root *root = loci_pair_root(part->blob, i);
+        w.root = part->root_base + i;
         if (!lookup_has_leaves(head, w.root)) continue;
         find_selected(&w, root);
         for (w.bit = 0; w.bit < root->count; w.bit++) {
             uint32_t all = w.all[w.bit];
             if (!all) continue;
-            w.leaf = &loci_root_leaves(pair->blob, root)[w.bit];
+            w.leaf = &loci_root_leaves(part->blob, root)[w.bit];
             if (!load_tokens(&w, all, values)) return;
             if (values) {
-                pair->stats.hash_bytes += w.n * sizeof(uint64_t);
-                pair->stats.kv_bytes += w.n * 4u * lookup->dim;
-                pair->stats.kv_leaf_bytes += w.leaf->count * 4u * lookup->dim;
+                part->stats.hash_bytes += w.n * sizeof(uint64_t);
+                part->stats.kv_bytes += w.n * 4u * lookup->dim;
+                part->stats.kv_leaf_bytes += w.leaf->count * 4u * lookup->dim;
             }
             for (uint32_t b = 0; b < lookup->blocks; b++) {
                 if (!set_allowed(&w, b, all)) continue;
@@ -173,44 +172,44 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
 }
 
 static void attend_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
-    partial part = partial_of(job, index);
-    add_block(w->lookup, &part, block, w->logits, w->v, w->n, w->allowed);
+    partial own = partial_of(job, index);
+    add_block(w->lookup, &own, block, w->logits, w->v, w->n, w->allowed);
 }
 
 /* --- the tail -------------------------------------------------------------------------- */
 
 /* Adds n means with these estimated logits. Values whose weights together are below TAIL_SKIP of
  * the sum so far are left out: they are most, and there are too few tiles for it to show. */
-static void add_tail(const loci_lookup *lookup, const partial *part, uint32_t block, float *logits,
+static void add_tail(const loci_lookup *lookup, const partial *own, uint32_t block, float *logits,
                      const float *means, uint32_t n) {
     float weight[LOCI_LANES] = {0};
-    loci_lane_softmax *state = &part->state[block], before = *state;
+    loci_lane_softmax *state = &own->state[block], before = *state;
     lookup->kernels->softmax_lanes(logits, n, state);
     for (uint32_t t = 0; t < n; t++)
         for (uint32_t l = 0; l < LOCI_LANES; l++) weight[l] += logits[t * LOCI_LANES + l];
     for (uint32_t l = 0; l < LOCI_LANES && block * LOCI_LANES + l < lookup->vectors; l++) {
         if (before.max[l] == state->max[l] && weight[l] <= TAIL_SKIP * state->sum[l]) continue;
-        float *o = part->o + (size_t)(block * LOCI_LANES + l) * lookup->dim;
+        float *o = own->o + (size_t)(block * LOCI_LANES + l) * lookup->dim;
         lookup->kernels->add_values(o, state->keep[l], logits + l, means, n, lookup->dim);
     }
 }
 
-static bool widen_means(lookup_pair *pair, const loci_lookup *lookup, uint32_t first,
+static bool widen_means(lookup_part *part, const loci_lookup *lookup, uint32_t first,
                         uint32_t count, uint64_t hash, float *out) {
-    const uint16_t *means = loci_pair_value_mean(pair->blob, first);
+    const uint16_t *means = loci_pair_value_mean(part->blob, first);
     lookup->kernels->widen(out, means, (size_t)count * lookup->dim);
-    pair->stats.tail_bytes += (size_t)count * 2 * lookup->dim;
+    part->stats.tail_bytes += (size_t)count * 2 * lookup->dim;
     return !hash || loci_hash_bytes(means, (size_t)count * 2 * lookup->dim) == hash;
 }
 
 /* log(live tokens) + q.c: below the true mass (Jensen), where the selection's estimate, which has
  * the variance in it, is at times far above and would drown what was read. */
-static void low_mass_tile(const loci_lookup *lookup, const lookup_pair *pair,
+static void low_mass_tile(const loci_lookup *lookup, const lookup_part *part,
                           const loci_node *first, uint32_t count, const uint32_t *live,
                           uint32_t block, float *out) {
-    size_t index = (size_t)(pair - lookup->pairs);
+    size_t index = (size_t)(part - lookup->parts);
     const float *terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
-    lookup_score_tile(lookup, pair, first, count, NULL, terms, block, out);
+    lookup_score_tile(lookup, part, first, count, NULL, terms, block, out);
     for (uint32_t n = 0; n < count; n++) {
         float log_live = live[n] ? logf((float)live[n]) : -INFINITY;
         for (uint32_t l = 0; l < LOCI_LANES; l++) out[n * LOCI_LANES + l] += log_live;
@@ -220,22 +219,23 @@ static void low_mass_tile(const loci_lookup *lookup, const lookup_pair *pair,
 /* Roots that a row does not keep. */
 static void add_root_tail(attend_job *job, size_t index) {
     const loci_lookup *lookup = job->lookup;
-    lookup_pair *pair = &job->lookup->pairs[index];
-    const lookup_head *head = &lookup->heads[pair->kv_head];
-    const loci_pair_header *header = loci_pair_header_of(pair->blob);
-    partial part = partial_of(job, index);
+    lookup_part *part = &job->lookup->parts[index];
+    const lookup_head *head = &lookup->heads[part->kv_head];
+    const loci_pair_header *header = loci_pair_header_of(part->blob);
+    partial own = partial_of(job, index);
     float means[TOKENS * LOCI_HEAD_DIM_MAX], logits[TOKENS * LOCI_LANES];
     size_t bytes = (size_t)header->roots * 2 * lookup->dim;
-    if (loci_hash_bytes(loci_pair_value_mean(pair->blob, 0), bytes) != header->hash_root_values) {
-        lookup_fault(pair, "value means of roots from", 0);
+    if (part->first == 0 &&
+        loci_hash_bytes(loci_pair_value_mean(part->blob, 0), bytes) != header->hash_root_values) {
+        lookup_fault(part, "value means of roots from", 0);
         return;
     }
-    for (uint32_t i = 0; i < header->roots; i += TOKENS) {
-        uint32_t n = header->roots - i < TOKENS ? header->roots - i : TOKENS;
-        size_t root = pair->root_base + i;
-        (void)widen_means(pair, lookup, i, n, 0, means);
+    for (uint32_t i = part->first; i < part->end; i += TOKENS) {
+        uint32_t n = part->end - i < TOKENS ? part->end - i : TOKENS;
+        size_t root = part->root_base + i;
+        (void)widen_means(part, lookup, i, n, 0, means);
         for (uint32_t b = 0; b < lookup->blocks; b++) {
-            low_mass_tile(lookup, pair, loci_pair_root_node(pair->blob, i), n,
+            low_mass_tile(lookup, part, loci_pair_root_node(part->blob, i), n,
                           head->root_live + root, b, logits);
             for (uint32_t x = 0; x < n * LOCI_LANES; x++) {
                 uint32_t row = (b * LOCI_LANES + x % LOCI_LANES) / lookup->group;
@@ -243,7 +243,7 @@ static void add_root_tail(attend_job *job, size_t index) {
                     head->root_kept[(size_t)row * head->roots + root + x / LOCI_LANES])
                     logits[x] = -INFINITY;
             }
-            add_tail(lookup, &part, b, logits, means, n);
+            add_tail(lookup, &own, b, logits, means, n);
         }
     }
 }
@@ -286,32 +286,32 @@ static void leaf_tail_logits(const lookup_head *head, const uint32_t *live, uint
 
 static void add_leaf_tail(attend_job *job, size_t index) {
     const loci_lookup *lookup = job->lookup;
-    lookup_pair *pair = &job->lookup->pairs[index];
-    const lookup_head *head = &lookup->heads[pair->kv_head];
-    const loci_pair_header *header = loci_pair_header_of(pair->blob);
-    partial part = partial_of(job, index);
+    lookup_part *part = &job->lookup->parts[index];
+    const lookup_head *head = &lookup->heads[part->kv_head];
+    const loci_pair_header *header = loci_pair_header_of(part->blob);
+    partial own = partial_of(job, index);
     float means[LOCI_ROOT_LEAVES_MAX * LOCI_HEAD_DIM_MAX];
     float logits[LOCI_ROOT_LEAVES_MAX * LOCI_LANES], mass[LOCI_ROOT_LEAVES_MAX * LOCI_LANES];
     uint32_t live[LOCI_ROOT_LEAVES_MAX];
-    for (uint32_t i = 0; i < header->roots; i++) {
-        const loci_root *root = loci_pair_root(pair->blob, i);
-        size_t begin = head->entry_begin[pair->root_base + i];
-        size_t end = head->entry_begin[pair->root_base + i + 1];
+    for (uint32_t i = part->first; i < part->end; i++) {
+        const loci_root *root = loci_pair_root(part->blob, i);
+        size_t begin = head->entry_begin[part->root_base + i];
+        size_t end = head->entry_begin[part->root_base + i + 1];
         if (begin == end) continue;
-        if (loci_pair_check_leaf_nodes(pair->blob, i, &pair->error) != LOCI_OK) return;
-        pair->stats.tail_bytes += root->count * loci_node_stride(lookup->dim);
-        if (!widen_means(pair, lookup, header->roots + root->begin, root->count, root->hash_values,
+        if (loci_pair_check_leaf_nodes(part->blob, i, &part->error) != LOCI_OK) return;
+        part->stats.tail_bytes += root->count * loci_node_stride(lookup->dim);
+        if (!widen_means(part, lookup, header->roots + root->begin, root->count, root->hash_values,
                          means)) {
-            lookup_fault(pair, "value means of root", i);
+            lookup_fault(part, "value means of root", i);
             return;
         }
-        const uint8_t *leaf_live = head->leaf_live + head->leaf_at[pair->root_base + i];
+        const uint8_t *leaf_live = head->leaf_live + head->leaf_at[part->root_base + i];
         for (uint32_t l = 0; l < root->count; l++) live[l] = leaf_live[l];
         for (uint32_t b = 0; b < lookup->blocks; b++) {
             size_t first, last;
             lookup_block_entries(lookup, head, begin, end, b, &first, &last);
             if (first == last) continue;
-            low_mass_tile(lookup, pair, loci_pair_leaf_node(pair->blob, root->begin), root->count,
+            low_mass_tile(lookup, part, loci_pair_leaf_node(part->blob, root->begin), root->count,
                           live, b, mass);
             for (uint32_t x = 0; x < root->count * LOCI_LANES; x++) logits[x] = -INFINITY;
             for (size_t e = first; e < last; e++) {
@@ -322,7 +322,7 @@ static void add_leaf_tail(attend_job *job, size_t index) {
                                          mass + vector % LOCI_LANES, logits + vector % LOCI_LANES);
                 }
             }
-            add_tail(lookup, &part, b, logits, means, root->count);
+            add_tail(lookup, &own, b, logits, means, root->count);
         }
     }
 }
@@ -333,80 +333,73 @@ static void attend_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     attend_job *job = arg;
     loci_lookup *lookup = job->lookup;
-    partial part = partial_of(job, index);
+    partial own = partial_of(job, index);
     for (uint32_t b = 0; b < lookup->blocks; b++) {
-        for (uint32_t l = 0; l < LOCI_LANES; l++) part.state[b].max[l] = -INFINITY;
-        memset(part.state[b].sum, 0, sizeof part.state[b].sum);
+        for (uint32_t l = 0; l < LOCI_LANES; l++) own.state[b].max[l] = -INFINITY;
+        memset(own.state[b].sum, 0, sizeof own.state[b].sum);
     }
-    memset(part.o, 0, (size_t)lookup->vectors * lookup->dim * sizeof *part.o);
+    memset(own.o, 0, (size_t)lookup->vectors * lookup->dim * sizeof *own.o);
     walk_selected(job, index, true, attend_leaf);
     if (!lookup->params.estimate_tail || lookup->mode != LOCI_MODE_HIERARCHICAL) return;
     add_root_tail(job, index);
     add_leaf_tail(job, index);
 }
 
-/* Joins the extents' parts of one row of one KV head. */
+/* Joins the parts of one row of one KV head. */
 static void join_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     attend_job *job = arg;
     const loci_lookup *lookup = job->lookup;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
-    uint32_t extents = lookup->corpus->extent_count, dim = lookup->dim;
+    uint32_t dim = lookup->dim;
     for (uint32_t j = 0; j < lookup->group; j++) {
         uint32_t vector = row * lookup->group + j, head = h * lookup->group + j;
         float *out = job->out + (size_t)row * job->out_stride + (size_t)head * dim;
         float max = -INFINITY, sum = 0.0f;
         memset(out, 0, dim * sizeof *out);
-        for (uint32_t e = 0; e < extents; e++) {
-            partial part = partial_of(job, (size_t)e * lookup->kv_heads + h);
-            float other = part.state[vector / LOCI_LANES].max[vector % LOCI_LANES];
+        for (size_t p = 0; p < lookup->part_count; p++) {
+            if (lookup->parts[p].kv_head != h) continue;
+            partial own = partial_of(job, p);
+            float other = own.state[vector / LOCI_LANES].max[vector % LOCI_LANES];
             max = other > max ? other : max;
         }
-        for (uint32_t e = 0; e < extents && max > -INFINITY; e++) {
-            partial part = partial_of(job, (size_t)e * lookup->kv_heads + h);
-            const loci_lane_softmax *state = &part.state[vector / LOCI_LANES];
+        for (size_t p = 0; p < lookup->part_count && max > -INFINITY; p++) {
+            if (lookup->parts[p].kv_head != h) continue;
+            partial own = partial_of(job, p);
+            const loci_lane_softmax *state = &own.state[vector / LOCI_LANES];
             float weight = expf(state->max[vector % LOCI_LANES] - max);
             sum += state->sum[vector % LOCI_LANES] * weight;
-            lookup->kernels->axpy(out, part.o + (size_t)vector * dim, dim, weight);
+            lookup->kernels->axpy(out, own.o + (size_t)vector * dim, dim, weight);
         }
         for (uint32_t i = 0; i < dim && sum > 0.0f; i++) out[i] /= sum;
         job->lse[(size_t)row * lookup->q_heads + head] = sum > 0.0f ? max + logf(sum) : -INFINITY;
     }
 }
 
-/* The pool hands out one argument; tasks of this file need the job, not the look-up. */
-static void run_pairs(loci_stream *stream, attend_job *job, loci_pool_fn fn) {
-    loci_lookup *lookup = job->lookup;
-    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
-    loci_pool_run(lookup->cpu->pool, pairs, fn, job);
-    lookup_report(stream, lookup);
-}
-
 void loci_cpu_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
                             uint32_t out_stride, loci_ref lse) {
     if (!lookup->ready || !lookup->tokens_selected) return;
-    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
     size_t last = (size_t)(lookup->rows - 1) * out_stride + (size_t)lookup->q_heads * lookup->dim;
     attend_job job = {
         .lookup = lookup,
-        .partials = lookup_alloc(lookup, pairs * sizeof *job.partials),
+        .partials = lookup_alloc(lookup, lookup->part_count * sizeof *job.partials),
         .out = loci_cpu_ptr(out, last * sizeof(float)),
         .out_stride = out_stride,
         .lse = loci_cpu_ptr(lse, (size_t)lookup->rows * lookup->q_heads * sizeof(float)),
     };
     bool ok = job.partials != NULL;
-    for (size_t i = 0; ok && i < pairs; i++) {
-        partial *part = &job.partials[i];
-        part->state = lookup_alloc(lookup, lookup->blocks * sizeof *part->state);
-        part->o = lookup_alloc(lookup, (size_t)lookup->vectors * lookup->dim * sizeof *part->o);
-        ok = part->state && part->o;
+    for (size_t i = 0; ok && i < lookup->part_count; i++) {
+        partial *own = &job.partials[i];
+        own->state = lookup_alloc(lookup, lookup->blocks * sizeof *own->state);
+        own->o = lookup_alloc(lookup, (size_t)lookup->vectors * lookup->dim * sizeof *own->o);
+        ok = own->state && own->o;
     }
     if (!ok) {
         lookup_no_memory(stream, lookup);
         return;
     }
-    run_pairs(stream, &job, attend_task);
-    if (!lookup->ready) return;
+    loci_pool_run(lookup->cpu->pool, lookup->part_count, attend_task, &job);
+    if (!lookup_report(stream, lookup)) return;
     loci_pool_run(lookup->cpu->pool, (size_t)lookup->kv_heads * lookup->rows, join_task, &job);
     lookup->attended = true;
 }
@@ -434,12 +427,12 @@ static void lane_weights(const loci_lookup *lookup, float *logits, uint32_t n, c
 
 static void attribute_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
     (void)index;
-    const loci_extent_view *extent = w->pair->extent;
+    const loci_extent_view *extent = w->part->extent;
     float total[LOCI_LANES];
-    lane_totals(job, w->pair->kv_head, block, total);
+    lane_totals(job, w->part->kv_head, block, total);
     lane_weights(w->lookup, w->logits, w->n, total);
     for (uint32_t t = 0; t < w->n; t++) {
-        uint32_t word = loci_slot_word(w->pair->blob, w->leaf->begin + w->index[t]);
+        uint32_t word = loci_slot_word(w->part->blob, w->leaf->begin + w->index[t]);
         uint32_t segment = LOCI_SLOT_SEGMENT(word);
         if (segment >= extent->segments) continue;
         job->mass[extent->segment_base + segment] +=
@@ -451,8 +444,8 @@ static void attribute_leaf(attend_job *job, leaf_work *w, uint32_t block, size_t
 static void attribute_verified(attend_job *job, leaf_work *w, uint32_t block, size_t index) {
     for (uint32_t t = 0; t < w->n && block == 0 && !w->lookup->tokens_scored; t++) {
         uint32_t slot = w->leaf->begin + w->index[t];
-        if (loci_slot_check_record(w->pair->blob, slot)) continue;
-        lookup_fault(w->pair, "record of slot", slot);
+        if (loci_slot_check_record(w->part->blob, slot)) continue;
+        lookup_fault(w->part, "record of slot", slot);
         return;
     }
     attribute_leaf(job, w, block, index);
@@ -462,8 +455,10 @@ static void attribute_verified(attend_job *job, leaf_work *w, uint32_t block, si
 static void attribute_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     attend_job *job = arg;
-    for (uint32_t h = 0; h < job->lookup->kv_heads; h++)
-        walk_selected(job, index * job->lookup->kv_heads + h, false, attribute_verified);
+    const loci_lookup *lookup = job->lookup;
+    const size_t *begin = lookup->pair_begin + index * lookup->kv_heads;
+    for (size_t p = begin[0]; p < begin[lookup->kv_heads]; p++)
+        walk_selected(job, p, false, attribute_verified);
 }
 
 /* The flat part is always read whole; one flat segment. */

@@ -18,38 +18,37 @@ _Static_assert(LOCI_ROOT_LEAVES_MAX <= TILE, "the leaves of a root are one tile"
 typedef struct squeeze_job {
     loci_lookup *lookup;
     int level;              /* 0 = roots, 1 = leaves */
-    loci_lane_softmax *lse; /* [pairs][blocks] of pass one */
+    loci_lane_softmax *lse; /* [parts][blocks] of pass one */
     float *total;           /* [kv_heads][blocks * 16] log-sum-exp over all extents */
 } squeeze_job;
 
 typedef void (*tile_fn)(squeeze_job *job, size_t index, uint32_t block, const uint32_t *live,
                         uint32_t count, size_t first_node, float *scores);
 
-/* Calls fn for each block of lanes of each run of up to 64 nodes of a pair at the job's level. */
+/* Calls fn for each block of lanes of each run of up to 64 nodes of a part at the job's level. */
 static void walk_nodes(squeeze_job *job, size_t index, tile_fn fn) {
     loci_lookup *lookup = job->lookup;
-    const lookup_pair *pair = &lookup->pairs[index];
-    lookup_head *head = &lookup->heads[pair->kv_head];
-    const loci_pair_header *header = loci_pair_header_of(pair->blob);
+    const lookup_part *part = &lookup->parts[index];
+    lookup_head *head = &lookup->heads[part->kv_head];
     float *terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
     float scores[TILE * LOCI_LANES];
-    lookup_mean_terms(lookup, pair, terms);
-    for (uint32_t i = 0, step; i < header->roots; i += step) {
-        const loci_root *root = loci_pair_root(pair->blob, i);
-        const loci_node *first = loci_pair_root_node(pair->blob, i);
+    lookup_mean_terms(lookup, part, terms);
+    for (uint32_t i = part->first, step; i < part->end; i += step) {
+        const loci_root *root = loci_pair_root(part->blob, i);
+        const loci_node *first = loci_pair_root_node(part->blob, i);
         uint32_t live[TILE], count = root->count;
-        size_t node = head->leaf_at[pair->root_base + i];
+        size_t node = head->leaf_at[part->root_base + i];
         step = 1;
         if (job->level == 0) {
-            count = step = header->roots - i < TILE ? header->roots - i : TILE;
-            node = pair->root_base + i;
+            count = step = part->end - i < TILE ? part->end - i : TILE;
+            node = part->root_base + i;
             memcpy(live, head->root_live + node, count * sizeof *live);
         } else {
-            first = loci_pair_leaf_node(pair->blob, root->begin);
+            first = loci_pair_leaf_node(part->blob, root->begin);
             for (uint32_t l = 0; l < count; l++) live[l] = head->leaf_live[node + l];
         }
         for (uint32_t b = 0; b < lookup->blocks; b++) {
-            lookup_score_tile(lookup, pair, first, count, NULL, terms, b, scores);
+            lookup_score_tile(lookup, part, first, count, NULL, terms, b, scores);
             fn(job, index, b, live, count, node, scores);
         }
     }
@@ -70,7 +69,7 @@ static void add_lse(squeeze_job *job, size_t index, uint32_t block, const uint32
 static void add_shares(squeeze_job *job, size_t index, uint32_t block, const uint32_t *live,
                        uint32_t count, size_t first_node, float *scores) {
     const loci_lookup *lookup = job->lookup;
-    uint32_t kv_head = lookup->pairs[index].kv_head;
+    uint32_t kv_head = lookup->parts[index].kv_head;
     const float *total = job->total + ((size_t)kv_head * lookup->blocks + block) * LOCI_LANES;
     float *out = lookup->heads[kv_head].squeezed[job->level] + first_node;
     for (uint32_t n = 0; n < count; n++) {
@@ -97,9 +96,9 @@ static void join_lse(squeeze_job *job) {
         for (uint32_t v = 0; v < lookup->blocks * LOCI_LANES; v++) {
             float max = -INFINITY, sum = 0.0f;
             for (int pass = 0; pass < 2; pass++) {
-                for (uint32_t e = 0; e < lookup->corpus->extent_count; e++) {
-                    size_t at = ((size_t)e * lookup->kv_heads + h) * lookup->blocks;
-                    const loci_lane_softmax *state = &job->lse[at + v / LOCI_LANES];
+                for (size_t p = 0; p < lookup->part_count; p++) {
+                    if (lookup->parts[p].kv_head != h) continue;
+                    const loci_lane_softmax *state = &job->lse[p * lookup->blocks + v / LOCI_LANES];
                     float other = state->max[v % LOCI_LANES];
                     if (pass == 0)
                         max = other > max ? other : max;
@@ -114,8 +113,7 @@ static void join_lse(squeeze_job *job) {
 }
 
 static bool squeeze_level(loci_lookup *lookup, int level) {
-    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
-    size_t states = pairs * lookup->blocks;
+    size_t states = lookup->part_count * lookup->blocks;
     squeeze_job job = {
         .lookup = lookup,
         .level = level,
@@ -135,9 +133,9 @@ static bool squeeze_level(loci_lookup *lookup, int level) {
         if (!head->squeezed[level]) return false;
         memset(head->squeezed[level], 0, nodes * sizeof(float));
     }
-    loci_pool_run(lookup->cpu->pool, pairs, lse_task, &job);
+    loci_pool_run(lookup->cpu->pool, lookup->part_count, lse_task, &job);
     join_lse(&job);
-    loci_pool_run(lookup->cpu->pool, pairs, share_task, &job);
+    loci_pool_run(lookup->cpu->pool, lookup->part_count, share_task, &job);
     return true;
 }
 

@@ -208,8 +208,8 @@ static void take_reaching(list *l, uint32_t g, const double *floor) {
             if (l->items[i].s[j] >= floor[j]) l->items[i].taken = true;
 }
 
-static double count_of(float rate, double live, double least) {
-    return fmax(1, fmax(least, ceil((double)rate * sqrt(live))));
+static double count_of(float rate, double spread, double least) {
+    return fmax(1, fmax(least, ceil((double)rate * spread)));
 }
 
 typedef struct scene {
@@ -218,11 +218,13 @@ typedef struct scene {
     float q[16][LOCI_HEAD_DIM_MAX];
 } scene;
 
-static void list_roots(const scene *s, list *roots, double *live) {
-    *live = 0.0;
+/* Also the live tokens, and the sum of the square roots of each extent's. */
+static void list_roots(const scene *s, list *roots, double *live, double *spread) {
+    *live = *spread = 0.0;
     for (uint32_t e = 0; e < s->f->extents; e++) {
         const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
         uint32_t slot = 0;
+        double before = *live;
         for (uint32_t r = 0; r < loci_pair_header_of(blob)->roots; r++) {
             const loci_root *root = loci_pair_root(blob, r);
             const loci_node *node = loci_pair_root_node(blob, r);
@@ -234,6 +236,7 @@ static void list_roots(const scene *s, list *roots, double *live) {
             slot += root->tokens;
             *live += n;
         }
+        *spread += sqrt(*live - before);
     }
 }
 
@@ -283,15 +286,15 @@ static void list_tokens(const scene *s, const list *leaves, const double *floor,
 static void select_row(const scene *s, const float *steady, const loci_select_params *p,
                        uint8_t *chosen) {
     list roots = {0}, leaves = {0}, tokens = {0};
-    double floor[16], live;
-    list_roots(s, &roots, &live);
+    double floor[16], live, spread;
+    list_roots(s, &roots, &live, &spread);
     for (uint32_t j = 0; j < s->g; j++)
-        floor[j] = kth(&roots, j, count_of(p->roots, live, p->roots_min));
+        floor[j] = kth(&roots, j, count_of(p->roots, spread, p->roots_min));
     take_reaching(&roots, s->g, floor);
     list_leaves(s, &roots, &leaves);
     for (uint32_t j = 0; j < s->g; j++) {
         double top = fmax(kth(&leaves, j, 1), (double)steady[j]);
-        floor[j] = fmax(kth(&leaves, j, count_of(p->candidates, live, p->candidates_min)),
+        floor[j] = fmax(kth(&leaves, j, count_of(p->candidates, sqrt(live), p->candidates_min)),
                         top - log(live / (1.0 - (double)p->top_p)));
     }
     take_reaching(&leaves, s->g, floor);

@@ -131,23 +131,24 @@ def live_slots(pair, leaf):
     return slots[pair.live[slots]]
 
 
-def count_of(rate, live, least):
-    return max(1, least, math.ceil(rate * math.sqrt(live)))
+def count_of(rate, spread, least):
+    return max(1, least, math.ceil(rate * spread))
 
 
 def select_row(q, pairs, steady, par):
     """q [g][dim]; pairs of one KV head by extent. Yields (extent, slot)."""
     live = sum(int(x.live.sum()) for x in pairs)
+    spread = sum(math.sqrt(x.live.sum()) for x in pairs)
     roots = [(e, i) for e, p in enumerate(pairs) for i, x in enumerate(p.roots) if x["live"]]
     s = np.array([[y + math.log(x["live"]) for p in pairs
                    for x, y in zip(p.roots, node_scores(v, p, p.roots, True)) if x["live"]] for v in q])
-    floor = np.array([kth(x, count_of(par["roots"], live, par["roots_min"])) for x in s])
+    floor = np.array([kth(x, count_of(par["roots"], spread, par["roots_min"])) for x in s])
     kept = {root for root, k in zip(roots, (s >= floor[:, None]).any(0)) if k}
     by_token = [[sketch_scores(v, pair) for pair in pairs] for v in q]
     leaves = [(e, x) for e, r in sorted(kept)
               for x in pairs[e].leaves[pairs[e].roots[r]["begin"]:][: pairs[e].roots[r]["count"]]
               if x["live"]]
-    k = count_of(par["candidates"], live, par["candidates_min"])
+    k = count_of(par["candidates"], math.sqrt(live), par["candidates_min"])
     floor = []
     for of, t in zip(by_token, steady):
         tops = np.array([of[e][live_slots(pairs[e], x)].max() for e, x in leaves])

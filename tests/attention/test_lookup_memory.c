@@ -86,7 +86,7 @@ static void test_memory_of_look_ups(void **state) {
         assert_true(counted.held <= counted.limit && counted.refused > 0);
     }
     assert_int_equal(look_up(&s, lookup, q, out, 1, &err), LOCI_OK);
-    counted.limit = large;
+    counted.limit = large + large / 2; /* chunks may be of other sizes than the first time */
     assert_int_equal(look_up(&s, lookup, q, out, c.rows, &err), LOCI_OK);
     assert_memory_equal(expected, s.out, values * sizeof *expected);
 
