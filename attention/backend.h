@@ -82,8 +82,9 @@ typedef struct loci_select_params {
     loci_mode mode;
     float top_p;     /* (0, 1]; 1 with budget 0 reads everything */
     uint32_t budget; /* most tokens for each KV head and query token; 0 = no limit */
-    /* For each query head the best roots, and the best tokens below them as candidates: so many
-     * times the square root of the live tokens, but at least so many. */
+    /* For each query head the best roots, so many times the sum over extents of the square root of
+     * their live tokens, and the best tokens below them as candidates, so many times the square
+     * root of all live tokens; but at least so many. */
     float roots, candidates;
     uint32_t roots_min, candidates_min;
     bool estimate_tail;          /* add the unread nodes by centroid, size and value mean */
@@ -92,8 +93,14 @@ typedef struct loci_select_params {
 
 /* The measured defaults: mode hierarchical; attention/README.md has the figures behind them. */
 void loci_select_defaults(loci_select_params *params);
-/* How many roots and candidates: for the rows of a question, or for the next token of an answer. */
-void loci_select_reach(loci_select_params *params, bool question);
+/* How many roots and candidates. Passages need their best tokens only, not nearly all mass, and all
+ * rows of a question are ranked together. */
+typedef enum loci_reach {
+    LOCI_REACH_QUESTION, /* the rows of a question */
+    LOCI_REACH_ANSWER,   /* the next token of an answer */
+    LOCI_REACH_RANKING   /* the rows of a question that passages are ranked for */
+} loci_reach;
+void loci_select_reach(loci_select_params *params, loci_reach reach);
 
 /* Bytes read by one look-up, counted where they are read, each block once a step. leaf_bytes: the
  * blocks of kept roots; hash_bytes: what K and V are verified by; kv_bytes: K and V of the tokens

@@ -259,9 +259,12 @@ static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call)
     if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
     bool all = params->top_p >= 1.0f && params->budget == 0;
     if (params->mode == LOCI_MODE_DENSE || all) return TILE_ROWS; /* no scores */
-    double live = (double)query->view->tokens, reach = sqrt(live);
-    double roots = fmax((double)params->roots * reach, (double)params->roots_min);
-    double candidates = fmax((double)params->candidates * reach, (double)params->candidates_min);
+    double live = (double)query->view->tokens, spread = 0;
+    for (uint32_t e = 0; e < query->view->extent_count; e++)
+        spread += sqrt((double)query->view->extents[e].tokens);
+    double roots = fmax((double)params->roots * spread, (double)params->roots_min);
+    double candidates =
+        fmax((double)params->candidates * sqrt(live), (double)params->candidates_min);
     double scores = fmin(roots * LOCI_ROOT_LEAVES + 2 * candidates, live) * call->q_heads;
     scores = scores * call->q_heads / query->view->kv_heads;
     scores += live / (LOCI_ROOT_LEAVES * LOCI_LEAF_TOKENS) * call->q_heads;

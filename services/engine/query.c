@@ -173,7 +173,7 @@ float loci_query_corpus_scale(const loci_query *query) {
 }
 
 void loci_query_reach(loci_query *query, bool question) {
-    loci_select_reach(&query->params, question);
+    loci_select_reach(&query->params, question ? LOCI_REACH_QUESTION : LOCI_REACH_ANSWER);
     memcpy(query->params.squeezed_threshold, query->squeezed[question ? 0 : 1],
            sizeof query->params.squeezed_threshold);
 }

@@ -15,8 +15,6 @@
 
 #include "services/engine/query.h"
 
-#define RANK_ROOTS 0.7f
-#define RANK_CANDIDATES 2.0f
 #define CANDIDATES 64u
 #define LEXICAL_WEIGHT 3.0      /* attention/README.md says how it was chosen */
 #define SCORE_ALL_SEGMENTS 256u /* up to here every segment is a candidate */
@@ -57,11 +55,8 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     }
     loci_lookup *lookup = query->slot->lookup;
     loci_lookup_stats stats;
-    /* With less reach than attention: passages need their best tokens only, not nearly all mass,
-     * and all rows of a question are looked up together. */
     loci_select_params params = query->params;
-    params.roots = RANK_ROOTS;
-    params.candidates = RANK_CANDIDATES;
+    loci_select_reach(&params, LOCI_REACH_RANKING);
     loci_ref q = call->q;
     q.offset += (size_t)call->q_stride * sizeof(float); /* the question's tokens, not <q> */
     lse.offset += (size_t)call->q_heads * sizeof(float);

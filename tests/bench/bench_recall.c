@@ -273,7 +273,7 @@ static void add_set(bench *self, const char *text) {
     loci_select_params *set = self->sets[self->set_count++];
     for (int kind = 0; kind < 2; kind++) {
         loci_select_defaults(&set[kind]);
-        loci_select_reach(&set[kind], kind == 0);
+        loci_select_reach(&set[kind], kind == 0 ? LOCI_REACH_QUESTION : LOCI_REACH_ANSWER);
         parse_set(text, &set[kind]);
     }
 }
