@@ -198,7 +198,7 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
     out->bytes = corpus->bytes;
     out->pending_documents = corpus->pending_end - corpus->pending_first;
     loci_corpus *successor = corpus->successor;
-    if (successor) {
+    if (successor && successor->damage.status == LOCI_OK) {
         out->reindexing = true;
         pthread_mutex_lock(&successor->lock);
         memcpy(out->reindex_fingerprint, successor->geometry.fingerprint, LOCI_FINGERPRINT_LEN);
@@ -378,52 +378,33 @@ static loci_status load_contents(loci_corpus *corpus, loci_error *err) {
     return LOCI_OK;
 }
 
-/* Its corpus has a smaller uid: it was read before. One that cannot be used goes, and the corpus is
- * as it was before. */
-static loci_status load_successor(loci_corpus *successor, loci_corpus *corpus) {
+/* A successor that cannot be used goes, and its corpus is as it was before; but not where that is
+ * damaged, too: then it stays beside it, for whoever can read it, and is deleted with it. */
+static void load_successor(loci_corpus *successor, loci_corpus *corpus) {
     loci_error damage = {0};
-    loci_status status = LOCI_E_NOTFOUND;
-    if (corpus && !corpus->successor)
-        status = load_contents(successor, &damage);
+    loci_status status;
+    if (corpus->successor)
+        status = loci_fail(&damage, LOCI_E_EXISTS, "another one is under way");
     else
-        loci_fail(&damage, status, "there is no such corpus");
+        status = load_contents(successor, &damage);
     if (status == LOCI_OK) {
         corpus->successor = successor;
-        return LOCI_OK;
+    } else if (corpus->damage.status != LOCI_OK && !corpus->successor) {
+        loci_log_error("corpus %s is damaged, and so is its new index: %s", corpus->name,
+                       damage.text);
+        successor->damage = damage;
+        corpus->successor = successor;
+    } else {
+        loci_log_error("the reindexing of corpus %s begins anew: %s", corpus->name, damage.text);
+        successor->deleted = true;
+        loci_corpus_release(successor);
     }
-    loci_log_error("the reindexing of corpus %s begins anew: %s", successor->name, damage.text);
-    successor->deleted = true;
-    loci_corpus_release(successor);
-    return LOCI_OK;
 }
 
-/* One corpus of the catalogue. Damage is logged and kept in the object, not returned. */
-static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan, loci_error *err) {
+/* A corpus that stands for itself, into its place in the table. */
+static loci_status load_live(loci_corpus *corpus, size_t place, loci_error *err) {
     loci_error damage = {0};
-    loci_slice payload = {0};
-    loci_corpus *corpus = corpus_alloc(store, uid);
-    if (!corpus) return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
-    loci_status status = loci_scan_payload(scan, LOCI_KIND_CORPUS, &payload, &damage);
-    if (status == LOCI_OK) status = loci_corpus_decode(corpus, payload, &damage);
-    bool found = false;
-    size_t place = 0;
-    if (status == LOCI_OK && !corpus->deleted) {
-        place = loci_corpus_place(store, corpus->name, &found);
-        if (corpus->stage == LOCI_CORPUS_INDEXING)
-            return load_successor(corpus, found ? store->corpora[place] : NULL);
-        if (found)
-            status = loci_fail(&damage, LOCI_E_CORRUPT, "two corpora are named %s", corpus->name);
-    }
-    if (status != LOCI_OK) {
-        loci_log_error("corpus %016llx is unusable: %s", (unsigned long long)uid, damage.text);
-        corpus_free(corpus);
-        return LOCI_OK;
-    }
-    if (corpus->deleted) {
-        loci_corpus_release(corpus);
-        return LOCI_OK;
-    }
-    status = load_contents(corpus, &damage);
+    loci_status status = load_contents(corpus, &damage);
     if (status != LOCI_OK) {
         if (status == LOCI_E_NOTFOUND) status = LOCI_E_CORRUPT; /* a value that must be there */
         loci_fail_prefix(&damage, status, "corpus %s is damaged", corpus->name);
@@ -431,9 +412,48 @@ static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan,
         loci_log_error("%s", damage.text);
         corpus->damage = damage;
     }
-    if (insert_corpus(store, place, corpus)) return LOCI_OK;
+    if (insert_corpus(corpus->store, place, corpus)) return LOCI_OK;
     corpus_free(corpus);
     return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
+}
+
+/* One corpus of the catalogue. Damage is logged and kept in the object, not returned. What stands
+ * under a record that cannot be read is never removed. */
+static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan, loci_error *err) {
+    loci_error damage = {0};
+    loci_slice payload = {0};
+    bool found = false;
+    loci_corpus *corpus = corpus_alloc(store, uid);
+    if (!corpus) return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
+    loci_status status = loci_scan_payload(scan, LOCI_KIND_CORPUS, &payload, &damage);
+    if (status == LOCI_OK) status = loci_corpus_decode(corpus, payload, &damage);
+    if (status == LOCI_OK && corpus->deleted) {
+        loci_corpus_release(corpus);
+        return LOCI_OK;
+    }
+    /* The corpus of a successor has a smaller uid: it was read before. */
+    size_t place = status == LOCI_OK ? loci_corpus_place(store, corpus->name, &found) : 0;
+    if (status == LOCI_OK && found && corpus->stage == LOCI_CORPUS_INDEXING) {
+        load_successor(corpus, store->corpora[place]);
+        return LOCI_OK;
+    }
+    if (found) status = loci_fail(&damage, LOCI_E_CORRUPT, "two are named %s", corpus->name);
+    if (status != LOCI_OK) {
+        corpus_free(corpus);
+        if (status == LOCI_E_NOMEM) return loci_fail(err, status, "%s", damage.text);
+        loci_log_error("corpus %016llx cannot be used, its data stays: %s", (unsigned long long)uid,
+                       damage.text);
+        return LOCI_OK;
+    }
+    if (corpus->stage == LOCI_CORPUS_INDEXING) {
+        /* A reindexing ends in one write and its corpus is deleted together with it: the record of
+         * that corpus is one of those that could not be read. All documents are here. */
+        loci_log_error("corpus %s: the record of the index that was being replaced cannot be read; "
+                       "the new one, %016llx, has all documents and takes its place",
+                       corpus->name, (unsigned long long)uid);
+        corpus->stage = LOCI_CORPUS_LIVE;
+    }
+    return load_live(corpus, place, err);
 }
 
 static loci_status load_next(loci_store *store, loci_error *err) {

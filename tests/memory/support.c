@@ -455,6 +455,22 @@ size_t count_keys(const char *dir, loci_family family, const char *prefix) {
     return count;
 }
 
+void damage_catalog(const char *dir, char kind, uint64_t uid, uint32_t value_kind) {
+    loci_error err;
+    loci_rocks *rocks;
+    char path[128];
+    snprintf(path, sizeof path, "%s/db", dir);
+    assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
+    loci_key key = {.len = 0};
+    loci_key_u8(&key, (uint8_t)kind);
+    loci_key_u64(&key, uid);
+    loci_batch *batch = loci_batch_create(rocks);
+    loci_batch_put(batch, LOCI_CF_CATALOG, &key, value_kind, loci_slice_text("nonsense"));
+    assert_ok(loci_batch_write(batch, true, &err));
+    loci_batch_destroy(batch);
+    loci_rocks_close(rocks);
+}
+
 void flip_byte(const char *path, long at) {
     FILE *file = fopen(path, "r+b");
     assert_non_null(file);

@@ -79,6 +79,8 @@ uint16_t fake_value(uint32_t token, uint32_t offset, uint32_t pair, uint32_t cha
 uint64_t check_snapshot(fixture *f, const char *corpus);
 /* Keys of a column family that begin with prefix ("" = all); the store must be closed. */
 size_t count_keys(const char *dir, loci_family family, const char *prefix);
+/* Replaces the value of a corpus in the catalogue by nonsense; the store must be closed. */
+void damage_catalog(const char *dir, char kind, uint64_t uid, uint32_t value_kind);
 void flip_byte(const char *path, long at);
 /* The path of the first (in order of names) extent file of the corpus; false when there is none. */
 bool find_extent(fixture *f, const char *corpus, char path[512]);

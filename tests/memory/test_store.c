@@ -149,23 +149,6 @@ static void test_layout_version(void **state) {
     fixture_open(f);
 }
 
-/* Replaces a catalogue value of corpus uid 1 by other bytes. */
-static void damage(fixture *f, char kind, uint32_t value_kind, const char *payload) {
-    loci_error err;
-    loci_rocks *rocks;
-    char path[128];
-    snprintf(path, sizeof path, "%s/db", f->dir);
-    assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
-    loci_key key = {.len = 0};
-    loci_key_u8(&key, (uint8_t)kind);
-    loci_key_u64(&key, 1);
-    loci_batch *batch = loci_batch_create(rocks);
-    loci_batch_put(batch, LOCI_CF_CATALOG, &key, value_kind, loci_slice_text(payload));
-    assert_ok(loci_batch_write(batch, true, &err));
-    loci_batch_destroy(batch);
-    loci_rocks_close(rocks);
-}
-
 static void test_damaged_catalogue(void **state) {
     fixture *f = *state;
     loci_error err;
@@ -187,7 +170,7 @@ static void test_damaged_catalogue(void **state) {
     snprintf(extents, sizeof extents, "%s/extents/0000000000000001", f->dir);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         fixture_close(f);
-        damage(f, cases[i].kind, cases[i].value_kind, "nonsense");
+        damage_catalog(f->dir, cases[i].kind, 1, cases[i].value_kind);
         fixture_open(f);
         assert_int_equal(loci_corpus_get(f->store, "bad", &info, &err), LOCI_E_CORRUPT);
         assert_non_null(strstr(err.text, "bad"));
@@ -206,7 +189,7 @@ static void test_damaged_catalogue(void **state) {
     assert_int_equal(access(extents, F_OK), -1);
     fixture_create(f, "bad");
     fixture_close(f);
-    damage(f, 'c', LOCI_KIND_CORPUS, "nonsense"); /* not even a name: logged, and not in the way */
+    damage_catalog(f->dir, 'c', 1, LOCI_KIND_CORPUS); /* not even a name: only logged */
     fixture_open(f);
     check_snapshot(f, "good");
     assert_ok(loci_corpus_get(f->store, "bad", &info, &err));
