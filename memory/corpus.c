@@ -640,21 +640,32 @@ static loci_status write_record(loci_corpus *corpus, loci_error *err) {
     return status;
 }
 
-loci_status loci_corpus_set(loci_store *store, const char *name,
-                            const loci_corpus_settings *settings, loci_corpus_info *out,
+/* Caller holds corpus->lock. */
+static loci_status change_settings(loci_corpus *corpus, const loci_settings_change *change,
+                                   loci_error *err) {
+    loci_corpus_settings before = corpus->settings, next = before;
+    loci_corpus_settings_apply(change, &next);
+    LOCI_TRY(loci_corpus_settings_check(&next, &corpus->geometry, err));
+    LOCI_TRY(loci_corpus_changeable(corpus, err));
+    corpus->settings = next;
+    loci_status status = write_record(corpus, err);
+    if (status != LOCI_OK) corpus->settings = before;
+    return status;
+}
+
+loci_status loci_corpus_set(loci_store *store, const char *name, uint64_t uid,
+                            const loci_settings_change *change, loci_corpus_info *out,
                             loci_error *err) {
     loci_corpus *corpus = NULL;
-    LOCI_TRY(loci_corpus_acquire(store, name, &corpus, err));
-    loci_status status = loci_corpus_settings_check(settings, &corpus->geometry, err);
-    pthread_mutex_lock(&corpus->lock);
-    loci_corpus_settings before = corpus->settings;
     loci_snapshot *stale = NULL;
-    if (status == LOCI_OK) status = loci_corpus_changeable(corpus, err);
-    if (status == LOCI_OK) {
-        corpus->settings = *settings;
-        status = write_record(corpus, err);
-        if (status != LOCI_OK) corpus->settings = before;
-    }
+    loci_status status;
+    LOCI_TRY(loci_corpus_acquire(store, name, &corpus, err));
+    pthread_mutex_lock(&corpus->lock);
+    if (uid != 0 && uid != corpus->uid)
+        status = loci_fail(err, LOCI_E_ABORTED,
+                           "corpus %s was made anew meanwhile; its settings stay", name);
+    else
+        status = change_settings(corpus, change, err);
     if (status == LOCI_OK) {
         stale = corpus->current; /* it has the settings of before */
         corpus->current = NULL;

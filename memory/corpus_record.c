@@ -43,6 +43,15 @@ void loci_corpus_settings_default(loci_corpus_settings *settings) {
     *settings = (loci_corpus_settings){.attn_temperature = 1, .attn_scale = 1};
 }
 
+void loci_corpus_settings_apply(const loci_settings_change *change,
+                                loci_corpus_settings *settings) {
+    if (change->dense_layers >= 0)
+        settings->dense_layers =
+            change->dense_layers < UINT32_MAX ? (uint32_t)change->dense_layers : UINT32_MAX;
+    if (change->attn_temperature != 0) settings->attn_temperature = (float)change->attn_temperature;
+    if (change->attn_scale != 0) settings->attn_scale = (float)change->attn_scale;
+}
+
 static bool in_range(float value, float least, float most) {
     return value >= least && value <= most; /* not NaN */
 }

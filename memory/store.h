@@ -57,6 +57,14 @@ typedef struct loci_corpus_settings {
 
 void loci_corpus_settings_default(loci_corpus_settings *settings); /* 0, 1, 1 */
 
+/* Settings that somebody names; the others stay. */
+typedef struct loci_settings_change {
+    int64_t dense_layers;                /* below 0: not named */
+    double attn_temperature, attn_scale; /* 0: not named */
+} loci_settings_change;
+
+void loci_corpus_settings_apply(const loci_settings_change *change, loci_corpus_settings *settings);
+
 typedef struct loci_store_options {
     uint64_t document_bytes_max; /* default 64 MiB */
     uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
@@ -120,9 +128,11 @@ LOCI_MUST_CHECK loci_status loci_corpus_create(loci_store *store, const char *na
 LOCI_MUST_CHECK loci_status loci_corpus_settings_check(const loci_corpus_settings *settings,
                                                        const loci_geometry *geometry,
                                                        loci_error *err);
-/* On disk when this returns; snapshots acquired from then on have them. No new revision. */
-LOCI_MUST_CHECK loci_status loci_corpus_set(loci_store *store, const char *name,
-                                            const loci_corpus_settings *settings,
+/* On disk when this returns; snapshots acquired from then on have them. No new revision. Callers at
+ * the same time that name different settings all have their way. uid: LOCI_E_ABORTED unless it is
+ * the corpus's (another one, or another index of it, has the name by now); 0 = any. */
+LOCI_MUST_CHECK loci_status loci_corpus_set(loci_store *store, const char *name, uint64_t uid,
+                                            const loci_settings_change *change,
                                             loci_corpus_info *out, loci_error *err);
 LOCI_MUST_CHECK loci_status loci_corpus_get(loci_store *store, const char *name,
                                             loci_corpus_info *out, loci_error *err);

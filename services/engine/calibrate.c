@@ -338,62 +338,61 @@ static void close_comparison(comparison *c) {
     free(c);
 }
 
-/* The question that a calibration stands for: it waits for its turn as others do. */
-static loci_status begin(loci_query *query, loci_engine *engine, const char *corpus,
-                         const loci_cancel *cancel, loci_error *err) {
-    return loci_query_init(query, engine, corpus, "?", 0, cancel, err);
-}
-
-static loci_status compare(loci_engine *engine, const char *corpus, bool apply,
-                           const loci_cancel *cancel, loci_calibration *out, loci_error *err) {
-    loci_query query;
+/* Fills what is compared; the query goes on being the caller's. */
+static loci_status compare(loci_query *query, loci_calibration *out, loci_error *err) {
     comparison *c = calloc(1, sizeof *c);
     if (!c) return loci_fail(err, LOCI_E_NOMEM, "no memory to calibrate with");
-    c->query = &query;
+    c->query = query;
     c->out = out;
     loci_status status;
-    LOCI_TRY_GOTO(begin(&query, engine, corpus, cancel, err), out);
-    out->causal = query.causal;
-    if (apply && query.causal) {
-        status = loci_fail_reason(err, LOCI_E_PRECONDITION, "ENCODING",
-                                  "corpus %s is causal: it is encoded as its model reads, there is "
-                                  "no better temperature or scale to apply",
-                                  corpus);
-        goto out;
-    }
     LOCI_TRY_GOTO(open_comparison(c, err), out);
-    make_rows(&query.settings, out);
+    make_rows(&query->settings, out);
     LOCI_TRY_GOTO(compare_samples(c, err), out);
     conclude(c);
 out:
     close_comparison(c);
-    loci_query_fini(&query);
     return status;
+}
+
+/* The best row's settings become those of the corpus that was looked at, and the query's. */
+static loci_status apply_best(loci_query *query, loci_calibration *out, loci_error *err) {
+    const loci_corpus_info *looked_at = loci_snapshot_info(query->snapshot);
+    const loci_calibration_row *best = &out->rows[out->best];
+    const loci_settings_change change = {-1, (double)best->temperature, (double)best->scale};
+    loci_corpus_info now;
+    LOCI_TRY(
+        loci_corpus_set(query->engine->store, looked_at->name, looked_at->uid, &change, &now, err));
+    query->settings = now.settings;
+    out->applied = true;
+    return LOCI_OK;
 }
 
 loci_status loci_engine_calibrate(loci_engine *engine, const char *corpus, bool apply,
                                   const loci_cancel *cancel, loci_calibration *out,
                                   loci_error *err) {
     loci_query query;
-    loci_corpus_info info;
+    loci_status status;
     *out = (loci_calibration){0};
-    loci_status status = begin(&query, engine, corpus, cancel, err);
-    out->comparable = status == LOCI_OK && query.engine->stock; /* of the corpus's own model */
-    loci_query_fini(&query);
-    LOCI_TRY(status);
-    if (out->comparable) LOCI_TRY(compare(engine, corpus, apply, cancel, out, err));
-    if (out->comparable && apply) {
-        const loci_calibration_row *best = &out->rows[out->best];
-        const loci_settings_change change = {-1, (double)best->temperature, (double)best->scale};
-        LOCI_TRY(loci_engine_set_corpus(engine, corpus, &change, &info, err));
-        out->applied = true;
+    /* A question like others, which waits for its turn. */
+    LOCI_TRY_GOTO(loci_query_init(&query, engine, corpus, "?", 0, cancel, err), out);
+    out->comparable = query.engine->stock; /* of the corpus's own model */
+    out->causal = query.causal;
+    out->revision = loci_snapshot_info(query.snapshot)->revision;
+    if (out->comparable && apply && query.causal) {
+        status = loci_fail_reason(err, LOCI_E_PRECONDITION, "ENCODING",
+                                  "corpus %s is causal: it is encoded as its model reads, there is "
+                                  "no better temperature or scale to apply",
+                                  corpus);
+        goto out;
     }
-    status = begin(&query, engine, corpus, cancel, err);
-    if (status == LOCI_OK && query.view->extent_count > 0) {
-        status = loci_query_squeezed(&query, 1, err);
-        out->thresholds = status == LOCI_OK;
+    if (out->comparable) LOCI_TRY_GOTO(compare(&query, out, err), out);
+    if (out->comparable && apply) LOCI_TRY_GOTO(apply_best(&query, out, err), out);
+    if (query.view->extent_count > 0) {
+        LOCI_TRY_GOTO(loci_query_squeezed(&query, 1, err), out);
+        out->thresholds = true;
     }
-    if (status == LOCI_OK) out->revision = loci_snapshot_info(query.snapshot)->revision;
+    status = LOCI_OK;
+out:
     loci_query_fini(&query);
     return status;
 }

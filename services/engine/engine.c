@@ -411,23 +411,6 @@ static uint32_t default_dense_layers(const loci_engine *engine) {
     return most < DENSE_LAYERS ? most : DENSE_LAYERS;
 }
 
-static void change_settings(const loci_settings_change *change, loci_corpus_settings *settings) {
-    if (change->dense_layers >= 0)
-        settings->dense_layers =
-            change->dense_layers < UINT32_MAX ? (uint32_t)change->dense_layers : UINT32_MAX;
-    if (change->attn_temperature != 0) settings->attn_temperature = (float)change->attn_temperature;
-    if (change->attn_scale != 0) settings->attn_scale = (float)change->attn_scale;
-}
-
-loci_status loci_engine_set_corpus(loci_engine *engine, const char *name,
-                                   const loci_settings_change *settings, loci_corpus_info *out,
-                                   loci_error *err) {
-    LOCI_TRY(loci_corpus_get(engine->store, name, out, err));
-    loci_corpus_settings next = out->settings;
-    change_settings(settings, &next);
-    return loci_corpus_set(engine->store, name, &next, out, err);
-}
-
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
     *out = (loci_engine_status){.memory_used_bytes = anonymous_bytes()};
     loci_budget_usage_of(engine->budget, &out->memory);
@@ -448,7 +431,7 @@ loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loc
     loci_corpus_settings own;
     loci_corpus_settings_default(&own);
     own.dense_layers = default_dense_layers(engine);
-    if (settings) change_settings(settings, &own);
+    if (settings) loci_corpus_settings_apply(settings, &own);
     geometry.causal = encoding == LOCI_ENCODING_CAUSAL;
     if (encoding == LOCI_ENCODING_DEFAULT)
         geometry.causal =

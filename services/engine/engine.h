@@ -62,13 +62,6 @@ typedef enum loci_encoding {
     LOCI_ENCODING_CAUSAL
 } loci_encoding;
 
-/* Settings of a corpus that somebody names; the others are the default ones of a new corpus, or
- * stay as they are. */
-typedef struct loci_settings_change {
-    int64_t dense_layers;                /* below 0: not named */
-    double attn_temperature, attn_scale; /* 0: not named */
-} loci_settings_change;
-
 /* Creates a corpus for the engine's model. beyond_trained_length: a causal corpus may grow longer
  * than the sequences that its model was trained on. settings: NULL = none is named. By default the
  * first two layers are dense where every layer of a stock model reaches the corpus, but at most a
@@ -79,10 +72,6 @@ LOCI_MUST_CHECK loci_status loci_engine_create_corpus(loci_engine *engine, const
                                                       bool beyond_trained_length,
                                                       const loci_settings_change *settings,
                                                       loci_corpus_info *out, loci_error *err);
-/* Questions from now on have the new settings. */
-LOCI_MUST_CHECK loci_status loci_engine_set_corpus(loci_engine *engine, const char *name,
-                                                   const loci_settings_change *settings,
-                                                   loci_corpus_info *out, loci_error *err);
 
 /* --- Calibration ---------------------------------------------------------------------------- */
 #define LOCI_CALIBRATION_ROWS 16u

@@ -143,7 +143,8 @@ static loci_status update_corpus(loci_rpc_call *call, void *ctx, loci_error *err
     loci_rpc_error_metadata(call, "corpus", corpus);
     const loci_settings_change settings = read_settings(request->settings);
     loci_corpus_info info;
-    loci_status status = loci_engine_set_corpus(node->engine, corpus, &settings, &info, err);
+    loci_status status =
+        loci_corpus_set(loci_engine_store(node->engine), corpus, 0, &settings, &info, err);
     if (status != LOCI_OK)
         return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
     return loci_daemon_send_corpus(call, node, &info, err);

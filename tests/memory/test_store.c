@@ -6,6 +6,7 @@
 #include "support.h"
 
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -290,6 +291,11 @@ static void test_envelope(void **state) {
     loci_rocks_close(rocks);
 }
 
+static loci_settings_change change_of(const loci_corpus_settings *settings) {
+    return (loci_settings_change){settings->dense_layers, (double)settings->attn_temperature,
+                                  (double)settings->attn_scale};
+}
+
 /* Settings stay over a restart; values that cannot be are refused by name and change nothing. */
 static void test_settings(void **state) {
     fixture *f = *state;
@@ -310,7 +316,8 @@ static void test_settings(void **state) {
     assert_ok(loci_snapshot_acquire(f->store, "own", &snapshot, &err));
     assert_memory_equal(&loci_snapshot_info(snapshot)->settings, &settings, sizeof settings);
     loci_corpus_settings other = {geometry.retrieval_layers, 0.5f, 0.8f};
-    assert_ok(loci_corpus_set(f->store, "own", &other, &info, &err));
+    loci_settings_change change = change_of(&other);
+    assert_ok(loci_corpus_set(f->store, "own", 0, &change, &info, &err));
     assert_int_equal(info.revision, revision);
     assert_memory_equal(&loci_snapshot_info(snapshot)->settings, &settings, sizeof settings);
     loci_snapshot_release(snapshot);
@@ -322,28 +329,88 @@ static void test_settings(void **state) {
         const char *says;
     } bad[] = {
         {{geometry.retrieval_layers + 1, 1, 1}, "dense_layers is"},
-        {{0, 0, 1}, "attn_temperature is 0; it must lie in [0.05, 20]"},
+        {{0, 0.01f, 1}, "attn_temperature is 0.01; it must lie in [0.05, 20]"},
         {{0, NAN, 1}, "attn_temperature is nan"},
         {{0, INFINITY, 1}, "attn_temperature is inf"},
         {{0, 1, -1}, "attn_scale is -1; it must lie in [0.05, 2]"},
         {{0, 1, 2.1f}, "attn_scale is 2.1"},
     };
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        assert_int_equal(loci_corpus_set(f->store, "own", &bad[i].settings, &info, &err),
-                         LOCI_E_INVAL);
+        loci_settings_change wrong = change_of(&bad[i].settings);
+        assert_int_equal(loci_corpus_set(f->store, "own", 0, &wrong, &info, &err), LOCI_E_INVAL);
         assert_string_equal(err.reason, "INVALID_SETTINGS");
         if (!strstr(err.text, bad[i].says)) fail_msg("%s", err.text);
         assert_int_equal(loci_corpus_create(f->store, "new", &geometry, &bad[i].settings, NULL,
                                             NULL, &info, &err),
                          LOCI_E_INVAL);
     }
-    assert_int_equal(loci_corpus_set(f->store, "none", &other, &info, &err), LOCI_E_NOTFOUND);
+    assert_int_equal(loci_corpus_set(f->store, "none", 0, &change, &info, &err), LOCI_E_NOTFOUND);
+    assert_int_equal(loci_corpus_set(f->store, "own", info.uid + 1, &change, &info, &err),
+                     LOCI_E_ABORTED);
     fixture_close(f);
     fixture_open(f);
     assert_ok(loci_corpus_get(f->store, "own", &info, &err));
     assert_memory_equal(&info.settings, &other, sizeof other);
     assert_true(info.geometry.causal && info.geometry.tokens_max == 1234);
     fixture_close(f);
+}
+
+typedef struct setter {
+    fixture *f;
+    uint64_t uid;
+    int which;     /* of the three settings */
+    uint32_t lost; /* times that another's call undid this one's */
+    bool failed;
+} setter;
+
+#define SETS 60
+
+static void *set_one(void *ctx) {
+    setter *self = ctx;
+    for (int i = 1; i <= SETS; i++) {
+        loci_error err;
+        loci_corpus_info info;
+        loci_settings_change change = {.dense_layers = -1};
+        if (self->which == 0) change.dense_layers = i % 3;
+        if (self->which == 1) change.attn_temperature = 1 + i / 64.0;
+        if (self->which == 2) change.attn_scale = 1 + i / 64.0;
+        if (loci_corpus_set(self->f->store, "a", self->uid, &change, &info, &err) != LOCI_OK ||
+            loci_corpus_get(self->f->store, "a", &info, &err) != LOCI_OK) {
+            self->failed = true;
+            break;
+        }
+        const loci_corpus_settings *now = &info.settings;
+        if ((self->which == 0 && now->dense_layers != (uint32_t)(i % 3)) ||
+            (self->which == 1 && (double)now->attn_temperature != change.attn_temperature) ||
+            (self->which == 2 && (double)now->attn_scale != change.attn_scale))
+            self->lost++;
+    }
+    return NULL;
+}
+
+/* Each of three threads sets its own setting again and again, and always finds it as it set it. */
+static void test_settings_at_the_same_time(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_corpus_info info;
+    pthread_t threads[3];
+    setter setters[3];
+    fixture_open(f);
+    fixture_create(f, "a");
+    for (int i = 0; i < 3; i++) {
+        setters[i] = (setter){.f = f, .uid = info_of(f, "a").uid, .which = i};
+        assert_int_equal(pthread_create(&threads[i], NULL, set_one, &setters[i]), 0);
+    }
+    for (int i = 0; i < 3; i++) assert_int_equal(pthread_join(threads[i], NULL), 0);
+    for (int i = 0; i < 3; i++) assert_true(setters[i].lost == 0 && !setters[i].failed);
+    for (int reopened = 0; reopened < 2; reopened++) {
+        assert_ok(loci_corpus_get(f->store, "a", &info, &err));
+        assert_int_equal(info.settings.dense_layers, SETS % 3);
+        assert_true(info.settings.attn_temperature == 1 + SETS / 64.0f &&
+                    info.settings.attn_scale == 1 + SETS / 64.0f);
+        fixture_close(f);
+        fixture_open(f);
+    }
 }
 
 /* Notes are found again until they are damaged or their corpus is deleted. */
@@ -438,6 +505,7 @@ int main(void) {
         TEST(test_envelope),
         TEST(test_envelope_damage),
         TEST(test_settings),
+        TEST(test_settings_at_the_same_time),
         TEST(test_notes),
         TEST(test_records_without_settings_open),
     };

@@ -141,7 +141,8 @@ static void set(loci_engine *engine, const char *corpus, uint32_t dense, double 
     loci_settings_change change = {dense, temperature, scale};
     loci_corpus_info info;
     loci_error err = {0};
-    if (loci_engine_set_corpus(engine, corpus, &change, &info, &err)) fail_msg("%s", err.text);
+    if (loci_corpus_set(loci_engine_store(engine), corpus, 0, &change, &info, &err))
+        fail_msg("%s", err.text);
 }
 
 static float uniform(uint64_t *state) {
