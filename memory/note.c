@@ -62,12 +62,13 @@ loci_status loci_corpus_note_put(loci_store *store, const loci_corpus_info *info
 loci_status loci_corpus_note_get(loci_store *store, const loci_corpus_info *info, loci_note note,
                                  loci_buf *out, loci_error *err) {
     loci_corpus *corpus = NULL;
-    loci_buf payload = LOCI_BUF_INIT;
+    loci_value *value = NULL;
+    loci_slice payload = {0};
     LOCI_TRY(acquire(store, info, &corpus, err));
     loci_key key = loci_key_catalog(notes[note].key, corpus->uid);
     loci_error damage = {0};
-    loci_status status = loci_rocks_get(store->rocks, NULL, LOCI_CF_CATALOG, &key, notes[note].kind,
-                                        &payload, &damage);
+    loci_status status = loci_rocks_pin(store->rocks, NULL, LOCI_CF_CATALOG, &key, notes[note].kind,
+                                        &value, &payload, &damage);
     if (status == LOCI_E_CORRUPT)
         loci_log_warn("a note on corpus %s is not used: %s", info->name, damage.text);
     bool good = status == LOCI_OK && payload.len >= LOCI_FINGERPRINT_LEN &&
@@ -78,7 +79,7 @@ loci_status loci_corpus_note_get(loci_store *store, const loci_corpus_info *info
                         payload.len - LOCI_FINGERPRINT_LEN);
         status = loci_buf_status(out);
     }
-    loci_buf_fini(&payload);
+    loci_value_free(value);
     loci_corpus_release(corpus);
     if (good && status == LOCI_OK) return LOCI_OK;
     return loci_fail(err, LOCI_E_NOTFOUND, "there is no such note on corpus %s", info->name);

@@ -32,6 +32,7 @@ typedef struct comparison {
     loci_query look;   /* what looks at the passages encoded apart */
     loci_slot slot;    /* its own sequence */
     loci_calibration *out;
+    uint64_t reserved;
     /* One sample. */
     uint32_t text[TEXT_MOST], text_count;
     uint32_t likeliest[TEXT_MOST]; /* by the causal reading */
@@ -294,10 +295,11 @@ static loci_status open_comparison(comparison *c, loci_error *err) {
     size_t flat = 2 * (size_t)g->retrieval_layers * tokens * width * sizeof *c->flat;
     size_t rows = 2 * pairs * passage * sizeof *c->rows;
     uint32_t longest = 1 + tokens + TEXT_MOST;
-    LOCI_TRY(loci_query_reserve(c->query,
-                                2 * loci_plan_slot_bytes(config, longest) + flat + rows +
-                                    2ull * LOGIT_ROWS * config->vocab * sizeof(float),
-                                err));
+    uint64_t bytes = loci_plan_slot_bytes(config, longest) +
+                     loci_plan_encode_bytes(config, g->segment_tokens + 1) + flat + rows +
+                     2ull * LOGIT_ROWS * config->vocab * sizeof(float);
+    LOCI_TRY(loci_query_reserve(c->query, bytes, "comparing encodings of a corpus", err));
+    c->reserved = bytes;
     c->flat = malloc(flat);
     c->rows = malloc(rows);
     c->pair = calloc(2 * (size_t)pairs, sizeof *c->pair);
@@ -335,6 +337,7 @@ static void close_comparison(comparison *c) {
     free(c->pair);
     free(c->rows);
     free(c->flat);
+    loci_query_give_back(c->query, c->reserved);
     free(c);
 }
 

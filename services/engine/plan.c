@@ -83,14 +83,17 @@ uint64_t loci_plan_slot_bytes(const loci_model_config *c, uint32_t tokens) {
     return cache + part + SEQUENCE_ROWS * row_bytes(c) + 4ull * c->vocab * sizeof(float) + MIB;
 }
 
+/* Rows, and their K and V on their way out (model/encode.c). */
+uint64_t loci_plan_encode_bytes(const loci_model_config *c, uint32_t tokens) {
+    return tokens * (row_bytes(c) + 4ull * c->retrieval_count * c->kv_heads * c->head_dim);
+}
+
 static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document_bytes) {
     loci_store_options options;
     loci_store_options_default(&options);
     options.document_bytes_max = document_bytes;
-    uint64_t kv = 4ull * r->geometry->retrieval_layers * r->geometry->kv_heads *
-                  r->geometry->head_dim; /* a token's K and V on their way out of the encoder */
-    return loci_ingest_memory(r->geometry, &options) + ENCODE_ROWS * (row_bytes(r->config) + kv) +
-           4 * MIB;
+    return loci_ingest_memory(r->geometry, &options) +
+           loci_plan_encode_bytes(r->config, ENCODE_ROWS) + 4 * MIB;
 }
 
 static uint64_t widest_of(const loci_model_config *c) {

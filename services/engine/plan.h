@@ -42,6 +42,8 @@ LOCI_MUST_CHECK loci_status loci_plan_make(const loci_plan_request *request, loc
                                            loci_error *err);
 /* What a slot with a sequence of so many tokens takes. */
 uint64_t loci_plan_slot_bytes(const loci_model_config *config, uint32_t tokens);
+/* What loci_model_encode takes for so many tokens at once. */
+uint64_t loci_plan_encode_bytes(const loci_model_config *config, uint32_t tokens);
 /* Reserves all of it. */
 LOCI_MUST_CHECK loci_status loci_plan_take(const loci_plan *plan, loci_budget *budget,
                                            loci_error *err);

@@ -81,13 +81,17 @@ static loci_status tokenize_question(loci_query *query, const char *question, lo
     return status;
 }
 
-loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *err) {
-    char what[64];
-    snprintf(what, sizeof what, "a question to %llu tokens",
-             (unsigned long long)query->view->tokens);
+loci_status loci_query_reserve(loci_query *query, uint64_t bytes, const char *what,
+                               loci_error *err) {
     LOCI_TRY(loci_budget_take(query->engine->budget, LOCI_MEMORY_LOOKUPS, bytes, what, err));
     query->reserved += bytes;
     return LOCI_OK;
+}
+
+void loci_query_give_back(loci_query *query, uint64_t bytes) {
+    LOCI_ASSERT(bytes <= query->reserved);
+    loci_budget_give(query->engine->budget, LOCI_MEMORY_LOOKUPS, bytes);
+    query->reserved -= bytes;
 }
 
 /* The one whose model encoded the corpus. */
@@ -125,8 +129,11 @@ static loci_status open_snapshot(loci_query *query, const char *corpus, uint64_t
     query->usage.question_tokens = query->question.count;
     loci_sequence_reset(query->slot->sequence);
     loci_sequence_set_attend(query->slot->sequence, NULL, NULL);
+    char what[64];
+    snprintf(what, sizeof what, "a question to %llu tokens",
+             (unsigned long long)query->view->tokens);
     LOCI_TRY(loci_query_reserve(
-        query, SEGMENT_BYTES * (uint64_t)loci_snapshot_segments(query->snapshot), err));
+        query, SEGMENT_BYTES * (uint64_t)loci_snapshot_segments(query->snapshot), what, err));
     if (query->slot->lookup) return LOCI_OK;
     return engine->backend->ops->lookup_create(engine->backend, &query->slot->lookup, err);
 }

@@ -96,8 +96,11 @@ LOCI_MUST_CHECK loci_status loci_query_init(loci_query *query, loci_engine *engi
                                             uint64_t min_revision, const loci_cancel *cancel,
                                             loci_error *err);
 void loci_query_fini(loci_query *query);
-/* Reserves memory of the budget until fini. */
-LOCI_MUST_CHECK loci_status loci_query_reserve(loci_query *query, uint64_t bytes, loci_error *err);
+/* Reserves memory of the budget until fini, or until it is given back; what: for the sentence of a
+ * refusal. */
+LOCI_MUST_CHECK loci_status loci_query_reserve(loci_query *query, uint64_t bytes, const char *what,
+                                               loci_error *err);
+void loci_query_give_back(loci_query *query, uint64_t bytes);
 double loci_query_elapsed_ms(const loci_query *query);
 /* Of the logits of the question's and the answer's rows: among themselves, and over the corpus's
  * tokens (A and A / T of attention/README.md). */
@@ -221,7 +224,8 @@ typedef struct loci_recorder {
 LOCI_MUST_CHECK loci_status loci_recorder_open(loci_query *query, loci_recorder *out,
                                                loci_error *err);
 void loci_recorder_close(loci_recorder *recorder); /* also after a failed open */
-uint64_t loci_recorder_bytes(const loci_engine *engine);
+/* What it takes; note: with keep or restore, which copy its rows. */
+uint64_t loci_recorder_bytes(const loci_model_config *config, bool note);
 /* Runs tokens on the slot's sequence, which is empty, and takes the queries of the last `keep`. */
 LOCI_MUST_CHECK loci_status loci_recorder_pass(loci_recorder *recorder, const uint32_t *ids,
                                                uint32_t count, uint32_t keep, loci_error *err);

@@ -22,10 +22,13 @@ static uint32_t layers_of(const loci_recorder *self) {
     return self->query->engine->geometry.retrieval_layers;
 }
 
-uint64_t loci_recorder_bytes(const loci_engine *engine) {
-    const loci_model_config *config = loci_model_config_of(engine->model);
-    return (uint64_t)LOCI_RECORDED * config->retrieval_count * config->q_heads * config->head_dim *
-           sizeof(float);
+/* The note is three times in memory when it is written (built, with its head, in the batch) and
+ * twice when it is read; where that grows by doubling, the double is counted. */
+uint64_t loci_recorder_bytes(const loci_model_config *config, bool note) {
+    uint64_t layer = (uint64_t)LOCI_RECORDED * config->q_heads * config->head_dim;
+    uint64_t rows = layer * config->retrieval_count;
+    uint64_t queries = rows * sizeof(float);
+    return note ? queries + layer * sizeof(float) + 2 * 3 * rows * sizeof(uint16_t) : queries;
 }
 
 loci_status loci_recorder_open(loci_query *query, loci_recorder *out, loci_error *err) {
@@ -131,6 +134,7 @@ void loci_recorder_keep(loci_recorder *self, uint64_t start, uint64_t end) {
             loci_buf_append(&out, rows + ((size_t)(i + 1) * had - older) * row, older * row);
         status = append_layer(self, i, floats, &out, &err);
     }
+    loci_buf_fini(&before);
     if (status == LOCI_OK && (!floats || out.failed))
         status = loci_fail(&err, LOCI_E_NOMEM, "no memory");
     if (status == LOCI_OK)
@@ -139,7 +143,6 @@ void loci_recorder_keep(loci_recorder *self, uint64_t start, uint64_t end) {
     if (status != LOCI_OK)
         loci_log_warn("the last queries of corpus %s are not kept: %s", info->name, err.text);
     free(floats);
-    loci_buf_fini(&before);
     loci_buf_fini(&out);
 }
 

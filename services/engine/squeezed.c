@@ -216,13 +216,12 @@ static loci_status compute(loci_query *query, loci_squeezed_table *out, loci_err
     const loci_corpus_view *view = query->view;
     loci_recorder recorder;
     calibration c = {.query = query, .recorder = &recorder};
-    size_t steady = (size_t)LOCI_RECORDED * loci_model_config_of(query->engine->model)->q_heads;
+    const loci_model_config *config = loci_model_config_of(query->engine->model);
+    size_t steady = (size_t)LOCI_RECORDED * config->q_heads;
+    uint64_t bytes = loci_recorder_bytes(config, query->causal) + (GROUPS + 1) * sizeof(histogram) +
+                     2 * view->tokens * view->kv_heads;
     loci_status status;
-    LOCI_TRY(loci_query_reserve(query,
-                                loci_recorder_bytes(query->engine) +
-                                    (GROUPS + 1) * sizeof(histogram) +
-                                    2 * view->tokens * view->kv_heads,
-                                err));
+    LOCI_TRY(loci_query_reserve(query, bytes, "calibrating mode squeezed", err));
     LOCI_TRY_GOTO(loci_recorder_open(query, &recorder, err), out);
     LOCI_TRY_GOTO(record(&recorder, err), out);
     LOCI_TRY_GOTO(backend->ops->alloc(backend, steady * sizeof(float), &c.steady, err), out);
@@ -243,6 +242,7 @@ out:
     free(c.root_scores);
     free(c.tokens);
     loci_recorder_close(&recorder);
+    loci_query_give_back(query, bytes);
     return status;
 }
 

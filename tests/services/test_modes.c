@@ -702,6 +702,78 @@ static void test_calibration_sets_the_best(void **state) {
     loci_engine_close(engine);
 }
 
+/* --- Memory ----------------------------------------------------------------------------------- */
+
+/* Takes all of the budget but `left`; returns how much that is. */
+static uint64_t fill_budget(loci_engine *engine, uint64_t left) {
+    loci_budget_usage usage;
+    loci_error err = {0};
+    loci_budget_usage_of(engine->budget, &usage);
+    uint64_t taken = usage.limit - usage.used - left;
+    assert_int_equal(loci_budget_take(engine->budget, LOCI_MEMORY_PROCESS, taken, "a test", &err),
+                     LOCI_OK);
+    return taken;
+}
+
+static uint64_t used_for_lookups(loci_engine *engine) {
+    loci_budget_usage usage;
+    loci_budget_usage_of(engine->budget, &usage);
+    return usage.part[LOCI_MEMORY_LOOKUPS];
+}
+
+static void forget_thresholds(loci_engine *engine, const char *corpus) {
+    loci_corpus_info info;
+    loci_error err = {0};
+    loci_store *store = loci_engine_store(engine);
+    assert_int_equal(loci_corpus_get(store, corpus, &info, &err), LOCI_OK);
+    assert_int_equal(
+        loci_corpus_note_put(store, &info, LOCI_NOTE_THRESHOLDS, loci_slice_text("none"), &err),
+        LOCI_OK);
+    engine->squeezed.uid = 0;
+}
+
+/* What does not fit is refused by name, what was reserved is given back. */
+static void test_calibration_reserves_its_memory(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    const loci_model_config *config = loci_model_config_of(loci_engine_model(engine));
+    loci_error err = {0};
+    loci_calibration out;
+    loci_query query;
+    set(engine, "books", 0, 1, 1);
+    set(engine, "text", 0, 1, 1);
+    /* Room for the rest of both, as far as it is small. */
+    uint64_t taken = fill_budget(engine, loci_plan_slot_bytes(config, 4 * 255));
+    assert_int_equal(loci_engine_calibrate(engine, "books", false, NULL, &out, &err), LOCI_E_LIMIT);
+    assert_string_equal(err.reason, "MEMORY_BUDGET");
+    assert_non_null(strstr(err.text, "comparing encodings of a corpus needs"));
+    loci_budget_give(engine->budget, LOCI_MEMORY_PROCESS, taken);
+    forget_thresholds(engine, "text");
+    begin(&query, engine, "text");
+    uint64_t before = used_for_lookups(engine);
+    taken = fill_budget(engine, loci_recorder_bytes(config, true));
+    assert_int_equal(loci_query_squeezed(&query, 0.1, &err), LOCI_E_LIMIT);
+    assert_string_equal(err.reason, "MEMORY_BUDGET");
+    assert_non_null(strstr(err.text, "calibrating mode squeezed needs"));
+    loci_budget_give(engine->budget, LOCI_MEMORY_PROCESS, taken);
+    assert_int_equal(used_for_lookups(engine), before);
+    assert_int_equal(loci_query_squeezed(&query, 0.1, &err), LOCI_OK);
+    assert_int_equal(query.reserved, 24 * (uint64_t)loci_snapshot_segments(query.snapshot));
+    loci_query_fini(&query);
+    assert_true(calibrated(engine, "books", false).samples > 0);
+    loci_engine_close(engine);
+}
+
+/* Of a model of 8 billion parameters: 100 rows of 32 layers of 4,096 floats, and halves of them. */
+static void test_recorded_queries_of_a_large_model(void **state) {
+    (void)state;
+    const loci_model_config large = {.q_heads = 32, .head_dim = 128, .retrieval_count = 32};
+    uint64_t rows = 100ull * 32 * 4096;
+    assert_int_equal(loci_recorder_bytes(&large, false), 4 * rows);
+    assert_true(loci_recorder_bytes(&large, true) > 4 * rows + 4 * 2 * rows);
+    assert_true(loci_recorder_bytes(&large, true) < 4 * rows + 8 * 2 * rows);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_temperature_and_scale_are_those_of_the_formula),
@@ -713,6 +785,8 @@ int main(void) {
         cmocka_unit_test(test_a_squeezed_answer_reads_its_budget),
         cmocka_unit_test(test_calibration_of_equal_encodings_finds_no_difference),
         cmocka_unit_test(test_calibration_sets_the_best),
+        cmocka_unit_test(test_calibration_reserves_its_memory),
+        cmocka_unit_test(test_recorded_queries_of_a_large_model),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
