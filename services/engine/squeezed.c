@@ -319,7 +319,12 @@ loci_status loci_query_squeezed(loci_query *query, double share, loci_error *err
     if (known) table = *last;
     pthread_mutex_unlock(&engine->lock);
     if (!known && !read_table(query, &table)) {
-        LOCI_TRY(compute(query, &table, err));
+        const loci_usage usage = query->usage; /* what the table costs is not the answer's */
+        const uint64_t step_bytes = query->step_bytes;
+        loci_status status = compute(query, &table, err);
+        query->usage = usage;
+        query->step_bytes = step_bytes;
+        LOCI_TRY(status);
         write_table(query, &table);
     }
     pthread_mutex_lock(&engine->lock);
