@@ -27,7 +27,7 @@
 typedef struct copying {
     loci_corpus *from, *to;
     const loci_view *view; /* of `from`, which does not change but for dead documents that go */
-    const loci_cancel *cancel;
+    const loci_reindex_watch *watch;
     loci_batch *batch;
     size_t batch_bytes;
     uint8_t *raw; /* one chunk */
@@ -49,13 +49,15 @@ static loci_status write_batch(copying *c, loci_error *err) {
     loci_batch_destroy(c->batch);
     c->batch = loci_batch_create(c->from->store->rocks);
     c->batch_bytes = 0;
-    if (loci_cancel_check(c->cancel) != LOCI_OK)
+    if (loci_cancel_check(c->watch->cancel) != LOCI_OK)
         return loci_fail(err, LOCI_E_CANCELLED, "reindexing corpus %s was stopped", c->from->name);
     pthread_mutex_lock(&c->to->lock);
     bool given_up = c->to->deleted;
+    uint64_t documents = c->to->documents;
     pthread_mutex_unlock(&c->to->lock);
-    if (!given_up) return LOCI_OK;
-    return loci_fail(err, LOCI_E_ABORTED, "reindexing corpus %s was given up", c->from->name);
+    if (given_up)
+        return loci_fail(err, LOCI_E_ABORTED, "reindexing corpus %s was given up", c->from->name);
+    return c->watch->on_copied ? c->watch->on_copied(c->watch->ctx, documents, err) : LOCI_OK;
 }
 
 static loci_status put(copying *c, loci_family family, const loci_key *key, uint32_t kind,
@@ -227,11 +229,11 @@ static void forget(loci_corpus *old) {
     loci_corpus_release(old);
 }
 
-static loci_status copy_all(loci_corpus *from, loci_corpus *to, const loci_cancel *cancel,
+static loci_status copy_all(loci_corpus *from, loci_corpus *to, const loci_reindex_watch *watch,
                             loci_error *err) {
     loci_rocks *rocks = from->store->rocks;
     loci_view *view = loci_view_open(rocks);
-    copying c = {.from = from, .to = to, .view = view, .cancel = cancel};
+    copying c = {.from = from, .to = to, .view = view, .watch = watch};
     c.batch = loci_batch_create(rocks);
     c.raw = malloc(LOCI_CHUNK_BYTES);
     c.hash = XXH3_createState();
@@ -285,8 +287,10 @@ static loci_status hand_over(loci_corpus *from, loci_corpus *to, loci_error *err
 
 loci_status loci_corpus_reindex(loci_store *store, const char *name, const loci_geometry *geometry,
                                 const loci_corpus_settings *settings, const float *sink_k,
-                                const float *sink_v, const loci_cancel *cancel, loci_error *err) {
+                                const float *sink_v, const loci_reindex_watch *watch,
+                                loci_error *err) {
     loci_corpus *from = NULL, *to = NULL, *old = NULL;
+    const loci_reindex_watch nobody = {0};
     loci_corpus_settings defaults;
     loci_corpus_settings_default(&defaults);
     if (!settings) settings = &defaults;
@@ -297,7 +301,7 @@ loci_status loci_corpus_reindex(loci_store *store, const char *name, const loci_
         begin(store, name, geometry, settings, sink_k, sink_v, &from, &to, &old, err);
     if (old) forget(old);
     if (status != LOCI_OK || !to) return status;
-    status = copy_all(from, to, cancel, err);
+    status = copy_all(from, to, watch ? watch : &nobody, err);
     if (status == LOCI_OK) {
         status = hand_over(from, to, err);
     } else {

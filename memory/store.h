@@ -161,6 +161,14 @@ LOCI_MUST_CHECK loci_status loci_corpus_note_put(loci_store *store, const loci_c
 LOCI_MUST_CHECK loci_status loci_corpus_note_get(loci_store *store, const loci_corpus_info *info,
                                                  loci_note note, loci_buf *out, loci_error *err);
 /* --- Reindexing --------------------------------------------------------------------------- */
+/* Who waits while documents are copied; all of it may be NULL. on_copied: so many are, every
+ * megabyte and at the end; an error that it returns stops the copying. */
+typedef struct loci_reindex_watch {
+    const loci_cancel *cancel;
+    loci_status (*on_copied)(void *ctx, uint64_t documents, loci_error *err);
+    void *ctx;
+} loci_reindex_watch;
+
 /* Makes the index of a corpus anew from its documents, for the model of `geometry`. This call
  * copies the documents into a successor of the corpus, verifying them; the ingest thread encodes
  * them, and the successor takes the corpus's place in one atomic write when all of them are
@@ -170,12 +178,12 @@ LOCI_MUST_CHECK loci_status loci_corpus_note_get(loci_store *store, const loci_c
  * documents, which goes on by itself. Where that is under way for this model already, nothing
  * happens. A damaged document is LOCI_E_CORRUPT naming it, and nothing is changed. `settings` are
  * for a corpus that another model made (NULL: the default ones); one of this model keeps its own.
- */
+ * watch: NULL = nobody. */
 LOCI_MUST_CHECK loci_status loci_corpus_reindex(loci_store *store, const char *name,
                                                 const loci_geometry *geometry,
                                                 const loci_corpus_settings *settings,
                                                 const float *sink_k, const float *sink_v,
-                                                const loci_cancel *cancel, loci_error *err);
+                                                const loci_reindex_watch *watch, loci_error *err);
 /* Gives it up: the corpus stays as it was. LOCI_E_PRECONDITION, reason NOT_REINDEXING. */
 LOCI_MUST_CHECK loci_status loci_corpus_reindex_cancel(loci_store *store, const char *name,
                                                        loci_error *err);

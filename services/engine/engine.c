@@ -447,7 +447,7 @@ loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loc
 }
 
 loci_status loci_engine_reindex(loci_engine *engine, const char *name, bool force,
-                                const loci_cancel *cancel, bool *begun, loci_error *err) {
+                                const loci_reindex_watch *watch, bool *begun, loci_error *err) {
     loci_corpus_info info;
     loci_geometry geometry = engine->geometry;
     const char *fingerprint = geometry.fingerprint;
@@ -470,7 +470,7 @@ loci_status loci_engine_reindex(loci_engine *engine, const char *name, bool forc
     loci_corpus_settings_default(&settings);
     settings.dense_layers = default_dense_layers(engine);
     LOCI_TRY(loci_corpus_reindex(engine->store, name, &geometry, &settings, engine->sink_k,
-                                 engine->sink_v, cancel, err));
+                                 engine->sink_v, watch, err));
     loci_ingest_wake(engine->ingest);
     return LOCI_OK;
 }

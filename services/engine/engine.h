@@ -109,7 +109,7 @@ LOCI_MUST_CHECK loci_status loci_engine_calibrate(loci_engine *engine, const cha
  * (loci_corpus_reindex); *begun is false when that would change nothing, which `force` does all the
  * same. The encoding stays. */
 LOCI_MUST_CHECK loci_status loci_engine_reindex(loci_engine *engine, const char *name, bool force,
-                                                const loci_cancel *cancel, bool *begun,
+                                                const loci_reindex_watch *watch, bool *begun,
                                                 loci_error *err);
 
 /* Evidence quotes the sentences that matter (quote.h); a hit quotes its whole passage. */

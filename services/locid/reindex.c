@@ -98,22 +98,35 @@ static loci_status wait_for_it(reindexing *r, loci_error *err) {
     }
 }
 
+typedef struct copying {
+    reindexing *r;
+    loci_corpus_info info; /* of before */
+} copying;
+
+static loci_status show_copying(void *ctx, uint64_t documents, loci_error *err) {
+    copying *c = ctx;
+    const loci_ingest_progress none = {0};
+    if (loci_now_ns() - c->r->progress_ns < PROGRESS_NS) return LOCI_OK;
+    c->info.reindex_documents = documents;
+    return send_progress(c->r, &c->info, &none, "copying", err);
+}
+
 loci_status loci_reindex_handler(loci_rpc_call *call, void *ctx, loci_error *err) {
     ProtobufCMessage *message = NULL;
     LOCI_TRY(loci_rpc_recv(call, &message, err));
     const Loci__V1__ReindexCorpusRequest *request = (void *)message;
     reindexing r = {.node = ctx, .call = call, .started_ns = loci_now_ns()};
-    loci_corpus_info info;
-    const loci_ingest_progress none = {0};
+    copying copy = {.r = &r};
+    const loci_reindex_watch watch = {loci_rpc_cancel_of(call), show_copying, &copy};
     bool begun = false;
     LOCI_TRY(loci_corpus_name_parse(request->name, "name", r.corpus, err));
-    LOCI_TRY(loci_daemon_corpus(r.node, call, r.corpus, &info, err));
-    r.uid = info.uid;
-    if (!info.reindexing) LOCI_TRY(send_progress(&r, &info, &none, "copying", err));
-    loci_status status = loci_engine_reindex(r.node->engine, r.corpus, request->force,
-                                             loci_rpc_cancel_of(call), &begun, err);
+    LOCI_TRY(loci_daemon_corpus(r.node, call, r.corpus, &copy.info, err));
+    r.uid = copy.info.uid;
+    if (!copy.info.reindexing) LOCI_TRY(show_copying(&copy, 0, err));
+    loci_status status =
+        loci_engine_reindex(r.node->engine, r.corpus, request->force, &watch, &begun, err);
     if (status == LOCI_OK)
-        status = begun ? wait_for_it(&r, err) : send_summary(&r, &info, true, err);
+        status = begun ? wait_for_it(&r, err) : send_summary(&r, &copy.info, true, err);
     return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
 }
 

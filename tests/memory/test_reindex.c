@@ -272,6 +272,54 @@ static void test_goes_on_after_a_restart(void **state) {
     assert_int_equal(count_keys(f->dir, LOCI_CF_CHUNK, ""), 5);
 }
 
+typedef struct watching {
+    uint64_t documents; /* as last told */
+    unsigned calls, stop_at;
+} watching;
+
+static loci_status watch_copying(void *ctx, uint64_t documents, loci_error *err) {
+    watching *self = ctx;
+    assert_true(documents >= self->documents);
+    self->documents = documents;
+    if (++self->calls == self->stop_at) return loci_fail(err, LOCI_E_UNAVAILABLE, "enough");
+    return LOCI_OK;
+}
+
+/* Copying is shown as it goes on, and stops when its watcher says so. */
+static void test_copying_is_watched(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_document_info info;
+    bool unchanged;
+    fixture_open(f);
+    fixture_create(f, "a");
+    for (int i = 0; i < 8; i++) { /* bytes that do not shrink */
+        static uint8_t noise[800000];
+        char id[8] = {(char)('a' + i)};
+        uint64_t draw = (uint64_t)i + 1;
+        for (size_t at = 0; at < sizeof noise; at++) {
+            draw = draw * 6364136223846793005u + 1442695040888963407u;
+            noise[at] = (uint8_t)(33 + (draw >> 33) % 94);
+        }
+        assert_ok(
+            put_document(f, "a", id, loci_slice_of(noise, sizeof noise), &info, &unchanged, &err));
+    }
+    watching self = {.stop_at = 3};
+    loci_reindex_watch watch = {.on_copied = watch_copying, .ctx = &self};
+    loci_geometry geometry = geometry_of(OTHER_FINGERPRINT);
+    assert_int_equal(
+        loci_corpus_reindex(f->store, "a", &geometry, NULL, sinks, sinks, &watch, &err),
+        LOCI_E_UNAVAILABLE);
+    assert_string_equal(err.text, "enough");
+    assert_true(self.calls == 3 && self.documents > 0 && self.documents < 8);
+    assert_false(info_of(f, "a").reindexing);
+    self = (watching){0};
+    assert_ok(loci_corpus_reindex(f->store, "a", &geometry, NULL, sinks, sinks, &watch, &err));
+    assert_true(self.calls > 4 && self.documents == 8);
+    fixture_close(f);
+    assert_int_equal(count_keys(f->dir, LOCI_CF_NAME, ""), 16);
+}
+
 /* A replacement that is not searchable yet: only it comes along. */
 static void test_pending_documents_come_along(void **state) {
     fixture *f = *state;
@@ -639,6 +687,7 @@ int main(int argc, char **argv) {
                                         fixture_setup, fixture_teardown),
         cmocka_unit_test_setup_teardown(test_goes_on_after_a_restart, fixture_setup,
                                         fixture_teardown),
+        cmocka_unit_test_setup_teardown(test_copying_is_watched, fixture_setup, fixture_teardown),
         cmocka_unit_test_setup_teardown(test_pending_documents_come_along, fixture_setup,
                                         fixture_teardown),
         cmocka_unit_test_setup_teardown(test_deleting_takes_both, fixture_setup, fixture_teardown),
