@@ -438,20 +438,28 @@ uint64_t check_snapshot(fixture *f, const char *corpus) {
 
 /* --- Files ------------------------------------------------------------------------------ */
 
-size_t count_keys(const char *dir, loci_family family, const char *prefix) {
+void count_each(const char *dir, const key_group *groups, size_t count, size_t *out) {
     loci_error err;
     loci_rocks *rocks;
     char path[128];
     snprintf(path, sizeof path, "%s/db", dir);
     assert_ok(loci_rocks_open(path, 16u << 20, &rocks, &err));
-    loci_key begin = {.len = 0};
-    loci_key_text(&begin, prefix);
-    loci_scan *scan = loci_scan_open(rocks, NULL, family, &begin, NULL);
-    loci_slice key;
-    size_t count = 0;
-    while (loci_scan_next(scan, &key)) count++;
-    assert_ok(loci_scan_close(scan, &err));
+    for (size_t i = 0; i < count; i++) {
+        loci_key begin = {.len = 0};
+        loci_key_text(&begin, groups[i].prefix);
+        loci_scan *scan = loci_scan_open(rocks, NULL, groups[i].family, &begin, NULL);
+        loci_slice key;
+        out[i] = 0;
+        while (loci_scan_next(scan, &key)) out[i]++;
+        assert_ok(loci_scan_close(scan, &err));
+    }
     loci_rocks_close(rocks);
+}
+
+size_t count_keys(const char *dir, loci_family family, const char *prefix) {
+    const key_group group = {family, prefix};
+    size_t count;
+    count_each(dir, &group, 1, &count);
     return count;
 }
 

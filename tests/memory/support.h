@@ -77,8 +77,14 @@ uint16_t fake_value(uint32_t token, uint32_t offset, uint32_t pair, uint32_t cha
  * the view, document bytes, counts, the postings of all words. Returns a hash of (document id,
  * start, end, place: extent id or flat) of the live segments in order. */
 uint64_t check_snapshot(fixture *f, const char *corpus);
-/* Keys of a column family that begin with prefix ("" = all); the store must be closed. */
+/* Keys of a column family that begin with prefix ("" = all); the store must be closed. Opening it
+ * takes time: several are counted together. */
+typedef struct key_group {
+    loci_family family;
+    const char *prefix;
+} key_group;
 size_t count_keys(const char *dir, loci_family family, const char *prefix);
+void count_each(const char *dir, const key_group *groups, size_t count, size_t *out);
 /* Replaces the value of a corpus in the catalogue by nonsense; the store must be closed. */
 void damage_catalog(const char *dir, char kind, uint64_t uid, uint32_t value_kind);
 void flip_byte(const char *path, long at);

@@ -16,6 +16,8 @@
 #include "base/clock.h"
 
 #define FAR_NS 60000000000ull
+/* Indexes are made a hundred times: small ones, of a few extents all the same. */
+#define SMALL_EXTENT_TOKENS (EXTENT_TOKENS / 2)
 
 static float sinks[2 * 2 * 16];
 
@@ -23,6 +25,12 @@ static loci_geometry geometry_of(const char *fingerprint) {
     loci_geometry geometry = test_geometry();
     memcpy(geometry.fingerprint, fingerprint, LOCI_FINGERPRINT_LEN);
     return geometry;
+}
+
+static int set_up(void **state) {
+    fixture_setup(state);
+    ((fixture *)*state)->options.extent_tokens = SMALL_EXTENT_TOKENS;
+    return 0;
 }
 
 /* (Re)starts the ingest thread with a model. */
@@ -58,26 +66,26 @@ static void put_wide(fixture *f, const char *corpus) {
     loci_error err;
     loci_document_info info;
     bool unchanged;
-    char *words = make_text(4, 1300), *text = malloc(300000 + 1300);
+    char *words = make_text(4, 650), *text = malloc(300000 + 650);
     assert_non_null(text);
     memset(text, ' ', 300000);
-    memcpy(text + 300000, words, 1300);
+    memcpy(text + 300000, words, 650);
     assert_ok(
-        put_document(f, corpus, "wide", loci_slice_of(text, 301300), &info, &unchanged, &err));
+        put_document(f, corpus, "wide", loci_slice_of(text, 300650), &info, &unchanged, &err));
     free(text);
     free(words);
 }
 
 /* What a corpus holds in the end; before: with detours that must leave no trace. */
 static void fill(fixture *f, const char *corpus, bool detours) {
-    if (detours) put_text(f, corpus, "gone", 9, 700);
-    put_text(f, corpus, "x", 1, 2500);
-    if (detours) put_text(f, corpus, "wide", 2, 400);
+    if (detours) put_text(f, corpus, "gone", 9, 350);
+    put_text(f, corpus, "x", 1, 1250);
+    if (detours) put_text(f, corpus, "wide", 2, 200);
     if (detours) wait_settled(f, corpus);
     put_wide(f, corpus);
     put_text(f, corpus, "y", 5, 40);
     if (detours) delete_document(f, corpus, "gone");
-    put_text(f, corpus, "z", 6, 1100);
+    put_text(f, corpus, "z", 6, 550);
     wait_settled(f, corpus);
 }
 
@@ -588,6 +596,7 @@ static int run_child(const char *dir, bool prepare) {
     loci_error err;
     bool outdated;
     fixture_init(&f, dir);
+    f.options.extent_tokens = SMALL_EXTENT_TOKENS;
     fixture_open(&f);
     if (prepare) {
         fixture_create(&f, "a");
@@ -629,6 +638,7 @@ static bool spawn(const char *dir, const char *what, const char *fail_at) {
 static bool check_store(const char *dir, char hash[33]) {
     fixture f;
     fixture_init(&f, dir);
+    f.options.extent_tokens = SMALL_EXTENT_TOKENS;
     fixture_open(&f);
     loci_corpus_info info = info_of(&f, "a");
     fake_model = strcmp(info.geometry.fingerprint, OTHER_FINGERPRINT) == 0;
@@ -638,9 +648,13 @@ static bool check_store(const char *dir, char hash[33]) {
     hash_of(&f, "a", hash);
     bool begun = info.reindexing;
     fixture_close(&f);
-    assert_int_equal(count_keys(dir, LOCI_CF_NAME, ""), begun ? 8 : 4);
-    assert_int_equal(count_keys(dir, LOCI_CF_CHUNK, ""), begun ? 10 : 5);
-    assert_int_equal(count_keys(dir, LOCI_CF_CATALOG, "c"), begun ? 2 : 1);
+    static const key_group groups[] = {
+        {LOCI_CF_NAME, ""}, {LOCI_CF_CHUNK, ""}, {LOCI_CF_CATALOG, "c"}};
+    size_t keys[3];
+    count_each(dir, groups, 3, keys);
+    assert_int_equal(keys[0], begun ? 8 : 4);
+    assert_int_equal(keys[1], begun ? 10 : 5);
+    assert_int_equal(keys[2], begun ? 2 : 1);
     return fake_model != 0;
 }
 
@@ -680,27 +694,19 @@ static void test_every_kill_point(void **state) {
 
 int main(int argc, char **argv) {
     if (argc == 3) return run_child(argv[2], strcmp(argv[1], "prepare") == 0);
+#define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, fixture_teardown)
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test_setup_teardown(test_new_index_is_that_of_a_registration, fixture_setup,
-                                        fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_old_index_answers_and_nothing_changes_meanwhile,
-                                        fixture_setup, fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_goes_on_after_a_restart, fixture_setup,
-                                        fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_copying_is_watched, fixture_setup, fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_pending_documents_come_along, fixture_setup,
-                                        fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_deleting_takes_both, fixture_setup, fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_damaged_document_is_named, fixture_setup,
-                                        fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_damaged_record_loses_no_successor, fixture_setup,
-                                        fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_damaged_contents_lose_no_successor, fixture_setup,
-                                        fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_one_sound_index_suffices, fixture_setup,
-                                        fixture_teardown),
-        cmocka_unit_test_setup_teardown(test_layout_before_is_reindexed, fixture_setup,
-                                        fixture_teardown),
+        TEST(test_new_index_is_that_of_a_registration),
+        TEST(test_old_index_answers_and_nothing_changes_meanwhile),
+        TEST(test_goes_on_after_a_restart),
+        TEST(test_copying_is_watched),
+        TEST(test_pending_documents_come_along),
+        TEST(test_deleting_takes_both),
+        TEST(test_damaged_document_is_named),
+        TEST(test_damaged_record_loses_no_successor),
+        TEST(test_damaged_contents_lose_no_successor),
+        TEST(test_one_sound_index_suffices),
+        TEST(test_layout_before_is_reindexed),
         cmocka_unit_test(test_every_kill_point),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
