@@ -6,61 +6,28 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <ftw.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cmocka.h>
-
 #include "base/rng.h"
-#include "services/engine/engine.h"
+#include "tests/services/engine_support.h"
 
-#define HANDBOOK "tests/data/handbook"
 #define ORCHID                                                                                    \
     "The orchid house is heated to 21 degrees. Its keeper is Dagny Holmqvist, who came in 1998. " \
     "The orchid house has 340 plants and is closed on Mondays.\n"
-#define QUESTION "Who designed the dome of the North Telescope?"
 
-static char folder[256];
+static char folder[FOLDER_BYTES];
 static loci_engine *engine;
 
-static int remove_entry(const char *path, const struct stat *info, int kind, struct FTW *at) {
-    (void)info;
-    (void)kind;
-    (void)at;
-    return remove(path);
-}
-
 static void open_engine(void) {
-    loci_engine_options options = {.data = folder, .model = "model/default"};
-    loci_error err = {0};
-    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
+    engine = engine_of(&(loci_engine_options){.data = folder, .model = "model/default"});
 }
 
 static void add_text(const char *corpus, const char *id, loci_slice text) {
-    loci_document_writer *writer;
-    loci_document_info info;
-    loci_error err = {0};
-    bool unchanged;
-    loci_store *store = loci_engine_store(engine);
-    if (loci_document_begin(store, corpus, id, loci_slice_of(NULL, 0), &writer, &err) != LOCI_OK ||
-        loci_document_append(writer, text, &err) != LOCI_OK ||
-        loci_document_commit(writer, &info, &unchanged, &err) != LOCI_OK)
-        fail_msg("%s: %s", id, err.text);
-    loci_ingest_wake(loci_engine_ingest(engine));
-}
-
-static void settle(const char *corpus) {
-    loci_ingest_settle(loci_engine_ingest(engine), corpus);
-    for (int i = 0; i < 6000 && !loci_ingest_settled(loci_engine_ingest(engine), corpus); i++)
-        loci_sleep_ms(10);
-    assert_true(loci_ingest_settled(loci_engine_ingest(engine), corpus));
+    put_text(engine, corpus, id, text);
 }
 
 static void add_handbook(const char *corpus) {
@@ -68,52 +35,40 @@ static void add_handbook(const char *corpus) {
     int count = scandir(HANDBOOK, &names, NULL, alphasort);
     assert_true(count > 10);
     for (int i = 0; i < count; i++) {
-        if (names[i]->d_name[0] != '.') {
-            char path[512];
-            snprintf(path, sizeof path, HANDBOOK "/%s", names[i]->d_name);
-            FILE *file = fopen(path, "rb");
-            assert_non_null(file);
-            static uint8_t bytes[1 << 16];
-            size_t len = fread(bytes, 1, sizeof bytes, file);
-            fclose(file);
-            add_text(corpus, names[i]->d_name, loci_slice_of(bytes, len));
-        }
+        if (names[i]->d_name[0] != '.')
+            add_text(corpus, names[i]->d_name, read_handbook(names[i]->d_name));
         free(names[i]);
     }
     free(names);
-    settle(corpus);
+    settle(engine, corpus);
 }
 
 static int set_up(void **state) {
     (void)state;
-    snprintf(folder, sizeof folder, "/tmp/loci-test-engine-XXXXXX");
-    assert_non_null(mkdtemp(folder));
+    make_folder("engine", folder);
     open_engine();
-    loci_error err = {0};
     loci_corpus_info info;
     static const char *const corpora[] = {"handbook", "both", "flat", "empty", "copies"};
     for (size_t i = 0; i < 5; i++)
-        assert_int_equal(loci_engine_create_corpus(engine, corpora[i], LOCI_ENCODING_INDEPENDENT,
-                                                   false, NULL, &info, &err),
-                         LOCI_OK);
+        create_corpus(engine, corpora[i], LOCI_ENCODING_INDEPENDENT, false, &info);
     add_handbook("handbook");
     add_text("both", "orchid", loci_slice_text(ORCHID));
     add_handbook("both");
     add_text("flat", "orchid", loci_slice_text(ORCHID));
-    settle("flat");
+    settle(engine, "flat");
     for (int i = 0; i < 600; i++) {
         char id[16];
         snprintf(id, sizeof id, "orchid%d", i);
         add_text("copies", id, loci_slice_text(ORCHID));
     }
-    settle("copies");
+    settle(engine, "copies");
     return 0;
 }
 
 static int tear_down(void **state) {
     (void)state;
     loci_engine_close(engine);
-    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    remove_folder(folder);
     return 0;
 }
 
@@ -289,7 +244,7 @@ static void test_deleted_documents_are_gone(void **state) {
                 }
             }
         }
-        settle("both");
+        settle(engine, "both");
     }
 }
 
@@ -553,15 +508,11 @@ static void test_every_end_of_text_ends_an_answer(void **state) {
     make_model(model);
     snprintf(data, sizeof data, "%s/other", folder);
     loci_engine *kept = engine;
-    loci_engine_options options = {.data = data, .model = model};
-    loci_error err = {0};
     loci_corpus_info info;
-    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
-    assert_int_equal(loci_engine_create_corpus(engine, "flat", LOCI_ENCODING_INDEPENDENT, false,
-                                               NULL, &info, &err),
-                     LOCI_OK);
+    engine = engine_of(&(loci_engine_options){.data = data, .model = model});
+    create_corpus(engine, "flat", LOCI_ENCODING_INDEPENDENT, false, &info);
     add_text("flat", "orchid", loci_slice_text(ORCHID));
-    settle("flat");
+    settle(engine, "flat");
     outcome other = asked("flat", keeper, LOCI_MODE_DENSE, 0, 0);
     loci_engine_close(engine);
     engine = kept;

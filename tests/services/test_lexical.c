@@ -3,55 +3,32 @@
  * The lexical score joined to late interaction: the numbers themselves, against BM25 computed here
  * from the documents; and that a rare code is found among passages that are alike otherwise.
  */
-#include <ftw.h>
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#include <cmocka.h>
 
 #include "base/rng.h"
 #include "memory/rocks.h"
 #include "memory/terms.h"
 #include "services/engine/query.h"
+#include "tests/services/engine_support.h"
 
 #define PARTS 300  /* more than are scored without a look-up */
 #define WEIGHT 3.0 /* at 100 percent */
 
-static char folder[64];
+static char folder[FOLDER_BYTES];
 static loci_engine *engine;
 static char texts[PARTS][200];
 static char codes[PARTS][16];
 static bool gone[PARTS];
 
-static int remove_entry(const char *path, const struct stat *info, int kind, struct FTW *at) {
-    (void)info;
-    (void)kind;
-    (void)at;
-    return remove(path);
-}
-
 static void open_engine(int lexical_percent) {
-    loci_engine_options options = {
-        .data = folder, .model = "model/default", .lexical_percent = lexical_percent};
-    loci_error err = {0};
-    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
-}
-
-static void settle(void) {
-    loci_ingest *ingest = loci_engine_ingest(engine);
-    loci_ingest_settle(ingest, "parts");
-    for (int i = 0; i < 6000 && !loci_ingest_settled(ingest, "parts"); i++) loci_sleep_ms(10);
-    assert_true(loci_ingest_settled(ingest, "parts"));
+    engine = engine_of(&(loci_engine_options){
+        .data = folder, .model = "model/default", .lexical_percent = lexical_percent});
 }
 
 static void add_parts(uint64_t seed) {
-    loci_store *store = loci_engine_store(engine);
     for (int i = 0; i < PARTS; i++) {
         uint64_t r = loci_rng_next(&seed);
         snprintf(codes[i], sizeof codes[i], "K%06llu", (unsigned long long)(r % 1000000));
@@ -59,31 +36,19 @@ static void add_parts(uint64_t seed) {
                  "The storeroom keeps part %.15s. It is made of brass, weighs %llu grams%s",
                  codes[i], (unsigned long long)(10 + (r >> 32) % 90),
                  r >> 63 ? ", and nobody has ordered one since the winter." : ".");
-        loci_document_writer *writer;
-        loci_document_info info;
-        loci_error err = {0};
-        bool unchanged;
         char id[16];
         snprintf(id, sizeof id, "p%d", i);
-        if (loci_document_begin(store, "parts", id, loci_slice_of(NULL, 0), &writer, &err) ||
-            loci_document_append(writer, loci_slice_text(texts[i]), &err) ||
-            loci_document_commit(writer, &info, &unchanged, &err))
-            fail_msg("%s", err.text);
+        put_text(engine, "parts", id, loci_slice_text(texts[i]));
     }
-    loci_ingest_wake(loci_engine_ingest(engine));
-    settle();
+    settle(engine, "parts");
 }
 
 static int set_up(void **state) {
     (void)state;
-    loci_error err = {0};
     loci_corpus_info info;
-    snprintf(folder, sizeof folder, "/tmp/loci-test-lexical-XXXXXX");
-    assert_non_null(mkdtemp(folder));
+    make_folder("lexical", folder);
     open_engine(0);
-    assert_int_equal(loci_engine_create_corpus(engine, "parts", LOCI_ENCODING_INDEPENDENT, false,
-                                               NULL, &info, &err),
-                     LOCI_OK);
+    create_corpus(engine, "parts", LOCI_ENCODING_INDEPENDENT, false, &info);
     add_parts(20);
     return 0;
 }
@@ -91,7 +56,7 @@ static int set_up(void **state) {
 static int tear_down(void **state) {
     (void)state;
     loci_engine_close(engine);
-    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    remove_folder(folder);
     return 0;
 }
 

@@ -4,27 +4,18 @@
  * every layer is a retrieval layer, against plain transcriptions in double of the rules in
  * attention/README.md ("Settings of a corpus", "Mode squeezed").
  */
-#include <ftw.h>
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
-
-#include <cmocka.h>
 
 #include "attention/cpu/cpu.h"
 #include "attention/index_layout.h"
 #include "base/rng.h"
 #include "services/engine/query.h"
+#include "tests/services/engine_support.h"
 #include "tests/services/stock_model.h"
 
-#define HANDBOOK "tests/data/handbook"
-#define QUESTION "Who designed the dome of the North Telescope?"
 #define SHAPE                                                                                   \
     "\"use_sliding_window\": true,\n \"sliding_window\": 24,\n \"no_rope_layers\": [\n  1,\n  " \
     "1,\n  0\n ],\n \"no_rope_layer_interval\": 3,\n \"layer_types\": [\n  "                    \
@@ -36,60 +27,26 @@
 #define ROWS 5u
 #define WIDTH (HEADS * DIM)
 
-static char folder[256];
+static char folder[FOLDER_BYTES];
 static const char *const files[] = {"north-dome.md", "cryogenics.md", "library.md"};
 static const stock_model model = {"untied", "chatml", 16384, SHAPE,
                                   "\"use_sliding_window\": false, \"no_rope_layers\": [1, 1, 1],"};
-
-static int remove_entry(const char *path, const struct stat *info, int kind, struct FTW *at) {
-    (void)info;
-    (void)kind;
-    (void)at;
-    return remove(path);
-}
 
 /* Without positions anywhere, a passage encoded apart is what it is in one sequence. */
 static const stock_model placeless = {
     "untied", "chatml", 16384, SHAPE,
     "\"use_sliding_window\": false, \"no_rope_layers\": [0, 0, 0],"};
 
-static loci_engine *open_named(const char *name) {
-    char data[300], dir[300];
-    snprintf(dir, sizeof dir, "%s/%s", folder, name);
-    snprintf(data, sizeof data, "%s/%s-data", folder, name);
-    loci_engine_options options = {.data = data, .model = dir, .precision = "f32"};
-    loci_engine *engine = NULL;
-    loci_error err = {0};
-    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
-    return engine;
-}
-
 static loci_engine *open_engine(void) {
-    return open_named("model");
+    return engine_in(folder, "model");
 }
 
+/* The first `most` bytes of a file of the handbook. */
 static void add_file(loci_engine *engine, const char *corpus, const char *name, size_t most) {
-    static uint8_t bytes[1 << 16];
-    char path[300];
-    loci_document_writer *writer;
-    loci_document_info info;
-    loci_error err = {0};
-    bool unchanged;
-    snprintf(path, sizeof path, HANDBOOK "/%s", name);
-    FILE *file = fopen(path, "rb");
-    assert_non_null(file);
-    size_t len = fread(bytes, 1, most < sizeof bytes ? most : sizeof bytes, file);
-    fclose(file);
-    if (loci_document_begin(loci_engine_store(engine), corpus, name, loci_slice_of(NULL, 0),
-                            &writer, &err) != LOCI_OK ||
-        loci_document_append(writer, loci_slice_of(bytes, len), &err) != LOCI_OK ||
-        loci_document_commit(writer, &info, &unchanged, &err) != LOCI_OK)
-        fail_msg("%s: %s", name, err.text);
-    loci_ingest *ingest = loci_engine_ingest(engine);
-    loci_ingest_wake(ingest);
-    loci_ingest_settle(ingest, corpus);
-    for (int i = 0; i < 6000 && !loci_ingest_settled(ingest, corpus); i++) loci_sleep_ms(10);
-    assert_true(loci_ingest_settled(ingest, corpus));
+    loci_slice text = read_handbook(name);
+    if (text.len > most) text.len = most;
+    put_text(engine, corpus, name, text);
+    settle(engine, corpus);
 }
 
 /* "books": extents; "mixed": an extent and flat segments; "text": causal; "note": flat only. */
@@ -99,8 +56,7 @@ static int set_up(void **state) {
     loci_error err = {0};
     loci_corpus_info info;
     static const char *const corpora[] = {"books", "text", "note"};
-    snprintf(folder, sizeof folder, "/tmp/loci-test-modes-XXXXXX");
-    assert_non_null(mkdtemp(folder));
+    make_folder("modes", folder);
     snprintf(dir, sizeof dir, "%s/model", folder);
     stock_model_make(&model, dir);
     snprintf(dir, sizeof dir, "%s/placeless", folder);
@@ -108,8 +64,7 @@ static int set_up(void **state) {
     loci_engine *engine = open_engine();
     for (size_t i = 0; i < 3; i++) {
         loci_encoding encoding = i == 1 ? LOCI_ENCODING_CAUSAL : LOCI_ENCODING_INDEPENDENT;
-        if (loci_engine_create_corpus(engine, corpora[i], encoding, false, NULL, &info, &err))
-            fail_msg("%s", err.text);
+        create_corpus(engine, corpora[i], encoding, false, &info);
         assert_int_equal(info.settings.dense_layers, 0); /* a quarter of three */
     }
     for (size_t i = 0; i < 3; i++) add_file(engine, "books", files[i], SIZE_MAX);
@@ -125,7 +80,7 @@ static int set_up(void **state) {
 
 static int tear_down(void **state) {
     (void)state;
-    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    remove_folder(folder);
     return 0;
 }
 
@@ -686,12 +641,10 @@ static loci_calibration calibrated(loci_engine *engine, const char *corpus, bool
  * settings they are not. */
 static void test_calibration_of_equal_encodings_finds_no_difference(void **state) {
     (void)state;
-    loci_engine *engine = open_named("placeless");
+    loci_engine *engine = engine_in(folder, "placeless");
     loci_corpus_info info;
     loci_error err = {0};
-    assert_int_equal(loci_engine_create_corpus(engine, "short", LOCI_ENCODING_INDEPENDENT, false,
-                                               NULL, &info, &err),
-                     LOCI_OK);
+    create_corpus(engine, "short", LOCI_ENCODING_INDEPENDENT, false, &info);
     loci_calibration out;
     assert_int_equal(loci_engine_calibrate(engine, "short", false, NULL, &out, &err),
                      LOCI_E_PRECONDITION);

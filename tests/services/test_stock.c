@@ -4,24 +4,15 @@
  * say means nothing, so it is compared: modes with each other, before and after a restart, and
  * attention over a corpus with the same tokens in one plain sequence.
  */
-#include <ftw.h>
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
-
-#include <cmocka.h>
 
 #include "services/engine/query.h"
+#include "tests/services/engine_support.h"
 #include "tests/services/stock_model.h"
 
-#define HANDBOOK "tests/data/handbook"
-#define QUESTION "Who designed the dome of the North Telescope?"
 /* Random weights at temperature 0 say one letter for ever. */
 #define TEMPERATURE 0.8
 #define SEED 7
@@ -29,7 +20,7 @@
     "The orchid house is heated to 21 degrees. Its keeper is Dagny Holmqvist, who came in 1998. " \
     "The house has 340 plants."
 
-static char folder[256];
+static char folder[FOLDER_BYTES];
 
 static const stock_model models[] = {
     {"llama", "llama3", 16384, NULL, NULL},
@@ -46,63 +37,15 @@ enum { MODELS = 3, FOLDERS = sizeof models / sizeof *models };
 static const char *const files[] = {"north-dome.md", "cryogenics.md", "library.md"};
 enum { FILES = sizeof files / sizeof *files };
 
-static int remove_entry(const char *path, const struct stat *info, int kind, struct FTW *at) {
-    (void)info;
-    (void)kind;
-    (void)at;
-    return remove(path);
-}
-
 static loci_engine *open_engine(int model) {
-    char data[300], dir[300];
-    snprintf(dir, sizeof dir, "%s/model%d", folder, model);
-    snprintf(data, sizeof data, "%s/data%d", folder, model);
-    loci_engine_options options = {.data = data, .model = dir, .precision = "f32"};
-    loci_engine *engine = NULL;
-    loci_error err = {0};
-    if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_msg("%s", err.text);
-    return engine;
-}
-
-static void add_text(loci_engine *engine, const char *corpus, const char *id, loci_slice text) {
-    loci_document_writer *writer;
-    loci_document_info info;
-    loci_error err = {0};
-    bool unchanged;
-    if (loci_document_begin(loci_engine_store(engine), corpus, id, loci_slice_of(NULL, 0), &writer,
-                            &err) != LOCI_OK ||
-        loci_document_append(writer, text, &err) != LOCI_OK ||
-        loci_document_commit(writer, &info, &unchanged, &err) != LOCI_OK)
-        fail_msg("%s: %s", id, err.text);
-    loci_ingest_wake(loci_engine_ingest(engine));
-}
-
-/* Valid until the next call. */
-static loci_slice read_file(const char *name) {
-    static uint8_t bytes[1 << 16];
-    char path[300];
-    snprintf(path, sizeof path, HANDBOOK "/%s", name);
-    FILE *file = fopen(path, "rb");
-    assert_non_null(file);
-    size_t len = fread(bytes, 1, sizeof bytes, file);
-    fclose(file);
-    return loci_slice_of(bytes, len);
-}
-
-static void settle(loci_engine *engine, const char *corpus) {
-    loci_ingest *ingest = loci_engine_ingest(engine);
-    loci_ingest_progress progress;
-    loci_error err = {0};
-    loci_ingest_settle(ingest, corpus);
-    for (int i = 0; i < 6000 && !loci_ingest_settled(ingest, corpus); i++) loci_sleep_ms(10);
-    assert_int_equal(loci_ingest_progress_of(ingest, corpus, &progress, &err), LOCI_OK);
-    if (!loci_ingest_settled(ingest, corpus)) fail_msg("%s", progress.failure.text);
+    char name[16];
+    snprintf(name, sizeof name, "model%d", model);
+    return engine_in(folder, name);
 }
 
 static int set_up(void **state) {
     (void)state;
-    snprintf(folder, sizeof folder, "/tmp/loci-test-stock-XXXXXX");
-    assert_non_null(mkdtemp(folder));
+    make_folder("stock", folder);
     for (int m = 0; m < FOLDERS; m++) {
         char dir[300];
         loci_corpus_info info;
@@ -113,12 +56,10 @@ static int set_up(void **state) {
         loci_engine *engine = open_engine(m);
         static const char *const corpora[] = {"books", "note", "empty"};
         for (size_t i = 0; i < 3; i++)
-            assert_int_equal(loci_engine_create_corpus(engine, corpora[i],
-                                                       LOCI_ENCODING_INDEPENDENT, false, NULL,
-                                                       &info, &err),
-                             LOCI_OK);
-        for (size_t i = 0; i < FILES; i++) add_text(engine, "books", files[i], read_file(files[i]));
-        add_text(engine, "note", "orchid", loci_slice_text(NOTE));
+            create_corpus(engine, corpora[i], LOCI_ENCODING_INDEPENDENT, false, &info);
+        for (size_t i = 0; i < FILES; i++)
+            put_text(engine, "books", files[i], read_handbook(files[i]));
+        put_text(engine, "note", "orchid", loci_slice_text(NOTE));
         settle(engine, "books");
         settle(engine, "note");
         assert_int_equal(loci_corpus_get(loci_engine_store(engine), "books", &info, &err), LOCI_OK);
@@ -130,7 +71,7 @@ static int set_up(void **state) {
 
 static int tear_down(void **state) {
     (void)state;
-    nftw(folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    remove_folder(folder);
     return 0;
 }
 
@@ -344,13 +285,6 @@ static void test_a_corpus_of_one_segment_is_a_plain_sequence(void **state) {
 
 /* --- Causal corpora -------------------------------------------------------------------------- */
 
-static void create(loci_engine *engine, const char *corpus, loci_encoding encoding, bool beyond,
-                   loci_corpus_info *info) {
-    loci_error err = {0};
-    if (loci_engine_create_corpus(engine, corpus, encoding, beyond, NULL, info, &err))
-        fail_msg("%s", err.text);
-}
-
 /* Several documents of several batches, before and behind an extent. */
 static void download(loci_recorder *recorder, uint32_t layer, float *out) {
     const loci_query *query = recorder->query;
@@ -413,12 +347,12 @@ static void test_a_causal_corpus_is_a_plain_sequence(void **state) {
         loci_engine *engine = open_engine(m);
         loci_tokens text = {0};
         loci_corpus_info info;
-        create(engine, "growing", LOCI_ENCODING_DEFAULT, false, &info);
+        create_corpus(engine, "growing", LOCI_ENCODING_DEFAULT, false, &info);
         assert_true(info.geometry.causal);
         assert_true(info.geometry.tokens_max > 14000 && info.geometry.tokens_max < 16384);
         for (size_t i = 0; i < FILES; i++) {
-            loci_slice bytes = read_file(files[i]);
-            add_text(engine, "growing", files[i], bytes);
+            loci_slice bytes = read_handbook(files[i]);
+            put_text(engine, "growing", files[i], bytes);
             split_text(engine, bytes, &text);
             if (i == 1) settle(engine, "growing");
             if (i == 1) expect_plain(engine, "growing", &text, 0);
@@ -429,12 +363,12 @@ static void test_a_causal_corpus_is_a_plain_sequence(void **state) {
         assert_true(info.extents > 0 && info.tokens == text.count);
         expect_plain(engine, "growing", &text, 0);
         expect_recorded(engine, "growing", &text);
-        add_text(engine, "growing", "orchid", loci_slice_text(NOTE));
+        put_text(engine, "growing", "orchid", loci_slice_text(NOTE));
         split_text(engine, loci_slice_text(NOTE), &text);
         settle(engine, "growing");
         expect_plain(engine, "growing", &text, 0);
         expect_recorded(engine, "growing", &text);
-        add_text(engine, "growing", "short", loci_slice_text("It fits.")); /* joins those before */
+        put_text(engine, "growing", "short", loci_slice_text("It fits.")); /* joins those before */
         split_text(engine, loci_slice_text("It fits."), &text);
         settle(engine, "growing");
         expect_recorded(engine, "growing", &text);
@@ -462,14 +396,14 @@ static void test_a_causal_registration_is_resumed(void **state) {
     loci_tokens text = {0};
     loci_corpus_info info;
     unsigned stops = 0;
-    create(engine, "stopped", LOCI_ENCODING_CAUSAL, false, &info);
+    create_corpus(engine, "stopped", LOCI_ENCODING_CAUSAL, false, &info);
     loci_buf all = LOCI_BUF_INIT;
     for (size_t i = 0; i < FILES; i++) {
-        loci_slice bytes = read_file(files[i]);
+        loci_slice bytes = read_handbook(files[i]);
         loci_buf_append(&all, bytes.data, bytes.len);
     }
     loci_slice whole = loci_slice_of(all.data, all.len);
-    add_text(engine, "stopped", "long", whole);
+    put_text(engine, "stopped", "long", whole);
     split_text(engine, whole, &text);
     for (uint64_t revision = info.revision; stops < 100;) {
         loci_sleep_ms(20);
@@ -499,11 +433,11 @@ static void test_the_trained_length_is_kept_to(void **state) {
     loci_corpus_info info;
     loci_error err = {0};
     uint64_t revision;
-    create(engine, "short", LOCI_ENCODING_DEFAULT, false, &info);
+    create_corpus(engine, "short", LOCI_ENCODING_DEFAULT, false, &info);
     uint64_t most = info.geometry.tokens_max;
     assert_true(info.geometry.causal && most > 2400 && most < 3600);
-    add_text(engine, "short", files[0], read_file(files[0]));
-    add_text(engine, "short", files[1], read_file(files[1]));
+    put_text(engine, "short", files[0], read_handbook(files[0]));
+    put_text(engine, "short", files[1], read_handbook(files[1]));
     for (int i = 0; i < 1000 && progress.failure.status == LOCI_OK; i++) {
         loci_sleep_ms(10);
         assert_int_equal(
@@ -518,16 +452,16 @@ static void test_the_trained_length_is_kept_to(void **state) {
     assert_int_equal(loci_corpus_get(store, "short", &info, &err), LOCI_OK);
     assert_true(info.tokens > 1000 && info.pending_documents == 1); /* the first is there */
     assert_int_equal(loci_document_delete(store, "short", files[1], &revision, &err), LOCI_OK);
-    add_text(engine, "short", "orchid", loci_slice_text(NOTE));
+    put_text(engine, "short", "orchid", loci_slice_text(NOTE));
     settle(engine, "short");
     loci_tokens text = {0};
-    split_text(engine, read_file(files[0]), &text);
+    split_text(engine, read_handbook(files[0]), &text);
     split_text(engine, loci_slice_text(NOTE), &text);
     expect_plain(engine, "short", &text, 0);
     loci_tokens_fini(&text);
-    create(engine, "long", LOCI_ENCODING_CAUSAL, true, &info);
+    create_corpus(engine, "long", LOCI_ENCODING_CAUSAL, true, &info);
     assert_int_equal(info.geometry.tokens_max, 0);
-    for (size_t i = 0; i < FILES; i++) add_text(engine, "long", files[i], read_file(files[i]));
+    for (size_t i = 0; i < FILES; i++) put_text(engine, "long", files[i], read_handbook(files[i]));
     settle(engine, "long");
     outcome out = asked(engine, "long", LOCI_MODE_HIERARCHICAL, 0, 0);
     assert_true(out.usage.corpus_tokens > 5000);
@@ -544,8 +478,8 @@ static void test_causal_corpora_are_append_only(void **state) {
     loci_document_info document;
     uint64_t revision;
     bool unchanged = false;
-    create(engine, "fixed", LOCI_ENCODING_CAUSAL, false, &info);
-    add_text(engine, "fixed", "orchid", loci_slice_text(NOTE));
+    create_corpus(engine, "fixed", LOCI_ENCODING_CAUSAL, false, &info);
+    put_text(engine, "fixed", "orchid", loci_slice_text(NOTE));
     settle(engine, "fixed");
     assert_int_equal(loci_document_delete(store, "fixed", "orchid", &revision, &err),
                      LOCI_E_PRECONDITION);
@@ -572,7 +506,7 @@ static void test_models_with_windows_have_independent_corpora(void **state) {
     loci_engine *engine = open_engine(4);
     loci_corpus_info info;
     loci_error err = {0};
-    create(engine, "usual", LOCI_ENCODING_DEFAULT, false, &info);
+    create_corpus(engine, "usual", LOCI_ENCODING_DEFAULT, false, &info);
     assert_false(info.geometry.causal);
     assert_int_equal(
         loci_engine_create_corpus(engine, "other", LOCI_ENCODING_CAUSAL, false, NULL, &info, &err),
