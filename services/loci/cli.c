@@ -167,3 +167,15 @@ loci_status loci_cli_call(loci_cli *cli, const char *path, const ProtobufCMessag
     return loci_rpc_unary(cli->channel, path, request, response_type, UNARY_MS, &loci_interrupted,
                           response, err);
 }
+
+loci_status loci_cli_events(loci_rpc_client_call *call,
+                            void (*show)(void *ctx, const ProtobufCMessage *event), void *ctx,
+                            loci_error *err) {
+    for (;;) {
+        ProtobufCMessage *message = NULL;
+        LOCI_TRY(loci_rpc_call_read(call, &message, err));
+        if (!message) return LOCI_OK;
+        show(ctx, message);
+        protobuf_c_message_free_unpacked(message, NULL);
+    }
+}

@@ -69,6 +69,11 @@ LOCI_MUST_CHECK loci_status loci_cli_call(loci_cli *cli, const char *path,
                                           const ProtobufCMessageDescriptor *response_type,
                                           ProtobufCMessage **response, loci_error *err);
 
+/* Hands each message of a stream to `show` until the stream ends; it is freed after that. */
+LOCI_MUST_CHECK loci_status loci_cli_events(loci_rpc_client_call *call,
+                                            void (*show)(void *ctx, const ProtobufCMessage *event),
+                                            void *ctx, loci_error *err);
+
 /* loci corpus reindex (reindex.c), listed in corpus.c. */
 loci_status loci_corpus_reindex_run(loci_cli *cli, const loci_command *command, int argc,
                                     char **argv, loci_error *err);

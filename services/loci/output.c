@@ -9,10 +9,14 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "services/common/names.h"
 #include "services/common/text.h"
 
 #define QUOTE_WIDTH 150u
+#define BAR_WIDTH 24
+#define DRAW_NS 100000000u
+#define LINE_NS 5000000000u
 #define BOLD "\x1b[1m"
 #define DIM "\x1b[2m"
 #define PLAIN "\x1b[0m"
@@ -148,4 +152,33 @@ void loci_print_passage(const char *name, uint64_t start, uint64_t end, Protobuf
            color && answer[0] == '\0' ? DIM : "", text ? text : "",
            color && answer[0] == '\0' ? PLAIN : "");
     loci_buf_fini(&line);
+}
+
+loci_progress_line loci_progress_begin(void) {
+    bool terminal = isatty(STDERR_FILENO) != 0;
+    return (loci_progress_line){.terminal = terminal, .shown_ns = terminal ? 0 : loci_now_ns()};
+}
+
+void loci_progress_show(loci_progress_line *line, const loci_progress *p) {
+    uint64_t now = loci_now_ns();
+    if (now - line->shown_ns < (line->terminal ? DRAW_NS : LINE_NS)) return;
+    char tokens[32], speed[32], bar[BAR_WIDTH + 1], eta[32] = "  ETA --:--";
+    for (int i = 0; i < BAR_WIDTH; i++) bar[i] = i < (int)(p->share * BAR_WIDTH) ? '#' : '-';
+    bar[BAR_WIDTH] = '\0';
+    if (p->eta_s >= 0)
+        snprintf(eta, sizeof eta, "  ETA %u:%02u", (unsigned)p->eta_s / 60,
+                 (unsigned)p->eta_s % 60);
+    if (line->terminal) fprintf(stderr, "\r\x1b[K[%s] ", bar);
+    fprintf(stderr, "%s%s%llu/%llu documents  %s tokens  %s tokens/s%s%s", p->stage,
+            p->stage[0] ? "  " : "", (unsigned long long)p->documents,
+            (unsigned long long)p->documents_total, loci_format_count(tokens, p->tokens),
+            loci_format_count(speed, (uint64_t)(p->tokens_per_s + 0.5)), eta,
+            line->terminal ? "" : "\n");
+    line->shown_ns = now;
+    line->drawn = true;
+}
+
+void loci_progress_wipe(loci_progress_line *line) {
+    if (line->drawn && line->terminal) fprintf(stderr, "\r\x1b[K");
+    line->drawn = false;
 }

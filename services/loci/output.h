@@ -19,6 +19,22 @@ json_t *loci_json_passage(const char *name, uint64_t start, uint64_t end, Protob
                           const char *last, double value);
 json_t *loci_json_usage(const Loci__V1__Usage *usage);
 
+/* The line that shows how far a stream of documents is, on standard error: over and over on a
+ * terminal, else a line every few seconds. */
+typedef struct loci_progress_line {
+    bool terminal, drawn;
+    uint64_t shown_ns;
+} loci_progress_line;
+typedef struct loci_progress {
+    double share;      /* of the bar */
+    const char *stage; /* "": not shown */
+    uint64_t documents, documents_total, tokens;
+    double tokens_per_s, eta_s; /* eta_s below 0: unknown */
+} loci_progress;
+loci_progress_line loci_progress_begin(void);
+void loci_progress_show(loci_progress_line *line, const loci_progress *progress);
+void loci_progress_wipe(loci_progress_line *line); /* before anything else is printed */
+
 bool loci_color(void); /* standard output takes colours */
 /* Appends one line of at most `width` characters from the quote: whitespace runs become one
  * space, the part around `answer` is shown where it occurs (loci_text_find; in bold if color),

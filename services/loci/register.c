@@ -21,9 +21,6 @@
 
 #define CHUNK (256u << 10)
 #define POLL_MS 100
-#define BAR_WIDTH 24
-#define DRAW_NS 100000000u
-#define LINE_NS 5000000000u
 #define BYTE_ORDER_MARK "\xef\xbb\xbf" /* some editors begin UTF-8 with it */
 
 typedef struct sending {
@@ -188,32 +185,12 @@ static void *send_all(void *arg) {
 
 /* --- Showing -------------------------------------------------------------------------------- */
 typedef struct showing {
-    bool json, terminal;
-    uint64_t started_ns, shown_ns;
+    const char *corpus;
+    bool json;
+    uint64_t started_ns;
     uint64_t stored; /* acknowledged documents */
-    Loci__V1__RegisterProgress last;
-    bool drawn;
+    loci_progress_line line;
 } showing;
-
-static void draw_line(showing *show) {
-    const Loci__V1__RegisterProgress *p = &show->last;
-    char tokens[32], speed[32], eta[32] = "  ETA --:--";
-    loci_format_count(tokens, p->tokens_encoded);
-    loci_format_count(speed, (uint64_t)(p->tokens_per_s + 0.5));
-    double elapsed = (double)(loci_now_ns() - show->started_ns) / 1e9;
-    if (p->eta_s >= 0.0)
-        snprintf(eta, sizeof eta, "  ETA %u:%02u", (unsigned)p->eta_s / 60,
-                 (unsigned)p->eta_s % 60);
-    char bar[BAR_WIDTH + 1];
-    double share = p->eta_s >= 0.0 ? elapsed / (elapsed + p->eta_s + 1e-9) : 0.0;
-    for (int i = 0; i < BAR_WIDTH; i++) bar[i] = i < (int)(share * BAR_WIDTH) ? '#' : '-';
-    bar[BAR_WIDTH] = '\0';
-    fprintf(stderr, show->terminal ? "\r\x1b[K[%s] " : "%.0s", bar);
-    fprintf(stderr, "%llu/%llu documents  %s tokens  %s tokens/s%s%s",
-            (unsigned long long)p->documents_searchable, (unsigned long long)p->documents_received,
-            tokens, speed, eta, show->terminal ? "" : "\n");
-    show->drawn = true;
-}
 
 static json_t *progress_json(const Loci__V1__RegisterProgress *p) {
     return json_pack("{s:s,s:s,s:I,s:I,s:I,s:I,s:I,s:I,s:f,s:f}", "event", "progress", "stage",
@@ -233,21 +210,20 @@ static json_t *ack_json(const Loci__V1__RegisterAck *ack) {
                      "revision", (json_int_t)ack->revision, "name", ack->document);
 }
 
-static void show_progress(showing *show, const Loci__V1__RegisterProgress *progress) {
+static void show_progress(showing *show, const Loci__V1__RegisterProgress *p) {
     if (show->json) {
-        loci_print_json(progress_json(progress));
+        loci_print_json(progress_json(p));
         return;
     }
-    uint64_t now = loci_now_ns();
-    show->last = *progress;
-    show->last.stage = NULL; /* dies with the message */
-    if (now - show->shown_ns < (show->terminal ? DRAW_NS : LINE_NS)) return;
-    show->shown_ns = now;
-    draw_line(show);
+    double elapsed = (double)(loci_now_ns() - show->started_ns) / 1e9;
+    double share = p->eta_s >= 0.0 ? elapsed / (elapsed + p->eta_s + 1e-9) : 0.0;
+    loci_progress_show(&show->line,
+                       &(loci_progress){share, "", p->documents_searchable, p->documents_received,
+                                        p->tokens_encoded, p->tokens_per_s, p->eta_s});
 }
 
-static void show_summary(const showing *show, const char *corpus,
-                         const Loci__V1__RegisterSummary *s) {
+static void show_summary(const showing *show, const Loci__V1__RegisterSummary *s) {
+    const char *corpus = show->corpus;
     if (show->json) {
         loci_print_json(json_pack(
             "{s:I,s:I,s:I,s:f,s:I,s:I,s:I,s:s}", "documents", (json_int_t)s->documents, "tokens",
@@ -278,30 +254,20 @@ static loci_status create_if_missing(loci_cli *cli, const char *corpus, loci_err
     return status == LOCI_E_EXISTS ? LOCI_OK : status;
 }
 
-/* Reads until the end of the stream. */
-static loci_status read_events(loci_rpc_client_call *call, const char *corpus, showing *show,
-                               loci_error *err) {
-    for (;;) {
-        ProtobufCMessage *message = NULL;
-        LOCI_TRY(loci_rpc_call_read(call, &message, err));
-        if (!message) return LOCI_OK;
-        const Loci__V1__RegisterResponse *event = (void *)message;
-        switch (event->event_case) {
-        case LOCI__V1__REGISTER_RESPONSE__EVENT_ACK:
-            show->stored += event->ack->state == LOCI__V1__DOCUMENT_STATE__STORED;
-            if (show->json) loci_print_json(ack_json(event->ack));
-            break;
-        case LOCI__V1__REGISTER_RESPONSE__EVENT_PROGRESS:
-            show_progress(show, event->progress);
-            break;
-        case LOCI__V1__REGISTER_RESPONSE__EVENT_SUMMARY:
-            if (show->drawn && show->terminal) fprintf(stderr, "\r\x1b[K");
-            show->drawn = false;
-            show_summary(show, corpus, event->summary);
-            break;
-        default: break;
-        }
-        protobuf_c_message_free_unpacked(message, NULL);
+static void show_event(void *ctx, const ProtobufCMessage *message) {
+    showing *show = ctx;
+    const Loci__V1__RegisterResponse *event = (const void *)message;
+    switch (event->event_case) {
+    case LOCI__V1__REGISTER_RESPONSE__EVENT_ACK:
+        show->stored += event->ack->state == LOCI__V1__DOCUMENT_STATE__STORED;
+        if (show->json) loci_print_json(ack_json(event->ack));
+        break;
+    case LOCI__V1__REGISTER_RESPONSE__EVENT_PROGRESS: show_progress(show, event->progress); break;
+    case LOCI__V1__REGISTER_RESPONSE__EVENT_SUMMARY:
+        loci_progress_wipe(&show->line);
+        show_summary(show, event->summary);
+        break;
+    default: break;
     }
 }
 
@@ -311,16 +277,16 @@ static loci_status run_stream(loci_cli *cli, const char *corpus, const char *cor
     LOCI_TRY(loci_rpc_call_open(cli->channel, "/loci.v1.DocumentService/Register",
                                 &loci__v1__register_response__descriptor, 0, &loci_interrupted,
                                 &send.call, err));
-    showing show = {.json = cli->json,
-                    .terminal = isatty(STDERR_FILENO) != 0,
+    showing show = {.corpus = corpus,
+                    .json = cli->json,
                     .started_ns = loci_now_ns(),
-                    .shown_ns = loci_now_ns()};
+                    .line = loci_progress_begin()};
     pthread_t sender;
     loci_status status = LOCI_OK;
     if (pthread_create(&sender, NULL, send_all, &send) != 0) {
         status = loci_fail(err, LOCI_E_LIMIT, "no thread for sending");
     } else {
-        status = read_events(send.call, corpus, &show, err);
+        status = loci_cli_events(send.call, show_event, &show, err);
         atomic_store(&send.stop, true);
         if (status != LOCI_OK) loci_rpc_call_cancel(send.call);
         pthread_join(sender, NULL);
@@ -328,7 +294,7 @@ static loci_status run_stream(loci_cli *cli, const char *corpus, const char *cor
             status = loci_fail(err, send.status, "%.300s; documents registered before it: %llu",
                                send.err.text, (unsigned long long)show.stored);
     }
-    if (show.drawn && show.terminal) fprintf(stderr, "\r\x1b[K");
+    loci_progress_wipe(&show.line);
     loci_rpc_call_close(send.call);
     if (status == LOCI_E_NOTFOUND && strcmp(err->reason, "CORPUS_NOT_FOUND") == 0)
         return loci_fail_reason(err, status, "CORPUS_NOT_FOUND",

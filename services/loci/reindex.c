@@ -4,45 +4,16 @@
  */
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-#include "base/clock.h"
 #include "services/common/text.h"
 #include "services/loci/cli.h"
 #include "services/loci/output.h"
 
-#define BAR_WIDTH 24
-#define LINE_NS 5000000000u
-
 typedef struct showing {
-    bool json, terminal, drawn;
-    uint64_t shown_ns;
+    const char *corpus;
+    bool json;
+    loci_progress_line line;
 } showing;
-
-static void draw(showing *show, const Loci__V1__ReindexProgress *p) {
-    uint64_t now = loci_now_ns();
-    if (!show->terminal && now - show->shown_ns < LINE_NS) return;
-    show->shown_ns = now;
-    char tokens[32], speed[32], bar[BAR_WIDTH + 1], eta[32] = "  ETA --:--";
-    double share = p->tokens_total > 0 ? (double)p->tokens / (double)p->tokens_total : 0.0;
-    for (int i = 0; i < BAR_WIDTH; i++) bar[i] = i < (int)(share * BAR_WIDTH) ? '#' : '-';
-    bar[BAR_WIDTH] = '\0';
-    if (p->eta_s >= 0)
-        snprintf(eta, sizeof eta, "  ETA %u:%02u", (unsigned)p->eta_s / 60,
-                 (unsigned)p->eta_s % 60);
-    fprintf(stderr, show->terminal ? "\r\x1b[K[%s] " : "%.0s", bar);
-    fprintf(stderr, "%s  %llu/%llu documents  %s tokens  %s tokens/s%s%s", p->stage,
-            (unsigned long long)p->documents, (unsigned long long)p->documents_total,
-            loci_format_count(tokens, p->tokens),
-            loci_format_count(speed, (uint64_t)(p->tokens_per_s + 0.5)), eta,
-            show->terminal ? "" : "\n");
-    show->drawn = true;
-}
-
-static void wipe(showing *show) {
-    if (show->drawn && show->terminal) fprintf(stderr, "\r\x1b[K");
-    show->drawn = false;
-}
 
 static void show_progress(showing *show, const Loci__V1__ReindexProgress *p) {
     if (show->json)
@@ -52,11 +23,15 @@ static void show_progress(showing *show, const Loci__V1__ReindexProgress *p) {
             (json_int_t)p->documents_total, "tokens", (json_int_t)p->tokens, "tokens_total",
             (json_int_t)p->tokens_total, "tokens_per_s", p->tokens_per_s, "eta_s", p->eta_s));
     else
-        draw(show, p);
+        loci_progress_show(
+            &show->line,
+            &(loci_progress){
+                p->tokens_total > 0 ? (double)p->tokens / (double)p->tokens_total : 0.0, p->stage,
+                p->documents, p->documents_total, p->tokens, p->tokens_per_s, p->eta_s});
 }
 
-static void show_summary(const showing *show, const char *corpus,
-                         const Loci__V1__ReindexSummary *s) {
+static void show_summary(const showing *show, const Loci__V1__ReindexSummary *s) {
+    const char *corpus = show->corpus;
     if (show->json) {
         loci_print_json(
             json_pack("{s:s,s:I,s:I,s:I,s:f,s:I,s:I,s:s,s:b}", "corpus", corpus, "documents",
@@ -77,20 +52,14 @@ static void show_summary(const showing *show, const char *corpus,
            s->seconds, s->model_fingerprint, corpus, loci_format_size(disk, s->bytes_on_disk));
 }
 
-static loci_status read_events(loci_rpc_client_call *call, const char *corpus, showing *show,
-                               loci_error *err) {
-    for (;;) {
-        ProtobufCMessage *message = NULL;
-        LOCI_TRY(loci_rpc_call_read(call, &message, err));
-        if (!message) return LOCI_OK;
-        const Loci__V1__ReindexCorpusResponse *event = (void *)message;
-        if (event->event_case == LOCI__V1__REINDEX_CORPUS_RESPONSE__EVENT_PROGRESS) {
-            show_progress(show, event->progress);
-        } else if (event->event_case == LOCI__V1__REINDEX_CORPUS_RESPONSE__EVENT_SUMMARY) {
-            wipe(show);
-            show_summary(show, corpus, event->summary);
-        }
-        protobuf_c_message_free_unpacked(message, NULL);
+static void show_event(void *ctx, const ProtobufCMessage *message) {
+    showing *show = ctx;
+    const Loci__V1__ReindexCorpusResponse *event = (const void *)message;
+    if (event->event_case == LOCI__V1__REINDEX_CORPUS_RESPONSE__EVENT_PROGRESS) {
+        show_progress(show, event->progress);
+    } else if (event->event_case == LOCI__V1__REINDEX_CORPUS_RESPONSE__EVENT_SUMMARY) {
+        loci_progress_wipe(&show->line);
+        show_summary(show, event->summary);
     }
 }
 
@@ -103,14 +72,13 @@ static loci_status follow(loci_cli *cli, const char *corpus, char *name, bool fo
     LOCI_TRY(loci_rpc_call_open(cli->channel, "/loci.v1.CorpusService/ReindexCorpus",
                                 &loci__v1__reindex_corpus_response__descriptor, 0,
                                 &loci_interrupted, &call, err));
-    showing show = {.json = cli->json, .terminal = isatty(STDERR_FILENO) != 0};
-    show.shown_ns = loci_now_ns();
+    showing show = {.corpus = corpus, .json = cli->json, .line = loci_progress_begin()};
     /* A failed send means that the call has ended: reading tells why. */
     loci_error ignored;
     if (loci_rpc_call_send(call, &request.base, &ignored) == LOCI_OK)
         (void)(loci_rpc_call_half_close(call, &ignored) == LOCI_OK);
-    loci_status status = read_events(call, corpus, &show, err);
-    wipe(&show);
+    loci_status status = loci_cli_events(call, show_event, &show, err);
+    loci_progress_wipe(&show.line);
     loci_rpc_call_close(call);
     return status;
 }

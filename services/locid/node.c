@@ -6,6 +6,8 @@
 
 #include <stdio.h>
 
+#define FAILING_NS 10000000000u
+
 loci_status loci_daemon_reason(loci_error *err, loci_status status, loci_status when,
                                const char *reason) {
     if (status == when && err && err->reason[0] == '\0')
@@ -18,6 +20,28 @@ loci_status loci_daemon_corpus(loci_daemon *node, loci_rpc_call *call, const cha
     loci_rpc_error_metadata(call, "corpus", corpus);
     loci_status status = loci_corpus_get(loci_engine_store(node->engine), corpus, out, err);
     return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
+}
+
+loci_status loci_daemon_check_going(loci_daemon_wait *wait, const loci_ingest_progress *progress,
+                                    loci_error *err) {
+    loci_status status = loci_cancel_check(loci_rpc_cancel_of(wait->call));
+    if (status != LOCI_OK)
+        return loci_fail(err, status, "the call for corpus %s ended", wait->corpus);
+    if (atomic_load(&wait->node->draining))
+        return loci_fail_reason(err, LOCI_E_UNAVAILABLE, "NODE_DRAINING",
+                                "the node is shutting down; %s of corpus %s goes on when it runs "
+                                "again, %s",
+                                wait->doing, wait->corpus, wait->meanwhile);
+    uint64_t now = loci_now_ns();
+    if (progress->failure.status == LOCI_OK) {
+        wait->failing_since_ns = 0;
+        return LOCI_OK;
+    }
+    if (wait->failing_since_ns == 0) wait->failing_since_ns = now;
+    if (now - wait->failing_since_ns < FAILING_NS) return LOCI_OK;
+    *err = progress->failure;
+    return loci_fail_prefix(err, progress->failure.status, "%s of corpus %s stands still, %s",
+                            wait->doing, wait->corpus, wait->meanwhile);
 }
 
 static void fill_parts(const loci_budget_usage *memory, Loci__V1__MemoryPart *parts,

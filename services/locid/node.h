@@ -44,6 +44,21 @@ LOCI_MUST_CHECK loci_status loci_daemon_send_corpus(loci_rpc_call *call, const l
 LOCI_MUST_CHECK loci_status loci_daemon_corpus(loci_daemon *node, loci_rpc_call *call,
                                                const char *corpus, loci_corpus_info *out,
                                                loci_error *err);
+/* A call that waits for the ingest thread. */
+typedef struct loci_daemon_wait {
+    const loci_daemon *node;
+    loci_rpc_call *call;
+    const char *corpus;
+    const char *doing;         /* "indexing" */
+    const char *meanwhile;     /* "its documents stay stored" */
+    uint64_t failing_since_ns; /* 0: it does not fail */
+} loci_daemon_wait;
+/* Reasons to end the call although what it waits for is not done: the caller has gone, the node is
+ * shutting down (LOCI_E_UNAVAILABLE, reason NODE_DRAINING), or the thread has failed for ten
+ * seconds (its error). */
+LOCI_MUST_CHECK loci_status loci_daemon_check_going(loci_daemon_wait *wait,
+                                                    const loci_ingest_progress *progress,
+                                                    loci_error *err);
 /* Gives an error without a reason the one named, when it has the status `when`. */
 loci_status loci_daemon_reason(loci_error *err, loci_status status, loci_status when,
                                const char *reason);

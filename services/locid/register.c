@@ -215,6 +215,11 @@ loci_status loci_register_handler(loci_rpc_call *call, void *ctx, loci_error *er
     r->node = ctx;
     r->call = call;
     r->started_ns = loci_now_ns();
+    r->wait = (loci_daemon_wait){.node = r->node,
+                                 .call = call,
+                                 .corpus = r->corpus,
+                                 .doing = "indexing",
+                                 .meanwhile = "its documents stay stored"};
     pthread_mutex_init(&r->mutex, NULL);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);

@@ -54,7 +54,8 @@ typedef struct loci_registration {
     loci_registered_list waiting; /* stored, not yet searchable */
     uint64_t stored, searchable, unchanged, tokens, segments, bytes_searchable;
     uint64_t encoded_before, indexed_before; /* counters of the corpus when the stream began */
-    uint64_t progress_ns, failing_since_ns;
+    uint64_t progress_ns;
+    loci_daemon_wait wait;
     loci_status acks_status;
     loci_error acks_error;
 } loci_registration;

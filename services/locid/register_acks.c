@@ -11,7 +11,6 @@
 #define POLL_MS 25u            /* while the client may send more */
 #define WAIT_MS 250u           /* once everything is stored */
 #define PROGRESS_NS 500000000u /* at least once a second is promised */
-#define FAILING_NS 10000000000u
 #define SETTLE_TOKENS LOCI_TAIL_SEAL_TOKENS
 #define SETTLE_NS 10000000000u /* others may keep the corpus busy for ever */
 
@@ -153,30 +152,6 @@ static loci_status send_progress(loci_registration *r, const loci_ingest_progres
     return loci_rpc_send(r->call, &response.base, err);
 }
 
-/* Reasons to end the stream although the client still waits. */
-static loci_status check_going(loci_registration *r, const loci_ingest_progress *progress,
-                               loci_error *err) {
-    loci_status status = loci_cancel_check(loci_rpc_cancel_of(r->call));
-    if (status != LOCI_OK)
-        return loci_fail(err, status, "the stream of corpus %s ended", r->corpus);
-    if (atomic_load(&r->node->draining))
-        return loci_fail_reason(err, LOCI_E_UNAVAILABLE, "NODE_DRAINING",
-                                "the node is shutting down; stored documents of corpus %s will be "
-                                "indexed when it runs again",
-                                r->corpus);
-    if (progress->failure.status == LOCI_OK) {
-        r->failing_since_ns = 0;
-        return LOCI_OK;
-    }
-    uint64_t now = loci_now_ns();
-    if (r->failing_since_ns == 0) r->failing_since_ns = now;
-    if (now - r->failing_since_ns < FAILING_NS) return LOCI_OK;
-    *err = progress->failure;
-    return loci_fail_prefix(err, progress->failure.status,
-                            "indexing of corpus %s stands still, its documents stay stored",
-                            r->corpus);
-}
-
 /* After a stream of many tokens the tail of the corpus is sealed before the summary, so that the
  * size on disk in the summary is the one at rest, and that a registration that was interrupted and
  * is repeated ends as an uninterrupted one. It can be at rest only while nobody else registers into
@@ -187,7 +162,7 @@ static loci_status settle(loci_registration *r, loci_ingest_progress *progress, 
     loci_ingest_settle(ingest, r->corpus);
     uint64_t until = loci_now_ns() + SETTLE_NS;
     while (loci_now_ns() < until && !loci_ingest_settled(ingest, r->corpus)) {
-        LOCI_TRY(check_going(r, progress, err));
+        LOCI_TRY(loci_daemon_check_going(&r->wait, progress, err));
         LOCI_TRY(send_progress(r, progress, false, err));
         LOCI_TRY(loci_ingest_wait(ingest, r->corpus, WAIT_MS, progress, err));
     }
@@ -226,7 +201,7 @@ static loci_status acknowledge(loci_registration *r, loci_error *err) {
         if (failed) return LOCI_OK; /* the reader's error ends the stream */
         LOCI_TRY_GOTO(loci_ingest_progress_of(ingest, r->corpus, &progress, err), out);
         LOCI_TRY_GOTO(acknowledge_searchable(r, &progress, err), out);
-        LOCI_TRY_GOTO(check_going(r, &progress, err), out);
+        LOCI_TRY_GOTO(loci_daemon_check_going(&r->wait, &progress, err), out);
         if (r->waiting.count > 0 || fresh)
             LOCI_TRY_GOTO(send_progress(r, &progress, !done, err), out);
         if (done && r->waiting.count == 0) break;

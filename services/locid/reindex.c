@@ -10,14 +10,13 @@
 
 #define POLL_MS 50u
 #define PROGRESS_NS 500000000u
-#define FAILING_NS 10000000000u
 
 typedef struct reindexing {
     loci_daemon *node;
     loci_rpc_call *call;
     char corpus[LOCI_NAME_MAX + 1];
     uint64_t uid; /* of the old index */
-    uint64_t started_ns, progress_ns, failing_since_ns;
+    uint64_t started_ns, progress_ns;
 } reindexing;
 
 static loci_status send_progress(reindexing *r, const loci_corpus_info *info,
@@ -60,27 +59,13 @@ static loci_status send_summary(reindexing *r, const loci_corpus_info *info, boo
     return loci_rpc_send(r->call, &response.base, err);
 }
 
-/* Reasons to end the call although the work is not done. */
-static loci_status check_going(reindexing *r, const loci_ingest_progress *progress,
-                               loci_error *err) {
-    loci_status status = loci_cancel_check(loci_rpc_cancel_of(r->call));
-    if (status != LOCI_OK) return loci_fail(err, status, "the call for corpus %s ended", r->corpus);
-    if (atomic_load(&r->node->draining))
-        return loci_fail_reason(err, LOCI_E_UNAVAILABLE, "NODE_DRAINING",
-                                "the node is shutting down; reindexing of corpus %s goes on when "
-                                "it runs again",
-                                r->corpus);
-    uint64_t now = loci_now_ns();
-    if (progress->failure.status == LOCI_OK) r->failing_since_ns = now;
-    if (now - r->failing_since_ns < FAILING_NS) return LOCI_OK;
-    *err = progress->failure;
-    return loci_fail_prefix(err, progress->failure.status,
-                            "reindexing of corpus %s stands still, its old index stays", r->corpus);
-}
-
 static loci_status wait_for_it(reindexing *r, loci_error *err) {
     loci_ingest *ingest = loci_engine_ingest(r->node->engine);
-    r->failing_since_ns = loci_now_ns();
+    loci_daemon_wait wait = {.node = r->node,
+                             .call = r->call,
+                             .corpus = r->corpus,
+                             .doing = "reindexing",
+                             .meanwhile = "its old index stays"};
     for (;;) {
         loci_corpus_info info;
         loci_ingest_progress progress;
@@ -91,7 +76,7 @@ static loci_status wait_for_it(reindexing *r, loci_error *err) {
                                     "reindexing of corpus %s was given up; it stays as it was",
                                     r->corpus);
         LOCI_TRY(loci_ingest_reindex_progress(ingest, r->corpus, &progress, err));
-        LOCI_TRY(check_going(r, &progress, err));
+        LOCI_TRY(loci_daemon_check_going(&wait, &progress, err));
         if (loci_now_ns() - r->progress_ns >= PROGRESS_NS)
             LOCI_TRY(send_progress(r, &info, &progress, progress.stage, err));
         loci_sleep_ms(POLL_MS);
