@@ -18,15 +18,10 @@
 
 /* First place whose sequence is >= sequence. */
 static size_t pending_place(const loci_corpus *corpus, uint64_t sequence) {
-    size_t low = corpus->pending_first, high = corpus->pending_end;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (corpus->pending[middle] < sequence)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+    if (corpus->pending_first == corpus->pending_end) return corpus->pending_first;
+    const uint64_t *pending = corpus->pending + corpus->pending_first;
+    size_t count = corpus->pending_end - corpus->pending_first;
+    return corpus->pending_first + loci_sequence_place(pending, count, sizeof *pending, sequence);
 }
 
 bool loci_pending_push(loci_corpus *corpus, uint64_t sequence) {

@@ -19,6 +19,7 @@
 #define LOCI_MEMORY_INTERNAL_H
 
 #include <pthread.h>
+#include <string.h>
 
 #include "base/failpoint.h"
 #include "memory/extent.h"
@@ -146,6 +147,23 @@ static inline loci_key loci_key_catalog2(char kind, uint64_t uid, uint64_t secon
     return key;
 }
 
+/* Among items of `stride` bytes that begin with their u64 sequence and ascend by it: the place of
+ * the first that is not below `sequence`. */
+static inline size_t loci_sequence_place(const void *items, size_t count, size_t stride,
+                                         uint64_t sequence) {
+    size_t low = 0, high = count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        uint64_t found;
+        memcpy(&found, (const uint8_t *)items + middle * stride, sizeof found);
+        if (found < sequence)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 /* --- Documents -------------------------------------------------------------------------- */
 typedef struct loci_document {
     bool dead;
@@ -267,7 +285,8 @@ void loci_change_after(loci_change *change);
 
 /* --- Rebuilding (rebuild.c), all on the one ingest thread ------------------------------------ */
 typedef struct loci_indexed_document {
-    uint64_t sequence, tokens;
+    uint64_t sequence; /* first: loci_sequence_place */
+    uint64_t tokens;
     uint32_t segments;
 } loci_indexed_document;
 

@@ -190,15 +190,9 @@ static life_check life_check_of(loci_corpus *corpus, const loci_fresh *fresh) {
 /* Whether the document becomes complete with this change. */
 static bool completes(const loci_fresh *fresh, uint64_t sequence) {
     if (sequence >= fresh->cursor.sequence) return false;
-    size_t low = 0, high = fresh->document_count;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (fresh->documents[middle].sequence < sequence)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low < fresh->document_count && fresh->documents[low].sequence == sequence;
+    size_t place = loci_sequence_place(fresh->documents, fresh->document_count,
+                                       sizeof *fresh->documents, sequence);
+    return place < fresh->document_count && fresh->documents[place].sequence == sequence;
 }
 
 static loci_status check_alive(life_check *check, uint64_t sequence, bool *alive, loci_error *err) {

@@ -455,23 +455,11 @@ static uint64_t sequence_of(const loci_snapshot *snapshot, uint32_t segment,
     return entry->runs[run].sequence;
 }
 
-/* The place of a sequence in the sorted list of known documents. */
-static size_t known_place(const loci_snapshot *snapshot, uint64_t sequence) {
-    size_t low = 0, high = snapshot->known_count;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2;
-        if (snapshot->known[middle].sequence < sequence)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
 /* Caller holds snapshot->lock. The record stays in the database while the snapshot lives. */
 static loci_status load_known(loci_snapshot *snapshot, uint64_t sequence, const loci_document **out,
                               loci_error *err) {
-    size_t place = known_place(snapshot, sequence);
+    size_t place = loci_sequence_place(snapshot->known, snapshot->known_count,
+                                       sizeof *snapshot->known, sequence);
     if (place < snapshot->known_count && snapshot->known[place].sequence == sequence) {
         *out = snapshot->known[place].document;
         return LOCI_OK;

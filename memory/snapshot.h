@@ -9,7 +9,7 @@
 
 /* Ids handed out by loci_snapshot_segment; they stay until the snapshot goes. */
 typedef struct loci_known_document {
-    uint64_t sequence;
+    uint64_t sequence; /* first: loci_sequence_place */
     loci_document *document;
 } loci_known_document;
 
