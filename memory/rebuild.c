@@ -38,9 +38,9 @@ loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest) {
         .first = partial_place(manifest), .last = manifest->extent_count, .tail = true};
 }
 
-/* A rewritten extent takes its successors in as long as they fit, and becomes part of the tail when
- * nothing is left behind it: so deletions leave neither small extents nor a tail of the wrong
- * form. */
+/* A rewritten extent takes its neighbours in as long as they fit, those behind it first, and
+ * becomes part of the tail when nothing is left behind it: so deletions leave neither small extents
+ * nor a tail of the wrong form, whether there was time to rewrite between them or not. */
 static void plan_rewrite(const loci_manifest *manifest, uint32_t place, uint32_t most,
                          loci_rebuild_plan *out) {
     uint64_t sum = loci_extent_live_tokens(&manifest->extents[place]);
@@ -49,6 +49,9 @@ static void plan_rewrite(const loci_manifest *manifest, uint32_t place, uint32_t
     while (out->last < manifest->extent_count &&
            sum + loci_extent_live_tokens(&manifest->extents[out->last]) <= most)
         sum += loci_extent_live_tokens(&manifest->extents[out->last++]);
+    while (out->first > 0 &&
+           sum + loci_extent_live_tokens(&manifest->extents[out->first - 1]) <= most)
+        sum += loci_extent_live_tokens(&manifest->extents[--out->first]);
     out->tail = out->last == manifest->extent_count && sum + manifest->flat_tokens <= most;
 }
 
