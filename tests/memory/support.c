@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "attention/index.h"
@@ -153,6 +154,14 @@ void fixture_init(fixture *f, const char *dir) {
     loci_store_options_default(&f->options);
     f->options.memory_bytes = 32u << 20;
     f->options.extent_tokens = EXTENT_TOKENS;
+}
+
+void make_crash_directory(const char *name, char out[64]) {
+    struct statvfs memory;
+    bool room = statvfs("/dev/shm", &memory) == 0 && access("/dev/shm", W_OK) == 0 &&
+                memory.f_bavail >= (512u << 20) / memory.f_frsize;
+    snprintf(out, 64, "%s/loci-%s-XXXXXX", room ? "/dev/shm" : "/tmp", name);
+    assert_non_null(mkdtemp(out));
 }
 
 int fixture_setup(void **state) {

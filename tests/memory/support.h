@@ -58,6 +58,9 @@ void fixture_open(fixture *f);
 void fixture_start(fixture *f); /* the ingest thread */
 void fixture_close(fixture *f); /* thread, store */
 void fixture_create(fixture *f, const char *corpus);
+/* "/tmp/loci-NAME-XXXXXX", or in memory where there is room: for tests of sudden death, which open
+ * a store a hundred times. What a killed process has written stays either way. */
+void make_crash_directory(const char *name, char out[64]);
 void remove_tree(const char *dir);
 
 loci_geometry test_geometry(void);

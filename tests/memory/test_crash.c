@@ -211,16 +211,11 @@ static uint64_t final_state(const char *dir) {
 
 static uint64_t expected_hash;
 
-static void make_directory(char dir[64]) {
-    snprintf(dir, 64, "/tmp/loci-crash-XXXXXX");
-    assert_non_null(mkdtemp(dir));
-}
-
 static void test_undisturbed(void **state) {
     (void)state;
     char dir[64];
     bool killed;
-    make_directory(dir);
+    make_crash_directory("crash", dir);
     assert_int_equal(spawn(dir, 0, NULL, &killed), STEPS);
     assert_false(killed);
     expected_hash = final_state(dir);
@@ -231,7 +226,7 @@ static void test_undisturbed(void **state) {
 static bool die_once(const char *name, int n) {
     char dir[64], fail_at[80];
     bool killed, again;
-    make_directory(dir);
+    make_crash_directory("crash", dir);
     snprintf(fail_at, sizeof fail_at, "%s:%d", name, n);
     size_t acknowledged = spawn(dir, 0, fail_at, &killed);
     if (killed) {

@@ -678,8 +678,7 @@ static bool die_once(const char *name, int n, char expected[33]) {
 static void test_every_kill_point(void **state) {
     (void)state;
     char expected[33] = "";
-    snprintf(prepared, sizeof prepared, "/tmp/loci-reindex-XXXXXX");
-    assert_non_null(mkdtemp(prepared));
+    make_crash_directory("reindex", prepared);
     assert_false(spawn(prepared, "prepare", NULL));
     assert_false(die_once("", 0, expected));
     static const int passes[] = {1, 2, 4};
