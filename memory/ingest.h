@@ -19,7 +19,8 @@
  * - Unasked, when the corpus has been idle for a moment, the tail is sealed only when its flat
  *   segments have LOCI_TAIL_SEAL_TOKENS or a quarter of the partial extent's tokens: a tiny
  * document does not make an extent anew.
- * - An extent with at least a quarter of its tokens dead is rewritten.
+ * - An extent with at least a quarter of its tokens dead is rewritten, together with its neighbours
+ *   as far as all fit one.
  * - Work never holds more than the builder and one encode batch in memory.
  * - A causal corpus is committed batch by batch, none of which holds tokens of two documents: what
  * a batch is encoded after is all in the store. Where batches end changes how floating-point sums
