@@ -37,12 +37,15 @@
 #define LOCI_ATTENTION_INDEX_H
 
 #include "attention/backend.h"
+#include "base/cancel.h"
 
 #define LOCI_BLOCK_ALIGN 128u
-#define LOCI_EXTENT_TOKENS_MAX 32768u
-#define LOCI_LEAF_TOKENS 16u     /* mean size aimed at */
-#define LOCI_LEAF_TOKENS_MAX 32u /* larger clusters are split */
-#define LOCI_ROOT_LEAVES 16u     /* mean number of leaves of a root */
+#define LOCI_EXTENT_TOKENS_MAX (1u << 20)
+#define LOCI_EXTENT_SEGMENTS_MAX 65535u /* so that a slot-map word holds them */
+#define LOCI_EXTENT_SEAL_TOKENS 32768u  /* most of an extent as registration first makes it */
+#define LOCI_LEAF_TOKENS 16u            /* mean size aimed at */
+#define LOCI_LEAF_TOKENS_MAX 32u        /* larger clusters are split */
+#define LOCI_ROOT_LEAVES 16u            /* mean number of leaves of a root */
 #define LOCI_ROOT_LEAVES_MAX 32u
 #define LOCI_ROOT_TOKENS_MAX (LOCI_ROOT_LEAVES_MAX * LOCI_LEAF_TOKENS_MAX)
 #define LOCI_PAIR_MAGIC 0x5250434cu /* "LCPR" */
@@ -156,6 +159,7 @@ typedef struct loci_pair_build_options {
     uint32_t iterations; /* K-means rounds of the leaves of a root; 0 = default (6) */
     bool position_codes; /* store the codes once more in position order (ranking layer) */
     const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */
+    const loci_cancel *cancel; /* NULL = none; LOCI_E_CANCELLED soon after it is requested */
 } loci_pair_build_options;
 
 /* Builds the blob of one pair. k and v: bf16 [tokens][head_dim], position order; slots_of_position:

@@ -13,7 +13,7 @@ uint32_t loci_extent_tokens_max(const loci_geometry *geometry, uint32_t limit) {
     uint64_t most = LOCI_EXTENT_KV_BYTES_MAX / loci_geometry_kv_bytes(geometry);
     if (most > limit) most = limit;
     if (most < geometry->segment_tokens) most = geometry->segment_tokens;
-    return most < LOCI_EXTENT_TOKENS_MAX ? (uint32_t)most : LOCI_EXTENT_TOKENS_MAX;
+    return most < LOCI_EXTENT_SEAL_TOKENS ? (uint32_t)most : LOCI_EXTENT_SEAL_TOKENS;
 }
 
 uint32_t loci_tail_seal_tokens(uint32_t most) {
@@ -55,7 +55,7 @@ void loci_builder_clear(loci_builder *builder) {
 
 /* On failure some pairs have grown and others not; token_capacity still holds for all. */
 static bool reserve_rows(loci_builder *builder, uint32_t tokens) {
-    if (tokens <= builder->token_capacity) return true;
+    if (builder->listed || tokens <= builder->token_capacity) return true;
     uint32_t capacity = builder->token_capacity ? builder->token_capacity : 1024;
     while (capacity < tokens) capacity *= 2;
     size_t bytes = (size_t)capacity * builder->geometry.head_dim * sizeof(uint16_t);
@@ -83,10 +83,12 @@ static bool reserve_segment(loci_builder *builder) {
 
 loci_status loci_builder_add(loci_builder *builder, const loci_built_segment *segment,
                              uint32_t *row, loci_error *err) {
-    LOCI_ASSERT(segment->tokens > 0 && segment->tokens <= LOCI_EXTENT_TOKENS_MAX);
-    if (builder->tokens + segment->tokens > LOCI_EXTENT_TOKENS_MAX)
-        return loci_fail(err, LOCI_E_INTERNAL, "more than %u tokens gathered for one extent",
-                         LOCI_EXTENT_TOKENS_MAX);
+    LOCI_ASSERT(segment->tokens > 0 && segment->tokens <= LOCI_EXTENT_SEAL_TOKENS);
+    if (builder->tokens + segment->tokens > LOCI_EXTENT_TOKENS_MAX ||
+        builder->segment_count == LOCI_EXTENT_SEGMENTS_MAX)
+        return loci_fail(err, LOCI_E_INTERNAL,
+                         "more than %u tokens or %u segments gathered for one extent",
+                         LOCI_EXTENT_TOKENS_MAX, LOCI_EXTENT_SEGMENTS_MAX);
     if (!reserve_rows(builder, builder->tokens + segment->tokens) || !reserve_segment(builder))
         return loci_fail(err, LOCI_E_NOMEM, "no memory for %u tokens of an extent",
                          builder->tokens + segment->tokens);
@@ -109,6 +111,19 @@ loci_status loci_builder_add_all(loci_builder *builder, const loci_builder *from
         from_row += tokens;
     }
     return LOCI_OK;
+}
+
+static loci_status held_pair(void *ctx, uint32_t pair, const uint16_t **k, const uint16_t **v,
+                             loci_error *err) {
+    const loci_builder *builder = ctx;
+    (void)err;
+    *k = builder->k[pair];
+    *v = builder->v[pair];
+    return LOCI_OK;
+}
+
+loci_pair_source loci_builder_source(loci_builder *builder) {
+    return (loci_pair_source){builder, held_pair};
 }
 
 void loci_flat_encode(const loci_builder *builder, uint32_t first_row, uint32_t tokens,

@@ -9,7 +9,8 @@
 #include "memory/ingest.h"
 #include "memory/manifest.h"
 
-/* KV of an extent is at most this much, so that models with large KV stay within bounds too. */
+/* KV of a sealed extent is at most this much, so that models with large KV stay within bounds too.
+ */
 #define LOCI_EXTENT_KV_BYTES_MAX (256u << 20)
 
 typedef struct loci_built_segment {
@@ -25,7 +26,16 @@ typedef struct loci_builder {
     uint32_t segment_count, segment_capacity;
     uint32_t tokens, token_capacity;
     uint16_t **k, **v; /* [pairs]: bf16 [token_capacity][head_dim] */
+    bool listed;       /* segments only, no rows are held; set before the first is added */
 } loci_builder;
+
+/* Where an extent's K and V come from: of all segments of a builder, one pair at a time. */
+typedef struct loci_pair_source {
+    void *ctx;
+    /* bf16 [tokens][head_dim]; they stay until the next call. */
+    loci_status (*read)(void *ctx, uint32_t pair, const uint16_t **k, const uint16_t **v,
+                        loci_error *err);
+} loci_pair_source;
 
 /* Bytes of K and V of one token over all pairs. */
 static inline uint64_t loci_geometry_kv_bytes(const loci_geometry *geometry) {
@@ -50,6 +60,9 @@ LOCI_MUST_CHECK loci_status loci_builder_add(loci_builder *builder,
 /* Adds all segments of another builder of the same geometry. */
 LOCI_MUST_CHECK loci_status loci_builder_add_all(loci_builder *builder, const loci_builder *from,
                                                  loci_error *err);
+
+/* The builder's own rows; it must outlive what this returns. */
+loci_pair_source loci_builder_source(loci_builder *builder);
 
 /* The payload of the flat value of a segment, appended to *out (FORMAT.md, kind LCfl). */
 void loci_flat_encode(const loci_builder *builder, uint32_t first_row, uint32_t tokens,

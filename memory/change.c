@@ -111,7 +111,8 @@ loci_status loci_corpus_extent(loci_corpus *corpus, const loci_manifest_extent *
 static bool extent_needed(const loci_corpus *corpus, const uint8_t *id) {
     return loci_manifest_names(corpus->manifest, id) ||
            (corpus->snapshot_manifest && loci_manifest_names(corpus->snapshot_manifest, id)) ||
-           (corpus->building && memcmp(corpus->building_id, id, LOCI_EXTENT_ID_BYTES) == 0);
+           (corpus->building[0] && memcmp(corpus->building_id[0], id, LOCI_EXTENT_ID_BYTES) == 0) ||
+           (corpus->building[1] && memcmp(corpus->building_id[1], id, LOCI_EXTENT_ID_BYTES) == 0);
 }
 
 /* When that fails, the next open does it. */
@@ -290,18 +291,20 @@ loci_status loci_change_done(loci_change *change, uint64_t sequence, loci_error 
     return LOCI_OK;
 }
 
-/* Files of the old manifest that the new one does not name. When there is no memory to remember
- * one, the next open removes it. */
+void loci_corpus_supersede(loci_corpus *corpus, const uint8_t id[LOCI_EXTENT_ID_BYTES]) {
+    loci_id_list *list = &corpus->superseded;
+    void *grown = realloc(list->ids, (list->count + 1) * sizeof *list->ids);
+    if (!grown) return;
+    list->ids = grown;
+    memcpy(list->ids[list->count++], id, LOCI_EXTENT_ID_BYTES);
+}
+
+/* Files of the old manifest that the new one does not name. */
 static void note_superseded(loci_corpus *corpus, const loci_manifest *old,
                             const loci_manifest *next) {
-    loci_id_list *list = &corpus->superseded;
-    for (uint32_t i = 0; i < old->extent_count; i++) {
-        if (loci_manifest_names(next, old->extents[i].id)) continue;
-        void *grown = realloc(list->ids, (list->count + 1) * sizeof *list->ids);
-        if (!grown) return;
-        list->ids = grown;
-        memcpy(list->ids[list->count++], old->extents[i].id, LOCI_EXTENT_ID_BYTES);
-    }
+    for (uint32_t i = 0; i < old->extent_count; i++)
+        if (!loci_manifest_names(next, old->extents[i].id))
+            loci_corpus_supersede(corpus, old->extents[i].id);
 }
 
 /* After the write: nothing here can fail. */
@@ -316,7 +319,6 @@ static void apply(loci_change *change) {
         change->buried[i].revision = corpus->manifest->revision;
         corpus->graves[corpus->grave_count++] = change->buried[i];
     }
-    corpus->burials += change->buried_count;
     change->stale = corpus->current;
     corpus->current = NULL;
     loci_manifest_unref(old);

@@ -45,7 +45,7 @@ static loci_corpus *corpus_alloc(loci_store *store, uint64_t uid) {
 }
 
 static void corpus_free(loci_corpus *corpus) {
-    LOCI_ASSERT(!corpus->snapshots && !corpus->current && !corpus->building && !corpus->successor);
+    LOCI_ASSERT(!corpus->snapshots && !corpus->current && !corpus->merging && !corpus->successor);
     for (size_t i = 0; i < corpus->opened_count; i++) loci_extent_unref(corpus->opened[i]);
     if (corpus->sink_buffer)
         corpus->store->backend->ops->free(corpus->store->backend, corpus->sink_buffer);
@@ -101,6 +101,11 @@ static loci_status erase_corpus(loci_corpus *corpus, loci_error *err) {
     loci_status status = loci_batch_write(batch, true, err);
     loci_batch_destroy(batch);
     return status;
+}
+
+void loci_corpus_end(loci_corpus *corpus) {
+    corpus->deleted = true;
+    if (corpus->merging) loci_cancel_request(corpus->merging);
 }
 
 void loci_corpus_release(loci_corpus *corpus) {
@@ -214,6 +219,11 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
     out->segments = manifest->live_segments;
     out->tokens = manifest->live_tokens;
     out->extents = manifest->extent_count;
+    loci_rebuild_plan plan;
+    out->merged = out->pending_documents == 0 &&
+                  !loci_rebuild_due(manifest, corpus->extent_tokens_max, LOCI_TAIL_KEEP, &plan) &&
+                  !loci_merge_due(manifest, corpus->extent_tokens_max,
+                                  corpus->store->options.merge_tokens, true, &plan);
     out->bytes_on_disk =
         manifest->file_bytes + manifest->flat_tokens * loci_geometry_kv_bytes(&corpus->geometry);
 }
@@ -681,9 +691,7 @@ loci_status loci_corpus_manifest_hash(loci_store *store, const char *name, char 
                                       loci_error *err) {
     loci_corpus *corpus = NULL;
     LOCI_TRY(loci_corpus_acquire(store, name, &corpus, err));
-    pthread_mutex_lock(&corpus->lock);
-    loci_manifest *manifest = loci_manifest_ref(corpus->manifest);
-    pthread_mutex_unlock(&corpus->lock);
+    loci_manifest *manifest = loci_corpus_manifest(corpus);
     uint8_t hash[LOCI_EXTENT_ID_BYTES];
     bool done = loci_manifest_hash(manifest, hash);
     loci_manifest_unref(manifest);
@@ -726,7 +734,7 @@ static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current,
     if (status == LOCI_OK) status = loci_batch_write(batch, true, err);
     LOCI_FAILPOINT("delete_commit");
     if (status == LOCI_OK) {
-        corpus->deleted = true;
+        loci_corpus_end(corpus);
         *current = corpus->current;
         corpus->current = NULL;
         corpus->successor = NULL;
@@ -736,7 +744,7 @@ static loci_status mark_deleted(loci_corpus *corpus, loci_snapshot **current,
     pthread_mutex_unlock(&corpus->lock);
     if (*successor) {
         pthread_mutex_lock(&(*successor)->lock);
-        (*successor)->deleted = true;
+        loci_corpus_end(*successor);
         pthread_mutex_unlock(&(*successor)->lock);
     }
     loci_batch_destroy(batch);

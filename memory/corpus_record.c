@@ -81,7 +81,7 @@ bool loci_geometry_valid(const loci_geometry *geometry) {
            geometry->kv_heads >= 1 && geometry->kv_heads <= 1024 && geometry->head_dim >= 16 &&
            geometry->head_dim <= 256 && geometry->head_dim % 16 == 0 &&
            geometry->ranking_layer < geometry->retrieval_layers && geometry->segment_tokens >= 1 &&
-           geometry->segment_tokens <= LOCI_EXTENT_TOKENS_MAX;
+           geometry->segment_tokens <= LOCI_EXTENT_SEAL_TOKENS;
 }
 
 size_t loci_sink_floats(const loci_geometry *geometry) {

@@ -109,28 +109,38 @@ static loci_status slots_of_positions(const loci_builder *builder, uint32_t **ou
     return LOCI_OK;
 }
 
+/* What an extent is written of, and with. */
+typedef struct extent_parts {
+    const loci_builder *builder;
+    loci_pair_source source;
+    struct loci_pool *pool;
+    const loci_cancel *cancel;
+} extent_parts;
+
 /* Writes all pair blobs from *end on, appending their directory entries. */
-static loci_status write_pairs(int fd, const char *path, const loci_builder *builder,
-                               struct loci_pool *pool, const loci_cancel *cancel,
+static loci_status write_pairs(int fd, const char *path, const extent_parts *parts,
                                loci_buf *directory, uint64_t *end, loci_error *err) {
+    const loci_builder *builder = parts->builder;
     uint32_t *slots = NULL;
     LOCI_TRY(slots_of_positions(builder, &slots, err));
     loci_buf blob = LOCI_BUF_INIT;
     loci_status status = LOCI_OK;
     for (uint32_t pair = 0; pair < builder->pairs; pair++) {
-        status = loci_cancel_check(cancel);
+        status = loci_cancel_check(parts->cancel);
         if (status != LOCI_OK) {
             loci_fail(err, status, "building extent %s was stopped", path);
             goto out;
         }
         loci_pair_build_options options = {
             .position_codes = pair / builder->geometry.kv_heads == builder->geometry.ranking_layer,
+            .cancel = parts->cancel,
         };
         uint64_t hash;
-        loci_buf_clear(&blob);
-        LOCI_TRY_GOTO(loci_pair_build(builder->k[pair], builder->v[pair], slots, builder->tokens,
-                                      builder->geometry.head_dim, &options, pool, &blob, &hash,
-                                      err),
+        const uint16_t *k = NULL, *v = NULL;
+        loci_buf_fini(&blob); /* not there while the next one is made */
+        LOCI_TRY_GOTO(parts->source.read(parts->source.ctx, pair, &k, &v, err), out);
+        LOCI_TRY_GOTO(loci_pair_build(k, v, slots, builder->tokens, builder->geometry.head_dim,
+                                      &options, parts->pool, &blob, &hash, err),
                       out);
         *end = align_up(*end);
         LOCI_TRY_GOTO(write_at(fd, path, blob.data, blob.len, *end, err), out);
@@ -167,15 +177,15 @@ static void encode_header(const loci_builder *builder, const loci_manifest_exten
     loci_buf_u64(out, 0);
 }
 
-static loci_status write_file(int fd, const char *path, const loci_builder *builder,
-                              struct loci_pool *pool, const loci_cancel *cancel,
+static loci_status write_file(int fd, const char *path, const extent_parts *parts,
                               loci_manifest_extent *out, loci_error *err) {
+    const loci_builder *builder = parts->builder;
     loci_buf head = LOCI_BUF_INIT, directory = LOCI_BUF_INIT, table = LOCI_BUF_INIT;
     uint64_t segments_at = align_up(header_bytes_of(builder->pairs));
     loci_status status = LOCI_OK;
     encode_segments(builder, &table);
     uint64_t end = segments_at + table.len;
-    LOCI_TRY_GOTO(write_pairs(fd, path, builder, pool, cancel, &directory, &end, err), out);
+    LOCI_TRY_GOTO(write_pairs(fd, path, parts, &directory, &end, err), out);
     out->file_bytes = align_up(end);
     encode_header(builder, out, segments_at, table.failed ? 0 : XXH3_64bits(table.data, table.len),
                   &head);
@@ -221,9 +231,11 @@ static loci_status make_directory(const char *dir, loci_error *err) {
     return sync_directory(parent, err);
 }
 
-loci_status loci_extent_write(const char *dir, const loci_builder *builder, struct loci_pool *pool,
-                              const loci_cancel *cancel, loci_manifest_extent *out,
-                              loci_error *err) {
+loci_status loci_extent_write(const char *dir, const loci_builder *builder, loci_pair_source source,
+                              struct loci_pool *pool, const loci_cancel *cancel,
+                              loci_manifest_extent *out, loci_error *err) {
+    static atomic_uint files; /* the same extent may be written by two threads at a time */
+    extent_parts parts = {builder, source, pool, cancel};
     LOCI_ASSERT(builder->tokens > 0);
     memset(out, 0, sizeof *out);
     loci_extent_identify(builder, out->id);
@@ -231,14 +243,15 @@ loci_status loci_extent_write(const char *dir, const loci_builder *builder, stru
     out->segments = builder->segment_count;
     char name[LOCI_EXTENT_NAME_BYTES], path[PATH_BYTES], temporary[PATH_BYTES];
     loci_extent_name(out->id, name);
-    int len = snprintf(temporary, sizeof temporary, "%s/%s.tmp", dir, name);
+    int len = snprintf(temporary, sizeof temporary, "%s/%s.%u.tmp", dir, name,
+                       atomic_fetch_add(&files, 1));
     if (len < 0 || (size_t)len >= sizeof temporary)
         return loci_fail(err, LOCI_E_INVAL, "the path of extent %s is too long", name);
     snprintf(path, sizeof path, "%s/%s", dir, name);
     LOCI_TRY(make_directory(dir, err));
     int fd = open(temporary, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0) return fail_io(err, "cannot create", temporary);
-    loci_status status = write_file(fd, temporary, builder, pool, cancel, out, err);
+    loci_status status = write_file(fd, temporary, &parts, out, err);
     if (close(fd) != 0 && status == LOCI_OK) status = fail_io(err, "cannot close", temporary);
     if (status == LOCI_OK) {
         LOCI_FAILPOINT("extent_rename");

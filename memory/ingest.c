@@ -18,6 +18,8 @@
 
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/pool.h"
+#include "memory/merge.h"
 #include "memory/pipeline.h"
 
 #define MS 1000000ull
@@ -27,21 +29,18 @@
 #define FLUSH_CALM_NS (500 * MS) /* a short queue: searchable within a second */
 #define CALM_DOCUMENTS 64u
 #define SETTLE_NS (3000 * MS) /* without a change, before the tail is put in order unasked */
-#define RETRY_FIRST_NS (200 * MS)
-#define RETRY_MOST_NS (30000 * MS)
 #define POLL_CALM_MS 1000u
 #define POLL_BUSY_MS 50u
 
 /* What is known of one corpus; guarded by ingest->lock. */
 typedef struct corpus_slot {
     uint64_t uid;
-    loci_ingest_progress progress; /* counters, stage, failure; the rest is filled on demand */
+    loci_ingest_progress progress; /* counters and stage; the rest is filled on demand */
     bool settle;                   /* asked for */
     uint64_t changed_ns;           /* last time when there was work, or the revision changed */
     uint64_t revision;
     uint64_t known_sequence; /* last one of the corpus when its last turn began */
-    uint64_t retry_ns;       /* no work before */
-    unsigned failures;
+    loci_backoff backoff;
     bool seen; /* in the present pass over the corpora */
 } corpus_slot;
 
@@ -49,6 +48,7 @@ struct loci_ingest {
     loci_store *store;
     loci_encoder encoder;
     struct loci_pool *pool;
+    loci_merger *merger;
     pthread_t thread;
     loci_cancel cancel;
     pthread_mutex_t lock;
@@ -113,18 +113,9 @@ static void set_outcome(loci_ingest *ingest, const loci_corpus *corpus, loci_sta
     pthread_mutex_lock(&ingest->lock);
     corpus_slot *slot = slot_of(ingest, corpus->uid);
     if (slot && status == LOCI_OK) {
-        slot->failures = 0;
-        slot->retry_ns = 0;
-        memset(&slot->progress.failure, 0, sizeof slot->progress.failure);
-    } else if (slot) {
-        uint64_t pause = RETRY_FIRST_NS << (slot->failures < 8 ? slot->failures : 8);
-        if (pause > RETRY_MOST_NS) pause = RETRY_MOST_NS;
-        slot->retry_ns = loci_now_ns() + pause;
-        slot->failures++;
-        if (strcmp(slot->progress.failure.text, err->text) != 0)
-            loci_log_error("indexing of corpus %s stands still: %s", corpus->name, err->text);
-        slot->progress.failure = *err;
-        slot->progress.failure.status = status;
+        loci_backoff_clear(&slot->backoff);
+    } else if (slot && loci_backoff_add(&slot->backoff, status, err)) {
+        loci_log_error("indexing of corpus %s stands still: %s", corpus->name, err->text);
     }
     if (slot) slot->progress.stage = "idle";
     pthread_cond_broadcast(&ingest->changed);
@@ -242,20 +233,24 @@ static loci_status index_documents(loci_ingest *ingest, loci_corpus *corpus,
     return flush(ingest, corpus, pipeline, err);
 }
 
-static bool tidy_due(loci_corpus *corpus, loci_tail_demand demand, loci_rebuild_plan *plan) {
+/* *base: with a reference, when something is due. */
+static bool tidy_due(loci_corpus *corpus, loci_tail_demand demand, loci_rebuild_plan *plan,
+                     loci_manifest **base) {
     pthread_mutex_lock(&corpus->lock);
     bool due = !corpus->deleted &&
                loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, demand, plan);
+    if (due) *base = loci_manifest_ref(corpus->manifest);
     pthread_mutex_unlock(&corpus->lock);
     return due;
 }
 
-/* Rewrites and the tail. */
-static loci_status tidy(loci_ingest *ingest, loci_corpus *corpus, const loci_rebuild_plan *plan,
-                        loci_error *err) {
+/* Rewrites and the tail. Gives up the reference to base. */
+static loci_status tidy(loci_ingest *ingest, loci_corpus *corpus, loci_manifest *base,
+                        const loci_rebuild_plan *plan, loci_error *err) {
     set_stage(ingest, corpus->uid, "indexing");
     loci_status status =
-        loci_rebuild(corpus, plan, NULL, false, ingest->pool, &ingest->cancel, err);
+        loci_rebuild(corpus, base, plan, NULL, false, ingest->pool, &ingest->cancel, err);
+    loci_manifest_unref(base);
     return status == LOCI_E_ABORTED ? LOCI_OK : status;
 }
 
@@ -298,8 +293,8 @@ static turn_state begin_turn(loci_ingest *ingest, loci_corpus *corpus) {
         if (slot->revision != revision) slot->changed_ns = now;
         slot->revision = revision;
         slot->known_sequence = last;
-        state.pause = now < slot->retry_ns;
-        state.failed = slot->failures > 0;
+        state.pause = now < slot->backoff.retry_ns;
+        state.failed = slot->backoff.failures > 0;
         if (slot->settle || successor)
             state.demand = LOCI_TAIL_ANY;
         else if (now - slot->changed_ns >= SETTLE_NS)
@@ -324,16 +319,20 @@ static bool take_turn(loci_ingest *ingest, loci_corpus *corpus) {
     turn_state state = begin_turn(ingest, corpus);
     bool pending = pending_of(corpus) > 0;
     loci_rebuild_plan plan;
-    if (!pending && !tidy_due(corpus, state.demand, &plan)) {
+    loci_manifest *base = NULL;
+    if (!pending && !tidy_due(corpus, state.demand, &plan, &base)) {
         if (state.successor) return take_place(ingest, corpus, state.pause);
         /* At rest: whatever failed or was asked for is no more. */
         if (state.demand == LOCI_TAIL_ANY) set_settle(ingest, corpus, false);
         if (state.failed) set_outcome(ingest, corpus, LOCI_OK, &err);
         return false;
     }
-    if (state.pause) return false;
+    if (state.pause) {
+        loci_manifest_unref(base);
+        return false;
+    }
     loci_status status =
-        pending ? index_pending(ingest, corpus, &err) : tidy(ingest, corpus, &plan, &err);
+        pending ? index_pending(ingest, corpus, &err) : tidy(ingest, corpus, base, &plan, &err);
     /* Carried out once: who still waits asks again (loci_ingest_settled). */
     if (!pending && status == LOCI_OK && state.demand == LOCI_TAIL_ANY)
         set_settle(ingest, corpus, false);
@@ -362,7 +361,7 @@ static bool end_pass(loci_ingest *ingest) {
         corpus_slot *slot = &ingest->slots[i];
         if (!slot->seen) continue;
         slot->seen = false;
-        busy = busy || slot->settle || slot->failures > 0;
+        busy = busy || slot->settle || slot->backoff.failures > 0;
         ingest->slots[kept++] = *slot;
     }
     ingest->slot_count = kept;
@@ -393,6 +392,14 @@ static void *thread_main(void *arg) {
     return NULL;
 }
 
+static void ingest_free(loci_ingest *ingest) {
+    pthread_cond_destroy(&ingest->wake);
+    pthread_cond_destroy(&ingest->changed);
+    pthread_mutex_destroy(&ingest->lock);
+    free(ingest->slots);
+    free(ingest);
+}
+
 loci_status loci_ingest_start(loci_store *store, const loci_encoder *encoder,
                               struct loci_pool *pool, loci_ingest **out, loci_error *err) {
     loci_ingest *ingest = calloc(1, sizeof *ingest);
@@ -408,17 +415,20 @@ loci_status loci_ingest_start(loci_store *store, const loci_encoder *encoder,
     pthread_cond_init(&ingest->wake, &monotonic);
     pthread_cond_init(&ingest->changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
-    int error = pthread_create(&ingest->thread, NULL, thread_main, ingest);
-    if (error == 0) {
+    loci_status status =
+        loci_merger_start(store, pool ? loci_pool_threads(pool) : 1, &ingest->merger, err);
+    int error = 0;
+    if (status == LOCI_OK) error = pthread_create(&ingest->thread, NULL, thread_main, ingest);
+    if (status == LOCI_OK && error == 0) {
         *out = ingest;
         return LOCI_OK;
     }
-    pthread_cond_destroy(&ingest->wake);
-    pthread_cond_destroy(&ingest->changed);
-    pthread_mutex_destroy(&ingest->lock);
-    free(ingest);
-    return loci_fail(err, LOCI_E_NOMEM, "cannot start the registration thread: %s",
-                     strerror(error));
+    if (error != 0)
+        status = loci_fail(err, LOCI_E_NOMEM, "cannot start the registration thread: %s",
+                           strerror(error));
+    loci_merger_stop(ingest->merger);
+    ingest_free(ingest);
+    return status;
 }
 
 void loci_ingest_stop(loci_ingest *ingest) {
@@ -428,12 +438,9 @@ void loci_ingest_stop(loci_ingest *ingest) {
     loci_cancel_request(&ingest->cancel);
     pthread_cond_broadcast(&ingest->wake);
     pthread_mutex_unlock(&ingest->lock);
+    loci_merger_stop(ingest->merger);
     pthread_join(ingest->thread, NULL);
-    pthread_cond_destroy(&ingest->wake);
-    pthread_cond_destroy(&ingest->changed);
-    pthread_mutex_destroy(&ingest->lock);
-    free(ingest->slots);
-    free(ingest);
+    ingest_free(ingest);
 }
 
 void loci_ingest_wake(loci_ingest *ingest) {
@@ -450,11 +457,15 @@ static void fill_progress(loci_ingest *ingest, loci_corpus *corpus, loci_ingest_
     memset(out, 0, sizeof *out);
     pthread_mutex_lock(&ingest->lock);
     corpus_slot *slot = slot_of(ingest, corpus->uid);
-    if (slot)
+    out->stage = "idle";
+    if (slot) {
         *out = slot->progress;
-    else
-        out->stage = "idle";
+        out->failure = slot->backoff.failure;
+    }
     pthread_mutex_unlock(&ingest->lock);
+    bool merging;
+    loci_merger_state(ingest->merger, corpus->uid, &merging, &out->merge_failure);
+    if (merging && strcmp(out->stage, "idle") == 0) out->stage = "merging";
     pthread_mutex_lock(&corpus->lock);
     out->stored_sequence = out->searchable_sequence = corpus->last_sequence;
     if (corpus->pending_first < corpus->pending_end)
@@ -488,7 +499,9 @@ static bool same_progress(const loci_ingest_progress *a, const loci_ingest_progr
            a->searchable_sequence == b->searchable_sequence &&
            a->tokens_encoded == b->tokens_encoded && a->tokens_indexed == b->tokens_indexed &&
            a->revision == b->revision && a->stage == b->stage &&
-           a->failure.status == b->failure.status && strcmp(a->failure.text, b->failure.text) == 0;
+           a->failure.status == b->failure.status &&
+           strcmp(a->failure.text, b->failure.text) == 0 &&
+           a->merge_failure.status == b->merge_failure.status;
 }
 
 loci_status loci_ingest_wait(loci_ingest *ingest, const char *corpus, unsigned timeout_ms,

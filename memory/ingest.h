@@ -77,9 +77,10 @@ typedef struct loci_ingest_progress {
     uint64_t tokens_encoded, tokens_indexed; /* since the process started, this corpus */
     uint64_t segments_indexed;
     double tokens_per_s; /* recent */
-    const char *stage;   /* "idle", "encoding", "indexing"; static string */
+    const char *stage;   /* "idle", "encoding", "indexing", "merging"; static string */
     uint64_t revision;
-    loci_error failure; /* status OK, or why indexing of this corpus stands still (retried) */
+    loci_error failure;       /* status OK, or why indexing of this corpus stands still (retried) */
+    loci_error merge_failure; /* the same of merging, for which nobody needs to wait */
 } loci_ingest_progress;
 
 /* Starts the thread; unfinished work of earlier runs goes on by itself. pool is for index building.

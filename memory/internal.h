@@ -8,6 +8,7 @@
  *   corpus.lock         everything that changes in a corpus; held over small RocksDB reads and over
  *                       the write that commits a change, so that changes of a corpus are ordered;
  *                       that of its successor comes after it
+ *   the merger's lock   what it knows of corpora (merge.c)
  * A corpus object lives while somebody holds a reference; the last release of a deleted corpus
  * removes its data.
  *
@@ -107,14 +108,15 @@ struct loci_corpus {
     /* Live documents to be indexed, ascending: pending[pending_first .. pending_end). */
     uint64_t *pending;
     size_t pending_first, pending_end, pending_capacity;
-    uint64_t burials; /* counts documents buried since the process started */
     loci_grave *graves;
     size_t grave_count, grave_capacity;
     loci_extent **opened; /* each holds one reference */
     size_t opened_count;
     loci_id_list superseded; /* files to unlink when nobody needs them */
-    uint8_t building_id[LOCI_EXTENT_ID_BYTES];
-    bool building;                    /* building_id is being written */
+    /* Being written, [0] by the ingest thread, [1] by the merger. */
+    uint8_t building_id[2][LOCI_EXTENT_ID_BYTES];
+    bool building[2];
+    loci_cancel *merging;             /* the merge that is under way; NULL = none */
     loci_manifest *snapshot_manifest; /* of the snapshot being made */
     loci_snapshot *snapshots;         /* all live ones */
     loci_snapshot *current;           /* holds one reference; of the newest revision */
@@ -243,6 +245,13 @@ uint64_t loci_pending_next(const loci_corpus *corpus, uint64_t from);
 LOCI_MUST_CHECK loci_status loci_corpus_extent(loci_corpus *corpus,
                                                const loci_manifest_extent *entry, loci_extent **out,
                                                loci_error *err);
+/* With a reference. Takes the lock. */
+loci_manifest *loci_corpus_manifest(loci_corpus *corpus);
+/* Caller holds the lock. Nothing is to be done for the corpus any more. */
+void loci_corpus_end(loci_corpus *corpus);
+/* Caller holds the lock. The extent's file goes with the next purge that finds it unneeded; without
+ * memory to remember it, at the next open. */
+void loci_corpus_supersede(loci_corpus *corpus, const uint8_t id[LOCI_EXTENT_ID_BYTES]);
 /* Removes files and dead documents that nobody needs any more. Takes the lock. */
 void loci_corpus_purge(loci_corpus *corpus);
 
@@ -283,7 +292,7 @@ void loci_change_abort(loci_change *change);
 /* After a commit, without the lock: drops what the change made stale. */
 void loci_change_after(loci_change *change);
 
-/* --- Rebuilding (rebuild.c), all on the one ingest thread ------------------------------------ */
+/* --- Rebuilding (due.c, rebuild.c), on the ingest thread and the merger ----------------------- */
 typedef struct loci_indexed_document {
     uint64_t sequence; /* first: loci_sequence_place */
     uint64_t tokens;
@@ -303,6 +312,7 @@ typedef struct loci_rebuild_plan {
     uint32_t first, last; /* entries of the manifest */
     bool tail;            /* and all flat segments */
     bool rewrite;         /* because of dead segments; for failpoints and progress */
+    bool merge;           /* by the merger: several become one, or a merged one is rewritten */
 } loci_rebuild_plan;
 
 /* How much of a tail is worth a rebuild. */
@@ -312,9 +322,14 @@ typedef enum loci_tail_demand {
     LOCI_TAIL_ANY    /* asked for: the canonical tail */
 } loci_tail_demand;
 
-/* False when nothing is due. */
+/* What the ingest thread is to do. False when nothing is due. */
 bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
                       loci_tail_demand demand, loci_rebuild_plan *out);
+/* What the merger is to do, the largest merge first, extents of at most merge_tokens. Not calm:
+ * only what will be the same whatever is registered yet. Each merge leaves fewer extents or no dead
+ * tokens, so there is an end. */
+bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
+                    uint32_t merge_tokens, bool calm, loci_rebuild_plan *out);
 /* The partial extent, if there is one, and all flat segments. */
 loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest);
 /* Tokens that the next full extent would already hold. */
@@ -322,11 +337,13 @@ uint32_t loci_tail_tokens(const loci_manifest *manifest);
 /* Commits fresh segments as flat ones. */
 LOCI_MUST_CHECK loci_status loci_commit_flat(loci_corpus *corpus, const loci_fresh *fresh,
                                              loci_error *err);
-/* Gathers the live segments of the plan and the fresh ones (NULL = none) and commits them as one
- * extent, or as flat segments where the tail is small; full: always as a full extent.
- * LOCI_E_ABORTED: a document was buried meanwhile; to be tried again. */
-LOCI_MUST_CHECK loci_status loci_rebuild(loci_corpus *corpus, const loci_rebuild_plan *plan,
-                                         const loci_fresh *fresh, bool full, struct loci_pool *pool,
+/* Gathers the live segments of the plan, which was made of the manifest `base`, and the fresh ones
+ * (NULL = none) and commits them as one extent, or as flat segments where the tail is small; full:
+ * always as a full extent. LOCI_E_ABORTED: extents went or a document was buried meanwhile; to be
+ * planned anew. */
+LOCI_MUST_CHECK loci_status loci_rebuild(loci_corpus *corpus, const loci_manifest *base,
+                                         const loci_rebuild_plan *plan, const loci_fresh *fresh,
+                                         bool full, struct loci_pool *pool,
                                          const loci_cancel *cancel, loci_error *err);
 
 #endif

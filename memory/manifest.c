@@ -185,7 +185,8 @@ static bool decode_extent(loci_reader *reader, loci_manifest_extent *extent, boo
     extent->run_count = read_count(reader, RUN_BYTES);
     if (partial > 1 || (extent->partial && !last) || extent->tokens == 0 ||
         extent->tokens > LOCI_EXTENT_TOKENS_MAX || extent->segments > extent->tokens ||
-        extent->run_count == 0 || extent->run_count > extent->segments || reader->failed)
+        extent->segments > LOCI_EXTENT_SEGMENTS_MAX || extent->run_count == 0 ||
+        extent->run_count > extent->segments || reader->failed)
         return false;
     extent->runs = calloc(extent->run_count, sizeof *extent->runs);
     if (!extent->runs) return false;
@@ -217,7 +218,7 @@ static bool decode_flats(loci_reader *reader, loci_manifest *manifest) {
         flat->end = loci_read_u64(reader);
         flat->tokens = loci_read_u32(reader);
         if (flat->number <= previous || flat->number >= manifest->next_flat || flat->tokens == 0 ||
-            flat->tokens > LOCI_EXTENT_TOKENS_MAX || flat->end < flat->start)
+            flat->tokens > LOCI_EXTENT_SEAL_TOKENS || flat->end < flat->start)
             return false;
         previous = flat->number;
         manifest->flat_count++;

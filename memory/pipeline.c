@@ -467,10 +467,11 @@ static loci_status seal_full(loci_pipeline *pipeline, loci_error *err) {
     loci_status status = LOCI_E_ABORTED;
     while (status == LOCI_E_ABORTED) {
         LOCI_TRY(loci_cancel_check(pipeline->cancel));
-        pthread_mutex_lock(&corpus->lock);
-        loci_rebuild_plan plan = loci_tail_plan(corpus->manifest);
-        pthread_mutex_unlock(&corpus->lock);
-        status = loci_rebuild(corpus, &plan, &fresh, true, pipeline->pool, pipeline->cancel, err);
+        loci_manifest *base = loci_corpus_manifest(corpus);
+        loci_rebuild_plan plan = loci_tail_plan(base);
+        status =
+            loci_rebuild(corpus, base, &plan, &fresh, true, pipeline->pool, pipeline->cancel, err);
+        loci_manifest_unref(base);
     }
     if (status == LOCI_OK) committed(pipeline);
     return status;

@@ -1,13 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Making parts of a corpus anew: sealing a full extent, the canonical tail, rewriting what is a
- * quarter dead. One mechanism: gather live segments in memory in the order of registration, write
- * them as one extent (or as flat segments), and swap them in with one change.
+ * quarter dead, merging extents. One mechanism: list the live segments in the order of
+ * registration, write them as one extent (or as flat segments), and swap them in with one change.
+ * K and V are gathered in memory, but for a merge: that reads them pair by pair as they are
+ * written, so that one pair of a large extent is in memory at a time.
  *
- * Only the ingest thread calls this, so extents keep their places in the manifest meanwhile;
- * documents may be buried by others at any time. A document buried while its segments were
- * gathered is dead in what the change commits. So is a document that was left unfinished because
- * another replaced it: its record lives on until its successor is complete, its segments do not.
+ * The ingest thread and the merger call this, each for extents that the other leaves alone, unless
+ * they began before that was so; documents may be buried by others at any time. So places are
+ * looked up again at the commit, and a plan whose extents are no more there is given up. A document
+ * buried while its segments were gathered is dead in what the change commits. So is a document that
+ * was left unfinished because another replaced it: its record lives on until its successor is
+ * complete, its segments do not.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,77 +22,42 @@
 #include "memory/internal.h"
 #include "memory/lexical.h"
 
-/* --- What is due ------------------------------------------------------------------------- */
-
-static uint32_t partial_place(const loci_manifest *manifest) {
-    uint32_t count = manifest->extent_count;
-    return count > 0 && manifest->extents[count - 1].partial ? count - 1 : count;
-}
-
-uint32_t loci_tail_tokens(const loci_manifest *manifest) {
-    uint32_t place = partial_place(manifest);
-    uint32_t tokens = (uint32_t)manifest->flat_tokens;
-    if (place < manifest->extent_count)
-        tokens += loci_extent_live_tokens(&manifest->extents[place]);
-    return tokens;
-}
-
-loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest) {
-    return (loci_rebuild_plan){
-        .first = partial_place(manifest), .last = manifest->extent_count, .tail = true};
-}
-
-/* A rewritten extent takes its neighbours in as long as they fit, those behind it first, and
- * becomes part of the tail when nothing is left behind it: so deletions leave neither small extents
- * nor a tail of the wrong form, whether there was time to rewrite between them or not. */
-static void plan_rewrite(const loci_manifest *manifest, uint32_t place, uint32_t most,
-                         loci_rebuild_plan *out) {
-    uint64_t sum = loci_extent_live_tokens(&manifest->extents[place]);
-    *out = (loci_rebuild_plan){.first = place, .last = place + 1, .rewrite = true};
-    if (sum == 0) return;
-    while (out->last < manifest->extent_count &&
-           sum + loci_extent_live_tokens(&manifest->extents[out->last]) <= most)
-        sum += loci_extent_live_tokens(&manifest->extents[out->last++]);
-    while (out->first > 0 &&
-           sum + loci_extent_live_tokens(&manifest->extents[out->first - 1]) <= most)
-        sum += loci_extent_live_tokens(&manifest->extents[--out->first]);
-    out->tail = out->last == manifest->extent_count && sum + manifest->flat_tokens <= most;
-}
-
-bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
-                      loci_tail_demand demand, loci_rebuild_plan *out) {
-    for (uint32_t i = 0; i < manifest->extent_count; i++) {
-        const loci_manifest_extent *extent = &manifest->extents[i];
-        if (4ull * extent->dead_tokens < extent->tokens) continue;
-        plan_rewrite(manifest, i, extent_tokens_max, out);
-        return true;
-    }
-    if (demand == LOCI_TAIL_KEEP || manifest->flat_count == 0) return false;
-    uint32_t place = partial_place(manifest);
-    bool due = manifest->flat_tokens >= loci_tail_seal_tokens(extent_tokens_max);
-    if (place < manifest->extent_count)
-        due = due || demand == LOCI_TAIL_ANY ||
-              4 * manifest->flat_tokens >= loci_extent_live_tokens(&manifest->extents[place]);
-    if (!due) return false;
-    *out = loci_tail_plan(manifest);
-    return true;
-}
-
 /* --- Gathering -------------------------------------------------------------------------- */
 
-/* Copies the live rows of one pair, which stand in position order in k and v. */
-static void copy_live(const loci_extent *extent, const loci_manifest_extent *entry,
-                      const uint16_t *from, uint16_t *to) {
+/* One part of a corpus being made anew. */
+typedef struct rebuild {
+    loci_corpus *corpus;
+    const loci_manifest *base; /* what the plan is of */
+    const loci_rebuild_plan *plan;
+    const loci_fresh *fresh; /* NULL = none */
+    loci_builder *builder;
+    loci_extent **sources; /* of a merge, [last - first]; NULL where nothing lives */
+    uint16_t *k, *v;       /* of a merge: one pair, with room to read each source whole */
+} rebuild;
+
+/* Moves the live rows of a pair, which stand in position order, together. */
+static void keep_live(const loci_extent *extent, const loci_manifest_extent *entry,
+                      uint16_t *rows) {
     size_t dim = extent->head_dim;
     uint32_t segment = 0;
+    uint16_t *to = rows;
     for (uint32_t r = 0; r < entry->run_count; r++) {
         uint32_t begin = extent->segment_begin[segment];
         segment += entry->runs[r].segments;
         size_t values = (extent->segment_begin[segment] - begin) * dim;
         if (entry->runs[r].dead) continue;
-        memcpy(to, from + begin * dim, values * sizeof *to);
+        if (to != rows + begin * dim) memmove(to, rows + begin * dim, values * sizeof *to);
         to += values;
     }
+}
+
+/* K and V of the live tokens of a pair; k and v have room for all tokens. */
+static loci_status read_live(const loci_extent *extent, const loci_manifest_extent *entry,
+                             uint32_t pair, uint16_t *k, uint16_t *v, loci_error *err) {
+    LOCI_TRY(loci_extent_read_pair(extent, pair, k, v, err));
+    keep_live(extent, entry, k);
+    keep_live(extent, entry, v);
+    return LOCI_OK;
 }
 
 static loci_status add_live_segments(const loci_extent *extent, const loci_manifest_extent *entry,
@@ -121,11 +90,12 @@ static loci_status gather_extent(loci_corpus *corpus, const loci_manifest_extent
     }
     LOCI_TRY_GOTO(loci_corpus_extent(corpus, entry, &extent, err), out);
     size_t first = (size_t)builder->tokens * corpus->geometry.head_dim;
+    size_t live = (size_t)loci_extent_live_tokens(entry) * corpus->geometry.head_dim;
     LOCI_TRY_GOTO(add_live_segments(extent, entry, builder, err), out);
     for (uint32_t p = 0; p < builder->pairs; p++) {
-        LOCI_TRY_GOTO(loci_extent_read_pair(extent, p, k, v, err), out);
-        copy_live(extent, entry, k, builder->k[p] + first);
-        copy_live(extent, entry, v, builder->v[p] + first);
+        LOCI_TRY_GOTO(read_live(extent, entry, p, k, v, err), out);
+        memcpy(builder->k[p] + first, k, live * sizeof *k);
+        memcpy(builder->v[p] + first, v, live * sizeof *v);
     }
 out:
     loci_extent_unref(extent);
@@ -162,14 +132,84 @@ out:
     return status;
 }
 
-static loci_status gather(loci_corpus *corpus, const loci_manifest *base,
-                          const loci_rebuild_plan *plan, const loci_fresh *fresh,
-                          loci_builder *builder, loci_error *err) {
+/* The sources of a merge, and a list of their live segments. */
+static loci_status list_sources(rebuild *r, loci_error *err) {
+    uint32_t count = r->plan->last - r->plan->first;
+    uint64_t room = 1;
+    r->builder->listed = true;
+    r->sources = calloc(count, sizeof(loci_extent *));
+    if (!r->sources)
+        return loci_fail(err, LOCI_E_NOMEM, "no memory to merge extents of corpus %s",
+                         r->corpus->name);
+    for (uint32_t i = 0; i < count; i++) {
+        const loci_manifest_extent *entry = &r->base->extents[r->plan->first + i];
+        if (loci_extent_live_tokens(entry) == 0) continue;
+        if (r->builder->tokens + entry->tokens > room) room = r->builder->tokens + entry->tokens;
+        LOCI_TRY(loci_corpus_extent(r->corpus, entry, &r->sources[i], err));
+        LOCI_TRY(add_live_segments(r->sources[i], entry, r->builder, err));
+    }
+    size_t bytes = room * r->corpus->geometry.head_dim * sizeof *r->k;
+    r->k = malloc(bytes);
+    r->v = malloc(bytes);
+    if (r->k && r->v) return LOCI_OK;
+    return loci_fail(err, LOCI_E_NOMEM, "no memory to merge %llu tokens of corpus %s",
+                     (unsigned long long)room, r->corpus->name);
+}
+
+static loci_status gather(rebuild *r, loci_error *err) {
+    const loci_rebuild_plan *plan = r->plan;
+    if (plan->merge) return list_sources(r, err);
     for (uint32_t i = plan->first; i < plan->last; i++)
-        LOCI_TRY(gather_extent(corpus, &base->extents[i], builder, err));
-    for (uint32_t i = 0; plan->tail && i < base->flat_count; i++)
-        LOCI_TRY(gather_flat(corpus, &base->flats[i], builder, err));
-    return fresh ? loci_builder_add_all(builder, fresh->builder, err) : LOCI_OK;
+        LOCI_TRY(gather_extent(r->corpus, &r->base->extents[i], r->builder, err));
+    for (uint32_t i = 0; plan->tail && i < r->base->flat_count; i++)
+        LOCI_TRY(gather_flat(r->corpus, &r->base->flats[i], r->builder, err));
+    return r->fresh ? loci_builder_add_all(r->builder, r->fresh->builder, err) : LOCI_OK;
+}
+
+static bool same_extent(const loci_manifest_extent *a, const loci_manifest_extent *b) {
+    /* The same content may be there twice, under two documents. */
+    return memcmp(a->id, b->id, sizeof a->id) == 0 && a->runs[0].sequence == b->runs[0].sequence;
+}
+
+/* Where the plan's extents stand side by side in the manifest as it is now; false when they are no
+ * more there. A plan without extents is of the end. */
+static bool find_place(const rebuild *r, const loci_manifest *now, uint32_t *first) {
+    uint32_t count = r->plan->last - r->plan->first;
+    *first = now->extent_count;
+    if (count == 0) return true;
+    for (uint32_t at = 0; at + count <= now->extent_count; at++) {
+        uint32_t same = 0;
+        while (same < count &&
+               same_extent(&now->extents[at + same], &r->base->extents[r->plan->first + same]))
+            same++;
+        *first = at;
+        if (same == count) return true;
+    }
+    return false;
+}
+
+/* The loci_pair_source of a merge. */
+static loci_status read_sources(void *ctx, uint32_t pair, const uint16_t **k, const uint16_t **v,
+                                loci_error *err) {
+    rebuild *r = ctx;
+    uint32_t place;
+    pthread_mutex_lock(&r->corpus->lock);
+    bool stands = find_place(r, r->corpus->manifest, &place);
+    pthread_mutex_unlock(&r->corpus->lock);
+    if (!stands)
+        return loci_fail(err, LOCI_E_ABORTED, "extents of corpus %s changed while they were merged",
+                         r->corpus->name);
+    size_t at = 0;
+    for (uint32_t i = r->plan->first; i < r->plan->last; i++) {
+        const loci_manifest_extent *entry = &r->base->extents[i];
+        const loci_extent *source = r->sources[i - r->plan->first];
+        if (!source) continue;
+        LOCI_TRY(read_live(source, entry, pair, r->k + at, r->v + at, err));
+        at += (size_t)loci_extent_live_tokens(entry) * source->head_dim;
+    }
+    *k = r->k;
+    *v = r->v;
+    return LOCI_OK;
 }
 
 /* --- Committing ------------------------------------------------------------------------- */
@@ -228,6 +268,30 @@ static loci_status fill_runs(life_check check, const loci_builder *builder,
         }
         run->segments++;
         run->tokens += segment->tokens;
+    }
+    return LOCI_OK;
+}
+
+/* Runs of a merged extent, from those that its sources have by now: they know what died. */
+static loci_status carry_runs(const rebuild *r, const loci_manifest_extent *now,
+                              loci_manifest_extent *extent, loci_error *err) {
+    uint32_t count = 0, sources = r->plan->last - r->plan->first;
+    for (uint32_t i = 0; i < sources; i++) count += now[i].run_count;
+    extent->runs = calloc(count, sizeof *extent->runs);
+    if (!extent->runs) return loci_fail(err, LOCI_E_NOMEM, "no memory for an extent's documents");
+    loci_run *run = NULL;
+    for (uint32_t i = 0; i < sources; i++) {
+        const loci_run *before = r->base->extents[r->plan->first + i].runs;
+        for (uint32_t from = 0; from < now[i].run_count; from++) {
+            const loci_run *one = &now[i].runs[from];
+            if (before[from].dead) continue; /* not in the new one */
+            if (!run || run->sequence != one->sequence) {
+                run = &extent->runs[extent->run_count++];
+                *run = (loci_run){.sequence = one->sequence, .dead = one->dead};
+            }
+            run->segments += one->segments;
+            run->tokens += one->tokens;
+        }
     }
     return LOCI_OK;
 }
@@ -318,43 +382,46 @@ static void remove_flats(loci_change *change) {
 }
 
 /* Caller holds corpus->lock. extent NULL: the builder's segments become flat ones. */
-static loci_status commit_locked(loci_corpus *corpus, const loci_rebuild_plan *plan,
-                                 const loci_builder *builder, loci_manifest_extent *extent,
-                                 const loci_fresh *fresh, const char *failpoint,
-                                 loci_change *change, loci_error *err) {
+static loci_status commit_locked(const rebuild *r, loci_manifest_extent *extent,
+                                 const char *failpoint, loci_change *change, loci_error *err) {
+    loci_corpus *corpus = r->corpus;
+    uint32_t first, count = r->plan->last - r->plan->first;
+    if (!find_place(r, corpus->manifest, &first))
+        return loci_fail(err, LOCI_E_ABORTED, "extents of corpus %s changed meanwhile",
+                         corpus->name);
     LOCI_TRY(loci_change_begin(corpus, change, err));
-    life_check check = life_check_of(corpus, fresh);
+    life_check check = life_check_of(corpus, r->fresh);
     loci_status status = LOCI_OK;
-    if (extent) LOCI_TRY_GOTO(fill_runs(check, builder, extent, err), fail);
-    if (plan->tail) remove_flats(change);
-    if (!loci_manifest_replace(change->next, plan->first, plan->last, extent)) {
+    if (extent && r->plan->merge)
+        LOCI_TRY_GOTO(carry_runs(r, &corpus->manifest->extents[first], extent, err), fail);
+    else if (extent)
+        LOCI_TRY_GOTO(fill_runs(check, r->builder, extent, err), fail);
+    if (r->plan->tail) remove_flats(change);
+    if (!loci_manifest_replace(change->next, first, first + count, extent)) {
         status = loci_fail(err, LOCI_E_NOMEM, "no memory to change corpus %s", corpus->name);
         goto fail;
     }
-    if (!extent) LOCI_TRY_GOTO(name_flats(change, check, builder, err), fail);
-    if (fresh) LOCI_TRY_GOTO(complete_documents(change, fresh, err), fail);
+    if (!extent) LOCI_TRY_GOTO(name_flats(change, check, r->builder, err), fail);
+    if (r->fresh) LOCI_TRY_GOTO(complete_documents(change, r->fresh, err), fail);
     return loci_change_commit(change, failpoint, err);
 fail:
     loci_change_abort(change);
     return status;
 }
 
-static loci_status commit(loci_corpus *corpus, const loci_rebuild_plan *plan,
-                          const loci_builder *builder, loci_manifest_extent *extent,
-                          const loci_fresh *fresh, const char *failpoint, loci_error *err) {
+static loci_status commit(const rebuild *r, loci_manifest_extent *extent, const char *failpoint,
+                          loci_error *err) {
     loci_change change;
-    pthread_mutex_lock(&corpus->lock);
-    loci_status status =
-        commit_locked(corpus, plan, builder, extent, fresh, failpoint, &change, err);
-    corpus->building = false;
-    pthread_mutex_unlock(&corpus->lock);
+    pthread_mutex_lock(&r->corpus->lock);
+    loci_status status = commit_locked(r, extent, failpoint, &change, err);
+    pthread_mutex_unlock(&r->corpus->lock);
     if (status == LOCI_OK) loci_change_after(&change);
     return status;
 }
 
 /* --- Entry points ----------------------------------------------------------------------- */
 
-static loci_manifest *current_manifest(loci_corpus *corpus) {
+loci_manifest *loci_corpus_manifest(loci_corpus *corpus) {
     pthread_mutex_lock(&corpus->lock);
     loci_manifest *manifest = loci_manifest_ref(corpus->manifest);
     pthread_mutex_unlock(&corpus->lock);
@@ -362,28 +429,30 @@ static loci_manifest *current_manifest(loci_corpus *corpus) {
 }
 
 loci_status loci_commit_flat(loci_corpus *corpus, const loci_fresh *fresh, loci_error *err) {
-    loci_manifest *base = current_manifest(corpus);
+    loci_manifest *base = loci_corpus_manifest(corpus);
     loci_rebuild_plan plan = {.first = base->extent_count, .last = base->extent_count};
+    /* Only read. */
+    loci_builder *builder = (loci_builder *)(uintptr_t)fresh->builder;
+    rebuild r = {.corpus = corpus, .base = base, .plan = &plan, .fresh = fresh, .builder = builder};
     loci_status status = LOCI_OK;
-    if (fresh->builder->segment_count > 0)
-        status = write_flats(corpus, fresh->builder, base->next_flat, err);
+    if (builder->segment_count > 0) status = write_flats(corpus, builder, base->next_flat, err);
+    if (status == LOCI_OK) status = commit(&r, NULL, "flat_commit", err);
     loci_manifest_unref(base);
-    LOCI_TRY(status);
-    return commit(corpus, &plan, fresh->builder, NULL, fresh, "flat_commit", err);
+    return status;
 }
 
 /* Claims the identity, so that nobody unlinks its file. True when a file of it is there already;
  * *out then describes it. */
-static bool claim_extent(loci_corpus *corpus, const loci_builder *builder,
-                         loci_manifest_extent *out) {
+static bool claim_extent(const rebuild *r, loci_manifest_extent *out) {
+    loci_corpus *corpus = r->corpus;
     bool found = false;
     memset(out, 0, sizeof *out);
-    loci_extent_identify(builder, out->id);
-    out->tokens = builder->tokens;
-    out->segments = builder->segment_count;
+    loci_extent_identify(r->builder, out->id);
+    out->tokens = r->builder->tokens;
+    out->segments = r->builder->segment_count;
     pthread_mutex_lock(&corpus->lock);
-    memcpy(corpus->building_id, out->id, sizeof out->id);
-    corpus->building = true;
+    memcpy(corpus->building_id[r->plan->merge], out->id, sizeof out->id);
+    corpus->building[r->plan->merge] = true;
     for (uint32_t i = 0; !found && i < corpus->manifest->extent_count; i++) {
         const loci_manifest_extent *other = &corpus->manifest->extents[i];
         found = memcmp(other->id, out->id, sizeof out->id) == 0;
@@ -400,62 +469,85 @@ static bool claim_extent(loci_corpus *corpus, const loci_builder *builder,
     return found;
 }
 
-/* A file that no change came to name is forgotten: the next open removes it, or the next attempt
- * replaces it. */
-static loci_status seal(loci_corpus *corpus, const loci_rebuild_plan *plan,
-                        const loci_builder *builder, const loci_fresh *fresh, bool partial,
-                        struct loci_pool *pool, const loci_cancel *cancel, loci_error *err) {
+/* A file that no change came to name goes, unless it is needed for something else. */
+static void unclaim_extent(const rebuild *r, const loci_manifest_extent *extent, bool named) {
+    pthread_mutex_lock(&r->corpus->lock);
+    r->corpus->building[r->plan->merge] = false;
+    if (!named) loci_corpus_supersede(r->corpus, extent->id);
+    pthread_mutex_unlock(&r->corpus->lock);
+}
+
+static const char *failpoint_of(const loci_rebuild_plan *plan) {
+    if (plan->merge) return "merge_commit";
+    return plan->rewrite ? "rewrite_commit" : "manifest_commit";
+}
+
+static loci_status seal(rebuild *r, bool partial, struct loci_pool *pool, const loci_cancel *cancel,
+                        loci_error *err) {
+    loci_corpus *corpus = r->corpus;
     loci_manifest_extent extent;
     loci_extent *opened = NULL;
     loci_status status = LOCI_OK;
-    if (!claim_extent(corpus, builder, &extent))
-        status = loci_extent_write(corpus->extents_dir, builder, pool, cancel, &extent, err);
+    loci_pair_source source = loci_builder_source(r->builder);
+    if (r->plan->merge) source = (loci_pair_source){r, read_sources};
+    if (!claim_extent(r, &extent))
+        status =
+            loci_extent_write(corpus->extents_dir, r->builder, source, pool, cancel, &extent, err);
     /* Read back and verified before anything that it replaces goes. */
     if (status == LOCI_OK) status = loci_corpus_extent(corpus, &extent, &opened, err);
     extent.partial = partial;
     /* Without its words the extent is as good: who asks makes them anew. */
     loci_error words;
-    if (status == LOCI_OK && loci_lexical_write(corpus, builder, extent.id, &words) != LOCI_OK)
+    if (status == LOCI_OK && loci_lexical_write(corpus, r->builder, extent.id, &words) != LOCI_OK)
         loci_log_warn("corpus %s: %s", corpus->name, words.text);
-    if (status == LOCI_OK)
-        status = commit(corpus, plan, builder, &extent, fresh,
-                        plan->rewrite ? "rewrite_commit" : "manifest_commit", err);
+    if (status == LOCI_OK) status = commit(r, &extent, failpoint_of(r->plan), err);
     loci_manifest_extent_fini(&extent);
     loci_extent_unref(opened);
-    pthread_mutex_lock(&corpus->lock);
-    corpus->building = false;
-    pthread_mutex_unlock(&corpus->lock);
+    unclaim_extent(r, &extent, status == LOCI_OK);
     return status;
 }
 
-loci_status loci_rebuild(loci_corpus *corpus, const loci_rebuild_plan *plan,
-                         const loci_fresh *fresh, bool full, struct loci_pool *pool,
-                         const loci_cancel *cancel, loci_error *err) {
-    loci_builder *builder = NULL;
-    LOCI_TRY(loci_builder_create(&corpus->geometry, &builder, err));
-    pthread_mutex_lock(&corpus->lock);
-    loci_manifest *base = loci_manifest_ref(corpus->manifest);
-    uint64_t burials = corpus->burials;
-    pthread_mutex_unlock(&corpus->lock);
+static void rebuild_fini(rebuild *r) {
+    for (uint32_t i = 0; r->sources && i < r->plan->last - r->plan->first; i++)
+        loci_extent_unref(r->sources[i]);
+    free(r->sources);
+    free(r->k);
+    free(r->v);
+    loci_builder_destroy(r->builder);
+}
+
+/* What could not be read may have gone since the plan was made, with its document or extent. */
+static loci_status explain(const rebuild *r, loci_status status) {
+    uint32_t place;
+    pthread_mutex_lock(&r->corpus->lock);
+    bool changed = r->corpus->manifest != r->base;
+    bool stands = find_place(r, r->corpus->manifest, &place);
+    pthread_mutex_unlock(&r->corpus->lock);
+    if (!stands || (changed && status == LOCI_E_NOTFOUND)) return LOCI_E_ABORTED;
+    return status == LOCI_E_NOTFOUND ? LOCI_E_CORRUPT : status;
+}
+
+loci_status loci_rebuild(loci_corpus *corpus, const loci_manifest *base,
+                         const loci_rebuild_plan *plan, const loci_fresh *fresh, bool full,
+                         struct loci_pool *pool, const loci_cancel *cancel, loci_error *err) {
+    rebuild r = {.corpus = corpus, .base = base, .plan = plan, .fresh = fresh};
+    LOCI_TRY(loci_builder_create(&corpus->geometry, &r.builder, err));
     uint32_t seal_from = loci_tail_seal_tokens(corpus->extent_tokens_max);
-    loci_status status = gather(corpus, base, plan, fresh, builder, err);
-    if (status == LOCI_E_NOTFOUND) {
-        pthread_mutex_lock(&corpus->lock);
-        bool buried = corpus->burials != burials;
-        pthread_mutex_unlock(&corpus->lock);
-        status = buried ? LOCI_E_ABORTED : LOCI_E_CORRUPT;
+    loci_status status = gather(&r, err);
+    if (status != LOCI_OK) {
+        status = explain(&r, status);
+        goto out;
     }
-    if (status != LOCI_OK) goto out;
-    bool flat = builder->tokens == 0 || (plan->tail && !full && builder->tokens < seal_from);
+    bool flat = r.builder->tokens == 0 || (plan->tail && !full && r.builder->tokens < seal_from);
     if (flat) {
-        LOCI_TRY_GOTO(write_flats(corpus, builder, base->next_flat, err), out);
-        status = commit(corpus, plan, builder, NULL, fresh,
-                        plan->rewrite ? "rewrite_commit" : "manifest_commit", err);
+        LOCI_TRY_GOTO(write_flats(corpus, r.builder, base->next_flat, err), out);
+        status = commit(&r, NULL, failpoint_of(plan), err);
     } else {
-        status = seal(corpus, plan, builder, fresh, plan->tail && !full, pool, cancel, err);
+        status = seal(&r, plan->tail && !full, pool, cancel, err);
     }
 out:
-    loci_manifest_unref(base);
-    loci_builder_destroy(builder);
+    rebuild_fini(&r);
+    /* Files that were held until now, or came to nothing. */
+    if (plan->merge || status != LOCI_OK) loci_corpus_purge(corpus);
     return status;
 }

@@ -168,7 +168,7 @@ static loci_corpus *detach(loci_corpus *corpus) {
     loci_corpus *successor = corpus->successor;
     corpus->successor = NULL;
     pthread_mutex_lock(&successor->lock);
-    successor->deleted = true;
+    loci_corpus_end(successor);
     pthread_mutex_unlock(&successor->lock);
     return successor;
 }
@@ -377,7 +377,8 @@ static loci_status switch_locked(loci_corpus *old, loci_corpus *new, loci_error 
         new->manifest = next;
         new->stage = LOCI_CORPUS_LIVE;
         next = before;
-        old->deleted = old->replaced = true;
+        loci_corpus_end(old);
+        old->replaced = true;
         old->successor = NULL;
     }
     loci_manifest_unref(next);
@@ -451,9 +452,7 @@ loci_status loci_corpus_outdated(loci_store *store, const char *name, const char
                                  bool *outdated, loci_error *err) {
     loci_corpus *corpus = NULL;
     LOCI_TRY(loci_corpus_acquire(store, name, &corpus, err));
-    pthread_mutex_lock(&corpus->lock);
-    loci_manifest *manifest = loci_manifest_ref(corpus->manifest);
-    pthread_mutex_unlock(&corpus->lock);
+    loci_manifest *manifest = loci_corpus_manifest(corpus);
     *outdated = strcmp(corpus->geometry.fingerprint, fingerprint) != 0;
     for (uint32_t i = 0; !*outdated && i < manifest->extent_count; i++)
         *outdated = loci_extent_outdated(corpus->extents_dir, manifest->extents[i].id);

@@ -15,29 +15,18 @@
 #include "memory/snapshot.h"
 
 const char *const loci_failpoints[] = {
-    "doc_chunk",
-    "doc_commit",
-    "store_sync",
-    "encode",
-    "extent_write",
-    "extent_fsync",
-    "extent_rename",
-    "flat_commit",
-    "manifest_commit",
-    "delete_commit",
-    "rewrite_commit",
-    "unlink",
-    "terms_write",
-    "reindex_copy",
-    "reindex_begin",
-    "reindex_switch",
-    NULL,
+    "doc_chunk",      "doc_commit",     "store_sync",  "encode",          "extent_write",
+    "extent_fsync",   "extent_rename",  "flat_commit", "manifest_commit", "delete_commit",
+    "rewrite_commit", "merge_commit",   "unlink",      "terms_write",     "reindex_copy",
+    "reindex_begin",  "reindex_switch", NULL,
 };
 
 void loci_store_options_default(loci_store_options *options) {
     options->document_bytes_max = 64u << 20;
     options->memory_bytes = 256u << 20;
-    options->extent_tokens = LOCI_EXTENT_TOKENS_MAX;
+    options->extent_tokens = LOCI_EXTENT_SEAL_TOKENS;
+    options->merge_tokens = LOCI_EXTENT_TOKENS_MAX;
+    options->merge_calm_ms = 3000;
     options->fingerprint = NULL;
     options->budget = NULL;
 }

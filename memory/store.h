@@ -68,7 +68,9 @@ void loci_corpus_settings_apply(const loci_settings_change *change, loci_corpus_
 typedef struct loci_store_options {
     uint64_t document_bytes_max; /* default 64 MiB */
     uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
-    uint32_t extent_tokens;      /* most tokens of an extent; default (and most) 32768 */
+    uint32_t extent_tokens;      /* of an extent when it is sealed; default (and most) 32768 */
+    uint32_t merge_tokens;       /* most of a merged one; default (and most) 1 << 20, 0 = none is */
+    uint32_t merge_calm_ms;      /* without a change before a merge begins; default 3000 */
     const char *fingerprint;     /* of the node's model, for the figures below; NULL = none */
     loci_budget *budget;         /* snapshots reserve their memory there; NULL = not counted */
 } loci_store_options;
@@ -111,6 +113,7 @@ typedef struct loci_corpus_info {
     uint64_t bytes;         /* of live documents as registered */
     uint64_t bytes_on_disk; /* extent files and open segments */
     uint64_t extents;
+    bool merged;     /* nothing is pending, no extents are to be rewritten or merged */
     bool reindexing; /* what follows is of the index that is being made */
     char reindex_fingerprint[LOCI_FINGERPRINT_LEN + 1];
     uint64_t reindex_documents, reindex_tokens; /* in it */

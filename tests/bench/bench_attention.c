@@ -259,7 +259,8 @@ out:
 }
 
 int main(int argc, char **argv) {
-    options o = {.tokens = 65536, .extent_tokens = LOCI_EXTENT_TOKENS_MAX, .limit_steps = 1u << 30};
+    options o = {
+        .tokens = 65536, .extent_tokens = LOCI_EXTENT_SEAL_TOKENS, .limit_steps = 1u << 30};
     fixture f = {0};
     loci_error err = {0};
     loci_select_defaults(&o.params);
@@ -288,7 +289,7 @@ int main(int argc, char **argv) {
     printf("{\"bench\":\"index_build\",\"backend\":\"%s\",\"tokens\":%u,\"pairs\":%u,"
            "\"seconds\":%.3f,\"seconds_per_full_pair\":%.4f}\n",
            f.backend->ops->describe(f.backend), f.tokens, f.layers * f.kv_heads, seconds,
-           seconds * LOCI_EXTENT_TOKENS_MAX / f.tokens / (f.layers * f.kv_heads));
+           seconds * LOCI_EXTENT_SEAL_TOKENS / f.tokens / (f.layers * f.kv_heads));
     for (;;) {
         for (uint32_t l = 0; l < f.layers; l++) {
             LOCI_TRY_GOTO(bench_layer(&f, &o, l, false, &err), out);

@@ -154,6 +154,8 @@ void fixture_init(fixture *f, const char *dir) {
     loci_store_options_default(&f->options);
     f->options.memory_bytes = 32u << 20;
     f->options.extent_tokens = EXTENT_TOKENS;
+    f->options.merge_tokens = 0; /* test_merge.c merges */
+    f->options.merge_calm_ms = 20;
 }
 
 void make_crash_directory(const char *name, char out[64]) {
@@ -267,6 +269,14 @@ void wait_settled(fixture *f, const char *corpus) {
     while (!loci_ingest_settled(f->ingest, corpus)) {
         assert_true(loci_now_ns() < end);
         loci_sleep_ms(5);
+    }
+}
+
+void wait_merged(fixture *f, const char *corpus) {
+    uint64_t end = loci_now_ns() + WAIT_NS;
+    while (!info_of(f, corpus).merged) {
+        assert_true(loci_now_ns() < end);
+        loci_sleep_ms(2);
     }
 }
 
@@ -396,7 +406,9 @@ uint64_t check_snapshot(fixture *f, const char *corpus) {
     uint32_t segment = 0;
     loci_buf text = LOCI_BUF_INIT;
     loci_segment_info info;
-    size_t capacity = LOCI_EXTENT_TOKENS_MAX * 16;
+    size_t capacity = 1;
+    for (uint32_t e = 0; e < view->extent_count; e++)
+        if (view->extents[e].tokens * 16 > capacity) capacity = view->extents[e].tokens * 16;
     uint16_t *k = malloc(capacity * 2), *v = malloc(capacity * 2);
     for (uint32_t e = 0; e < view->extent_count; e++) {
         const loci_extent_view *extent = &view->extents[e];

@@ -72,6 +72,7 @@ loci_status put_document(fixture *f, const char *corpus, const char *id, loci_sl
 void put_text(fixture *f, const char *corpus, const char *id, uint64_t seed, size_t size);
 void wait_searchable(fixture *f, const char *corpus); /* and wakes the thread; asserts success */
 void wait_settled(fixture *f, const char *corpus);
+void wait_merged(fixture *f, const char *corpus); /* nothing is to be merged */
 /* Another number is another model: all values change. */
 extern uint64_t fake_model;
 /* The expected K (v = 0) or V (v = 1) value of a token. */

@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Which parts of a corpus are to be made anew: pure functions of its manifest.
+ *
+ * Merging is the logarithmic method (Bentley, Saxe, 1980), as in log-structured stores: n sealed
+ * extents become as many as n has ones in binary, each a power of two of them, up to a largest
+ * size. Whatever was merged on the way there, the end is the same, since what is to be merged is
+ * always taken from the first extent on.
+ */
+#include "memory/ingest.h"
+#include "memory/internal.h"
+
+static uint32_t partial_place(const loci_manifest *manifest) {
+    uint32_t count = manifest->extent_count;
+    return count > 0 && manifest->extents[count - 1].partial ? count - 1 : count;
+}
+
+uint32_t loci_tail_tokens(const loci_manifest *manifest) {
+    uint32_t place = partial_place(manifest);
+    uint32_t tokens = (uint32_t)manifest->flat_tokens;
+    if (place < manifest->extent_count)
+        tokens += loci_extent_live_tokens(&manifest->extents[place]);
+    return tokens;
+}
+
+loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest) {
+    return (loci_rebuild_plan){
+        .first = partial_place(manifest), .last = manifest->extent_count, .tail = true};
+}
+
+static bool quarter_dead(const loci_manifest_extent *extent) {
+    return 4ull * extent->dead_tokens >= extent->tokens;
+}
+
+/* Whether an extent that the ingest thread may read whole fits in beside `sum` tokens. */
+static bool joins(const loci_manifest_extent *extent, uint64_t sum, uint32_t most) {
+    return extent->tokens <= most && sum + loci_extent_live_tokens(extent) <= most;
+}
+
+/* A rewritten extent takes its neighbours in as long as they fit, those behind it first, and
+ * becomes part of the tail when nothing is left behind it: so deletions leave neither small extents
+ * nor a tail of the wrong form, whether there was time to rewrite between them or not. */
+static void plan_rewrite(const loci_manifest *manifest, uint32_t place, uint32_t most,
+                         loci_rebuild_plan *out) {
+    const loci_manifest_extent *extents = manifest->extents;
+    uint64_t sum = loci_extent_live_tokens(&extents[place]);
+    *out = (loci_rebuild_plan){.first = place, .last = place + 1, .rewrite = true};
+    if (sum == 0) return;
+    while (out->last < manifest->extent_count && joins(&extents[out->last], sum, most))
+        sum += loci_extent_live_tokens(&extents[out->last++]);
+    while (out->first > 0 && joins(&extents[out->first - 1], sum, most))
+        sum += loci_extent_live_tokens(&extents[--out->first]);
+    out->tail = out->last == manifest->extent_count && sum + manifest->flat_tokens <= most;
+}
+
+bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
+                      loci_tail_demand demand, loci_rebuild_plan *out) {
+    for (uint32_t i = 0; i < manifest->extent_count; i++) {
+        const loci_manifest_extent *extent = &manifest->extents[i];
+        if (!quarter_dead(extent)) continue;
+        /* A merged one is the merger's, unless there is nothing to be read. */
+        if (extent->tokens > extent_tokens_max && loci_extent_live_tokens(extent) > 0) continue;
+        plan_rewrite(manifest, i, extent_tokens_max, out);
+        return true;
+    }
+    if (demand == LOCI_TAIL_KEEP || manifest->flat_count == 0) return false;
+    uint32_t place = partial_place(manifest);
+    bool due = manifest->flat_tokens >= loci_tail_seal_tokens(extent_tokens_max);
+    if (place < manifest->extent_count)
+        due = due || demand == LOCI_TAIL_ANY ||
+              4 * manifest->flat_tokens >= loci_extent_live_tokens(&manifest->extents[place]);
+    if (!due) return false;
+    *out = loci_tail_plan(manifest);
+    return true;
+}
+
+/* --- Merging ---------------------------------------------------------------------------- */
+
+static uint64_t power_of_two_up_to(uint64_t value) { /* 0 for 0 */
+    if (value == 0) return 0;
+    uint64_t power = 1;
+    while (power <= value / 2) power *= 2;
+    return power;
+}
+
+/* The size of an extent in sealed ones. */
+static uint64_t units_of(const loci_manifest_extent *extent, uint32_t extent_tokens_max) {
+    return ((uint64_t)loci_extent_live_tokens(extent) + extent_tokens_max - 1) / extent_tokens_max;
+}
+
+/* What stands together from some extent on. */
+typedef struct merge_chunk {
+    uint32_t first, last;
+    uint64_t units, live, segments;
+} merge_chunk;
+
+/* At least one extent, then those that keep the sum within `target` units, and all of them within
+ * what one extent holds; tokens_max counts dead tokens of the one that is read as well. */
+static merge_chunk take_chunk(const loci_manifest *manifest, uint32_t first, uint32_t end,
+                              uint32_t extent_tokens_max, uint64_t target, uint64_t tokens_max) {
+    merge_chunk chunk = {.first = first, .last = first};
+    for (; chunk.last < end; chunk.last++) {
+        const loci_manifest_extent *extent = &manifest->extents[chunk.last];
+        uint64_t units = units_of(extent, extent_tokens_max);
+        uint64_t segments = extent->segments - extent->dead_segments;
+        bool fits = chunk.units + units <= target && chunk.live + extent->tokens <= tokens_max &&
+                    chunk.segments + segments <= LOCI_EXTENT_SEGMENTS_MAX;
+        if (!fits && chunk.last > first) break;
+        chunk.units += units;
+        chunk.live += loci_extent_live_tokens(extent);
+        chunk.segments += segments;
+    }
+    return chunk;
+}
+
+bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
+                    uint32_t merge_tokens, bool calm, loci_rebuild_plan *out) {
+    uint32_t tokens_max =
+        merge_tokens < LOCI_EXTENT_TOKENS_MAX ? merge_tokens : LOCI_EXTENT_TOKENS_MAX;
+    uint64_t most = power_of_two_up_to(tokens_max / extent_tokens_max), left = 0, best = 0;
+    uint32_t end = partial_place(manifest);
+    if (most == 0) return false;
+    for (uint32_t i = 0; i < end; i++) left += units_of(&manifest->extents[i], extent_tokens_max);
+    for (uint32_t first = 0; first < end;) {
+        uint64_t target = power_of_two_up_to(left < most ? left : most);
+        merge_chunk chunk = take_chunk(manifest, first, end, extent_tokens_max, target, tokens_max);
+        const loci_manifest_extent *one = &manifest->extents[first];
+        bool due = chunk.last - first > 1 || (one->tokens > extent_tokens_max &&
+                                              one->tokens <= tokens_max && quarter_dead(one));
+        /* One of the largest size stays as it is whatever is registered later. */
+        if (due && chunk.live > best && (calm || target == most)) {
+            best = chunk.live;
+            *out = (loci_rebuild_plan){.first = first, .last = chunk.last, .merge = true};
+        }
+        left -= chunk.units;
+        first = chunk.last;
+    }
+    return best > 0;
+}
