@@ -620,7 +620,7 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
 }
 
 void loci_select_reach(loci_select_params *params, loci_reach reach) {
-    static const float roots[] = {0.35f, 0.2f, 0.25f}, candidates[] = {2.2f, 1.3f, 2.0f};
+    static const float roots[] = {0.35f, 0.27f, 0.25f}, candidates[] = {2.2f, 1.6f, 2.0f};
     params->roots = roots[reach];
     params->candidates = candidates[reach];
     params->roots_min = 64;

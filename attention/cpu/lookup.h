@@ -152,8 +152,12 @@ static inline uint32_t lookup_live_bits(const uint64_t *live, uint32_t first, ui
     return (uint32_t)(bits & all);
 }
 
+/* Without a call, which it would be on the oldest x86-64. */
 static inline uint32_t lookup_count_bits(uint64_t bits) {
-    return (uint32_t)__builtin_popcountll(bits);
+    bits -= bits >> 1 & 0x5555555555555555u;
+    bits = (bits & 0x3333333333333333u) + (bits >> 2 & 0x3333333333333333u);
+    bits = (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0fu;
+    return (uint32_t)(bits * 0x0101010101010101u >> 56);
 }
 
 /* The entries among [begin, end) whose rows have a vector in `block`: [*first, *last). */
