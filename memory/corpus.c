@@ -223,7 +223,7 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
     out->merged = out->pending_documents == 0 &&
                   !loci_rebuild_due(manifest, corpus->extent_tokens_max, LOCI_TAIL_KEEP, &plan) &&
                   !loci_merge_due(manifest, corpus->extent_tokens_max,
-                                  corpus->store->options.merge_tokens, true, &plan);
+                                  loci_corpus_merge_tokens(corpus), true, &plan);
     out->bytes_on_disk =
         manifest->file_bytes + manifest->flat_tokens * loci_geometry_kv_bytes(&corpus->geometry);
 }

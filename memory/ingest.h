@@ -66,10 +66,14 @@ typedef struct loci_encoder {
 
 typedef struct loci_ingest loci_ingest;
 
-/* The most memory that the pipeline holds for a corpus of this geometry, what the encoder itself
+/* The most memory that registration holds for a corpus of this geometry, what the encoder itself
  * takes not counted: one document, one batch, two extents' worth of segments, one index being
- * built. document_bytes_max and extent_tokens of the options count. */
+ * built; and one merge. document_bytes_max, extent_tokens and merge_tokens of the options count. */
 uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_options *options);
+/* The largest merge, a power of two of sealed extents, that fits into so many bytes: for
+ * merge_tokens of the options. 0 = none. */
+uint32_t loci_merge_tokens_within(const loci_geometry *geometry, const loci_store_options *options,
+                                  uint64_t bytes);
 
 typedef struct loci_ingest_progress {
     uint64_t stored_sequence;                /* last committed document of the corpus */

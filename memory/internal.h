@@ -247,6 +247,9 @@ LOCI_MUST_CHECK loci_status loci_corpus_extent(loci_corpus *corpus,
                                                loci_error *err);
 /* With a reference. Takes the lock. */
 loci_manifest *loci_corpus_manifest(loci_corpus *corpus);
+/* Most tokens of a merged extent: 0, none is merged, in corpora of other models, which are to be
+ * reindexed and may take more memory. */
+uint32_t loci_corpus_merge_tokens(const loci_corpus *corpus);
 /* Caller holds the lock. Nothing is to be done for the corpus any more. */
 void loci_corpus_end(loci_corpus *corpus);
 /* Caller holds the lock. The extent's file goes with the next purge that finds it unneeded; without

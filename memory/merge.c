@@ -114,6 +114,13 @@ static bool look_at(loci_merger *merger, uint64_t uid, uint64_t revision, uint64
 
 /* --- A corpus's turn -------------------------------------------------------------------- */
 
+uint32_t loci_corpus_merge_tokens(const loci_corpus *corpus) {
+    const loci_store_options *options = &corpus->store->options;
+    if (options->fingerprint && strcmp(options->fingerprint, corpus->geometry.fingerprint) != 0)
+        return 0;
+    return options->merge_tokens;
+}
+
 /* *base: with a reference, when something is due. */
 static bool is_due(loci_merger *merger, loci_corpus *corpus, loci_rebuild_plan *plan,
                    loci_manifest **base) {
@@ -126,7 +133,7 @@ static bool is_due(loci_merger *merger, loci_corpus *corpus, loci_rebuild_plan *
            !loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, LOCI_TAIL_KEEP, plan);
     bool due = !wait && !corpus->deleted && !corpus->successor &&
                loci_merge_due(corpus->manifest, corpus->extent_tokens_max,
-                              corpus->store->options.merge_tokens, calm, plan);
+                              loci_corpus_merge_tokens(corpus), calm, plan);
     if (due) *base = loci_manifest_ref(corpus->manifest);
     pthread_mutex_unlock(&corpus->lock);
     return due;

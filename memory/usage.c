@@ -36,13 +36,30 @@ static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
     return work + blob + power_of_two(blob);
 }
 
+/* One pair: its K and V, its index. The list of segments and the slot map of all. */
+static uint64_t merge_memory(const loci_geometry *geometry, uint64_t tokens) {
+    if (tokens == 0) return 0;
+    return tokens * (4ull * geometry->head_dim + sizeof(uint32_t)) +
+           2ull * LOCI_EXTENT_SEGMENTS_MAX * sizeof(loci_built_segment) +
+           index_memory(tokens, geometry->head_dim);
+}
+
 uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_options *options) {
     uint64_t dim = geometry->head_dim, kv = loci_geometry_kv_bytes(geometry);
     uint64_t extent = loci_extent_tokens_max(geometry, options->extent_tokens);
     uint64_t batch = loci_pipeline_batch_tokens(geometry) + 2ull * geometry->segment_tokens;
     uint64_t rows = power_of_two(extent < 1024 ? 1024 : extent); /* of a builder */
     return power_of_two(options->document_bytes_max) + batch * (kv + 64) + 2 * rows * kv +
-           extent * dim * 4 /* K and V of a pair, read back */ + index_memory(extent, dim);
+           extent * dim * 4 /* K and V of a pair, read back */ + index_memory(extent, dim) +
+           merge_memory(geometry, options->merge_tokens);
+}
+
+uint32_t loci_merge_tokens_within(const loci_geometry *geometry, const loci_store_options *options,
+                                  uint64_t bytes) {
+    uint64_t tokens = 2ull * loci_extent_tokens_max(geometry, options->extent_tokens), most = 0;
+    for (; tokens <= LOCI_EXTENT_TOKENS_MAX; tokens *= 2)
+        if (merge_memory(geometry, tokens) <= bytes) most = tokens;
+    return (uint32_t)most;
 }
 
 /* --- Figures for status ------------------------------------------------------------------ */

@@ -250,6 +250,7 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
     loci_store_options_default(&options);
     options.memory_bytes = engine->plan.database;
     options.document_bytes_max = engine->plan.document_bytes_max;
+    options.merge_tokens = engine->plan.merge_tokens;
     options.budget = engine->budget;
     options.fingerprint = engine->geometry.fingerprint;
     LOCI_TRY(loci_store_open(data, &options, engine->backend, &engine->store, err));

@@ -18,6 +18,7 @@
 #define DOCUMENT_MOST (64 * MIB)
 #define LOOKUPS_LEAST (32 * MIB) /* look-ups and snapshots, so that small corpora always answer */
 #define SLOTS_DEFAULT 2u
+#define MERGE_SHARE 4u
 #define ENCODE_ROWS 1024u  /* model/encode.c */
 #define SEQUENCE_ROWS 256u /* model/sequence.c */
 #define PRODUCT_ROWS 256u  /* of one thread's task in attention/cpu/gemm.c */
@@ -88,10 +89,12 @@ uint64_t loci_plan_encode_bytes(const loci_model_config *c, uint32_t tokens) {
     return tokens * (row_bytes(c) + 4ull * c->retrieval_count * c->kv_heads * c->head_dim);
 }
 
-static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document_bytes) {
+static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document_bytes,
+                                   uint32_t merge_tokens) {
     loci_store_options options;
     loci_store_options_default(&options);
     options.document_bytes_max = document_bytes;
+    options.merge_tokens = merge_tokens;
     return loci_ingest_memory(r->geometry, &options) +
            loci_plan_encode_bytes(r->config, ENCODE_ROWS) + 4 * MIB;
 }
@@ -115,7 +118,7 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
     loci_plan plan = {.process = process_bytes(request),
                       .model = model_bytes(request, request->config, request->tokenizer_bytes),
                       .database = DATABASE_LEAST,
-                      .registration = registration_bytes(request, DOCUMENT_LEAST),
+                      .registration = registration_bytes(request, DOCUMENT_LEAST, 0),
                       .slot = loci_plan_slot_bytes(request->config, request->sequence_tokens),
                       .slots = request->queries ? request->queries : 1,
                       .document_bytes_max = DOCUMENT_LEAST};
@@ -133,16 +136,20 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
             (unsigned long long)(request->limit / MIB), mib(least), mib(plan.model),
             mib(plan.registration), plan.slots, plan.slots == 1 ? "" : "s",
             mib(plan.slots * plan.slot + plan.also_slot), mib(plan.database), mib(plan.process));
-    /* Half of what is over makes the fixed shares larger, the other half is for look-ups. */
+    /* Half of what is over makes the fixed shares larger, a part is for merging extents, the rest
+     * for look-ups. */
     uint64_t over = request->limit - least, grown = DATABASE_LEAST + over / 8;
     plan.database = grown < DATABASE_MOST ? grown : DATABASE_MOST;
     if (request->queries == 0 && plan.slot <= over / 4) plan.slots = SLOTS_DEFAULT;
     while (plan.document_bytes_max < DOCUMENT_MOST) {
-        uint64_t twice = registration_bytes(request, 2 * plan.document_bytes_max);
-        if (twice - registration_bytes(request, DOCUMENT_LEAST) > over / 8) break;
+        uint64_t twice = registration_bytes(request, 2 * plan.document_bytes_max, 0);
+        if (twice - registration_bytes(request, DOCUMENT_LEAST, 0) > over / 8) break;
         plan.document_bytes_max *= 2;
-        plan.registration = twice;
     }
+    loci_store_options options;
+    loci_store_options_default(&options);
+    plan.merge_tokens = loci_merge_tokens_within(request->geometry, &options, over / MERGE_SHARE);
+    plan.registration = registration_bytes(request, plan.document_bytes_max, plan.merge_tokens);
     *out = plan;
     return LOCI_OK;
 }

@@ -32,6 +32,7 @@ typedef struct loci_plan {
     unsigned slots;
     uint64_t also_slot; /* of the other model; its weights are part of `model` */
     uint64_t document_bytes_max;
+    uint32_t merge_tokens; /* of the largest extent that is merged; 0 = none is */
 } loci_plan;
 
 /* Half of the RAM that this process may use. */

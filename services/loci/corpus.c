@@ -46,6 +46,10 @@ static json_t *corpus_json(const Loci__V1__Corpus *c) {
         json_object_set_new(object, "reindex_documents",
                             json_integer((json_int_t)c->reindex_documents));
     }
+    json_object_set_new(object, "merged", json_boolean(c->merged));
+    if (c->stage[0]) json_object_set_new(object, "stage", json_string(c->stage));
+    if (c->merge_failure[0])
+        json_object_set_new(object, "merge_failure", json_string(c->merge_failure));
     if (c->manifest_hash[0])
         json_object_set_new(object, "manifest_hash", json_string(c->manifest_hash));
     return object;
@@ -78,7 +82,7 @@ static void print_corpus(const Loci__V1__Corpus *c) {
     strftime(created, sizeof created, "%Y-%m-%d %H:%M:%S UTC", &utc);
     printf("corpus     %s\n"
            "documents  %s (%llu not yet searchable)\n"
-           "tokens     %s in %s segments, %llu extents\n"
+           "tokens     %s in %s segments, %llu extents%s\n"
            "size       %s of text, %s on disk\n"
            "revision   %llu\n"
            "encoding   %s%s, model %s\n"
@@ -87,9 +91,11 @@ static void print_corpus(const Loci__V1__Corpus *c) {
            corpus_id(c), loci_format_count(documents, c->documents),
            (unsigned long long)c->pending_documents, loci_format_count(tokens, c->tokens),
            loci_format_count(segments, c->segments), (unsigned long long)c->extents,
-           loci_format_size(bytes, c->bytes), loci_format_size(disk, c->bytes_on_disk),
-           (unsigned long long)c->revision, c->encoding, limit, c->model_fingerprint,
-           c->dense_layers, c->attn_temperature, c->attn_scale, created);
+           c->merged ? "" : " (to be merged)", loci_format_size(bytes, c->bytes),
+           loci_format_size(disk, c->bytes_on_disk), (unsigned long long)c->revision, c->encoding,
+           limit, c->model_fingerprint, c->dense_layers, c->attn_temperature, c->attn_scale,
+           created);
+    if (c->merge_failure[0]) printf("note       not merged: %s\n", c->merge_failure);
     print_model_note(c);
 }
 

@@ -59,6 +59,7 @@ static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
     out->bytes = info->bytes;
     out->bytes_on_disk = info->bytes_on_disk;
     out->extents = info->extents;
+    out->merged = info->merged;
     out->other_model = strcmp(info->geometry.fingerprint, model) != 0;
     out->answers = !out->other_model || (also && strcmp(info->geometry.fingerprint, also) == 0);
     out->reindexing = info->reindexing;
@@ -91,6 +92,12 @@ loci_status loci_daemon_send_corpus(loci_rpc_call *call, const loci_daemon *node
     if (status != LOCI_OK)
         return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
     reply.manifest_hash = hash;
+    loci_ingest_progress progress;
+    status = loci_ingest_progress_of(loci_engine_ingest(node->engine), info->name, &progress, err);
+    if (status != LOCI_OK)
+        return loci_daemon_reason(err, status, LOCI_E_NOTFOUND, "CORPUS_NOT_FOUND");
+    reply.stage = (char *)(uintptr_t)progress.stage;
+    if (progress.merge_failure.status != LOCI_OK) reply.merge_failure = progress.merge_failure.text;
     return loci_rpc_send(call, &reply.base, err);
 }
 

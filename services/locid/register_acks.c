@@ -144,8 +144,10 @@ static loci_status send_progress(loci_registration *r, const loci_ingest_progres
     body.tokens_indexed = progress->tokens_indexed - r->indexed_before;
     body.tokens_per_s = progress->tokens_per_s;
     body.eta_s = estimate_eta(r, hint, bytes, (double)body.tokens_encoded, body.tokens_per_s);
-    bool idle = strcmp(progress->stage, "idle") == 0;
-    body.stage = idle && reading ? (char *)"storing" : (char *)(uintptr_t)progress->stage;
+    bool merging = strcmp(progress->stage, "merging") == 0; /* which it does not wait for */
+    bool idle = merging || strcmp(progress->stage, "idle") == 0;
+    const char *stage = merging ? "idle" : progress->stage;
+    body.stage = idle && reading ? (char *)"storing" : (char *)(uintptr_t)stage;
     Loci__V1__RegisterResponse response = LOCI__V1__REGISTER_RESPONSE__INIT;
     response.event_case = LOCI__V1__REGISTER_RESPONSE__EVENT_PROGRESS;
     response.progress = &body;

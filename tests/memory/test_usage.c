@@ -140,6 +140,7 @@ static void test_registration_needs_what_it_is_given(void **state) {
     loci_geometry geometry = test_geometry();
     loci_store_options options;
     loci_store_options_default(&options);
+    options.merge_tokens = 0;
     uint64_t whole = loci_ingest_memory(&geometry, &options);
     uint64_t extent = 4ull * 2 * 2 * 16 * options.extent_tokens;
     assert_true(whole > options.document_bytes_max + 2 * extent);
@@ -149,6 +150,34 @@ static void test_registration_needs_what_it_is_given(void **state) {
     options.extent_tokens /= 2;
     assert_true(loci_ingest_memory(&geometry, &options) <
                 whole - options.document_bytes_max - extent / 2);
+}
+
+/* One pair's keys and values are held, not all; more memory allows larger merges, at most as large
+ * as an extent can be. */
+static void test_merges_fit_into_what_they_are_given(void **state) {
+    (void)state;
+    loci_geometry geometry = test_geometry();
+    loci_store_options options;
+    loci_store_options_default(&options);
+    uint64_t kv = 4ull * 2 * 2 * 16, before = 0;
+    for (uint64_t bytes = MIB; bytes < 4096 * MIB; bytes += bytes / 3) {
+        uint32_t tokens = loci_merge_tokens_within(&geometry, &options, bytes);
+        assert_true(tokens >= before && tokens <= LOCI_EXTENT_TOKENS_MAX);
+        before = tokens;
+        options.merge_tokens = 0;
+        uint64_t without = loci_ingest_memory(&geometry, &options);
+        options.merge_tokens = tokens;
+        uint64_t merge = loci_ingest_memory(&geometry, &options) - without;
+        assert_true(merge <= bytes);
+        if (tokens == 0) continue;
+        assert_true(tokens % (2 * options.extent_tokens) == 0);
+        assert_true(merge > tokens * kv / 4);
+        if (tokens == LOCI_EXTENT_TOKENS_MAX) continue;
+        options.merge_tokens = 2 * tokens;
+        assert_true(loci_ingest_memory(&geometry, &options) - without > bytes);
+    }
+    assert_int_equal(before, LOCI_EXTENT_TOKENS_MAX);
+    assert_int_equal(loci_merge_tokens_within(&geometry, &options, MIB), 0);
 }
 
 /* A document that came when more memory was there waits, named, and is indexed when there is. */
@@ -202,6 +231,7 @@ int main(void) {
                                         fixture_teardown),
         cmocka_unit_test_setup_teardown(test_figures_do_not_wait, fixture_setup, fixture_teardown),
         cmocka_unit_test(test_registration_needs_what_it_is_given),
+        cmocka_unit_test(test_merges_fit_into_what_they_are_given),
         cmocka_unit_test_setup_teardown(test_a_document_too_large_waits, fixture_setup,
                                         fixture_teardown),
     };
