@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The registration pipeline: one background thread that turns stored documents into extents.
+ * The registration pipeline: a background thread that turns stored documents into extents, and one
+ * that merges these (merge.h).
  *
  *   stored document -> split into segments -> encode (model) -> builder (<= 32k tokens)
  *     -> sealed extent file -> manifest (one atomic RocksDB write) -> SEARCHABLE
+ *     -> merged extent files (<= 1M tokens)
  *
  * Rules (they make the final manifest a function of the documents' order alone):
- * - A full extent is sealed when the next segment would not fit in LOCI_EXTENT_TOKENS_MAX.
+ * - A full extent is sealed when the next segment would not fit in LOCI_EXTENT_SEAL_TOKENS.
  * - When no document is pending, or 60 s after the last commit, or soon after small documents
  *   arrived (they must be searchable within a second), the rest of the builder is committed as flat
  *   open segments in RocksDB: searchable at once, scanned exactly.
@@ -21,6 +23,11 @@
  * document does not make an extent anew.
  * - An extent with at least a quarter of its tokens dead is rewritten, together with its neighbours
  *   as far as all fit one.
+ * - Full extents are merged: n of them become as many as n has ones in binary, each a power of two
+ *   of them, at most merge_tokens. That begins when nothing has changed for merge_calm_ms, or at
+ *   once for one of the largest size, and nobody waits for it: neither loci_ingest_settle nor a
+ *   document. Merged ones that are a quarter dead are rewritten by the merger. (With so short
+ *   segments that LOCI_EXTENT_SEGMENTS_MAX binds, which are merged may depend on when.)
  * - Work never holds more than the builder and one encode batch in memory.
  * - A causal corpus is committed batch by batch, none of which holds tokens of two documents: what
  * a batch is encoded after is all in the store. Where batches end changes how floating-point sums

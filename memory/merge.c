@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <sys/statvfs.h>
 #include <time.h>
 
 #include "base/log.h"
@@ -22,6 +23,7 @@
 #define RETRY_MOST_NS (30000 * MS)
 #define POLL_MOST_MS 1000u
 #define NICENESS 10
+#define DISK_LEFT_BYTES (64ull << 20)
 
 /* What is known of one corpus; guarded by merger->lock. */
 typedef struct merge_slot {
@@ -139,6 +141,21 @@ static bool is_due(loci_merger *merger, loci_corpus *corpus, loci_rebuild_plan *
     return due;
 }
 
+/* A merge that fills the disk would stop registration, too. */
+static loci_status check_disk(const loci_corpus *corpus, const loci_manifest *base,
+                              const loci_rebuild_plan *plan, loci_error *err) {
+    struct statvfs disk;
+    uint64_t need = DISK_LEFT_BYTES;
+    for (uint32_t i = plan->first; i < plan->last; i++) need += base->extents[i].file_bytes;
+    if (statvfs(corpus->store->dir, &disk) != 0) return LOCI_OK; /* writing will tell */
+    uint64_t left = (uint64_t)disk.f_bavail * disk.f_frsize;
+    if (left >= need) return LOCI_OK;
+    return loci_fail(err, LOCI_E_LIMIT,
+                     "the disk has %llu MiB left, and merging extents of corpus %s needs %llu",
+                     (unsigned long long)(left >> 20), corpus->name,
+                     (unsigned long long)(need >> 20));
+}
+
 /* False when there is to be none: the process or the corpus ends. */
 static bool begin(loci_merger *merger, loci_corpus *corpus) {
     pthread_mutex_lock(&merger->lock);
@@ -187,8 +204,9 @@ static bool take_turn(loci_merger *merger, loci_corpus *corpus) {
     }
     if (merger->threads > 1 && loci_pool_create(merger->threads, &pool, &err) != LOCI_OK)
         pool = NULL;
-    loci_status status =
-        loci_rebuild(corpus, base, &plan, NULL, false, pool, &merger->cancel, &err);
+    loci_status status = check_disk(corpus, base, &plan, &err);
+    if (status == LOCI_OK)
+        status = loci_rebuild(corpus, base, &plan, NULL, false, pool, &merger->cancel, &err);
     loci_pool_destroy(pool);
     loci_manifest_unref(base);
     base = loci_corpus_manifest(corpus);

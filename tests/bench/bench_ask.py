@@ -203,6 +203,7 @@ def measure(paragraphs, options):
     with quality.Daemon(options.build) as daemon:
         daemon.run("corpus", "create", CORPUS)
         done = daemon.last("register", CORPUS, quality.write_books(daemon, paragraphs))
+        daemon.wait_merged(CORPUS)
         backend = daemon.last("status").get("backend")
         rows = {mode: {"bench": "ask", "mode": mode, "tokens": done["tokens"]}
                 for mode in options.modes}

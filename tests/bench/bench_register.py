@@ -159,6 +159,11 @@ def anonymous_bytes(pid):
     return 0
 
 
+def show(cli):
+    return json.loads(subprocess.run([*cli, "corpus", "show", "bench", "--json"], capture_output=True,
+                                     text=True, check=True).stdout)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--text")
@@ -213,9 +218,14 @@ def main():
             return None
         return round((inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0]))
 
-    extra = {}
+    # Extents go on growing behind a registration.
+    while not (shown := show(cli))["merged"]:
+        if "merge_failure" in shown:
+            sys.exit("not merged: " + shown["merge_failure"])
+        time.sleep(0.25)
+    extra = {"merged_seconds": round(time.time() - begun - seconds, 2), "extents": shown["extents"]}
     if cgroup:
-        extra = {**ask_questions(cli), **cgroup.figures()}
+        extra |= {**ask_questions(cli), **cgroup.figures()}
     status = json.loads(subprocess.run([*cli, "status", "--json"], capture_output=True, text=True,
                                        check=True).stdout.splitlines()[-1])
     print(json.dumps({

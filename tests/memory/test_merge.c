@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "base/clock.h"
@@ -507,6 +508,40 @@ static void test_the_index_is_made_anew(void **state) {
     assert_string_equal(before, after);
 }
 
+static atomic_bool disk_full;
+
+int __real_statvfs(const char *path, struct statvfs *out);
+int __wrap_statvfs(const char *path, struct statvfs *out);
+
+int __wrap_statvfs(const char *path, struct statvfs *out) {
+    int result = __real_statvfs(path, out);
+    if (disk_full) out->f_bavail = 1;
+    return result;
+}
+
+static void test_a_full_disk_is_left_to_registration(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_ingest_progress progress = {0};
+    fill(f, "a", 30);
+    disk_full = true;
+    fixture_open(f);
+    uint64_t extents = info_of(f, "a").extents;
+    fixture_start(f);
+    uint64_t end = loci_now_ns() + 20000000000ull;
+    while (progress.merge_failure.status == LOCI_OK && loci_now_ns() < end) {
+        loci_sleep_ms(2);
+        assert_ok(loci_ingest_progress_of(f->ingest, "a", &progress, &err));
+    }
+    assert_int_equal(progress.merge_failure.status, LOCI_E_LIMIT);
+    put_text(f, "a", "n", 1, 60);
+    wait_searchable(f, "a");
+    assert_int_equal(info_of(f, "a").extents, extents);
+    disk_full = false;
+    wait_merged(f, "a");
+    check_snapshot(f, "a");
+}
+
 /* Corpora of another model are left alone. */
 static void test_other_models_wait_for_theirs(void **state) {
     fixture *f = *state;
@@ -575,6 +610,7 @@ int main(void) {
         TEST(test_snapshots_read_the_old_files),
         TEST(test_damage_is_named_and_replaces_nothing),
         TEST(test_the_index_is_made_anew),
+        TEST(test_a_full_disk_is_left_to_registration),
         TEST(test_other_models_wait_for_theirs),
         TEST(test_all_at_once),
     };

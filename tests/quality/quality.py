@@ -98,6 +98,17 @@ class Daemon:
     def last(self, *args):
         return json.loads(self.run(*args, "--json").stdout.strip().splitlines()[-1])
 
+    def wait_merged(self, corpus, seconds=3600):
+        """Until its extents are as large as they will be: that goes on behind a registration."""
+        for _ in range(seconds * 4):
+            shown = self.last("corpus", "show", corpus)
+            if shown["merged"]:
+                return
+            if "merge_failure" in shown:
+                raise RuntimeError(f"not merged: {shown['merge_failure']}")
+            time.sleep(0.25)
+        raise RuntimeError(f"corpus {corpus} is not merged after {seconds} s")
+
 
 def emit(**row):
     print(json.dumps(row), flush=True)
