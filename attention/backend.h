@@ -29,6 +29,7 @@ struct loci_pool;
 struct loci_corpus_view;
 
 #define LOCI_GEMM_STEADY_ROWS 32u
+#define LOCI_ATTEND_EXACT_QUERIES 8u
 
 typedef enum loci_dtype { LOCI_F32 = 0, LOCI_BF16 = 1, LOCI_F16 = 2, LOCI_I32 = 3 } loci_dtype;
 
@@ -56,12 +57,14 @@ typedef struct loci_attend_span {
  * the sum of exp(logits). window: 0 = none, else key j is seen by position p iff p - j < window.
  * first_key_bias is added to the logits of key kv_begin of every span, and that key is seen
  * from every position whatever the window, when first_key_is_sink is set. A query that sees no
- * key gets out = 0 and lse = -INFINITY. */
+ * key gets out = 0 and lse = -INFINITY. precision BF16: products may round both factors to bf16, as
+ * those with weights do, in spans of more than LOCI_ATTEND_EXACT_QUERIES queries; a query's result
+ * depends on nothing but its own span in any case. */
 typedef struct loci_attend_dense {
     loci_ref q, k, v, out, lse;
     uint32_t q_stride, kv_stride, out_stride;
     uint32_t q_heads, kv_heads, head_dim;
-    loci_dtype kv_dtype;
+    loci_dtype kv_dtype, precision;
     float scale; /* of q.k, usually 1/sqrt(head_dim) */
     bool causal;
     uint32_t window;

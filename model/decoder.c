@@ -68,6 +68,7 @@ loci_attend_dense loci_decoder_attention(const loci_decoder_pass *pass, uint32_t
         .q_heads = c->q_heads,
         .kv_heads = c->kv_heads,
         .head_dim = c->head_dim,
+        .precision = pass->model->precision,
         .scale = 1.0f / sqrtf((float)c->head_dim),
         .causal = true,
         .window = c->layer[layer].window,

@@ -33,6 +33,7 @@ struct loci_model {
     loci_tokenizer *tokenizer;
     loci_chat chat;
     loci_backend *backend;
+    loci_dtype precision; /* of products */
     char fingerprint[33];
     loci_weight *embedding;
     loci_weight *head; /* NULL when tied to the embedding */

@@ -24,7 +24,6 @@ typedef struct loader {
     loci_model *model;
     const char *dir;
     loci_safetensors *file;
-    loci_dtype precision;
     loci_stream *stream;
     size_t constants_at; /* fill level of the constants buffer */
     bool *used;          /* for each tensor of the file */
@@ -87,7 +86,7 @@ static loci_status load_weight(loader *l, uint32_t layer, const char *const *nam
     }
     loci_backend *backend = l->model->backend;
     loci_status status = backend->ops->weight_create(backend, data, rows, parts, cols, dtype,
-                                                     l->precision, out, err);
+                                                     l->model->precision, out, err);
     return status == LOCI_OK ? status : loci_fail_prefix(err, status, "%s", name);
 }
 
@@ -335,7 +334,8 @@ loci_status loci_model_load(loci_model *model, const char *dir, loci_backend *ba
                             loci_dtype precision, loci_error *err) {
     LOCI_ASSERT(!model->backend);
     model->backend = backend;
-    loader l = {.model = model, .dir = dir, .precision = precision};
+    model->precision = precision;
+    loader l = {.model = model, .dir = dir};
     loci_buf path = LOCI_BUF_INIT;
     loci_buf_printf(&path, "%s/tokenizer.json", dir);
     loci_status status;

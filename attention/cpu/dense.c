@@ -23,8 +23,7 @@ typedef struct dense_run {
     const float *q;
     const uint8_t *k, *v;
     float *out, *lse;
-    uint32_t group;   /* query heads of a KV head */
-    uint32_t queries; /* of a task */
+    uint32_t group; /* query heads of a KV head */
     _Atomic bool failed;
 } dense_run;
 
@@ -33,21 +32,39 @@ typedef struct dense_task {
     uint32_t kv_head, begin, count; /* queries of the span */
 } dense_task;
 
-static size_t tasks_of(const dense_run *run, uint32_t span) {
-    uint32_t count = run->args->spans[span].q_count;
-    return (size_t)(count / run->queries + (count % run->queries != 0)) * run->args->kv_heads;
+/* Heads below this gain little from products in bf16, the softmax being most of their work, and
+ * lose most, their rounding errors averaging over few terms. */
+#define BF16_HEAD_DIM_MIN 32u
+
+/* Is the span one for products in bf16? */
+static bool takes_bf16(const dense_run *run, const loci_attend_span *span) {
+    return run->args->precision == LOCI_BF16 && run->kernels->dense_bf16 &&
+           run->group <= LOCI_DENSE_DP_ROWS && run->args->head_dim >= BF16_HEAD_DIM_MIN &&
+           span->q_count > LOCI_ATTEND_EXACT_QUERIES;
+}
+
+/* Queries of a task. */
+static uint32_t queries_of(const dense_run *run, const loci_attend_span *span) {
+    uint32_t rows = takes_bf16(run, span) ? LOCI_DENSE_DP_ROWS : TASK_ROWS;
+    return rows > run->group ? rows / run->group : 1;
+}
+
+static size_t tasks_of(const dense_run *run, const loci_attend_span *span) {
+    uint32_t queries = queries_of(run, span);
+    return (size_t)(span->q_count / queries + (span->q_count % queries != 0)) * run->args->kv_heads;
 }
 
 /* Task `index` over all spans. Later queries come first: in causal spans they are the longest. */
 static dense_task find_task(const dense_run *run, size_t index) {
-    uint32_t span = 0;
+    const loci_attend_span *span = run->args->spans;
     for (size_t n; index >= (n = tasks_of(run, span)); span++) index -= n;
-    dense_task task = {.span = run->args->spans[span]};
+    dense_task task = {.span = *span};
     size_t runs = tasks_of(run, span) / run->args->kv_heads;
+    uint32_t queries = queries_of(run, span);
     task.kv_head = (uint32_t)(index / runs);
-    task.begin = (uint32_t)(runs - 1 - index % runs) * run->queries;
+    task.begin = (uint32_t)(runs - 1 - index % runs) * queries;
     task.count = task.span.q_count - task.begin;
-    if (task.count > run->queries) task.count = run->queries;
+    if (task.count > queries) task.count = queries;
     return task;
 }
 
@@ -90,59 +107,73 @@ static void put_result(const dense_run *run, const dense_task *task, const loci_
     }
 }
 
+/* Cuts a task's memory: what the kernel works in, then queries, sums and the state of `rows` rows.
+ * NULL in job->out when there is none. */
+static void place(const dense_run *run, unsigned thread, bool bf16, uint32_t rows,
+                  loci_dense_job *job, float **q, uint32_t **first, uint32_t **last) {
+    size_t dim = job->head_dim, tile = (size_t)LOCI_DENSE_KEYS * dim;
+    size_t work =
+        bf16 ? LOCI_DENSE_DP_BYTES(dim) / sizeof(float) : 2 * tile + (size_t)rows * LOCI_DENSE_KEYS;
+    size_t floats = work + rows * (2 * dim + 4);
+    float *at =
+        loci_cpu_scratch_get(&run->stream->cpu->thread_scratch[thread], floats * sizeof(float));
+    if (!at) return;
+    job->work = at;
+    job->k_tile = at;
+    job->v_tile = at + tile;
+    job->logits = at + 2 * tile;
+    *q = at + work;
+    job->out = *q + rows * dim;
+    job->max = job->out + rows * dim;
+    job->sum = job->max + rows;
+    *first = (uint32_t *)(void *)(job->sum + rows);
+    *last = *first + rows;
+}
+
 static void dense_run_task(void *arg, size_t index, unsigned thread) {
     dense_run *run = arg;
     const loci_attend_dense *args = run->args;
     dense_task task = find_task(run, index);
-    uint32_t rows = task.count * run->group, dim = args->head_dim;
-    size_t row_floats = 2 * (size_t)dim + LOCI_DENSE_KEYS + 4;
-    size_t floats = rows * row_floats + 2 * (size_t)LOCI_DENSE_KEYS * dim;
-    float *scratch =
-        loci_cpu_scratch_get(&run->stream->cpu->thread_scratch[thread], floats * sizeof(float));
-    if (!scratch) {
-        run->failed = true;
-        return;
-    }
+    bool bf16 = takes_bf16(run, &task.span);
+    uint32_t dim = args->head_dim, rows = task.count * run->group;
     size_t size = args->kv_dtype == LOCI_F32 ? sizeof(float) : sizeof(uint16_t);
     size_t kv_at =
         ((size_t)task.span.kv_begin * args->kv_stride + (size_t)task.kv_head * dim) * size;
-    float *q = scratch + 2 * (size_t)LOCI_DENSE_KEYS * dim;
-    float *out = q + (size_t)rows * dim, *logits = out + (size_t)rows * dim;
-    float *max = logits + (size_t)rows * LOCI_DENSE_KEYS, *sum = max + rows;
-    uint32_t *first = (uint32_t *)(void *)(sum + rows), *last = first + rows;
-    uint32_t key_begin = UINT32_MAX, key_end = 0;
-    for (uint32_t row = 0; row < rows; row++) {
-        visible(args, &task.span, task.begin + row / run->group, &first[row], &last[row]);
-        if (first[row] < key_begin) key_begin = first[row];
-        if (last[row] > key_end) key_end = last[row];
-        max[row] = -INFINITY;
-        sum[row] = 0.0f;
-    }
-    if (args->first_key_is_sink && key_end == 0 && task.span.kv_count > 0) key_end = 1;
-    pack_queries(run, &task, q);
-    memset(out, 0, (size_t)rows * dim * sizeof(float));
     loci_dense_job job = {
-        .q = q,
         .rows = rows,
         .head_dim = dim,
         .k = run->k + kv_at,
         .v = run->v + kv_at,
         .kv_stride = args->kv_stride,
         .kv_bf16 = args->kv_dtype == LOCI_BF16,
-        .key_begin = key_begin,
-        .key_end = key_end,
-        .first = first,
-        .last = last,
+        .key_begin = UINT32_MAX,
         .sink = args->first_key_is_sink,
         .first_bias = args->first_key_is_sink ? args->first_key_bias : 0.0f,
-        .k_tile = scratch,
-        .v_tile = scratch + (size_t)LOCI_DENSE_KEYS * dim,
-        .logits = logits,
-        .out = out,
-        .max = max,
-        .sum = sum,
     };
-    run->kernels->dense(&job);
+    float *q = NULL;
+    uint32_t *first = NULL, *last = NULL, padded = bf16 ? LOCI_DENSE_DP_ROWS : rows;
+    place(run, thread, bf16, padded, &job, &q, &first, &last);
+    if (!job.out) {
+        run->failed = true;
+        return;
+    }
+    for (uint32_t row = 0; row < padded; row++) {
+        job.max[row] = -INFINITY;
+        job.sum[row] = 0.0f;
+    }
+    memset(first, 0, 2 * padded * sizeof *first); /* last too */
+    for (uint32_t row = 0; row < rows; row++) {
+        visible(args, &task.span, task.begin + row / run->group, &first[row], &last[row]);
+        if (first[row] < job.key_begin) job.key_begin = first[row];
+        if (last[row] > job.key_end) job.key_end = last[row];
+    }
+    if (job.sink && job.key_end == 0 && task.span.kv_count > 0) job.key_end = 1;
+    pack_queries(run, &task, q);
+    memset(job.out, 0, (size_t)rows * dim * sizeof(float));
+    job.q = q;
+    job.first = first;
+    job.last = last;
+    (bf16 ? run->kernels->dense_bf16 : run->kernels->dense)(&job);
     put_result(run, &task, &job);
 }
 
@@ -186,9 +217,8 @@ void loci_cpu_attend_dense(loci_stream *stream, const loci_attend_dense *args) {
     };
     if (args->lse.buffer) run.lse = loci_cpu_ptr(args->lse, rows * args->q_heads * sizeof(float));
     if (args->head_dim % run.kernels->dense_multiple != 0) run.kernels = &loci_cpu_kernels_portable;
-    run.queries = TASK_ROWS > run.group ? TASK_ROWS / run.group : 1;
     size_t tasks = 0;
-    for (uint32_t i = 0; i < args->span_count; i++) tasks += tasks_of(&run, i);
+    for (uint32_t i = 0; i < args->span_count; i++) tasks += tasks_of(&run, &args->spans[i]);
     loci_pool_run(stream->cpu->pool, tasks, dense_run_task, &run);
     if (run.failed) loci_cpu_fail(stream, LOCI_E_NOMEM, "no memory for dense attention's scratch");
 }

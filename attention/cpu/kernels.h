@@ -16,6 +16,11 @@
 #define LOCI_GEMM_COLUMNS 64u
 /* Keys that a dense attention kernel takes at once. */
 #define LOCI_DENSE_KEYS 64u
+/* Query rows of a task of dense_bf16, and the bytes of its working memory. */
+#define LOCI_DENSE_DP_ROWS 64u
+#define LOCI_DENSE_DP_BYTES(dim)                                    \
+    (LOCI_DENSE_DP_ROWS * ((size_t)(dim)*6 + LOCI_DENSE_KEYS * 6) + \
+     LOCI_DENSE_KEYS * (size_t)(dim)*4)
 
 /* y[row][column] (+)= sum over steps of x and w, for `rows` rows and the first `columns` columns
  * of one block. Each element is one chain of additions in the order of the steps, whatever the
@@ -50,6 +55,7 @@ typedef struct loci_dense_job {
     /* State and result: out [rows][head_dim] unnormalised, running maximum and sum of each row.
      * The caller starts them at 0, -INFINITY and 0. */
     float *out, *max, *sum;
+    void *work; /* of dense_bf16, instead of k_tile, v_tile and logits: LOCI_DENSE_DP_BYTES */
 } loci_dense_job;
 
 typedef struct loci_cpu_kernels {
@@ -57,6 +63,9 @@ typedef struct loci_cpu_kernels {
     void (*gemm_bf16)(const loci_gemm_job *job);
     uint32_t dense_multiple; /* head_dim that `dense` can take is a multiple of this */
     void (*dense)(const loci_dense_job *job);
+    /* (optional) The same with products of factors rounded to bf16, for at most LOCI_DENSE_DP_ROWS
+     * rows; first, last, max and sum have that many entries. head_dim: as dense. */
+    void (*dense_bf16)(const loci_dense_job *job);
     void (*rms_norm)(float *y, const float *x, const float *gain, uint32_t cols, float eps);
     void (*swiglu)(float *y, const float *gate, const float *up, uint32_t cols);
     void (*rope)(float *x, float position, const float *inv_freq, uint32_t heads,

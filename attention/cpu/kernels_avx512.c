@@ -8,6 +8,7 @@
 #include "attention/cpu/vec.h"
 
 #include "attention/cpu/dense_body.h"
+#include "attention/cpu/dense_dp.h"
 #include "attention/cpu/gemm_body.h"
 #include "attention/cpu/pointwise_body.h"
 
@@ -38,10 +39,10 @@ static void gemm_dp_bf16(const loci_gemm_job *job) {
     for (; row < job->rows; row++) gemm_dp_group(job, row, 1);
 }
 
-const loci_cpu_kernels loci_cpu_kernels_avx512 = {gemm_f32, gemm_bf16, VW,      dense,  rms_norm,
-                                                  swiglu,   rope,      to_bf16, exp_sum};
+const loci_cpu_kernels loci_cpu_kernels_avx512 = {gemm_f32, gemm_bf16, VW,   dense,   NULL,
+                                                  rms_norm, swiglu,    rope, to_bf16, exp_sum};
 
 const loci_cpu_kernels loci_cpu_kernels_avx512_bf16 = {
-    gemm_f32, gemm_dp_bf16, VW, dense, rms_norm, swiglu, rope, to_bf16, exp_sum};
+    gemm_f32, gemm_dp_bf16, VW, dense, dense_dp, rms_norm, swiglu, rope, to_bf16, exp_sum};
 
 #endif
