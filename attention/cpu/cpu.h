@@ -93,6 +93,11 @@ void loci_cpu_attend_dense(loci_stream *stream, const loci_attend_dense *args);
 void loci_cpu_merge(loci_stream *stream, loci_ref out_a, uint32_t stride_a, loci_ref lse_a,
                     loci_ref out_b, uint32_t stride_b, loci_ref lse_b, uint32_t rows,
                     uint32_t heads, uint32_t head_dim);
+/* dense_corpus.c: mode dense here, other modes by sparse.c */
+void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref out,
+                            uint32_t out_stride, loci_ref lse);
+void loci_cpu_attribute_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                               uint32_t row_begin, loci_ref mass);
 /* sample.c */
 void loci_cpu_sample(loci_stream *stream, loci_ref ids, loci_ref logprob, loci_ref logits,
                      uint32_t rows, uint32_t vocab, const loci_sample_params *params,

@@ -9,20 +9,30 @@
  */
 #include "attention/cpu/kernels.h"
 
+/* So few rows are not worth a tile of keys as floats: bf16 is widened as it is read. */
+#define DENSE_FEW_ROWS 2u
+
 typedef struct dense_tile {
-    const float *k, *v;
+    const void *k, *v;
+    bool bf16;
     size_t stride;
     uint32_t begin, count; /* keys of the span */
 } dense_tile;
 
-/* The keys [begin, begin + count) as floats: in place when they are already and the tile is
- * full, else copied and filled up with zeros. */
+VINLINE vf dense_read(const void *from, bool bf16, size_t at) {
+    return bf16 ? v_load_bf16((const uint16_t *)from + at) : v_load((const float *)from + at);
+}
+
+/* The keys [begin, begin + count): a full tile in place when they are floats or rows are few, else
+ * as floats, filled up with zeros. */
 VINLINE dense_tile dense_load(const loci_dense_job *job, uint32_t begin, uint32_t count) {
-    dense_tile tile = {job->k_tile, job->v_tile, job->head_dim, begin, count};
+    dense_tile tile = {job->k_tile, job->v_tile, false, job->head_dim, begin, count};
     size_t at = begin * job->kv_stride;
-    if (!job->kv_bf16 && count == LOCI_DENSE_KEYS) {
-        tile.k = (const float *)job->k + at;
-        tile.v = (const float *)job->v + at;
+    if (count == LOCI_DENSE_KEYS && (!job->kv_bf16 || job->rows <= DENSE_FEW_ROWS)) {
+        size_t bytes = at * (job->kv_bf16 ? sizeof(uint16_t) : sizeof(float));
+        tile.k = (const uint8_t *)job->k + bytes;
+        tile.v = (const uint8_t *)job->v + bytes;
+        tile.bf16 = job->kv_bf16;
         tile.stride = job->kv_stride;
         return tile;
     }
@@ -30,10 +40,8 @@ VINLINE dense_tile dense_load(const loci_dense_job *job, uint32_t begin, uint32_
     for (uint32_t j = 0; j < count; j++, at += job->kv_stride) {
         float *k = job->k_tile + (size_t)j * dim, *v = job->v_tile + (size_t)j * dim;
         for (uint32_t i = 0; i < dim; i += VW) {
-            v_store(k + i, job->kv_bf16 ? v_load_bf16((const uint16_t *)job->k + at + i)
-                                        : v_load((const float *)job->k + at + i));
-            v_store(v + i, job->kv_bf16 ? v_load_bf16((const uint16_t *)job->v + at + i)
-                                        : v_load((const float *)job->v + at + i));
+            v_store(k + i, dense_read(job->k, job->kv_bf16, at + i));
+            v_store(v + i, dense_read(job->v, job->kv_bf16, at + i));
         }
     }
     size_t used = (size_t)count * dim, all = (size_t)LOCI_DENSE_KEYS * dim;
@@ -44,15 +52,17 @@ VINLINE dense_tile dense_load(const loci_dense_job *job, uint32_t begin, uint32_
 
 /* logits[j] = q . k[j] for all keys of the tile: VW keys at once, each with a vector of partial
  * sums, which are then added across in one go. */
-VINLINE void dense_logits(float *logits, const float *q, const dense_tile *tile, uint32_t dim) {
+VINLINE void dense_logits(float *logits, const float *q, const dense_tile *tile, bool bf16,
+                          uint32_t dim) {
     for (uint32_t j = 0; j < LOCI_DENSE_KEYS && j < tile->count; j += VW) {
         vf sum[VW];
-        const float *k = tile->k + (size_t)j * tile->stride;
+        size_t at = (size_t)j * tile->stride;
         for (int i = 0; i < VW; i++) sum[i] = v_zero();
         for (uint32_t d = 0; d < dim; d += VW) {
             vf a = v_load(q + d);
             for (int i = 0; i < VW; i++)
-                sum[i] = v_fma(a, v_load(k + (size_t)i * tile->stride + d), sum[i]);
+                sum[i] =
+                    v_fma(a, dense_read(tile->k, bf16, at + (size_t)i * tile->stride + d), sum[i]);
         }
         v_store(logits + j, v_sum_rows(sum));
     }
@@ -100,31 +110,51 @@ VINLINE void dense_softmax(const loci_dense_job *job, const dense_tile *tile, ui
 }
 
 /* out[rows] += weights . v over the tile's keys, for `rows` rows and `vectors` vectors. */
-VINLINE void dense_values(const loci_dense_job *job, const dense_tile *tile, uint32_t row,
-                          uint32_t d, int rows, int vectors) {
-    vf sum[4][2];
+VINLINE void dense_values(const loci_dense_job *job, const dense_tile *tile, bool bf16,
+                          uint32_t row, uint32_t d, int rows, int vectors) {
+    vf sum[4][4];
     float *out = job->out + (size_t)row * job->head_dim + d;
     const float *weight = job->logits + (size_t)row * LOCI_DENSE_KEYS;
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             sum[r][v] = v_load(out + (size_t)r * job->head_dim + v * VW);
-    const float *value = tile->v + d;
-    for (uint32_t j = 0; j < tile->count; j++, value += tile->stride)
+    size_t at = d;
+    for (uint32_t j = 0; j < tile->count; j++, at += tile->stride) {
+        vf value[4];
+        for (int v = 0; v < vectors; v++) value[v] = dense_read(tile->v, bf16, at + (size_t)v * VW);
         for (int r = 0; r < rows; r++) {
             vf a = v_set1(weight[(size_t)r * LOCI_DENSE_KEYS + j]);
-            for (int v = 0; v < vectors; v++)
-                sum[r][v] = v_fma(a, v_load(value + v * VW), sum[r][v]);
+            for (int v = 0; v < vectors; v++) sum[r][v] = v_fma(a, value[v], sum[r][v]);
         }
+    }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             v_store(out + (size_t)r * job->head_dim + v * VW, sum[r][v]);
 }
 
-VINLINE void dense_values_rows(const loci_dense_job *job, const dense_tile *tile, uint32_t row,
-                               int rows) {
+/* Four rows by two vectors keep enough sums going; fewer rows take more vectors. */
+VINLINE void dense_values_rows(const loci_dense_job *job, const dense_tile *tile, bool bf16,
+                               uint32_t row, int rows) {
     uint32_t d = 0;
-    for (; d + 2 * VW <= job->head_dim; d += 2 * VW) dense_values(job, tile, row, d, rows, 2);
-    for (; d < job->head_dim; d += VW) dense_values(job, tile, row, d, rows, 1);
+    for (; rows < 4 && d + 4 * VW <= job->head_dim; d += 4 * VW)
+        dense_values(job, tile, bf16, row, d, rows, 4);
+    for (; d + 2 * VW <= job->head_dim; d += 2 * VW) dense_values(job, tile, bf16, row, d, rows, 2);
+    for (; d < job->head_dim; d += VW) dense_values(job, tile, bf16, row, d, rows, 1);
+}
+
+VINLINE void dense_tile_rows(const loci_dense_job *job, const dense_tile *tile, bool bf16) {
+    for (uint32_t row = 0; row < job->rows; row++) {
+        float *logits = job->logits + (size_t)row * LOCI_DENSE_KEYS;
+        dense_logits(logits, job->q + (size_t)row * job->head_dim, tile, bf16, job->head_dim);
+        if (job->keep)
+            memcpy(job->keep + (size_t)row * job->key_end + tile->begin, logits,
+                   tile->count * sizeof *logits);
+        dense_softmax(job, tile, row, logits);
+    }
+    uint32_t row = 0;
+    for (; row + 4 <= job->rows; row += 4) dense_values_rows(job, tile, bf16, row, 4);
+    for (; row + 2 <= job->rows; row += 2) dense_values_rows(job, tile, bf16, row, 2);
+    for (; row < job->rows; row++) dense_values_rows(job, tile, bf16, row, 1);
 }
 
 static void dense(const loci_dense_job *job) {
@@ -134,13 +164,9 @@ static void dense(const loci_dense_job *job) {
         if (job->sink && begin > 0 && begin + LOCI_DENSE_KEYS <= job->key_begin) continue;
         uint32_t left = job->key_end - begin;
         dense_tile tile = dense_load(job, begin, left < LOCI_DENSE_KEYS ? left : LOCI_DENSE_KEYS);
-        for (uint32_t row = 0; row < job->rows; row++) {
-            float *logits = job->logits + (size_t)row * LOCI_DENSE_KEYS;
-            dense_logits(logits, job->q + (size_t)row * job->head_dim, &tile, job->head_dim);
-            dense_softmax(job, &tile, row, logits);
-        }
-        uint32_t row = 0;
-        for (; row + 4 <= job->rows; row += 4) dense_values_rows(job, &tile, row, 4);
-        for (; row < job->rows; row++) dense_values_rows(job, &tile, row, 1);
+        if (tile.bf16)
+            dense_tile_rows(job, &tile, true);
+        else
+            dense_tile_rows(job, &tile, false);
     }
 }

@@ -52,6 +52,7 @@ typedef struct loci_dense_job {
     /* Working memory: k_tile, v_tile [LOCI_DENSE_KEYS][head_dim], logits
      * [rows][LOCI_DENSE_KEYS]. */
     float *k_tile, *v_tile, *logits;
+    float *keep; /* (optional) the logits, [rows][key_end]; `dense` only, key_begin 0 */
     /* State and result: out [rows][head_dim] unnormalised, running maximum and sum of each row.
      * The caller starts them at 0, -INFINITY and 0. */
     float *out, *max, *sum;

@@ -105,7 +105,8 @@ struct loci_lookup {
     loci_sketch_table *tables; /* [parts][vectors] */
     uint8_t *folded;           /* [threads][folded_stride]: queries with a pair's code scales */
     size_t folded_stride;
-    float **scratch; /* [threads] */
+    float **scratch;          /* [threads] */
+    struct corpus_job *dense; /* dense_corpus.c: what it attended, or NULL */
     lookup_arena arena;
 };
 
