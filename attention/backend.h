@@ -164,6 +164,11 @@ typedef struct loci_backend_ops {
     loci_status (*weight_create)(loci_backend *self, const void *const *data, const uint32_t *rows,
                                  uint32_t parts, uint32_t cols, loci_dtype dtype,
                                  loci_dtype precision, loci_weight **out, loci_error *err);
+    /* (optional) The same for products in BF16 without a copy: data, bf16, is read where it is, and
+     * outlives the weight. Products of few rows run about as fast, those of many pay for packing
+     * each time, with the same results; those of few differ by rounding. */
+    loci_status (*weight_map)(loci_backend *self, const void *const *data, const uint32_t *rows,
+                              uint32_t parts, uint32_t cols, loci_weight **out, loci_error *err);
     void (*weight_free)(loci_backend *self, loci_weight *weight);
 
     /* Dense operations; all refs f32 unless said. */

@@ -141,6 +141,15 @@ loci_status loci_decoder_run(const loci_decoder_pass *pass, loci_error *err) {
     return LOCI_OK;
 }
 
+loci_status loci_decoder_finish(const loci_decoder_pass *pass, loci_status status,
+                                loci_error *err) {
+    const loci_model *model = pass->model;
+    loci_status synced = model->backend->ops->sync(pass->stream, status == LOCI_OK ? err : NULL);
+    if (status != LOCI_OK) return status;
+    if (synced != LOCI_OK || !model->file) return synced;
+    return loci_safetensors_check(model->file, err);
+}
+
 void loci_decoder_logits(const loci_decoder_pass *pass, uint32_t begin, uint32_t count,
                          loci_ref logits) {
     const loci_model *model = pass->model;

@@ -17,6 +17,7 @@
 #define LOCI_MODEL_DECODER_H
 
 #include "model/model.h"
+#include "model/safetensors.h"
 
 typedef struct loci_decoder_layer {
     loci_weight *qkv; /* rows: queries, keys, values, head after head */
@@ -33,7 +34,8 @@ struct loci_model {
     loci_tokenizer *tokenizer;
     loci_chat chat;
     loci_backend *backend;
-    loci_dtype precision; /* of products */
+    loci_dtype precision;   /* of products */
+    loci_safetensors *file; /* where mapped weights are; NULL when all are packed */
     char fingerprint[33];
     loci_weight *embedding;
     loci_weight *head; /* NULL when tied to the embedding */
@@ -76,6 +78,9 @@ LOCI_MUST_CHECK loci_status loci_decoder_scratch_open(const loci_model *model, u
 void loci_decoder_scratch_close(loci_decoder_scratch *scratch); /* zeroed is allowed */
 /* Checks for cancellation before each layer. The caller syncs, also after a failure. */
 LOCI_MUST_CHECK loci_status loci_decoder_run(const loci_decoder_pass *pass, loci_error *err);
+/* Syncs after a pass of which `status` came; LOCI_E_IO where mapped weights could not be read. */
+LOCI_MUST_CHECK loci_status loci_decoder_finish(const loci_decoder_pass *pass, loci_status status,
+                                                loci_error *err);
 /* Logits of the rows [begin, begin + count) of a whole pass, to `logits` f32 [count][vocab]. */
 void loci_decoder_logits(const loci_decoder_pass *pass, uint32_t begin, uint32_t count,
                          loci_ref logits);

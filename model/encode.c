@@ -97,9 +97,7 @@ static loci_status run_batch(encoder *e, const uint32_t *tokens, const uint32_t 
         add_span(e, NULL, LOCI_GEMM_STEADY_ROWS - e->pass.rows);
     ops->upload(e->stream, e->scratch.ids, e->ids, e->pass.rows * sizeof *e->ids);
     ops->upload(e->stream, e->scratch.positions, e->positions, e->pass.rows * sizeof(int32_t));
-    loci_status status = loci_decoder_run(&e->pass, err);
-    loci_status synced = ops->sync(e->stream, status == LOCI_OK ? err : NULL);
-    return status != LOCI_OK ? status : synced;
+    return loci_decoder_finish(&e->pass, loci_decoder_run(&e->pass, err), err);
 }
 
 static loci_status encoder_open(encoder *e, uint32_t rows, uint32_t spans, loci_error *err) {

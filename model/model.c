@@ -2,8 +2,8 @@
  *
  * Opening a model folder: configuration, tokenizer, weights, fingerprint.
  *
- * Weights are packed by the backend while the safetensors files are mapped; nothing of the
- * files is kept afterwards.
+ * Weights are packed by the backend while the safetensors files are mapped, and nothing of the
+ * files is kept afterwards; or they are used where they are mapped, and the files stay open.
  */
 #include <errno.h>
 #include <math.h>
@@ -24,6 +24,7 @@ typedef struct loader {
     loci_model *model;
     const char *dir;
     loci_safetensors *file;
+    bool mapped;
     loci_stream *stream;
     size_t constants_at; /* fill level of the constants buffer */
     bool *used;          /* for each tensor of the file */
@@ -85,6 +86,10 @@ static loci_status load_weight(loader *l, uint32_t layer, const char *const *nam
         data[i] = tensor.data;
     }
     loci_backend *backend = l->model->backend;
+    if (l->mapped && dtype != LOCI_BF16)
+        return loci_fail(err, LOCI_E_UNSUPPORTED, "%s: %s is not in bf16 and cannot be mapped",
+                         l->dir, name);
+    if (l->mapped) return backend->ops->weight_map(backend, data, rows, parts, cols, out, err);
     loci_status status = backend->ops->weight_create(backend, data, rows, parts, cols, dtype,
                                                      l->model->precision, out, err);
     return status == LOCI_OK ? status : loci_fail_prefix(err, status, "%s", name);
@@ -331,11 +336,11 @@ out:
 }
 
 loci_status loci_model_load(loci_model *model, const char *dir, loci_backend *backend,
-                            loci_dtype precision, loci_error *err) {
+                            loci_dtype precision, bool mapped, loci_error *err) {
     LOCI_ASSERT(!model->backend);
     model->backend = backend;
     model->precision = precision;
-    loader l = {.model = model, .dir = dir};
+    loader l = {.model = model, .dir = dir, .mapped = mapped};
     loci_buf path = LOCI_BUF_INIT;
     loci_buf_printf(&path, "%s/tokenizer.json", dir);
     loci_status status;
@@ -346,10 +351,31 @@ loci_status loci_model_load(loci_model *model, const char *dir, loci_backend *ba
     LOCI_TRY_GOTO(loci_safetensors_check(l.file, err), out);
 out:
     if (l.stream) backend->ops->stream_close(backend, l.stream);
-    loci_safetensors_close(l.file);
+    if (mapped)
+        model->file = l.file; /* also after a failure: weights may point into it */
+    else
+        loci_safetensors_close(l.file);
     free(l.used);
     loci_buf_fini(&path);
     return status;
+}
+
+loci_status loci_model_can_map(const char *dir, const loci_backend *backend, loci_dtype precision,
+                               bool *out, loci_error *err) {
+    loci_safetensors *file;
+    loci_tensor tensor;
+    loci_error ignored; /* what is no tensor of ours is refused, or left alone, by loading */
+    *out = precision == LOCI_BF16 && backend->ops->weight_map;
+    if (!*out) return LOCI_OK;
+    LOCI_TRY(loci_safetensors_open(dir, &file, err));
+    for (size_t i = 0; i < loci_safetensors_count(file); i++) {
+        const char *name = loci_safetensors_name(file, i);
+        if (loci_safetensors_get(file, name, 0, NULL, &tensor, &ignored) != LOCI_OK) continue;
+        if (tensor.dims == 2 && (tensor.dtype != LOCI_BF16 || tensor.shape[1] % 2 != 0))
+            *out = false;
+    }
+    loci_safetensors_close(file);
+    return LOCI_OK;
 }
 
 loci_status loci_model_open(const char *dir, loci_backend *backend, loci_dtype precision,
@@ -357,7 +383,7 @@ loci_status loci_model_open(const char *dir, loci_backend *backend, loci_dtype p
     loci_model *model;
     *out = NULL;
     LOCI_TRY(loci_model_prepare(dir, &model, err));
-    loci_status status = loci_model_load(model, dir, backend, precision, err);
+    loci_status status = loci_model_load(model, dir, backend, precision, false, err);
     if (status == LOCI_OK)
         *out = model;
     else
@@ -384,6 +410,7 @@ void loci_model_close(loci_model *model) {
     if (!model) return;
     loci_tokenizer_close(model->tokenizer);
     if (model->backend) free_weights(model);
+    loci_safetensors_close(model->file);
     free(model);
 }
 

@@ -71,10 +71,15 @@ LOCI_MUST_CHECK loci_status loci_model_open(const char *dir, loci_backend *backe
 /* Opening in two steps. After the first only configuration, tokenizer, special tokens and chat are
  * there: enough to tell whether the model will do, before its weights are read. */
 LOCI_MUST_CHECK loci_status loci_model_prepare(const char *dir, loci_model **out, loci_error *err);
-/* Once; a model whose weights failed to load can only be closed. */
+/* Once; a model whose weights failed to load can only be closed. mapped: matrices are not packed
+ * but read from the files, which are in bf16 (loci_model_can_map) and stay open: they take no
+ * memory but the page cache. */
 LOCI_MUST_CHECK loci_status loci_model_load(loci_model *model, const char *dir,
                                             loci_backend *backend, loci_dtype precision,
-                                            loci_error *err);
+                                            bool mapped, loci_error *err);
+/* Can its weights be mapped, on this backend and in this precision? */
+LOCI_MUST_CHECK loci_status loci_model_can_map(const char *dir, const loci_backend *backend,
+                                               loci_dtype precision, bool *out, loci_error *err);
 void loci_model_close(loci_model *model);
 const loci_model_config *loci_model_config_of(const loci_model *model);
 /* By what the logits of a question's rows are multiplied in the retrieval layers over a corpus of n

@@ -222,8 +222,7 @@ static loci_status run_chunk(loci_sequence *s, const uint32_t *tokens, uint32_t 
         size_t at = (size_t)logits_at * s->model->config.vocab * sizeof(float);
         loci_decoder_logits(&s->pass, rows - logits_rows, logits_rows, loci_ref_at(s->logits, at));
     }
-    loci_status synced = ops->sync(s->stream, status == LOCI_OK ? err : NULL);
-    if (status == LOCI_OK) status = synced;
+    status = loci_decoder_finish(&s->pass, status, err);
     if (status == LOCI_OK) s->length += rows;
     return status;
 }

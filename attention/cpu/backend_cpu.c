@@ -181,6 +181,7 @@ const loci_backend_ops loci_backend_cpu = {
     .download = cpu_download,
     .copy = cpu_copy,
     .weight_create = loci_cpu_weight_create,
+    .weight_map = loci_cpu_weight_map,
     .weight_free = loci_cpu_weight_free,
     .gemm = loci_cpu_gemm,
     .embed = loci_cpu_embed,

@@ -75,6 +75,8 @@ loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
                                    const uint32_t *rows, uint32_t parts, uint32_t cols,
                                    loci_dtype dtype, loci_dtype precision, loci_weight **out,
                                    loci_error *err);
+loci_status loci_cpu_weight_map(loci_backend *self, const void *const *data, const uint32_t *rows,
+                                uint32_t parts, uint32_t cols, loci_weight **out, loci_error *err);
 void loci_cpu_weight_free(loci_backend *self, loci_weight *weight);
 void loci_cpu_gemm(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
                    const loci_weight *weight, bool accumulate);

@@ -16,6 +16,9 @@
  * result depends neither on the other rows nor on their number. Few rows (decoding), where most of
  * a tile would be filling, and machines without such a kernel take our own kernels, cut by
  * blocks of 64 columns, for which the same holds. The two differ by rounding.
+ *
+ * A mapped weight stays where it is, bf16 row by row: few rows are multiplied in place, for many a
+ * task packs the columns that it is about to multiply.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -31,6 +34,7 @@
 #define FEW_ROWS 8u
 /* Tiles that one task runs under the same columns, to read these from the cache. */
 #define GROUP_TILES_MAX 8u
+#define PARTS_MAX 3u
 
 _Static_assert(FEW_ROWS < LOCI_GEMM_STEADY_ROWS, "the contract of gemm in backend.h");
 
@@ -41,7 +45,9 @@ struct loci_weight {
     uint32_t blocks;       /* of 64 rows */
     size_t block_elements; /* floats, or pairs */
     loci_dtype precision;
-    void *packed;
+    void *packed; /* NULL: mapped */
+    const uint16_t *mapped[PARTS_MAX];
+    uint32_t mapped_rows[PARTS_MAX];
     /* Of WIDE_COLUMNS columns, and of those left over; both NULL: own kernels only. */
     const loci_dnnl_matmul *wide, *rest;
 };
@@ -67,15 +73,48 @@ static const void *part_of(const pack_job *job, uint32_t *row) {
     return job->data[part];
 }
 
+static const uint16_t *mapped_row(const loci_weight *w, uint32_t row) {
+    uint32_t part = 0;
+    while (row >= w->mapped_rows[part]) row -= w->mapped_rows[part++];
+    return w->mapped[part] + (size_t)row * w->cols;
+}
+
+/* bf16 to bf16, a pair of columns at a time; cols is even. */
+static void pack_pairs(const loci_weight *w, const uint16_t *const *rows, uint32_t count,
+                       uint32_t *to) {
+    for (uint32_t k = 0; k < w->steps; k += 16) {
+        uint32_t end = w->steps - k < 16 ? w->steps : k + 16;
+        for (uint32_t c = 0; c < count; c++)
+            for (uint32_t s = k; s < end; s++)
+                memcpy(to + (size_t)s * BLOCK + c, rows[c] + 2 * (size_t)s, sizeof *to);
+    }
+}
+
+/* One block of a mapped weight, with its padding. */
+static void pack_mapped(const loci_weight *w, uint32_t block, uint32_t *to) {
+    const uint16_t *rows[BLOCK];
+    uint32_t count = w->rows - block * BLOCK < BLOCK ? w->rows - block * BLOCK : BLOCK;
+    for (uint32_t c = 0; c < count; c++) rows[c] = mapped_row(w, block * BLOCK + c);
+    if (count < BLOCK || w->steps * BLOCK < w->block_elements)
+        memset(to, 0, w->block_elements * sizeof *to);
+    pack_pairs(w, rows, count, to);
+}
+
 static void pack_block(void *arg, size_t block, unsigned thread) {
     (void)thread;
     const pack_job *job = arg;
     loci_weight *w = job->weight;
+    const uint16_t *pairs[BLOCK];
+    uint32_t count = 0;
     for (uint32_t c = 0; c < BLOCK; c++) {
         uint32_t row = (uint32_t)block * BLOCK + c;
         if (row >= w->rows) break;
         const void *data = part_of(job, &row);
         size_t at = (size_t)row * w->cols;
+        if (job->dtype == LOCI_BF16 && w->precision == LOCI_BF16 && w->cols % 2 == 0) {
+            pairs[count++] = (const uint16_t *)data + at;
+            continue;
+        }
         if (w->precision == LOCI_F32) {
             float *to = (float *)w->packed + block * w->block_elements + c;
             for (uint32_t k = 0; k < w->cols; k++)
@@ -87,6 +126,7 @@ static void pack_block(void *arg, size_t block, unsigned thread) {
                     loci_f32_to_bf16(element(data, job->dtype, at + k));
         }
     }
+    if (count > 0) pack_pairs(w, pairs, count, (uint32_t *)w->packed + block * w->block_elements);
 }
 
 /* Columns of the product that the block from `column` on holds, with and without padding. */
@@ -108,20 +148,14 @@ static void choose_kernels(loci_cpu *cpu, loci_weight *w) {
     if ((wide > 0 && !w->wide) || (wide < w->rows && !w->rest)) w->wide = w->rest = NULL;
 }
 
-loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
-                                   const uint32_t *rows, uint32_t parts, uint32_t cols,
-                                   loci_dtype dtype, loci_dtype precision, loci_weight **out,
-                                   loci_error *err) {
+static loci_status make_weight(loci_cpu *cpu, const uint32_t *rows, uint32_t parts, uint32_t cols,
+                               loci_dtype precision, loci_weight **out, loci_error *err) {
     *out = NULL;
     uint64_t total = 0;
     for (uint32_t i = 0; i < parts; i++) total += rows[i];
     if (total == 0 || cols == 0 || total > INT32_MAX || cols > INT32_MAX)
         return loci_fail(err, LOCI_E_INVAL, "a weight of %llu x %u cannot be packed",
                          (unsigned long long)total, cols);
-    if (dtype == LOCI_I32 || (precision != LOCI_F32 && precision != LOCI_BF16))
-        return loci_fail(err, LOCI_E_UNSUPPORTED,
-                         "weights are packed from f32, bf16 or f16 to f32 or bf16");
-    loci_cpu *cpu = self->ctx;
     loci_weight *w = calloc(1, sizeof *w);
     if (!w) return loci_fail(err, LOCI_E_NOMEM, "no memory for a weight");
     w->rows = (uint32_t)total;
@@ -133,6 +167,22 @@ loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
     uint32_t steps_padded = (w->steps + 15) / 16 * 16;
     w->cols_padded = precision == LOCI_F32 ? steps_padded : 2 * steps_padded;
     w->block_elements = (size_t)steps_padded * BLOCK;
+    choose_kernels(cpu, w);
+    *out = w;
+    return LOCI_OK;
+}
+
+loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
+                                   const uint32_t *rows, uint32_t parts, uint32_t cols,
+                                   loci_dtype dtype, loci_dtype precision, loci_weight **out,
+                                   loci_error *err) {
+    loci_cpu *cpu = self->ctx;
+    loci_weight *w;
+    *out = NULL;
+    if (dtype == LOCI_I32 || (precision != LOCI_F32 && precision != LOCI_BF16))
+        return loci_fail(err, LOCI_E_UNSUPPORTED,
+                         "weights are packed from f32, bf16 or f16 to f32 or bf16");
+    LOCI_TRY(make_weight(cpu, rows, parts, cols, precision, &w, err));
     size_t bytes = w->blocks * w->block_elements * sizeof(uint32_t);
     w->packed = aligned_alloc(64, bytes);
     if (!w->packed) {
@@ -142,8 +192,21 @@ loci_status loci_cpu_weight_create(loci_backend *self, const void *const *data,
     memset(w->packed, 0, bytes);
     pack_job job = {data, rows, parts, dtype, w};
     loci_pool_run(cpu->pool, w->blocks, pack_block, &job);
-    choose_kernels(cpu, w);
     *out = w;
+    return LOCI_OK;
+}
+
+loci_status loci_cpu_weight_map(loci_backend *self, const void *const *data, const uint32_t *rows,
+                                uint32_t parts, uint32_t cols, loci_weight **out, loci_error *err) {
+    *out = NULL;
+    if (parts > PARTS_MAX || cols % 2 != 0)
+        return loci_fail(err, LOCI_E_UNSUPPORTED,
+                         "a weight of %u parts and %u columns is not mapped", parts, cols);
+    LOCI_TRY(make_weight(self->ctx, rows, parts, cols, LOCI_BF16, out, err));
+    for (uint32_t i = 0; i < parts; i++) {
+        (*out)->mapped[i] = data[i];
+        (*out)->mapped_rows[i] = rows[i];
+    }
     return LOCI_OK;
 }
 
@@ -254,11 +317,10 @@ static void put_tile(const gemm_run *run, uint32_t row, uint32_t rows, uint32_t 
 
 /* Rows [begin, begin + rows) under the columns from `column` on. */
 static bool run_columns(const gemm_run *run, uint32_t begin, uint32_t rows, uint32_t column,
-                        const uint8_t *x, float *tile, unsigned thread) {
+                        const uint8_t *x, const void *packed, float *tile, unsigned thread) {
     const loci_weight *w = run->weight;
     const loci_dnnl_matmul *matmul = w->rows - column >= WIDE_COLUMNS ? w->wide : w->rest;
     size_t size = w->precision == LOCI_BF16 ? sizeof(uint16_t) : sizeof(float);
-    const void *packed = (const uint32_t *)w->packed + column / BLOCK * w->block_elements;
     for (uint32_t r = 0; r < rows; r += TILE_ROWS, x += TILE_ROWS * w->cols_padded * size) {
         if (!loci_dnnl_run(run->stream->cpu->dnnl, matmul, thread, x, packed, tile,
                            tile + TILE_ROWS * WIDE_COLUMNS))
@@ -268,34 +330,40 @@ static bool run_columns(const gemm_run *run, uint32_t begin, uint32_t rows, uint
     return true;
 }
 
+/* Of a tile of results and what oneDNN needs beside. */
+static size_t tile_bytes_of(const loci_weight *w) {
+    size_t extra = w->wide ? loci_dnnl_scratch_bytes(w->wide) : 0;
+    if (w->rest && loci_dnnl_scratch_bytes(w->rest) > extra)
+        extra = loci_dnnl_scratch_bytes(w->rest);
+    return TILE_ROWS * WIDE_COLUMNS * sizeof(float) + (extra + 63) / 64 * 64;
+}
+
 static void dnnl_task(void *arg, size_t index, unsigned thread) {
     gemm_run *run = arg;
     const loci_weight *w = run->weight;
     uint32_t begin = (uint32_t)(index / run->column_tasks) * run->group_rows;
     uint32_t rows = run->rows - begin < run->group_rows ? run->rows - begin : run->group_rows;
     uint32_t padded = (rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-    size_t tile_bytes = TILE_ROWS * WIDE_COLUMNS * sizeof(float), extra = 0;
-    if (w->wide) extra = loci_dnnl_scratch_bytes(w->wide);
-    if (w->rest && loci_dnnl_scratch_bytes(w->rest) > extra)
-        extra = loci_dnnl_scratch_bytes(w->rest);
-    extra = (extra + 63) / 64 * 64;
+    size_t tile_bytes = tile_bytes_of(w);
     uint8_t *scratch =
         loci_cpu_scratch_get(&run->stream->cpu->thread_scratch[thread],
-                             tile_bytes + extra + (size_t)padded * w->cols_padded * sizeof(float));
+                             tile_bytes + (size_t)padded * w->cols_padded * sizeof(float));
     if (!scratch) {
         run->failed = true;
         return;
     }
     float *tile = (float *)(void *)scratch;
-    uint8_t *x = scratch + tile_bytes + extra;
+    uint8_t *x = scratch + tile_bytes;
     prepare_x(run, begin, rows, padded, x);
     uint32_t first = 0, last = w->rows;
     if (run->column_tasks > 1) {
         first = (uint32_t)(index % run->column_tasks) * WIDE_COLUMNS;
         last = first + 1;
     }
-    for (uint32_t column = first; column < last; column += WIDE_COLUMNS)
-        if (!run_columns(run, begin, rows, column, x, tile, thread)) run->failed = true;
+    for (uint32_t column = first; column < last; column += WIDE_COLUMNS) {
+        const void *packed = (const uint32_t *)w->packed + column / BLOCK * w->block_elements;
+        if (!run_columns(run, begin, rows, column, x, packed, tile, thread)) run->failed = true;
+    }
 }
 
 /* Cuts the work in about two tasks for each thread or more: by groups of tiles while they
@@ -312,6 +380,113 @@ static void run_dnnl(gemm_run *run) {
     loci_pool_run(pool, (size_t)groups * run->column_tasks, dnnl_task, run);
 }
 
+/* --- mapped weights -------------------------------------------------------------------- */
+
+typedef struct mapped_run {
+    gemm_run run;
+    uint32_t begin, rows; /* of x: the group under way */
+    uint16_t *x;          /* [rows, filled up to tiles][cols_padded] */
+} mapped_run;
+
+/* Few rows by one block of the weight in place. */
+static void in_place_block(void *arg, size_t block, unsigned thread) {
+    (void)thread;
+    const mapped_run *mapped = arg;
+    const gemm_run *run = &mapped->run;
+    const loci_weight *w = run->weight;
+    uint32_t row = (uint32_t)block * BLOCK, end = w->rows - row < BLOCK ? w->rows : row + BLOCK;
+    for (uint32_t first = 0, part = 0; row < end; first += w->mapped_rows[part++]) {
+        uint32_t part_end = first + w->mapped_rows[part];
+        if (row >= part_end) continue;
+        uint32_t count = (end < part_end ? end : part_end) - row;
+        loci_gemm_rows_job job = {
+            .x = mapped->x,
+            .w = mapped_row(w, row),
+            .x_stride = w->cols_padded,
+            .cols = w->cols,
+            .y = run->y + row,
+            .y_stride = w->rows,
+            .rows = mapped->rows,
+            .count = count,
+            .accumulate = run->accumulate,
+        };
+        run->stream->cpu->kernels->gemm_rows(&job);
+        row += count;
+    }
+}
+
+/* Packs WIDE_COLUMNS columns, and multiplies all rows of the group. */
+static void packing_task(void *arg, size_t index, unsigned thread) {
+    mapped_run *mapped = arg;
+    gemm_run *run = &mapped->run;
+    const loci_weight *w = run->weight;
+    uint32_t column = (uint32_t)index * WIDE_COLUMNS, block = column / BLOCK;
+    uint32_t blocks =
+        w->blocks - block < WIDE_COLUMNS / BLOCK ? w->blocks - block : WIDE_COLUMNS / BLOCK;
+    size_t tile_bytes = tile_bytes_of(w);
+    uint8_t *scratch = loci_cpu_scratch_get(&run->stream->cpu->thread_scratch[thread],
+                                            tile_bytes + blocks * w->block_elements * 4);
+    if (!scratch) {
+        run->failed = true;
+        return;
+    }
+    uint32_t *packed = (uint32_t *)(void *)(scratch + tile_bytes);
+    for (uint32_t b = 0; b < blocks; b++) pack_mapped(w, block + b, packed + b * w->block_elements);
+    if (w->wide || w->rest) {
+        if (!run_columns(run, mapped->begin, mapped->rows, column, (const uint8_t *)mapped->x,
+                         packed, (float *)(void *)scratch, thread))
+            run->failed = true;
+        return;
+    }
+    for (uint32_t b = 0; b < blocks; b++) {
+        uint32_t at = column + b * BLOCK;
+        loci_gemm_job job = {
+            .x = mapped->x,
+            .x_stride = w->cols_padded / 2,
+            .w = packed + b * w->block_elements,
+            .steps = w->steps,
+            .y = run->y + (size_t)mapped->begin * w->rows + at,
+            .y_stride = w->rows,
+            .rows = mapped->rows,
+            .columns = w->rows - at < BLOCK ? w->rows - at : BLOCK,
+            .accumulate = run->accumulate,
+        };
+        run->stream->cpu->kernels->gemm_bf16(&job);
+    }
+}
+
+static void mapped_x(void *arg, uint32_t begin, uint32_t end) {
+    const mapped_run *mapped = arg;
+    uint8_t *to = (uint8_t *)(mapped->x + (size_t)begin * mapped->run.weight->cols_padded);
+    prepare_x(&mapped->run, mapped->begin + begin, end - begin, end - begin, to);
+}
+
+/* Rows in groups, whose x is prepared once for all tasks. */
+static void run_mapped(gemm_run *run) {
+    const loci_weight *w = run->weight;
+    loci_pool *pool = run->stream->cpu->pool;
+    uint32_t most = GROUP_TILES_MAX * TILE_ROWS;
+    uint32_t padded = run->rows < most ? (run->rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS : most;
+    size_t bytes = (size_t)padded * w->cols_padded * sizeof(uint16_t);
+    mapped_run mapped = {.run = *run, .x = loci_cpu_scratch_get(&run->stream->scratch, bytes)};
+    if (!mapped.x) {
+        run->failed = true;
+        return;
+    }
+    for (; mapped.begin < run->rows; mapped.begin += most) {
+        uint32_t left = run->rows - mapped.begin;
+        mapped.rows = left < most ? left : most;
+        loci_cpu_for_rows(run->stream, mapped.rows, w->cols, mapped_x, &mapped);
+        size_t used = (size_t)mapped.rows * w->cols_padded * sizeof(uint16_t);
+        memset((uint8_t *)mapped.x + used, 0, bytes - used);
+        if (run->rows <= FEW_ROWS)
+            loci_pool_run(pool, w->blocks, in_place_block, &mapped);
+        else
+            loci_pool_run(pool, (w->rows + WIDE_COLUMNS - 1) / WIDE_COLUMNS, packing_task, &mapped);
+    }
+    if (mapped.run.failed) run->failed = true;
+}
+
 void loci_cpu_gemm(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
                    const loci_weight *weight, bool accumulate) {
     if (rows == 0) return;
@@ -324,7 +499,9 @@ void loci_cpu_gemm(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
         .rows = rows,
         .accumulate = accumulate,
     };
-    if (rows > FEW_ROWS && (w->wide || w->rest))
+    if (!w->packed)
+        run_mapped(&run);
+    else if (rows > FEW_ROWS && (w->wide || w->rest))
         run_dnnl(&run);
     else
         run_own(&run);
@@ -345,6 +522,11 @@ void loci_cpu_embed(loci_stream *stream, loci_ref y, const loci_weight *table, l
             return;
         }
         uint32_t row = (uint32_t)id[r];
+        if (!w->packed) {
+            const uint16_t *from = mapped_row(w, row);
+            for (uint32_t k = 0; k < w->cols; k++) to[k] = loci_bf16_to_f32(from[k]);
+            continue;
+        }
         size_t at = row / BLOCK * w->block_elements + row % BLOCK;
         for (uint32_t k = 0; k < w->cols; k++) {
             if (w->precision == LOCI_F32)

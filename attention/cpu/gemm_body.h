@@ -6,6 +6,7 @@
  * number of registers.
  */
 #include "attention/cpu/kernels.h"
+#include "base/half.h"
 
 #if VW == 16
 #define GEMM_VECTORS 4
@@ -86,4 +87,29 @@ static void gemm_f32(const loci_gemm_job *job) {
 
 static void gemm_bf16(const loci_gemm_job *job) {
     gemm_block(job, true);
+}
+
+VINLINE void gemm_put_one(const loci_gemm_rows_job *job, uint32_t row, uint32_t i, float sum) {
+    float *y = job->y + row * job->y_stride + i;
+    *y = job->accumulate ? *y + sum : sum;
+}
+
+static void gemm_rows(const loci_gemm_rows_job *job) {
+    size_t whole = job->cols / VW * VW;
+    for (uint32_t i = 0; i < job->count; i++) {
+        const uint16_t *w = job->w + i * job->cols;
+        for (uint32_t r = 0; r < job->rows; r++) {
+            const uint16_t *x = job->x + r * job->x_stride;
+            vf a = v_zero(), b = v_zero();
+            size_t k = 0;
+            for (; k + 2 * VW <= whole; k += 2 * VW) {
+                a = v_fma(v_load_bf16(w + k), v_load_bf16(x + k), a);
+                b = v_fma(v_load_bf16(w + k + VW), v_load_bf16(x + k + VW), b);
+            }
+            for (; k < whole; k += VW) a = v_fma(v_load_bf16(w + k), v_load_bf16(x + k), a);
+            float sum = v_reduce_add(v_add(a, b));
+            for (; k < job->cols; k++) sum += loci_bf16_to_f32(w[k]) * loci_bf16_to_f32(x[k]);
+            gemm_put_one(job, r, i, sum);
+        }
+    }
 }

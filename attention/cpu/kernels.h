@@ -36,6 +36,17 @@ typedef struct loci_gemm_job {
     bool accumulate;
 } loci_gemm_job;
 
+/* y[row][i] (+)= x[row] . w[i] for `rows` rows and `count` rows of a weight that is not packed, all
+ * of them bf16 and `cols` long. */
+typedef struct loci_gemm_rows_job {
+    const uint16_t *x, *w;
+    size_t x_stride, cols;
+    float *y;
+    size_t y_stride;
+    uint32_t rows, count;
+    bool accumulate;
+} loci_gemm_rows_job;
+
 /* Online softmax attention of packed query rows over the keys [key_begin, key_end) of a span, in
  * tiles of LOCI_DENSE_KEYS that begin at multiples of it. Row r sees keys [first[r], last[r]), and
  * key 0 whatever they say when sink is set. */
@@ -62,6 +73,7 @@ typedef struct loci_dense_job {
 typedef struct loci_cpu_kernels {
     void (*gemm_f32)(const loci_gemm_job *job);
     void (*gemm_bf16)(const loci_gemm_job *job);
+    void (*gemm_rows)(const loci_gemm_rows_job *job);
     uint32_t dense_multiple; /* head_dim that `dense` can take is a multiple of this */
     void (*dense)(const loci_dense_job *job);
     /* (optional) The same with products of factors rounded to bf16, for at most LOCI_DENSE_DP_ROWS

@@ -10,7 +10,7 @@
 #include "attention/cpu/gemm_body.h"
 #include "attention/cpu/pointwise_body.h"
 
-const loci_cpu_kernels loci_cpu_kernels_avx2 = {gemm_f32, gemm_bf16, VW,   dense,   NULL,
-                                                rms_norm, swiglu,    rope, to_bf16, exp_sum};
+const loci_cpu_kernels loci_cpu_kernels_avx2 = {
+    gemm_f32, gemm_bf16, gemm_rows, VW, dense, NULL, rms_norm, swiglu, rope, to_bf16, exp_sum};
 
 #endif

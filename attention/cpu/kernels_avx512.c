@@ -39,10 +39,37 @@ static void gemm_dp_bf16(const loci_gemm_job *job) {
     for (; row < job->rows; row++) gemm_dp_group(job, row, 1);
 }
 
-const loci_cpu_kernels loci_cpu_kernels_avx512 = {gemm_f32, gemm_bf16, VW,   dense,   NULL,
-                                                  rms_norm, swiglu,    rope, to_bf16, exp_sum};
+/* `streams` rows of the weight side by side: the sums are long chains otherwise. */
+VINLINE void gemm_dp_streams(const loci_gemm_rows_job *job, uint32_t i, int streams) {
+    const uint16_t *w = job->w + i * job->cols;
+    for (uint32_t r = 0; r < job->rows; r++) {
+        const uint16_t *x = job->x + r * job->x_stride;
+        __m512 sum[4];
+        for (int s = 0; s < streams; s++) sum[s] = _mm512_setzero_ps();
+        for (size_t k = 0; k < job->cols; k += 32) {
+            __mmask32 some = job->cols - k >= 32 ? ~0u : (1u << (job->cols - k)) - 1;
+            __m512bh a = (__m512bh)_mm512_maskz_loadu_epi16(some, x + k);
+            for (int s = 0; s < streams; s++)
+                sum[s] = _mm512_dpbf16_ps(
+                    sum[s], a,
+                    (__m512bh)_mm512_maskz_loadu_epi16(some, w + (size_t)s * job->cols + k));
+        }
+        for (int s = 0; s < streams; s++)
+            gemm_put_one(job, r, i + (uint32_t)s, v_reduce_add(sum[s]));
+    }
+}
 
-const loci_cpu_kernels loci_cpu_kernels_avx512_bf16 = {
-    gemm_f32, gemm_dp_bf16, VW, dense, dense_dp, rms_norm, swiglu, rope, to_bf16, exp_sum};
+static void gemm_dp_rows(const loci_gemm_rows_job *job) {
+    uint32_t i = 0;
+    for (; i + 4 <= job->count; i += 4) gemm_dp_streams(job, i, 4);
+    for (; i < job->count; i++) gemm_dp_streams(job, i, 1);
+}
+
+const loci_cpu_kernels loci_cpu_kernels_avx512 = {
+    gemm_f32, gemm_bf16, gemm_rows, VW, dense, NULL, rms_norm, swiglu, rope, to_bf16, exp_sum};
+
+const loci_cpu_kernels loci_cpu_kernels_avx512_bf16 = {gemm_f32, gemm_dp_bf16, gemm_dp_rows, VW,
+                                                       dense,    dense_dp,     rms_norm,     swiglu,
+                                                       rope,     to_bf16,      exp_sum};
 
 #endif

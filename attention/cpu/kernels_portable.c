@@ -8,5 +8,5 @@
 #include "attention/cpu/gemm_body.h"
 #include "attention/cpu/pointwise_body.h"
 
-const loci_cpu_kernels loci_cpu_kernels_portable = {gemm_f32, gemm_bf16, VW,   dense,   NULL,
-                                                    rms_norm, swiglu,    rope, to_bf16, exp_sum};
+const loci_cpu_kernels loci_cpu_kernels_portable = {
+    gemm_f32, gemm_bf16, gemm_rows, VW, dense, NULL, rms_norm, swiglu, rope, to_bf16, exp_sum};

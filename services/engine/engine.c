@@ -174,10 +174,13 @@ static loci_status plan_memory(loci_engine *engine, const loci_engine_options *o
                                  .limit = options->memory_bytes ? options->memory_bytes
                                                                 : loci_plan_default_limit()};
     LOCI_TRY(tokenizer_bytes(options->model, &request.tokenizer_bytes, err));
+    LOCI_TRY(loci_model_can_map(options->model, engine->backend, precision, &request.can_map, err));
     if (engine->also) {
         request.also_config = loci_model_config_of(engine->also->model);
         request.also_sequence_tokens = engine->also->sequence_tokens;
         LOCI_TRY(tokenizer_bytes(options->also_model, &request.also_tokenizer_bytes, err));
+        LOCI_TRY(loci_model_can_map(options->also_model, engine->backend, precision,
+                                    &request.also_can_map, err));
     }
     LOCI_TRY(loci_plan_make(&request, &engine->plan, err));
     LOCI_TRY(loci_budget_create(request.limit, &engine->budget, err));
@@ -280,8 +283,12 @@ static loci_status prepare_model(loci_engine *engine, const char *dir, loci_erro
 }
 
 static loci_status load_model(loci_engine *engine, const char *dir, loci_dtype precision,
-                              unsigned slots, loci_error *err) {
-    LOCI_TRY(loci_model_load(engine->model, dir, engine->backend, precision, err));
+                              bool mapped, unsigned slots, loci_error *err) {
+    if (mapped)
+        loci_log_info("the weights of %s stay in their files, since packed ones do not fit the "
+                      "memory budget: slower, most so where they do not fit the page cache",
+                      dir);
+    LOCI_TRY(loci_model_load(engine->model, dir, engine->backend, precision, mapped, err));
     set_geometry(engine);
     return open_slots(engine, slots, err);
 }
@@ -301,7 +308,8 @@ static loci_status load_also(loci_engine *engine, const loci_engine_options *opt
     loci_engine *also = engine->also;
     if (!also) return LOCI_OK;
     also->budget = engine->budget;
-    LOCI_TRY(load_model(also, options->also_model, precision, 1, err));
+    bool mapped = engine->plan.also_mapped;
+    LOCI_TRY(load_model(also, options->also_model, precision, mapped, 1, err));
     if (strcmp(also->geometry.fingerprint, engine->geometry.fingerprint) != 0) return LOCI_OK;
     return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_CONFIG",
                             "--also-model %.200s is the same model as --model",
@@ -322,7 +330,9 @@ loci_status loci_engine_open(const loci_engine_options *options, loci_engine **o
     LOCI_TRY_GOTO(prepare_also(engine, options, err), out);
     LOCI_TRY_GOTO(plan_memory(engine, options, precision, err), out);
     watch_memory(engine);
-    LOCI_TRY_GOTO(load_model(engine, options->model, precision, engine->plan.slots, err), out);
+    LOCI_TRY_GOTO(
+        load_model(engine, options->model, precision, engine->plan.mapped, engine->plan.slots, err),
+        out);
     LOCI_TRY_GOTO(load_also(engine, options, precision, err), out);
     LOCI_TRY_GOTO(loci_splitter_open(loci_model_tokenizer(engine->model), SEGMENT_TOKENS,
                                      loci_model_specials(engine->model)->begin, &engine->splitter,

@@ -55,9 +55,20 @@ static uint64_t weight_bytes(uint64_t rows, uint64_t cols, loci_dtype precision)
     return elements * (precision == LOCI_BF16 ? 2 : 4);
 }
 
-/* Weights, and the tokenizer: about four times its file while that is read. */
-static uint64_t model_bytes(const loci_plan_request *r, const loci_model_config *c,
-                            uint64_t tokenizer_bytes) {
+static uint64_t widest_of(const loci_model_config *c) {
+    return c->intermediate > c->hidden ? c->intermediate : c->hidden;
+}
+
+/* Of a mapped model: gains, and what its products pack on each thread and stream. */
+static uint64_t mapped_bytes(const loci_plan_request *r, const loci_model_config *c) {
+    uint64_t q = (uint64_t)c->q_heads * c->head_dim, kv = (uint64_t)c->kv_heads * c->head_dim;
+    uint64_t streams = r->queries ? r->queries + 1 : SLOTS_DEFAULT + 1;
+    return c->layers * (4ull * c->hidden + q + 2 * kv) * sizeof(float) +
+           (r->threads + streams) * PRODUCT_ROWS * round_up(widest_of(c), 32) * sizeof(uint16_t);
+}
+
+/* Packed weights. */
+static uint64_t packed_bytes(const loci_plan_request *r, const loci_model_config *c) {
     uint64_t q = (uint64_t)c->q_heads * c->head_dim, kv = (uint64_t)c->kv_heads * c->head_dim;
     uint64_t layer = weight_bytes(q + 2 * kv, c->hidden, r->precision) +
                      weight_bytes(c->hidden, q, r->precision) +
@@ -66,8 +77,16 @@ static uint64_t model_bytes(const loci_plan_request *r, const loci_model_config 
                      (4ull * c->hidden + q + 2 * kv) * sizeof(float);
     if (c->qkv_bias) layer += weight_bytes(1, q + 2 * kv, LOCI_F32);
     uint64_t tables = c->tied_embeddings ? 1 : 2;
-    return c->layers * layer + tables * weight_bytes(c->vocab, c->hidden, r->precision) +
-           4 * tokenizer_bytes;
+    return c->layers * layer + tables * weight_bytes(c->vocab, c->hidden, r->precision);
+}
+
+/* Weights, and tokenizers: about four times their files while these are read. */
+static uint64_t model_bytes(const loci_plan_request *r, bool mapped) {
+    uint64_t bytes = 4 * (r->tokenizer_bytes + r->also_tokenizer_bytes);
+    bytes += mapped && r->can_map ? mapped_bytes(r, r->config) : packed_bytes(r, r->config);
+    if (!r->also_config) return bytes;
+    return bytes + (mapped && r->also_can_map ? mapped_bytes(r, r->also_config)
+                                              : packed_bytes(r, r->also_config));
 }
 
 /* A row of activations (model/decoder.c). */
@@ -99,10 +118,6 @@ static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document
            loci_plan_encode_bytes(r->config, ENCODE_ROWS) + 4 * MIB;
 }
 
-static uint64_t widest_of(const loci_model_config *c) {
-    return c->intermediate > c->hidden ? c->intermediate : c->hidden;
-}
-
 static uint64_t process_bytes(const loci_plan_request *r) {
     uint64_t widest = widest_of(r->config);
     if (r->also_config && widest_of(r->also_config) > widest) widest = widest_of(r->also_config);
@@ -116,18 +131,23 @@ static unsigned long long mib(uint64_t bytes) {
 
 loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loci_error *err) {
     loci_plan plan = {.process = process_bytes(request),
-                      .model = model_bytes(request, request->config, request->tokenizer_bytes),
+                      .model = model_bytes(request, false),
                       .database = DATABASE_LEAST,
                       .registration = registration_bytes(request, DOCUMENT_LEAST, 0),
                       .slot = loci_plan_slot_bytes(request->config, request->sequence_tokens),
                       .slots = request->queries ? request->queries : 1,
                       .document_bytes_max = DOCUMENT_LEAST};
-    if (request->also_config) {
-        plan.model += model_bytes(request, request->also_config, request->also_tokenizer_bytes);
+    if (request->also_config)
         plan.also_slot = loci_plan_slot_bytes(request->also_config, request->also_sequence_tokens);
-    }
     uint64_t least = plan.process + plan.model + plan.database + plan.registration +
                      plan.slots * plan.slot + plan.also_slot + LOOKUPS_LEAST;
+    if (request->limit < least && (request->can_map || request->also_can_map)) {
+        plan.mapped = request->can_map;
+        plan.also_mapped = request->also_can_map;
+        least -= plan.model;
+        plan.model = model_bytes(request, true);
+        least += plan.model;
+    }
     if (request->limit < least)
         return loci_fail_reason(
             err, LOCI_E_INVAL, "MEMORY_TOO_SMALL",

@@ -16,12 +16,14 @@ typedef struct loci_plan_request {
     const loci_geometry *geometry; /* the fingerprint does not matter */
     loci_dtype precision;
     uint64_t tokenizer_bytes; /* of tokenizer.json */
+    bool can_map;             /* the weights can be read from their files */
     unsigned threads;         /* of the backend */
     uint64_t calls_bytes;     /* messages of running calls */
     uint32_t sequence_tokens; /* of a slot */
     /* The model that only answers (locid --also-model), with one slot; config NULL = none. */
     const loci_model_config *also_config;
     uint64_t also_tokenizer_bytes;
+    bool also_can_map;
     uint32_t also_sequence_tokens;
     unsigned queries; /* slots; 0 = two, or one where memory is short */
     uint64_t limit;   /* the budget */
@@ -30,6 +32,9 @@ typedef struct loci_plan_request {
 typedef struct loci_plan {
     uint64_t process, model, database, registration, slot; /* slot: of one question */
     unsigned slots;
+    /* Are the weights of either model to be mapped, because packed ones do not fit? Slower, but
+     * they take page cache only. */
+    bool mapped, also_mapped;
     uint64_t also_slot; /* of the other model; its weights are part of `model` */
     uint64_t document_bytes_max;
     uint32_t merge_tokens; /* of the largest extent that is merged; 0 = none is */

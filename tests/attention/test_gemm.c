@@ -69,7 +69,20 @@ static void expect(float *y, const float *x, const float *w, uint32_t rows, uint
         }
 }
 
-static void check_shape(rig *r, const shape *s, loci_dtype dtype, loci_dtype precision) {
+static loci_weight *make_weight(rig *r, const shape *s, void *const *parts, loci_dtype dtype,
+                                loci_dtype precision, bool mapped) {
+    loci_weight *weight;
+    const void *const *data = (const void *const *)parts;
+    if (mapped)
+        ok(r, r->ops->weight_map(r->backend, data, s->rows, s->parts, s->cols, &weight, &r->err));
+    else
+        ok(r, r->ops->weight_create(r->backend, data, s->rows, s->parts, s->cols, dtype, precision,
+                                    &weight, &r->err));
+    return weight;
+}
+
+static void check_shape(rig *r, const shape *s, loci_dtype dtype, loci_dtype precision,
+                        bool mapped) {
     uint32_t n = total_rows(s), k = s->cols, rows_max = 65;
     void *parts[3];
     float *plain, *x = random_floats((size_t)rows_max * k),
@@ -77,9 +90,7 @@ static void check_shape(rig *r, const shape *s, loci_dtype dtype, loci_dtype pre
     float *y = grab((size_t)rows_max * n * sizeof(float));
     float *good = grab((size_t)rows_max * n * sizeof(float));
     make_parts(s, dtype, parts, &plain);
-    loci_weight *weight;
-    ok(r, r->ops->weight_create(r->backend, (const void *const *)parts, s->rows, s->parts, k, dtype,
-                                precision, &weight, &r->err));
+    loci_weight *weight = make_weight(r, s, parts, dtype, precision, mapped);
     expect(good, x, plain, rows_max, n, k, precision);
     loci_ref xd = put(r, x, (size_t)rows_max * k * sizeof(float));
     for (size_t i = 0; i < sizeof row_counts / sizeof *row_counts; i++) {
@@ -113,9 +124,57 @@ static void test_products_equal_sums_in_double(void **state) {
     for (size_t i = 0; i < ISA_COUNT; i++) {
         rig r = rig_open(isas[i], 2);
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++) {
-            check_shape(&r, &shapes[s], dtypes[s % 3], LOCI_F32);
-            check_shape(&r, &shapes[s], dtypes[(s + 1) % 3], LOCI_BF16);
+            check_shape(&r, &shapes[s], dtypes[s % 3], LOCI_F32, false);
+            check_shape(&r, &shapes[s], dtypes[(s + 1) % 3], LOCI_BF16, false);
+            if (shapes[s].cols % 2 == 0) check_shape(&r, &shapes[s], LOCI_BF16, LOCI_BF16, true);
         }
+        rig_close(&r);
+    }
+}
+
+/* Many rows by a mapped weight have the bytes of those by a packed one; its table is the same. */
+static void test_mapped_weights_are_packed_ones(void **state) {
+    (void)state;
+    shape s = {{100, 300, 60}, 3, 70};
+    uint32_t n = total_rows(&s), rows = 300; /* more than a group */
+    for (size_t i = 0; i < ISA_COUNT; i++) {
+        rig r = rig_open(isas[i], 2);
+        void *parts[3];
+        float *plain, *x = random_floats((size_t)rows * s.cols);
+        make_parts(&s, LOCI_BF16, parts, &plain);
+        loci_ref xd = put(&r, x, (size_t)rows * s.cols * sizeof(float));
+        size_t bytes = (size_t)rows * n * sizeof(float), row_bytes = s.cols * sizeof(float);
+        float *y[2] = {grab(bytes), grab(bytes)},
+              *table[2] = {grab(2 * row_bytes), grab(2 * row_bytes)};
+        const int32_t ids[2] = {99, 401};
+        for (int mapped = 0; mapped < 2; mapped++) {
+            loci_weight *weight = make_weight(&r, &s, parts, LOCI_BF16, LOCI_BF16, mapped != 0);
+            loci_ref yd = put(&r, NULL, bytes), td = put(&r, NULL, 2 * row_bytes);
+            loci_ref id = put(&r, ids, sizeof ids);
+            r.ops->gemm(r.stream, yd, xd, rows, weight, false);
+            r.ops->embed(r.stream, td, weight, id, 2);
+            get(&r, y[mapped], yd, bytes);
+            get(&r, table[mapped], td, 2 * row_bytes);
+            drop(&r, yd);
+            drop(&r, td);
+            drop(&r, id);
+            r.ops->weight_free(r.backend, weight);
+        }
+        assert_memory_equal(y[0], y[1], bytes);
+        assert_memory_equal(table[0], table[1], 2 * row_bytes);
+        assert_memory_equal(table[0] + s.cols, plain + (size_t)401 * s.cols, row_bytes);
+        drop(&r, xd);
+        for (int j = 0; j < 2; j++) {
+            free(y[j]);
+            free(table[j]);
+        }
+        for (int p = 0; p < 3; p++) free(parts[p]);
+        free(plain);
+        free(x);
+        loci_weight *odd;
+        assert_int_equal(
+            r.ops->weight_map(r.backend, (const void *const *)parts, s.rows, 3, 71, &odd, &r.err),
+            LOCI_E_UNSUPPORTED);
         rig_close(&r);
     }
 }
@@ -229,6 +288,7 @@ static void test_refusals(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_products_equal_sums_in_double),
+        cmocka_unit_test(test_mapped_weights_are_packed_ones),
         cmocka_unit_test(test_a_row_does_not_depend_on_the_others),
         cmocka_unit_test(test_embedding_rows),
         cmocka_unit_test(test_refusals),

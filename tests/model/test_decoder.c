@@ -180,9 +180,10 @@ static void check_segment(loci_model *model, golden *g, double tolerance) {
 }
 
 static void check_goldens(const char *dir, const char *path, loci_backend *backend,
-                          loci_dtype precision) {
+                          loci_dtype precision, bool mapped) {
     loci_model *model;
-    ok(loci_model_open(dir, backend, precision, &model, &err));
+    ok(loci_model_prepare(dir, &model, &err));
+    ok(loci_model_load(model, dir, backend, precision, mapped, &err));
     golden g = golden_open(path);
     /* Keys are rounded to bf16 (2^-9) in both precisions. */
     double logits = precision == LOCI_F32 ? 1e-4 : 2e-2, kv = precision == LOCI_F32 ? 4e-3 : 4e-2;
@@ -214,8 +215,14 @@ static void test_tiny_models_equal_transformers(void **state) {
             char dir[64], path[64];
             snprintf(dir, sizeof dir, DATA "tiny-%s", tiny[m]);
             snprintf(path, sizeof path, DATA "decoder_tiny-%s.bin", tiny[m]);
-            check_goldens(dir, path, backend, LOCI_F32);
-            check_goldens(dir, path, backend, LOCI_BF16);
+            bool can_map;
+            check_goldens(dir, path, backend, LOCI_F32, false);
+            check_goldens(dir, path, backend, LOCI_BF16, false);
+            ok(loci_model_can_map(dir, backend, LOCI_F32, &can_map, &err));
+            assert_false(can_map);
+            ok(loci_model_can_map(dir, backend, LOCI_BF16, &can_map, &err));
+            assert_int_equal(can_map, strcmp(tiny[m], "3heads") != 0); /* it is in f32 */
+            if (can_map) check_goldens(dir, path, backend, LOCI_BF16, true);
         }
         loci_backend_close(backend);
     }
@@ -224,8 +231,9 @@ static void test_tiny_models_equal_transformers(void **state) {
 static void test_built_in_model_equals_transformers(void **state) {
     (void)state;
     loci_backend *backend = open_cpu(NULL, 0);
-    check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_F32);
-    check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16);
+    check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_F32, false);
+    check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16, false);
+    check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16, true);
     loci_backend_close(backend);
 }
 

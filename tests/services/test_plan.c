@@ -116,6 +116,30 @@ static void test_plans_of_a_large_model(void **state) {
     assert_true(plan.model > 14 * GIB && plan.model < 16 * GIB);
 }
 
+/* Weights that can be are mapped where packed ones do not fit, and only there. */
+static void test_weights_are_mapped_when_they_do_not_fit(void **state) {
+    (void)state;
+    loci_plan_request request = request_of(&large, 12 * GIB);
+    loci_plan plan;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_E_INVAL);
+    request.can_map = true;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_true(plan.mapped && !plan.also_mapped && plan.model < 256 * MIB);
+    assert_true(sum(&plan) < 12 * GIB);
+    request.limit = least_of(request);
+    assert_true(request.limit < 4 * GIB);
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    request.limit = 64 * GIB;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_true(!plan.mapped && plan.model > 14 * GIB);
+    /* A small model that cannot be mapped beside a large one that can. */
+    request.limit = 12 * GIB;
+    request.also_config = &built_in;
+    request.also_sequence_tokens = 1300;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_true(plan.mapped && !plan.also_mapped && plan.model > 40 * MIB);
+}
+
 /* A bias of queries, keys and values is packed as a weight of one row, filled up to 64, in f32. */
 static void test_biases_are_counted(void **state) {
     (void)state;
@@ -173,6 +197,7 @@ int main(void) {
         cmocka_unit_test(test_a_model_that_also_answers_is_counted),
         cmocka_unit_test(test_plans_of_the_built_in_model),
         cmocka_unit_test(test_plans_of_a_large_model),
+        cmocka_unit_test(test_weights_are_mapped_when_they_do_not_fit),
         cmocka_unit_test(test_biases_are_counted),
         cmocka_unit_test(test_questions_that_are_asked_for_are_counted),
     };
