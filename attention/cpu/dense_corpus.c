@@ -22,7 +22,7 @@
 #define CHUNK_MANY 4096u
 
 typedef struct dense_chunk {
-    lookup_pair *pair;
+    lookup_part *part;   /* the first of its pair */
     uint32_t begin, end; /* slots */
     uint32_t live;
     uint32_t bad;           /* first slot with a wrong hash, else UINT32_MAX */
@@ -44,14 +44,14 @@ struct corpus_job {
 };
 typedef struct corpus_job corpus_job;
 
-static bool is_live(const lookup_pair *pair, uint32_t slot) {
-    return !pair->live || (pair->live[slot / 64] >> slot % 64 & 1);
+static bool is_live(const lookup_part *part, uint32_t slot) {
+    return !part->live || (part->live[slot / 64] >> slot % 64 & 1);
 }
 
-static uint32_t count_live(const lookup_pair *pair, uint32_t begin, uint32_t end) {
+static uint32_t count_live(const lookup_part *part, uint32_t begin, uint32_t end) {
     uint32_t live = 0;
-    if (!pair->live) return end - begin;
-    for (uint32_t slot = begin; slot < end; slot++) live += is_live(pair, slot);
+    if (!part->live) return end - begin;
+    for (uint32_t slot = begin; slot < end; slot++) live += is_live(part, slot);
     return live;
 }
 
@@ -59,11 +59,11 @@ static uint32_t count_live(const lookup_pair *pair, uint32_t begin, uint32_t end
 
 /* K and V of the chunk's live slots, verified, one after another: in place when all are live. */
 static const uint16_t *take_kv(dense_chunk *chunk, uint32_t dim, uint16_t *gathered) {
-    const uint8_t *blob = chunk->pair->blob;
+    const uint8_t *blob = chunk->part->blob;
     bool whole = chunk->live == chunk->end - chunk->begin;
     size_t at = 0;
     for (uint32_t slot = chunk->begin; slot < chunk->end; slot++) {
-        if (!whole && !is_live(chunk->pair, slot)) continue;
+        if (!whole && !is_live(chunk->part, slot)) continue;
         if (!loci_slot_check_kv(blob, slot)) {
             chunk->bad = slot;
             return NULL;
@@ -93,7 +93,7 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
         first[i] = 0;
         last[i] = chunk->live;
     }
-    const float *q = lookup->q + (size_t)chunk->pair->kv_head * lookup->vectors * dim;
+    const float *q = lookup->q + (size_t)chunk->part->kv_head * lookup->vectors * dim;
     for (uint32_t v = 0; v < lookup->vectors; v += ROWS_MAX) {
         loci_dense_job dense = {
             .q = q + (size_t)v * dim,
@@ -132,10 +132,10 @@ static void join_vector(void *arg, size_t index, unsigned thread) {
     float max = -INFINITY, sum = 0.0f;
     memset(out, 0, dim * sizeof *out);
     for (size_t c = 0; c < job->chunk_count; c++)
-        if (job->chunks[c].pair->kv_head == h) max = fmaxf(max, job->chunks[c].max[v]);
+        if (job->chunks[c].part->kv_head == h) max = fmaxf(max, job->chunks[c].max[v]);
     for (size_t c = 0; c < job->chunk_count && max > -INFINITY; c++) {
         const dense_chunk *chunk = &job->chunks[c];
-        if (chunk->pair->kv_head != h) continue;
+        if (chunk->part->kv_head != h) continue;
         float weight = expf(chunk->max[v] - max);
         sum += chunk->sum[v] * weight;
         lookup->kernels->axpy(out, chunk->out + (size_t)v * dim, dim, weight);
@@ -150,18 +150,18 @@ static bool cut_chunks(corpus_job *job) {
     size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads, most = 0, live = 0;
     uint32_t step = lookup->vectors <= FEW_VECTORS ? CHUNK_FEW : CHUNK_MANY;
     for (size_t p = 0; p < pairs; p++)
-        most += loci_pair_header_of(lookup->pairs[p].blob)->tokens / step + 1;
+        most += loci_pair_header_of(lookup_first_part(lookup, p)->blob)->tokens / step + 1;
     job->chunks = lookup_alloc(lookup, most * sizeof *job->chunks);
     job->pair_chunk = lookup_alloc(lookup, (pairs + 1) * sizeof *job->pair_chunk);
     if (!job->chunks || !job->pair_chunk) return false;
     for (size_t p = 0; p < pairs; p++) {
-        lookup_pair *pair = &lookup->pairs[p];
-        uint32_t tokens = loci_pair_header_of(pair->blob)->tokens;
+        lookup_part *part = lookup_first_part(lookup, p);
+        uint32_t tokens = loci_pair_header_of(part->blob)->tokens;
         job->pair_chunk[p] = job->chunk_count;
         for (uint32_t slot = 0; slot < tokens; slot += step) {
-            dense_chunk chunk = {.pair = pair, .begin = slot, .bad = UINT32_MAX};
+            dense_chunk chunk = {.part = part, .begin = slot, .bad = UINT32_MAX};
             chunk.end = tokens - slot < step ? tokens : slot + step;
-            chunk.live = count_live(pair, chunk.begin, chunk.end);
+            chunk.live = count_live(part, chunk.begin, chunk.end);
             if (chunk.live > 0) job->chunks[job->chunk_count++] = chunk;
             live += chunk.live;
         }
@@ -191,20 +191,20 @@ static void count_bytes(const corpus_job *job) {
     size_t token = 4 * (size_t)job->lookup->dim;
     for (size_t c = 0; c < job->chunk_count; c++) {
         const dense_chunk *chunk = &job->chunks[c];
-        loci_lookup_stats *stats = &chunk->pair->stats;
-        if (chunk->bad != UINT32_MAX) lookup_fault(chunk->pair, "KV of slot", chunk->bad);
+        loci_lookup_stats *stats = &chunk->part->stats;
+        if (chunk->bad != UINT32_MAX) lookup_fault(chunk->part, "KV of slot", chunk->bad);
         stats->hash_bytes += chunk->live * sizeof(uint64_t);
         stats->kv_bytes += chunk->live * token;
     }
     size_t pairs = (size_t)job->lookup->corpus->extent_count * job->lookup->kv_heads;
     for (size_t p = 0; p < pairs; p++) {
-        lookup_pair *pair = &job->lookup->pairs[p];
-        for (uint32_t r = 0; r < loci_pair_header_of(pair->blob)->roots; r++) {
-            const loci_root *root = loci_pair_root(pair->blob, r);
-            const loci_leaf *leaf = loci_root_leaves(pair->blob, root);
+        lookup_part *part = lookup_first_part(job->lookup, p);
+        for (uint32_t r = 0; r < loci_pair_header_of(part->blob)->roots; r++) {
+            const loci_root *root = loci_pair_root(part->blob, r);
+            const loci_leaf *leaf = loci_root_leaves(part->blob, root);
             for (uint32_t l = 0; l < root->count; l++)
-                if (lookup_live_bits(pair->live, leaf[l].begin, leaf[l].count))
-                    pair->stats.kv_leaf_bytes += leaf[l].count * token;
+                if (lookup_live_bits(part->live, leaf[l].begin, leaf[l].count))
+                    part->stats.kv_leaf_bytes += leaf[l].count * token;
         }
     }
 }
@@ -256,7 +256,7 @@ static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weight
     const loci_lookup *lookup = job->lookup;
     memset(weights, 0, chunk->live * sizeof *weights);
     for (uint32_t v = job->row_begin * lookup->group; v < lookup->vectors; v++) {
-        uint32_t head = chunk->pair->kv_head * lookup->group + v % lookup->group;
+        uint32_t head = chunk->part->kv_head * lookup->group + v % lookup->group;
         float total = job->total_lse[(size_t)(v / lookup->group) * lookup->q_heads + head];
         const float *logits = chunk->logits + (size_t)v * chunk->live;
         lookup->kernels->exp_sub(some, logits, chunk->live, total);
@@ -268,20 +268,20 @@ static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weight
 static void attribute_pair(void *arg, size_t index, unsigned thread) {
     (void)thread;
     corpus_job *job = arg;
-    const lookup_pair *pair = &job->lookup->pairs[index];
+    const lookup_part *part = lookup_first_part(job->lookup, index);
     float weights[CHUNK_FEW], some[CHUNK_FEW];
     for (size_t c = job->pair_chunk[index]; c < job->pair_chunk[index + 1]; c++) {
         dense_chunk *chunk = &job->chunks[c];
         const float *at = weights;
         weigh(job, chunk, weights, some);
         for (uint32_t slot = chunk->begin; slot < chunk->end; slot++) {
-            if (!is_live(pair, slot)) continue;
-            if (!loci_slot_check_record(pair->blob, slot)) {
+            if (!is_live(part, slot)) continue;
+            if (!loci_slot_check_record(part->blob, slot)) {
                 chunk->bad = slot;
                 return;
             }
-            uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(pair->blob, slot));
-            if (segment < pair->extent->segments) job->mass[index][segment] += (double)*at;
+            uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(part->blob, slot));
+            if (segment < part->extent->segments) job->mass[index][segment] += (double)*at;
             at++;
         }
     }
@@ -291,7 +291,7 @@ static bool place_mass(corpus_job *job, size_t pairs) {
     loci_lookup *lookup = job->lookup;
     job->mass = lookup_alloc(lookup, pairs * sizeof *job->mass);
     for (size_t p = 0; job->mass && p < pairs; p++) {
-        size_t bytes = lookup->pairs[p].extent->segments * sizeof(double);
+        size_t bytes = lookup_first_part(lookup, p)->extent->segments * sizeof(double);
         job->mass[p] = lookup_alloc(lookup, bytes);
         if (!job->mass[p]) return false;
         memset(job->mass[p], 0, bytes);
@@ -309,10 +309,10 @@ static void attribute_whole(loci_stream *stream, corpus_job *job, float *mass) {
     loci_pool_run(lookup->cpu->pool, pairs, attribute_pair, job);
     for (size_t c = 0; c < job->chunk_count; c++)
         if (job->chunks[c].bad != UINT32_MAX)
-            lookup_fault(job->chunks[c].pair, "record of slot", job->chunks[c].bad);
+            lookup_fault(job->chunks[c].part, "record of slot", job->chunks[c].bad);
     if (!lookup_report(stream, lookup)) return;
     for (size_t p = 0; p < pairs; p++) {
-        const loci_extent_view *extent = lookup->pairs[p].extent;
+        const loci_extent_view *extent = lookup_first_part(lookup, p)->extent;
         for (uint32_t s = 0; s < extent->segments; s++)
             mass[extent->segment_base + s] += (float)job->mass[p][s];
     }

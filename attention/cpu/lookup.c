@@ -459,7 +459,7 @@ static bool reserve_choices(loci_stream *stream, loci_lookup *lookup, size_t cho
 static void count_live(loci_lookup *lookup) {
     size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads;
     for (size_t i = 0; lookup->ready && i < pairs; i++) {
-        lookup_part *part = &lookup->parts[lookup->pair_begin[i]];
+        lookup_part *part = lookup_first_part(lookup, i);
         lookup_head *head = &lookup->heads[part->kv_head];
         const uint32_t *live = head->root_live + part->root_base;
         uint32_t roots = loci_pair_header_of(part->blob)->roots;

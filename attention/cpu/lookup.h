@@ -58,7 +58,7 @@ typedef struct lookup_head {
     uint32_t *root_first; /* [roots] first slot in the root's pair */
     uint8_t *root_leaves; /* [roots] */
     uint64_t live_tokens;
-    double spread; /* sum over extents of the square root of their live tokens */
+    double spread;         /* sum over extents of the square root of their live tokens */
     uint8_t *root_kept;    /* [rows][roots]; absent where all rows share one set */
     size_t *entry_begin;   /* [roots + 1] */
     uint32_t *entry_row;   /* [entries] */
@@ -115,9 +115,9 @@ void *lookup_alloc(loci_lookup *lookup, size_t bytes);
 /* One scratch of that many floats for each thread of the pool. */
 bool lookup_scratch(loci_lookup *lookup, size_t floats);
 
-/* The first part of a pair. */
-static inline lookup_part *lookup_part_at(const loci_lookup *lookup, size_t extent, size_t head) {
-    return &lookup->parts[lookup->pair_begin[extent * lookup->kv_heads + head]];
+/* The first part of a pair, extent * kv_heads + KV head. */
+static inline lookup_part *lookup_first_part(const loci_lookup *lookup, size_t pair) {
+    return &lookup->parts[lookup->pair_begin[pair]];
 }
 
 static inline bool lookup_shared(const loci_lookup *lookup) {

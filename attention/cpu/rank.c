@@ -127,7 +127,7 @@ static float score_extent_segment(const rank_job *job, uint32_t segment, loci_er
     double sum = 0.0;
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         size_t index = (size_t)e * lookup->kv_heads + h;
-        const lookup_part *part = lookup_part_at(lookup, e, h);
+        const lookup_part *part = lookup_first_part(lookup, index);
         if (end > loci_pair_header_of(part->blob)->tokens ||
             !positions_ok(part, begin, end, &bad)) {
             (void)loci_fail(err, LOCI_E_CORRUPT,
@@ -189,7 +189,7 @@ static void fold_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     rank_job *job = arg;
     loci_lookup *lookup = job->lookup;
-    lookup_part *part = &lookup->parts[lookup->pair_begin[index]];
+    lookup_part *part = lookup_first_part(lookup, index);
     const loci_pair_header *header = loci_pair_header_of(part->blob);
     if (header->position_codes_at == 0) {
         (void)loci_fail(&part->error, LOCI_E_PRECONDITION, "it was built without position codes");
