@@ -8,8 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "attention/cpu/cpu.h"
-
 static const loci_backend_ops *const known[] = {
     &loci_backend_cpu,
 #ifdef LOCI_WITH_CUDA
@@ -57,5 +55,5 @@ void loci_backend_close(loci_backend *backend) {
 }
 
 struct loci_pool *loci_backend_pool(loci_backend *backend) {
-    return backend->ops == &loci_backend_cpu ? ((loci_cpu *)backend->ctx)->pool : NULL;
+    return backend->ops->pool(backend);
 }

@@ -144,6 +144,8 @@ typedef struct loci_backend_ops {
     void (*close)(loci_backend *self);
     /* One line for logs and figures: "cpu avx512_bf16, 2 threads". */
     const char *(*describe)(loci_backend *self);
+    /* Threads of the CPU for host-side work (index building). */
+    struct loci_pool *(*pool)(loci_backend *self);
 
     /* Memory. alloc: zero-filled, 64-byte aligned. */
     loci_status (*alloc)(loci_backend *self, size_t bytes, loci_buffer **out, loci_error *err);
@@ -275,8 +277,7 @@ extern const loci_backend_ops loci_backend_cuda;
 LOCI_MUST_CHECK loci_status loci_backend_open(const char *name, const loci_backend_options *options,
                                               loci_backend **out, loci_error *err);
 void loci_backend_close(loci_backend *backend); /* NULL allowed */
-/* The CPU thread pool of a backend for host-side work (index building); NULL if none. */
-struct loci_pool *loci_backend_pool(loci_backend *backend);
+struct loci_pool *loci_backend_pool(loci_backend *backend); /* ops->pool */
 
 static inline loci_ref loci_ref_at(loci_buffer *buffer, size_t offset) {
     loci_ref ref = {buffer, offset};

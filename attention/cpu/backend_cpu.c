@@ -68,6 +68,10 @@ static const char *cpu_describe(loci_backend *self) {
     return ((loci_cpu *)self->ctx)->description;
 }
 
+static loci_pool *cpu_pool(loci_backend *self) {
+    return ((loci_cpu *)self->ctx)->pool;
+}
+
 static loci_status cpu_alloc(loci_backend *self, size_t bytes, loci_buffer **out, loci_error *err) {
     (void)self;
     *out = NULL;
@@ -171,6 +175,7 @@ const loci_backend_ops loci_backend_cpu = {
     .open = cpu_open,
     .close = cpu_close,
     .describe = cpu_describe,
+    .pool = cpu_pool,
     .alloc = cpu_alloc,
     .wrap = cpu_wrap,
     .free = cpu_free,

@@ -214,7 +214,7 @@ loci_status fixture_build(fixture *f, const char *isa, unsigned threads, uint32_
                           uint32_t flat_segments, const loci_pair_build_options *options,
                           loci_error *err) {
     loci_backend_options backend_options = {.threads = threads, .isa = isa};
-    LOCI_TRY(loci_backend_open("cpu", &backend_options, &f->backend, err));
+    LOCI_TRY(loci_backend_open(LOCI_TEST_BACKEND, &backend_options, &f->backend, err));
     LOCI_TRY(f->backend->ops->stream_open(f->backend, &f->stream, err));
     uint32_t segments = f->segments - flat_segments;
     cut_extents(f, extent_tokens, segments);
@@ -258,6 +258,16 @@ loci_status fixture_kill(fixture *f, const uint8_t *dead, loci_error *err) {
                                     f->memory_bytes[e] - view->pair_at[p], view->segment_dead,
                                     view->segments, bits, err));
         }
+    }
+    return LOCI_OK;
+}
+
+loci_status fixture_rewrap(fixture *f, loci_error *err) {
+    for (uint32_t e = 0; e < f->extents; e++) {
+        f->backend->ops->free(f->backend, f->views[e].buffer);
+        f->views[e].buffer = NULL;
+        LOCI_TRY(f->backend->ops->wrap(f->backend, f->memory[e], f->memory_bytes[e],
+                                       &f->views[e].buffer, err));
     }
     return LOCI_OK;
 }
@@ -367,6 +377,10 @@ loci_status fixture_look_up(const fixture *f, fixture_run *run, loci_error *err)
     loci_ref lse = loci_ref_at(buffer, 2 * q_bytes + lse_bytes);
     ops->upload(f->stream, q, run->q, q_bytes);
     ops->upload(f->stream, steady, run->steady, lse_bytes);
+    memset(run->out, 0xff, q_bytes); /* NaN, for every value is written */
+    memset(run->lse, 0xff, lse_bytes);
+    ops->upload(f->stream, out_ref, run->out, q_bytes);
+    ops->upload(f->stream, lse, run->lse, lse_bytes);
     enqueue(f, lookup, run, q, steady, out_ref, lse);
     ops->download(f->stream, run->out, out_ref, q_bytes);
     ops->download(f->stream, run->lse, lse, lse_bytes);

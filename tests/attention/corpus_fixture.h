@@ -14,6 +14,10 @@
 
 #include "attention/index_layout.h"
 
+#ifndef LOCI_TEST_BACKEND
+#define LOCI_TEST_BACKEND "cpu"
+#endif
+
 typedef struct fixture {
     loci_backend *backend;
     loci_stream *stream;
@@ -56,6 +60,8 @@ loci_status fixture_build(fixture *f, const char *isa, unsigned threads, uint32_
                           loci_error *err);
 /* Marks segments (of extents) dead and makes the bitmaps. dead: one byte a segment. */
 loci_status fixture_kill(fixture *f, const uint8_t *dead, loci_error *err);
+/* Lets the backend forget what it copied of the extents. */
+loci_status fixture_rewrap(fixture *f, loci_error *err);
 void fixture_close(fixture *f);
 /* Leaf `index` of a blob, and its root. */
 const loci_leaf *fixture_leaf(const uint8_t *blob, uint32_t index, uint32_t *root);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Look-ups on the CPU against the plain reference: dense, squeezed and hierarchical selection,
+ * Look-ups against the plain reference: dense, squeezed and hierarchical selection,
  * attention, the tail, deletion, damage.
  */
 #include <setjmp.h>
@@ -417,6 +417,7 @@ static void test_squeezed_refuses_thresholds_that_are_not_finite(void **state) {
 /* --- damage -------------------------------------------------------------------------- */
 
 static loci_status look_up(scene *s, loci_select_params params, loci_error *err) {
+    LOCI_TRY(fixture_rewrap(&s->f, err));
     fixture_run r = {.rows = s->rows,
                      .q = s->q,
                      .steady = s->steady,
@@ -593,7 +594,7 @@ static void test_selection_equals_numpy(void **state) {
     fixture *f = &s.f;
     *f = (fixture){
         .layers = 1, .dim = head[0], .kv_heads = head[1], .q_heads = head[2], .extents = head[4]};
-    assert_int_equal(loci_backend_open("cpu", NULL, &f->backend, &err), LOCI_OK);
+    assert_int_equal(loci_backend_open(LOCI_TEST_BACKEND, NULL, &f->backend, &err), LOCI_OK);
     assert_int_equal(f->backend->ops->stream_open(f->backend, &f->stream, &err), LOCI_OK);
     f->memory = calloc(f->extents, sizeof *f->memory);
     f->memory_bytes = calloc(f->extents, sizeof *f->memory_bytes);

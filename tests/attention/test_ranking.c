@@ -149,6 +149,7 @@ static void test_score_segments_names_damage(void **state) {
     loci_error err = {0};
     for (int i = 0; i < 2; i++) {
         s.f.memory[0][at[i]] ^= 4;
+        assert_int_equal(fixture_rewrap(&s.f, &err), LOCI_OK);
         ops->score_segments(s.f.stream, &s.f.view, 0, r.q, s.f.q_heads * s.f.dim, s.rows,
                             s.f.q_heads, 0.2f, &segment, 1, r.mass);
         assert_int_equal(ops->sync(s.f.stream, &err), LOCI_E_CORRUPT);

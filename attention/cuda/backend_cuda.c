@@ -1,0 +1,416 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The cuda backend: its table, device, memory and streams.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/cuda/cublaslt.h"
+#include "attention/cuda/cuda.h"
+#include "attention/cuda/pairs.h"
+
+/* --- errors ---------------------------------------------------------------------------- */
+
+void loci_cuda_fail(loci_stream *stream, loci_status status, const char *format, ...) {
+    if (stream->error.status != LOCI_OK) return;
+    char text[sizeof stream->error.text];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    /* The code returned is the one recorded; nothing can fail here. */
+    (void)!loci_fail(&stream->error, status, "%s", text);
+}
+
+loci_status loci_cuda_try(cudaError_t result, const char *what, loci_error *err) {
+    if (result == cudaSuccess) return LOCI_OK;
+    (void)cudaGetLastError(); /* the next call must not report this one */
+    loci_status status = result == cudaErrorMemoryAllocation ? LOCI_E_NOMEM : LOCI_E_INTERNAL;
+    return loci_fail(err, status, "CUDA: %s failed: %s", what, cudaGetErrorString(result));
+}
+
+bool loci_cuda_ok(loci_stream *stream, cudaError_t result, const char *what) {
+    loci_error err;
+    if (loci_cuda_try(result, what, &err) == LOCI_OK) return true;
+    loci_cuda_fail(stream, err.status, "%s", err.text);
+    return false;
+}
+
+/* --- open ------------------------------------------------------------------------------ */
+
+static loci_status no_device(cudaError_t result, loci_error *err) {
+    int driver = 0;
+    (void)cudaGetLastError();
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0)
+        return loci_fail(err, LOCI_E_UNAVAILABLE,
+                         "backend cuda: there is no NVIDIA driver on this machine");
+    if (result == cudaErrorInsufficientDriver)
+        return loci_fail(err, LOCI_E_UNAVAILABLE,
+                         "backend cuda: the NVIDIA driver is too old: it has CUDA %d.%d, this "
+                         "build needs %d.%d",
+                         driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000,
+                         CUDART_VERSION % 1000 / 10);
+    return loci_fail(err, LOCI_E_UNAVAILABLE, "backend cuda: no GPU can be used: %s",
+                     cudaGetErrorString(result == cudaSuccess ? cudaErrorNoDevice : result));
+}
+
+static loci_status open_device(loci_cuda *cuda, loci_error *err) {
+    int count = 0;
+    struct cudaDeviceProp device;
+    cudaError_t result = cudaGetDeviceCount(&count);
+    if (result != cudaSuccess || count == 0) return no_device(result, err);
+    LOCI_TRY(loci_cuda_try(cudaSetDevice(0), "cudaSetDevice", err));
+    LOCI_TRY(loci_cuda_try(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties", err));
+    if (device.major < 8)
+        return loci_fail(err, LOCI_E_UNSUPPORTED,
+                         "backend cuda: %s has compute capability %d.%d; 8.0 is the least",
+                         device.name, device.major, device.minor);
+    cuda->multiprocessors = device.multiProcessorCount;
+    snprintf(cuda->description, sizeof cuda->description,
+             "cuda %.80s (sm_%d%d, %d multiprocessors, %zu MiB, bf16)", device.name, device.major,
+             device.minor, device.multiProcessorCount, device.totalGlobalMem >> 20);
+    return LOCI_OK;
+}
+
+/* The logarithms that estimates add, as the CPU has them. */
+static loci_status put_logs(loci_cuda *cuda, loci_error *err) {
+    float logs[LOCI_CUDA_LOGS + 1];
+    logs[0] = -INFINITY;
+    for (uint32_t n = 1; n <= LOCI_CUDA_LOGS; n++) logs[n] = logf((float)n);
+    void *memory;
+    LOCI_TRY(loci_cuda_malloc(cuda, sizeof logs, &memory, err));
+    cuda->logs = memory;
+    return loci_cuda_try(cudaMemcpy(memory, logs, sizeof logs, cudaMemcpyHostToDevice),
+                         "cudaMemcpy", err);
+}
+
+static void cuda_close(loci_backend *self) {
+    loci_cuda *cuda = self->ctx;
+    if (!cuda) return;
+    loci_cuda_pairs_close(cuda->pairs);
+    loci_cublaslt_close(cuda->blas);
+    if (cuda->logs) (void)cudaFree(cuda->logs);
+    if (cuda->copies) (void)cudaStreamDestroy(cuda->copies);
+    loci_pool_destroy(cuda->pool);
+    pthread_mutex_destroy(&cuda->lock);
+    free(cuda);
+    self->ctx = NULL;
+}
+
+static loci_status cuda_open(const loci_backend_options *options, loci_backend *self,
+                             loci_error *err) {
+    loci_cuda *cuda = calloc(1, sizeof *cuda);
+    if (!cuda) return loci_fail(err, LOCI_E_NOMEM, "no memory for the cuda backend");
+    self->ctx = cuda;
+    pthread_mutex_init(&cuda->lock, NULL);
+    loci_status status;
+    LOCI_TRY_GOTO(open_device(cuda, err), out);
+    LOCI_TRY_GOTO(loci_pool_create(options->threads, &cuda->pool, err), out);
+    LOCI_TRY_GOTO(loci_cublaslt_open(&cuda->blas, err), out);
+    LOCI_TRY_GOTO(loci_cuda_try(cudaStreamCreateWithFlags(&cuda->copies, cudaStreamNonBlocking),
+                                "cudaStreamCreate", err),
+                  out);
+    LOCI_TRY_GOTO(loci_cuda_pairs_open(cuda, &cuda->pairs, err), out);
+    status = put_logs(cuda, err);
+out:
+    if (status != LOCI_OK) cuda_close(self);
+    return status;
+}
+
+static const char *cuda_describe(loci_backend *self) {
+    return ((loci_cuda *)self->ctx)->description;
+}
+
+static loci_pool *cuda_pool(loci_backend *self) {
+    return ((loci_cuda *)self->ctx)->pool;
+}
+
+/* --- memory ---------------------------------------------------------------------------- */
+
+loci_status loci_cuda_malloc(loci_cuda *cuda, size_t bytes, void **out, loci_error *err) {
+    *out = NULL;
+    cudaError_t result = cudaMalloc(out, bytes ? bytes : 1);
+    while (result == cudaErrorMemoryAllocation && loci_cuda_pairs_shrink(cuda->pairs, bytes)) {
+        (void)cudaGetLastError();
+        result = cudaMalloc(out, bytes ? bytes : 1);
+    }
+    if (result == cudaSuccess) return LOCI_OK;
+    *out = NULL;
+    (void)cudaGetLastError();
+    if (result == cudaErrorMemoryAllocation)
+        return loci_fail(err, LOCI_E_NOMEM, "the GPU has no memory for %zu bytes", bytes);
+    return loci_cuda_try(result, "cudaMalloc", err);
+}
+
+static loci_status cuda_alloc(loci_backend *self, size_t bytes, loci_buffer **out,
+                              loci_error *err) {
+    loci_cuda *cuda = self->ctx;
+    void *device = NULL;
+    *out = NULL;
+    loci_buffer *buffer = calloc(1, sizeof *buffer);
+    if (!buffer) return loci_fail(err, LOCI_E_NOMEM, "no memory for a buffer");
+    loci_status status = loci_cuda_malloc(cuda, bytes, &device, err);
+    if (status == LOCI_OK)
+        status = loci_cuda_try(cudaMemsetAsync(device, 0, bytes, cuda->copies), "cudaMemset", err);
+    /* Other streams may use it at once. */
+    if (status == LOCI_OK)
+        status = loci_cuda_try(cudaStreamSynchronize(cuda->copies), "cudaMemset", err);
+    if (status != LOCI_OK) {
+        (void)cudaFree(device);
+        free(buffer);
+        return status;
+    }
+    *buffer = (loci_buffer){device, bytes, NULL};
+    *out = buffer;
+    return LOCI_OK;
+}
+
+static loci_status cuda_wrap(loci_backend *self, const void *host, size_t bytes, loci_buffer **out,
+                             loci_error *err) {
+    (void)self;
+    *out = NULL;
+    loci_buffer *buffer = calloc(1, sizeof *buffer);
+    if (!buffer) return loci_fail(err, LOCI_E_NOMEM, "no memory for a buffer");
+    *buffer = (loci_buffer){NULL, bytes, host};
+    *out = buffer;
+    return LOCI_OK;
+}
+
+static void cuda_free(loci_backend *self, loci_buffer *buffer) {
+    loci_cuda *cuda = self->ctx;
+    if (!buffer) return;
+    if (buffer->host) loci_cuda_pairs_forget(cuda->pairs, buffer);
+    if (buffer->device) (void)cudaFree(buffer->device);
+    free(buffer);
+}
+
+/* The whole of a wrapped buffer onto the device, once. */
+static loci_status copy_wrapped(loci_cuda *cuda, loci_buffer *buffer, loci_error *err) {
+    void *device = NULL;
+    LOCI_TRY(loci_cuda_malloc(cuda, buffer->bytes, &device, err));
+    loci_status status = loci_cuda_try(
+        cudaMemcpyAsync(device, buffer->host, buffer->bytes, cudaMemcpyHostToDevice, cuda->copies),
+        "cudaMemcpy", err);
+    if (status == LOCI_OK)
+        status = loci_cuda_try(cudaStreamSynchronize(cuda->copies), "cudaMemcpy", err);
+    if (status != LOCI_OK)
+        (void)cudaFree(device);
+    else
+        buffer->device = device;
+    return status;
+}
+
+void *loci_cuda_ptr(loci_stream *stream, loci_ref ref, size_t bytes) {
+    loci_buffer *buffer = ref.buffer;
+    LOCI_ASSERT(buffer && ref.offset <= buffer->bytes && bytes <= buffer->bytes - ref.offset);
+    if (buffer->host) {
+        loci_error err = {0};
+        pthread_mutex_lock(&stream->cuda->lock);
+        if (!buffer->device) (void)!copy_wrapped(stream->cuda, buffer, &err);
+        pthread_mutex_unlock(&stream->cuda->lock);
+        if (err.status != LOCI_OK) loci_cuda_fail(stream, err.status, "%s", err.text);
+    }
+    return buffer->device ? buffer->device + ref.offset : NULL;
+}
+
+/* --- streams --------------------------------------------------------------------------- */
+
+static void cuda_stream_close(loci_backend *self, loci_stream *stream) {
+    (void)self;
+    if (!stream) return;
+    if (stream->stream) {
+        (void)cudaStreamSynchronize(stream->stream);
+        (void)cudaStreamDestroy(stream->stream);
+    }
+    if (stream->fault) (void)cudaFree(stream->fault);
+    if (stream->scratch) (void)cudaFree(stream->scratch);
+    if (stream->faults) (void)cudaFreeHost(stream->faults);
+    if (stream->staging) (void)cudaFreeHost(stream->staging);
+    free(stream);
+}
+
+static loci_status cuda_stream_open(loci_backend *self, loci_stream **out, loci_error *err) {
+    *out = NULL;
+    loci_stream *stream = calloc(1, sizeof *stream);
+    if (!stream) return loci_fail(err, LOCI_E_NOMEM, "no memory for a stream");
+    stream->cuda = self->ctx;
+    void *fault = NULL, *faults = NULL, *staging = NULL;
+    loci_status status;
+    LOCI_TRY_GOTO(loci_cuda_try(cudaStreamCreateWithFlags(&stream->stream, cudaStreamNonBlocking),
+                                "cudaStreamCreate", err),
+                  out);
+    LOCI_TRY_GOTO(loci_cuda_malloc(stream->cuda, sizeof *stream->fault, &fault, err), out);
+    stream->fault = fault;
+    LOCI_TRY_GOTO(
+        loci_cuda_try(cudaMallocHost(&faults, sizeof *stream->faults), "cudaMallocHost", err), out);
+    stream->faults = faults;
+    LOCI_TRY_GOTO(
+        loci_cuda_try(cudaMallocHost(&staging, LOCI_CUDA_STAGING_BYTES), "cudaMallocHost", err),
+        out);
+    stream->staging = staging;
+    LOCI_TRY_GOTO(loci_cuda_try(cudaMemsetAsync(fault, 0, sizeof *stream->fault, stream->stream),
+                                "cudaMemset", err),
+                  out);
+    *out = stream;
+out:
+    if (status != LOCI_OK) cuda_stream_close(self, stream);
+    return status;
+}
+
+static void report_fault(loci_stream *stream, const loci_cuda_fault *fault) {
+    switch (fault->code) {
+    case LOCI_CUDA_FAULT_NONE: return;
+    case LOCI_CUDA_FAULT_TOKEN:
+        loci_cuda_fail(stream, LOCI_E_INVAL, "token id %d is outside the table of %u rows",
+                       (int)fault->a, fault->b);
+        return;
+    case LOCI_CUDA_FAULT_NAN:
+    case LOCI_CUDA_FAULT_INFINITE:
+        loci_cuda_fail(stream, LOCI_E_INTERNAL, "logit %u of row %u is %s", fault->a, fault->b,
+                       fault->code == LOCI_CUDA_FAULT_NAN ? "not a number" : "infinite");
+        return;
+    case LOCI_CUDA_FAULT_BANNED:
+        loci_cuda_fail(stream, LOCI_E_INVAL,
+                       "row %u has no token left to choose: all %u are banned", fault->a, fault->b);
+        return;
+    default: loci_cuda_fail(stream, LOCI_E_INTERNAL, "CUDA: unknown fault %u", fault->code);
+    }
+}
+
+/* Waits, and hands out the downloads that stood in staging. */
+static void settle(loci_stream *stream) {
+    if (!loci_cuda_ok(stream, cudaStreamSynchronize(stream->stream), "a kernel")) {
+        stream->download_count = 0;
+        stream->staged = 0;
+        return;
+    }
+    for (unsigned i = 0; i < stream->download_count; i++)
+        memcpy(stream->downloads[i].to, stream->staging + stream->downloads[i].at,
+               stream->downloads[i].bytes);
+    stream->download_count = 0;
+    stream->staged = 0;
+}
+
+static loci_status cuda_sync(loci_stream *stream, loci_error *err) {
+    bool told = loci_cuda_ok(stream,
+                             cudaMemcpyAsync(stream->faults, stream->fault, sizeof *stream->fault,
+                                             cudaMemcpyDeviceToHost, stream->stream),
+                             "cudaMemcpy");
+    settle(stream);
+    if (told && stream->error.status == LOCI_OK && stream->faults->code != LOCI_CUDA_FAULT_NONE)
+        report_fault(stream, stream->faults);
+    if (told && stream->faults->code != LOCI_CUDA_FAULT_NONE)
+        (void)loci_cuda_ok(stream,
+                           cudaMemsetAsync(stream->fault, 0, sizeof *stream->fault, stream->stream),
+                           "cudaMemset");
+    loci_status status = stream->error.status;
+    if (status != LOCI_OK && err) *err = stream->error;
+    memset(&stream->error, 0, sizeof stream->error);
+    return status;
+}
+
+bool loci_cuda_send(loci_stream *stream, void *to, const void *src, size_t bytes) {
+    /* From memory that is not page-locked CUDA copies the source before it returns. */
+    return bytes == 0 ||
+           loci_cuda_ok(stream,
+                        cudaMemcpyAsync(to, src, bytes, cudaMemcpyHostToDevice, stream->stream),
+                        "cudaMemcpy to the device");
+}
+
+static void cuda_upload(loci_stream *stream, loci_ref dst, const void *src, size_t bytes) {
+    void *to = bytes ? loci_cuda_ptr(stream, dst, bytes) : NULL;
+    if (to) (void)loci_cuda_send(stream, to, src, bytes);
+}
+
+static void cuda_download(loci_stream *stream, void *dst, loci_ref src, size_t bytes) {
+    const void *from = bytes ? loci_cuda_ptr(stream, src, bytes) : NULL;
+    if (!from) return;
+    size_t room = LOCI_CUDA_STAGING_BYTES - stream->staged;
+    if (stream->download_count == LOCI_CUDA_DOWNLOADS || bytes > room) {
+        settle(stream); /* in their order: the same bytes may be asked for twice */
+        room = LOCI_CUDA_STAGING_BYTES;
+    }
+    void *to = dst;
+    if (bytes <= room) {
+        to = stream->staging + stream->staged;
+        stream->downloads[stream->download_count++] =
+            (loci_cuda_download){dst, stream->staged, bytes};
+        stream->staged += (bytes + 15) / 16 * 16;
+        if (stream->staged > LOCI_CUDA_STAGING_BYTES) stream->staged = LOCI_CUDA_STAGING_BYTES;
+    }
+    (void)loci_cuda_ok(stream,
+                       cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->stream),
+                       "cudaMemcpy to the host");
+}
+
+static void cuda_copy(loci_stream *stream, loci_ref dst, loci_ref src, size_t bytes) {
+    if (!bytes) return;
+    void *to = loci_cuda_ptr(stream, dst, bytes);
+    const void *from = loci_cuda_ptr(stream, src, bytes);
+    if (to && from)
+        (void)loci_cuda_ok(
+            stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream->stream),
+            "cudaMemcpy");
+}
+
+void *loci_cuda_scratch(loci_stream *stream, size_t bytes) {
+    if (stream->scratch && bytes <= stream->scratch_bytes) return stream->scratch;
+    loci_error err;
+    void *memory = NULL;
+    size_t size = bytes + bytes / 4 + 4096;
+    /* cudaFree waits for what still uses it. */
+    if (stream->scratch) (void)cudaFree(stream->scratch);
+    stream->scratch = NULL;
+    stream->scratch_bytes = 0;
+    if (loci_cuda_malloc(stream->cuda, size, &memory, &err) != LOCI_OK) {
+        loci_cuda_fail(stream, err.status, "%s", err.text);
+        return NULL;
+    }
+    stream->scratch = memory;
+    stream->scratch_bytes = size;
+    return memory;
+}
+
+const loci_backend_ops loci_backend_cuda = {
+    .name = "cuda",
+    .open = cuda_open,
+    .close = cuda_close,
+    .describe = cuda_describe,
+    .pool = cuda_pool,
+    .alloc = cuda_alloc,
+    .wrap = cuda_wrap,
+    .free = cuda_free,
+    .stream_open = cuda_stream_open,
+    .stream_close = cuda_stream_close,
+    .sync = cuda_sync,
+    .upload = cuda_upload,
+    .download = cuda_download,
+    .copy = cuda_copy,
+    .weight_create = loci_cuda_weight_create,
+    .weight_free = loci_cuda_weight_free,
+    .gemm = loci_cuda_gemm,
+    .embed = loci_cuda_embed,
+    .rms_norm = loci_cuda_rms_norm,
+    .rope = loci_cuda_rope,
+    .swiglu = loci_cuda_swiglu,
+    .convert = loci_cuda_convert,
+    .attend_dense = loci_cuda_attend_dense,
+    .merge = loci_cuda_merge,
+    .sample = loci_cuda_sample,
+    .lookup_create = loci_cuda_lookup_create,
+    .lookup_free = loci_cuda_lookup_free,
+    /* No lookup_account: what look-ups take is the device's memory, not the node's. */
+    .lookup_begin = loci_cuda_lookup_begin,
+    .score_nodes = loci_cuda_score_nodes,
+    .score_codes = loci_cuda_score_codes,
+    .select = loci_cuda_select,
+    .attend_sparse = loci_cuda_attend_sparse,
+    .attribute = loci_cuda_attribute,
+    .score_segments = loci_cuda_score_segments,
+    .lookup_candidates = loci_cuda_lookup_candidates,
+    .lookup_selected = loci_cuda_lookup_selected,
+    .lookup_squeezed = loci_cuda_lookup_squeezed,
+    .lookup_stats = loci_cuda_lookup_stats,
+};

@@ -1,0 +1,340 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the .cu files offer the host: one launcher for each operation, over plain device pointers.
+ * A launcher enqueues on the stream and returns the error of the launch. C and C++ read this file.
+ *
+ * Every sum runs in an order that depends on the shapes alone: no floating-point atomics.
+ */
+#ifndef LOCI_ATTENTION_CUDA_KERNELS_H
+#define LOCI_ATTENTION_CUDA_KERNELS_H
+
+#include <cuda_runtime_api.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LOCI_CUDA_LOGS 1024u /* tokens of the largest node */
+
+/* Why a kernel gave up; the first one is kept. */
+enum {
+    LOCI_CUDA_FAULT_NONE = 0,
+    LOCI_CUDA_FAULT_TOKEN = 1,    /* a: id, b: rows of the table */
+    LOCI_CUDA_FAULT_NAN = 2,      /* a: place, b: row of logits */
+    LOCI_CUDA_FAULT_INFINITE = 3, /* a: place, b: row of logits */
+    LOCI_CUDA_FAULT_BANNED = 4    /* a: row, b: vocabulary */
+};
+
+typedef struct loci_cuda_fault {
+    uint32_t code, a, b;
+} loci_cuda_fault;
+
+/* --- pointwise.cu ---------------------------------------------------------------------- */
+
+cudaError_t loci_cuda_k_rms_norm(cudaStream_t stream, float *y, const float *x, const float *gain,
+                                 uint32_t rows, uint32_t cols, float eps);
+cudaError_t loci_cuda_k_rope(cudaStream_t stream, float *x, uint32_t stride,
+                             const int32_t *positions, const float *inv_freq, uint32_t rows,
+                             uint32_t heads, uint32_t head_dim);
+cudaError_t loci_cuda_k_swiglu(cudaStream_t stream, float *y, const float *x, uint32_t rows,
+                               uint32_t cols);
+cudaError_t loci_cuda_k_to_f32(cudaStream_t stream, float *dst, uint32_t dst_stride,
+                               const float *src, uint32_t src_stride, uint32_t rows, uint32_t cols);
+/* Columns from cols up to cols_padded become zero. */
+cudaError_t loci_cuda_k_to_bf16(cudaStream_t stream, uint16_t *dst, uint32_t dst_stride,
+                                const float *src, uint32_t src_stride, uint32_t rows, uint32_t cols,
+                                uint32_t cols_padded);
+/* y [rows][cols] = table[ids[row]], bf16 or f32 rows of table_stride elements. */
+cudaError_t loci_cuda_k_embed(cudaStream_t stream, float *y, const void *table, bool bf16,
+                              uint32_t table_rows, uint32_t table_stride, const int32_t *ids,
+                              uint32_t rows, uint32_t cols, loci_cuda_fault *fault);
+cudaError_t loci_cuda_k_merge(cudaStream_t stream, float *out_a, uint32_t stride_a, float *lse_a,
+                              const float *out_b, uint32_t stride_b, const float *lse_b,
+                              uint32_t rows, uint32_t heads, uint32_t head_dim);
+
+/* --- dense.cu -------------------------------------------------------------------------- */
+
+#define LOCI_CUDA_ROWS 16u /* packed query rows (query x head of the group) of one tile */
+
+/* A span and how it is cut: tiles of LOCI_CUDA_ROWS packed rows, runs of `chunk` keys. Its tasks
+ * are numbered from first_task on, [kv_head][split][tile]; a span with several splits leaves one
+ * partial result a task, numbered from first_partial on, and one merge a (kv_head, tile). */
+typedef struct loci_cuda_span {
+    uint32_t q_begin, q_count, kv_begin, kv_count;
+    uint32_t tiles, splits, chunk;
+    uint32_t first_task, first_partial, first_merge;
+} loci_cuda_span;
+
+typedef struct loci_cuda_dense {
+    const float *q;
+    const void *k, *v;
+    float *out, *lse; /* lse may be NULL */
+    uint32_t q_stride, kv_stride, out_stride;
+    uint32_t q_heads, kv_heads, dim;
+    bool kv_bf16, causal, sink;
+    float scale, bias;
+    uint32_t window;
+    const loci_cuda_span *spans; /* on the device */
+    uint32_t span_count, tasks, merges;
+    float *partial; /* [partials][LOCI_CUDA_ROWS][dim + 2]: sums, maximum, sum of exponentials */
+} loci_cuda_dense;
+
+cudaError_t loci_cuda_k_attend_dense(cudaStream_t stream, const loci_cuda_dense *args);
+
+/* --- pairs ----------------------------------------------------------------------------- */
+
+/* Roots and leaves of a pair, in words that pairs.c takes from the blob. */
+typedef struct loci_cuda_root {
+    uint32_t first_slot, tokens, first_leaf, leaves;
+    uint32_t sketches_at; /* in the blob; groups as in attention/index.h */
+} loci_cuda_root;
+
+/* One pair on the device. Nodes: float centroid and variance scale, int8 centroid[dim], uint8
+ * variance[dim]. Records: code[dim / 2], slot word, check. kv: K row and V row of each slot. */
+typedef struct loci_cuda_pair {
+    const uint8_t *blob, *root_nodes, *leaf_nodes, *records, *position_codes;
+    const uint16_t *kv, *value_means; /* means: roots, then leaves */
+    const float *mean, *code_scale, *codebook;
+    const loci_cuda_root *root_table;
+    const uint32_t *leaf_begin; /* [leaves + 1] slots */
+    const uint16_t *leaf_root;  /* [leaves] */
+    uint32_t tokens, leaves, roots, node_stride, record_stride;
+    /* Added by a look-up: */
+    const uint64_t *live;          /* a bit a slot; NULL: all */
+    const uint32_t *segment_begin; /* positions; NULL where not needed */
+    uint32_t kv_head;
+    uint32_t root_base, leaf_base; /* of its first one among those of the head */
+    uint32_t word_base;            /* of its first mask word among those of the head */
+    uint32_t segments, segment_base;
+} loci_cuda_pair;
+
+/* --- look-ups -------------------------------------------------------------------------- */
+
+/* What all kernels of one look-up read. A mask has a bit a slot in words of 32, the pairs of a head
+ * one after another, each from a new word: [kv_heads][mask_rows][words]. A vector is a query row
+ * and head: row * group + head in the group. All of one KV head: */
+typedef struct loci_cuda_head {
+    uint32_t roots, leaves; /* over all extents */
+    uint64_t root_at;       /* of its first root among those of all heads */
+    uint64_t leaf_at;       /* the same for leaves */
+} loci_cuda_head;
+
+typedef struct loci_cuda_look {
+    const loci_cuda_pair *pairs; /* [extents][kv_heads] */
+    const loci_cuda_head *heads;
+    uint32_t extents, kv_heads, q_heads, group, rows, vectors, dim;
+    uint32_t words;                             /* of a mask and head */
+    uint32_t mask_rows;                         /* rows, or 1 where all rows share one set */
+    uint32_t tokens_max, roots_max, leaves_max; /* of a pair */
+    uint64_t roots_all, leaves_all;             /* of all heads */
+    const float *logs;
+    float *q;                           /* [kv_heads][vectors][dim], scaled */
+    int8_t *q8, *qq8;                   /* the same, rounded, and of q * q / 2 */
+    float *q_scale, *qq_scale, *steady; /* [kv_heads][vectors] */
+    int32_t *q_sum;
+    float *mean_terms;   /* [pairs][vectors]: q.mean */
+    uint32_t *root_live; /* [roots_all] */
+    uint8_t *leaf_live;  /* [leaves_all] */
+    uint32_t *token_mask;
+} loci_cuda_look;
+
+typedef struct loci_cuda_look_query {
+    const float *q, *steady; /* steady: NULL = none */
+    uint32_t q_stride;
+    float scale;
+} loci_cuda_look_query;
+
+/* query.cu: fills q to mean_terms. */
+cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,
+                                const loci_cuda_look_query *query);
+/* query.cu: live tokens of all roots and leaves. */
+cudaError_t loci_cuda_k_count_live(cudaStream_t stream, const loci_cuda_look *look);
+/* sparse.cu: token_mask becomes all live tokens; mask_rows is 1. */
+cudaError_t loci_cuda_k_mask_live(cudaStream_t stream, const loci_cuda_look *look);
+
+#define LOCI_CUDA_CHUNK 2048u /* slots that one block attends over */
+
+#ifdef __CUDACC__
+#define LOCI_CUDA_BOTH static __host__ __device__ __forceinline__
+#else
+#define LOCI_CUDA_BOTH static inline
+#endif
+
+LOCI_CUDA_BOTH uint32_t loci_cuda_chunks(uint32_t tokens) {
+    return (tokens + LOCI_CUDA_CHUNK - 1) / LOCI_CUDA_CHUNK;
+}
+
+LOCI_CUDA_BOTH uint32_t loci_cuda_tiles(uint32_t vectors) {
+    return (vectors + LOCI_CUDA_ROWS - 1) / LOCI_CUDA_ROWS;
+}
+
+/* Partial results of attention over the pairs: for each (pair, part of it) and tile of vectors,
+ * [LOCI_CUDA_ROWS][dim + 2] as in loci_cuda_dense. parts: chunks, and one more for a tail. */
+typedef struct loci_cuda_attend {
+    float *partial; /* [pairs * parts][tiles][ROWS][dim + 2] */
+    uint32_t chunks, parts;
+    float *out, *lse;
+    uint32_t out_stride;
+} loci_cuda_attend;
+
+/* sparse.cu */
+cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci_cuda_look *look,
+                                      const loci_cuda_attend *args);
+cudaError_t loci_cuda_k_join(cudaStream_t stream, const loci_cuda_look *look,
+                             const loci_cuda_attend *args);
+
+/* Segment masses as integers of 2^-36, so that atomics add them up the same in any order. */
+#define LOCI_CUDA_MASS_UNIT 68719476736.0
+
+typedef struct loci_cuda_attribution {
+    const float *total_lse; /* [rows][q_heads] */
+    uint32_t row_begin;
+    unsigned long long *mass; /* [segments] */
+    float *out;
+    uint32_t segments;
+    /* the flat part */
+    const uint16_t *flat_k;
+    const uint32_t *flat_segment_begin;
+    uint32_t flat_tokens, flat_segments, flat_segment_base;
+} loci_cuda_attribution;
+
+cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
+                                  const loci_cuda_attribution *args);
+
+/* Figures of a look-up in the order of loci_lookup_stats, added up on the device. */
+typedef struct loci_cuda_stats {
+    unsigned long long root_bytes, leaf_bytes, code_bytes, hash_bytes, kv_bytes, kv_leaf_bytes,
+        tail_bytes, dense_kv_bytes, selected_tokens, candidate_tokens;
+} loci_cuda_stats;
+
+/* What the masks of a look-up hold; *stats has been zeroed. */
+cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
+                              loci_cuda_stats *stats);
+
+/* --- mode squeezed: squeeze.cu --------------------------------------------------------- */
+
+typedef struct loci_cuda_squeeze {
+    float *score[2]; /* [roots_all], [leaves_all]: S of attention/README.md */
+    float *total;    /* [kv_heads][vectors]: log-sum-exp of a level */
+    float *partial;  /* [pairs][runs][vectors][2]: maximum and sum of runs of 32 nodes */
+    uint32_t runs;   /* of the largest pair's leaves */
+    float threshold[2];
+} loci_cuda_squeeze;
+
+/* Both levels' scores; after count_live. */
+cudaError_t loci_cuda_k_squeeze(cudaStream_t stream, const loci_cuda_look *look,
+                                const loci_cuda_squeeze *squeeze);
+/* token_mask becomes the live tokens of kept leaves; it has been zeroed. */
+cudaError_t loci_cuda_k_squeeze_select(cudaStream_t stream, const loci_cuda_look *look,
+                                       const loci_cuda_squeeze *squeeze);
+
+/* --- mode hierarchical ----------------------------------------------------------------- */
+
+/* "hr" numbers (KV head, row). A table is what a vector knows of a pair: [parts][16] entries, and
+ * base + scale * (sum of entries) the estimate behind the root's centre. */
+typedef struct loci_cuda_choice {
+    uint64_t roots_wanted, candidates_wanted, budget; /* for each head; budget 0 = none */
+    float reach, top_p;
+    bool tail;                       /* for the figures */
+    float *root_score;               /* of a head [vectors][roots], from root_at * vectors on */
+    uint8_t *root_kept;              /* of a head [rows][roots], from root_at * rows on */
+    uint8_t *table;                  /* [pairs][vectors][dim / 4][16] */
+    float *table_base, *table_scale; /* [pairs][vectors] */
+    float *leaf_score;    /* of a head [vectors][leaves], from leaf_at * vectors on; -INFINITY below
+                             roots that are not kept */
+    float *floor;         /* [kv_heads][vectors] */
+    uint32_t *candidates; /* a mask */
+    uint32_t *rank;       /* [hr][words]: candidates before the word */
+    uint32_t *count;      /* [hr] */
+    uint64_t room;        /* of one row in the next three */
+    uint32_t *slots;      /* [hr][room]: place in the mask of each candidate, ascending */
+    float *score;         /* [hr][group][room] */
+    float *share;         /* [hr][room] */
+    int8_t *folded;       /* [pairs][vectors][dim], as in loci_cuda_rank */
+    float *folded_scale;
+    int32_t *folded_sum;
+} loci_cuda_choice;
+
+/* nodes.cu: root_score, root_kept. */
+cudaError_t loci_cuda_k_roots(cudaStream_t stream, const loci_cuda_look *look,
+                              const loci_cuda_choice *choice);
+/* sketches.cu: table, leaf_score; then floor; then candidates. */
+cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
+                               const loci_cuda_choice *choice);
+cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
+                                   const loci_cuda_choice *choice);
+/* codes.cu: rank and count; then slots and score. */
+cudaError_t loci_cuda_k_rank_candidates(cudaStream_t stream, const loci_cuda_look *look,
+                                        const loci_cuda_choice *choice);
+cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_look *look,
+                              const loci_cuda_choice *choice);
+/* choose.cu: share, token_mask, which has been zeroed. */
+cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci_cuda_look *look,
+                                      const loci_cuda_choice *choice);
+/* tail.cu: the last part of each pair's partial results. */
+cudaError_t loci_cuda_k_attend_tail(cudaStream_t stream, const loci_cuda_look *look,
+                                    const loci_cuda_choice *choice, const loci_cuda_attend *args);
+/* What kept roots and candidates took to find. */
+cudaError_t loci_cuda_k_choice_stats(cudaStream_t stream, const loci_cuda_look *look,
+                                     const loci_cuda_choice *choice, loci_cuda_stats *stats);
+
+/* gain.cu: the sum over vectors of log(1 + sum over a segment's candidates of exp(S - floor)). */
+typedef struct loci_cuda_gain {
+    const float *sink_k;      /* [kv_heads][dim]; NULL = none */
+    uint32_t segments;        /* of extents */
+    unsigned long long *sums; /* [hr][segments], zeroed */
+    float *gain;              /* [hr][segments] */
+    float *total;             /* [segments] */
+} loci_cuda_gain;
+
+cudaError_t loci_cuda_k_gain(cudaStream_t stream, const loci_cuda_look *look,
+                             const loci_cuda_choice *choice, const loci_cuda_gain *args);
+
+/* --- rank.cu --------------------------------------------------------------------------- */
+
+typedef struct loci_cuda_rank {
+    const uint32_t *segments; /* [count] numbers of the view's segments */
+    uint32_t count;
+    const uint32_t *extent_segment; /* [extents] segment_base */
+    const float *sink_k;            /* [kv_heads][dim]; NULL = none */
+    const uint16_t *flat_k;
+    const uint32_t *flat_segment_begin;
+    uint32_t flat_segment_base, flat_segments;
+    const uint8_t *dead; /* [flat_segment_base]; NULL = none */
+    int8_t *folded;      /* [pairs][vectors][dim]: q times the code scales of the pair, rounded */
+    float *folded_scale; /* [pairs][vectors] */
+    int32_t *folded_sum;
+    double *parts; /* [count][kv_heads] */
+    float *scores; /* [count] */
+} loci_cuda_rank;
+
+cudaError_t loci_cuda_k_fold(cudaStream_t stream, const loci_cuda_look *look, int8_t *folded,
+                             float *scale, int32_t *sum);
+cudaError_t loci_cuda_k_score_segments(cudaStream_t stream, const loci_cuda_look *look,
+                                       const loci_cuda_rank *args);
+
+/* --- sample.cu ------------------------------------------------------------------------- */
+
+typedef struct loci_cuda_sample_args {
+    const float *logits;
+    float *adjusted; /* [rows][vocab] */
+    int32_t *ids;
+    float *logprob;
+    uint32_t rows, vocab;
+    float temperature, top_p, penalty;
+    uint64_t seed, step;
+    const uint32_t *banned, *recent; /* on the device */
+    uint32_t banned_count, recent_count;
+    loci_cuda_fault *fault;
+} loci_cuda_sample_args;
+
+cudaError_t loci_cuda_k_sample(cudaStream_t stream, const loci_cuda_sample_args *args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

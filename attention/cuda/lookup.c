@@ -1,0 +1,483 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The stages of a look-up in order, and its memory; see lookup.h. Sizes are known to the host when
+ * a look-up begins; what is selected stays on the device.
+ */
+#include "attention/cuda/lookup.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/index_layout.h"
+
+#define CHUNK_BYTES ((size_t)8 << 20)
+#define KEEP_CHUNKS 8u /* more than that are given back at the next begin */
+
+/* --- memory ---------------------------------------------------------------------------- */
+
+static void arena_clear(lookup_arena *arena) {
+    for (size_t i = 0; i < arena->count; i++) (void)cudaFree(arena->chunks[i].data);
+    arena->count = arena->current = arena->used = 0;
+}
+
+static bool arena_grow(loci_stream *stream, loci_lookup *lookup, size_t bytes) {
+    lookup_arena *arena = &lookup->arena;
+    size_t size = arena->count ? 2 * arena->chunks[arena->count - 1].bytes : CHUNK_BYTES;
+    if (size > (size_t)1 << 30) size = (size_t)1 << 30;
+    if (size < bytes) size = bytes;
+    lookup_chunk *chunks = realloc(arena->chunks, (arena->count + 1) * sizeof *chunks);
+    if (!chunks) {
+        loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
+        return false;
+    }
+    arena->chunks = chunks;
+    void *data = NULL;
+    loci_error err;
+    if (loci_cuda_malloc(lookup->cuda, size, &data, &err) != LOCI_OK &&
+        (size == bytes || loci_cuda_malloc(lookup->cuda, size = bytes, &data, &err) != LOCI_OK)) {
+        loci_cuda_fail(stream, err.status, "a look-up of %u rows: %s", lookup->look.rows, err.text);
+        return false;
+    }
+    chunks[arena->count++] = (lookup_chunk){data, size};
+    return true;
+}
+
+void *look_alloc(loci_stream *stream, loci_lookup *lookup, size_t bytes) {
+    lookup_arena *arena = &lookup->arena;
+    bytes = (bytes + 255) / 256 * 256 + 256;
+    while (arena->current < arena->count &&
+           arena->chunks[arena->current].bytes - arena->used < bytes) {
+        arena->current++;
+        arena->used = 0;
+    }
+    if (arena->current == arena->count && !arena_grow(stream, lookup, bytes)) {
+        lookup->ready = false;
+        return NULL;
+    }
+    void *at = arena->chunks[arena->current].data + arena->used;
+    arena->used += bytes;
+    return at;
+}
+
+void *look_put(loci_stream *stream, loci_lookup *lookup, const void *data, size_t bytes) {
+    void *to = look_alloc(stream, lookup, bytes);
+    return to && loci_cuda_send(stream, to, data, bytes) ? to : NULL;
+}
+
+bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result, const char *what) {
+    lookup->ready = loci_cuda_ok(stream, result, what) && lookup->ready;
+    return lookup->ready;
+}
+
+bool look_shared(const loci_lookup *lookup) {
+    return lookup->mode != LOCI_MODE_HIERARCHICAL;
+}
+
+bool look_read(loci_stream *stream, void *to, const void *from, size_t bytes) {
+    return bytes == 0 ||
+           (loci_cuda_ok(stream,
+                         cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->stream),
+                         "cudaMemcpy to the host") &&
+            loci_cuda_ok(stream, cudaStreamSynchronize(stream->stream), "a look-up"));
+}
+
+static void unpin(loci_lookup *lookup) {
+    for (size_t i = 0; i < lookup->pinned_count; i++)
+        loci_cuda_pairs_unpin(lookup->cuda->pairs, lookup->pinned[i]);
+    lookup->pinned_count = 0;
+}
+
+loci_status loci_cuda_lookup_create(loci_backend *self, loci_lookup **out, loci_error *err) {
+    loci_lookup *lookup = calloc(1, sizeof *lookup);
+    if (!lookup) return loci_fail(err, LOCI_E_NOMEM, "no memory for a look-up");
+    lookup->cuda = self->ctx;
+    *out = lookup;
+    return LOCI_OK;
+}
+
+void loci_cuda_lookup_free(loci_backend *self, loci_lookup *lookup) {
+    (void)self;
+    if (!lookup) return;
+    unpin(lookup);
+    arena_clear(&lookup->arena);
+    free(lookup->arena.chunks);
+    free(lookup->pinned);
+    free(lookup->pairs);
+    free(lookup->heads);
+    free(lookup);
+}
+
+/* --- begin ----------------------------------------------------------------------------- */
+
+static bool reserve_tables(loci_stream *stream, loci_lookup *lookup, size_t pairs,
+                           uint32_t kv_heads) {
+    loci_cuda_head *heads = realloc(lookup->heads, kv_heads * sizeof *heads);
+    if (heads) lookup->heads = heads;
+    bool ok = heads != NULL;
+    if (pairs > lookup->pinned_room) {
+        loci_cuda_pair_entry **pinned = realloc(lookup->pinned, pairs * sizeof *pinned);
+        if (pinned) lookup->pinned = pinned;
+        loci_cuda_pair *table = realloc(lookup->pairs, pairs * sizeof *table);
+        if (table) lookup->pairs = table;
+        ok = ok && pinned && table;
+        if (ok) lookup->pinned_room = pairs;
+    }
+    if (!ok) loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
+    return ok;
+}
+
+/* Tokens of an extent that are not deleted. */
+static uint64_t live_tokens(const loci_extent_view *extent) {
+    uint64_t live = extent->tokens;
+    for (uint32_t s = 0; extent->live && extent->segment_dead && s < extent->segments; s++)
+        if (extent->segment_dead[s])
+            live -= extent->segment_begin[s + 1] - extent->segment_begin[s];
+    return live;
+}
+
+/* Pins one pair and numbers its roots, leaves and words. */
+static bool open_pair(loci_stream *stream, loci_lookup *lookup, uint32_t e, uint32_t h) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    const loci_extent_view *extent = &corpus->extents[e];
+    size_t at = (size_t)e * corpus->kv_heads + h;
+    loci_cuda_head *head = &lookup->heads[h];
+    loci_cuda_pair *pair = &lookup->pairs[at];
+    loci_error err;
+    if (loci_cuda_pairs_pin(lookup->cuda->pairs, extent, lookup->layer, corpus->kv_heads, h,
+                            corpus->head_dim, &lookup->pinned[at], pair, &err) != LOCI_OK) {
+        loci_cuda_fail(stream, err.status, "%s", err.text);
+        return false;
+    }
+    lookup->pinned_count = at + 1;
+    pair->kv_head = h;
+    pair->root_base = head->roots;
+    pair->leaf_base = head->leaves;
+    pair->segments = extent->segments;
+    pair->segment_base = extent->segment_base;
+    pair->word_base = lookup->look.words; /* grown once all heads are through */
+    head->roots += pair->roots;
+    head->leaves += pair->leaves;
+    const uint64_t *live = extent->live ? extent->live[lookup->layer * corpus->kv_heads + h] : NULL;
+    if (live) {
+        /* A kernel may read one word more than there are. */
+        size_t bytes = (pair->tokens + 63) / 64 * sizeof *live;
+        uint64_t *copy = look_alloc(stream, lookup, bytes + sizeof *live);
+        if (!copy || !loci_cuda_send(stream, copy, live, bytes)) return false;
+        pair->live = copy;
+    }
+    loci_cuda_look *look = &lookup->look;
+    if (pair->tokens > look->tokens_max) look->tokens_max = pair->tokens;
+    if (pair->roots > look->roots_max) look->roots_max = pair->roots;
+    if (pair->leaves > look->leaves_max) look->leaves_max = pair->leaves;
+    return true;
+}
+
+static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    loci_cuda_look *look = &lookup->look;
+    size_t pairs = (size_t)corpus->extent_count * corpus->kv_heads;
+    if (!reserve_tables(stream, lookup, pairs, corpus->kv_heads)) return false;
+    memset(lookup->heads, 0, corpus->kv_heads * sizeof *lookup->heads);
+    for (uint32_t e = 0; e < corpus->extent_count; e++) {
+        for (uint32_t h = 0; h < corpus->kv_heads; h++)
+            if (!open_pair(stream, lookup, e, h)) return false;
+        look->words += (corpus->extents[e].tokens + 31) / 32;
+        lookup->live_tokens += live_tokens(&corpus->extents[e]);
+    }
+    look->words += 1; /* mask_bits reads into the next word */
+    for (uint32_t h = 0; h < corpus->kv_heads; h++) {
+        lookup->heads[h].root_at = look->roots_all;
+        lookup->heads[h].leaf_at = look->leaves_all;
+        look->roots_all += lookup->heads[h].roots;
+        look->leaves_all += lookup->heads[h].leaves;
+    }
+    look->pairs = look_put(stream, lookup, lookup->pairs, pairs * sizeof *lookup->pairs);
+    look->heads = look_put(stream, lookup, lookup->heads, corpus->kv_heads * sizeof *lookup->heads);
+    return look->pairs && look->heads;
+}
+
+static bool alloc_look(loci_stream *stream, loci_lookup *lookup) {
+    loci_cuda_look *look = &lookup->look;
+    size_t vectors = (size_t)look->kv_heads * look->vectors, values = vectors * look->dim;
+    size_t mask = (size_t)look->kv_heads * look->mask_rows * look->words * sizeof(uint32_t);
+    size_t pairs = (size_t)look->extents * look->kv_heads;
+    look->q = look_alloc(stream, lookup, values * sizeof(float));
+    look->q8 = look_alloc(stream, lookup, values);
+    look->qq8 = look_alloc(stream, lookup, values);
+    look->q_scale = look_alloc(stream, lookup, vectors * sizeof(float));
+    look->qq_scale = look_alloc(stream, lookup, vectors * sizeof(float));
+    look->q_sum = look_alloc(stream, lookup, vectors * sizeof(int32_t));
+    look->steady = look_alloc(stream, lookup, vectors * sizeof(float));
+    look->mean_terms = look_alloc(stream, lookup, pairs * look->vectors * sizeof(float));
+    look->token_mask = look_alloc(stream, lookup, mask);
+    return look->q && look->q8 && look->qq8 && look->q_scale && look->qq_scale && look->q_sum &&
+           look->steady && look->mean_terms && look->token_mask &&
+           look_launched(stream, lookup, cudaMemsetAsync(look->token_mask, 0, mask, stream->stream),
+                         "cudaMemset");
+}
+
+/* False, with a failure of the stream, for what no look-up can be made of. */
+static bool check_call(loci_stream *stream, const loci_lookup *lookup) {
+    uint32_t dim = lookup->corpus->head_dim;
+    const float *threshold = lookup->params.squeezed_threshold;
+    if (dim == 0 || dim > LOCI_HEAD_DIM_MAX || dim % 16 != 0) {
+        loci_cuda_fail(stream, LOCI_E_UNSUPPORTED, "head_dim %u is not a multiple of 16 up to %u",
+                       dim, LOCI_HEAD_DIM_MAX);
+        return false;
+    }
+    if (lookup->mode == LOCI_MODE_SQUEEZED && !(isfinite(threshold[0]) && isfinite(threshold[1]))) {
+        loci_cuda_fail(stream, LOCI_E_INVAL, "thresholds of mode squeezed are not finite");
+        return false;
+    }
+    return true;
+}
+
+void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
+                            const loci_corpus_view *corpus, uint32_t retrieval_layer, loci_ref q,
+                            uint32_t q_stride, uint32_t rows, uint32_t q_heads, float scale,
+                            loci_ref steady_lse, const loci_select_params *params) {
+    LOCI_ASSERT(rows > 0 && q_heads % corpus->kv_heads == 0 && q_heads > 0);
+    unpin(lookup);
+    if (lookup->arena.count > KEEP_CHUNKS) arena_clear(&lookup->arena);
+    lookup->arena.current = lookup->arena.used = 0;
+    lookup->corpus = corpus;
+    lookup->params = *params;
+    lookup->mode = params->mode;
+    if (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0)
+        lookup->mode = LOCI_MODE_DENSE;
+    lookup->layer = retrieval_layer;
+    lookup->ready = true;
+    lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
+    lookup->live_tokens = 0;
+    lookup->look = (loci_cuda_look){
+        .extents = corpus->extent_count,
+        .kv_heads = corpus->kv_heads,
+        .q_heads = q_heads,
+        .group = q_heads / corpus->kv_heads,
+        .rows = rows,
+        .vectors = rows * (q_heads / corpus->kv_heads),
+        .dim = corpus->head_dim,
+        .mask_rows = look_shared(lookup) ? 1 : rows,
+        .logs = lookup->cuda->logs,
+    };
+    size_t last = (size_t)(rows - 1) * q_stride + (size_t)q_heads * corpus->head_dim;
+    loci_cuda_look_query query = {
+        .q = loci_cuda_ptr(stream, q, last * sizeof(float)),
+        .q_stride = q_stride,
+        .scale = scale,
+    };
+    if (steady_lse.buffer)
+        query.steady = loci_cuda_ptr(stream, steady_lse, (size_t)rows * q_heads * sizeof(float));
+    lookup->ready = check_call(stream, lookup) && query.q && open_pairs(stream, lookup) &&
+                    alloc_look(stream, lookup);
+    if (lookup->ready)
+        (void)look_launched(stream, lookup,
+                            loci_cuda_k_queries(stream->stream, &lookup->look, &query),
+                            "lookup_begin");
+}
+
+/* --- stages ---------------------------------------------------------------------------- */
+
+/* max(1, least, ceil(rate * sqrt(live tokens))) */
+static uint64_t count_of(float rate, uint64_t live, uint64_t least) {
+    double wanted = ceil((double)rate * sqrt((double)live));
+    uint64_t count = wanted >= (double)live ? live : wanted > 0.0 ? (uint64_t)wanted : 0;
+    uint64_t most = count > least ? count : least;
+    return most ? most : 1;
+}
+
+static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    const loci_select_params *params = &lookup->params;
+    float slack = 1.0f - params->top_p;
+    loci_cuda_choice *c = &lookup->choice;
+    size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
+    size_t mask = (size_t)look->kv_heads * look->rows * look->words * sizeof(uint32_t);
+    *c = (loci_cuda_choice){
+        .roots_wanted = count_of(params->roots, lookup->live_tokens, params->roots_min),
+        .candidates_wanted =
+            count_of(params->candidates, lookup->live_tokens, params->candidates_min),
+        .budget = params->budget,
+        .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
+        .top_p = params->top_p,
+        .tail = params->estimate_tail,
+        .root_score = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
+        .root_kept = look_alloc(stream, lookup, look->roots_all * look->rows),
+        .table = look_alloc(stream, lookup, pairs * vectors * look->dim * 4),
+        .table_base = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
+        .table_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
+        .leaf_score = look_alloc(stream, lookup, look->leaves_all * vectors * sizeof(float)),
+        .floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
+        .candidates = look_alloc(stream, lookup, mask),
+        .rank = look_alloc(stream, lookup, mask),
+        .count = look_alloc(stream, lookup, (size_t)look->kv_heads * look->rows * sizeof(uint32_t)),
+        .folded = look_alloc(stream, lookup, pairs * vectors * look->dim),
+        .folded_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
+        .folded_sum = look_alloc(stream, lookup, pairs * vectors * sizeof(int32_t)),
+    };
+    return lookup->ready &&
+           look_launched(stream, lookup, cudaMemsetAsync(c->candidates, 0, mask, stream->stream),
+                         "cudaMemset");
+}
+
+static bool alloc_live(loci_stream *stream, loci_lookup *lookup) {
+    loci_cuda_look *look = &lookup->look;
+    look->root_live = look_alloc(stream, lookup, look->roots_all * sizeof(uint32_t));
+    look->leaf_live = look_alloc(stream, lookup, look->leaves_all);
+    return look->root_live && look->leaf_live &&
+           look_launched(stream, lookup, loci_cuda_k_count_live(stream->stream, look),
+                         "score_nodes");
+}
+
+static bool alloc_squeeze(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    loci_cuda_squeeze *s = &lookup->squeeze;
+    uint32_t runs = (look->leaves_max + 31) / 32; /* no fewer leaves than roots */
+    size_t pairs = (size_t)look->extents * look->kv_heads;
+    *s = (loci_cuda_squeeze){
+        .score = {look_alloc(stream, lookup, look->roots_all * sizeof(float)),
+                  look_alloc(stream, lookup, look->leaves_all * sizeof(float))},
+        .total = look_alloc(stream, lookup, (size_t)look->kv_heads * look->vectors * sizeof(float)),
+        .partial = look_alloc(stream, lookup, pairs * runs * look->vectors * 2 * sizeof(float)),
+        .runs = runs,
+        .threshold = {lookup->params.squeezed_threshold[0], lookup->params.squeezed_threshold[1]},
+    };
+    return lookup->ready;
+}
+
+void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
+    if (!lookup->ready || lookup->mode == LOCI_MODE_DENSE || !alloc_live(stream, lookup)) return;
+    const loci_cuda_look *look = &lookup->look;
+    if (lookup->mode == LOCI_MODE_SQUEEZED) {
+        if (alloc_squeeze(stream, lookup))
+            (void)look_launched(stream, lookup,
+                                loci_cuda_k_squeeze(stream->stream, look, &lookup->squeeze),
+                                "score_nodes");
+        return;
+    }
+    if (!alloc_choice(stream, lookup) ||
+        !look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, &lookup->choice),
+                       "roots"))
+        return;
+    (void)look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, &lookup->choice),
+                        "leaves");
+}
+
+/* Room for the candidates of each row: for all tokens, or, where that is much, for as many as there
+ * are, which the host must wait for. */
+#define ROOM_BYTES ((uint64_t)2 << 30)
+static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    loci_cuda_choice *c = &lookup->choice;
+    uint64_t rows = (uint64_t)look->kv_heads * look->rows, each = (look->group + 2) * 4;
+    c->room = (uint64_t)look->words * 32;
+    if (rows * c->room * each > ROOM_BYTES) {
+        uint32_t *counts = malloc(rows * sizeof *counts);
+        bool ok = counts && look_read(stream, counts, c->count, rows * sizeof *counts);
+        c->room = 1;
+        for (uint64_t i = 0; ok && i < rows; i++)
+            if (counts[i] > c->room) c->room = counts[i];
+        free(counts);
+        if (!ok) {
+            lookup->ready = false;
+            if (!counts) loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
+            return false;
+        }
+    }
+    c->slots = look_alloc(stream, lookup, rows * c->room * sizeof(uint32_t));
+    c->score = look_alloc(stream, lookup, rows * look->group * c->room * sizeof(float));
+    c->share = look_alloc(stream, lookup, rows * c->room * sizeof(float));
+    return lookup->ready;
+}
+
+void loci_cuda_score_codes(loci_stream *stream, loci_lookup *lookup) {
+    if (!lookup->ready || lookup->mode != LOCI_MODE_HIERARCHICAL) return;
+    const loci_cuda_look *look = &lookup->look;
+    const loci_cuda_choice *c = &lookup->choice;
+    if (!look_launched(stream, lookup, loci_cuda_k_candidates(stream->stream, look, c),
+                       "candidates") ||
+        !look_launched(stream, lookup, loci_cuda_k_rank_candidates(stream->stream, look, c),
+                       "candidates") ||
+        !reserve_candidates(stream, lookup))
+        return;
+    lookup->tokens_scored =
+        look_launched(stream, lookup, loci_cuda_k_codes(stream->stream, look, c), "score_codes");
+}
+
+void loci_cuda_select(loci_stream *stream, loci_lookup *lookup) {
+    if (!lookup->ready) return;
+    if (lookup->mode == LOCI_MODE_DENSE)
+        (void)look_launched(stream, lookup, loci_cuda_k_mask_live(stream->stream, &lookup->look),
+                            "select");
+    else if (lookup->mode == LOCI_MODE_SQUEEZED)
+        (void)look_launched(
+            stream, lookup,
+            loci_cuda_k_squeeze_select(stream->stream, &lookup->look, &lookup->squeeze), "select");
+    else
+        (void)look_launched(
+            stream, lookup,
+            loci_cuda_k_choose_tokens(stream->stream, &lookup->look, &lookup->choice), "select");
+    lookup->tokens_selected = lookup->ready;
+}
+
+void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
+                             uint32_t out_stride, loci_ref lse) {
+    if (!lookup->ready || !lookup->tokens_selected) return;
+    const loci_cuda_look *look = &lookup->look;
+    bool tail = lookup->params.estimate_tail && lookup->mode == LOCI_MODE_HIERARCHICAL;
+    size_t last = (size_t)(look->rows - 1) * out_stride + (size_t)look->q_heads * look->dim;
+    loci_cuda_attend args = {
+        .chunks = loci_cuda_chunks(look->tokens_max),
+        .out = loci_cuda_ptr(stream, out, last * sizeof(float)),
+        .lse = loci_cuda_ptr(stream, lse, (size_t)look->rows * look->q_heads * sizeof(float)),
+        .out_stride = out_stride,
+    };
+    args.parts = args.chunks + (tail ? 1 : 0);
+    size_t partials = (size_t)look->extents * look->kv_heads * args.parts *
+                      loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
+    args.partial = look_alloc(stream, lookup, partials * (look->dim + 2) * sizeof(float));
+    if (!args.partial || !args.out || !args.lse) return;
+    if (!look_launched(stream, lookup, loci_cuda_k_attend_sparse(stream->stream, look, &args),
+                       "attend_sparse"))
+        return;
+    if (tail && !look_launched(
+                    stream, lookup,
+                    loci_cuda_k_attend_tail(stream->stream, look, &lookup->choice, &args), "tail"))
+        return;
+    lookup->attended = look_launched(stream, lookup, loci_cuda_k_join(stream->stream, look, &args),
+                                     "attend_sparse");
+}
+
+void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                         uint32_t row_begin, loci_ref mass) {
+    if (!lookup->ready || !lookup->attended) return;
+    const loci_corpus_view *corpus = lookup->corpus;
+    const loci_cuda_look *look = &lookup->look;
+    uint32_t segments = corpus->flat_segment_base + corpus->flat_segments;
+    size_t lse = (size_t)look->rows * look->q_heads * sizeof(float);
+    loci_cuda_attribution args = {
+        .total_lse = loci_cuda_ptr(stream, total_lse, lse),
+        .row_begin = row_begin,
+        .mass = look_alloc(stream, lookup, segments * sizeof *args.mass),
+        .out = loci_cuda_ptr(stream, mass, segments * sizeof(float)),
+        .segments = segments,
+        .flat_tokens = corpus->flat_tokens,
+        .flat_segments = corpus->flat_segments,
+        .flat_segment_base = corpus->flat_segment_base,
+    };
+    if (!args.mass || !args.total_lse || !args.out) return;
+    if (args.flat_tokens > 0) {
+        size_t row = (size_t)look->kv_heads * look->dim * sizeof(uint16_t);
+        args.flat_segment_begin = look_put(stream, lookup, corpus->flat_segment_begin,
+                                           (corpus->flat_segments + 1u) * sizeof(uint32_t));
+        args.flat_k = loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
+                                    args.flat_tokens * row);
+        if (!args.flat_segment_begin || !args.flat_k) return;
+    }
+    if (look_launched(stream, lookup,
+                      cudaMemsetAsync(args.mass, 0, segments * sizeof *args.mass, stream->stream),
+                      "cudaMemset"))
+        (void)look_launched(stream, lookup, loci_cuda_k_attribute(stream->stream, look, &args),
+                            "attribute");
+}

@@ -1,0 +1,53 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The state of one look-up on the device, shared by lookup.c (begin, stages) and report.c (what it
+ * tells the host). All device memory is the look-up's arena, which begin resets; the pairs of the
+ * layer stay pinned from begin to the next begin or the end.
+ */
+#ifndef LOCI_ATTENTION_CUDA_LOOKUP_H
+#define LOCI_ATTENTION_CUDA_LOOKUP_H
+
+#include "attention/cuda/cuda.h"
+#include "attention/cuda/pairs.h"
+
+typedef struct lookup_chunk {
+    uint8_t *data;
+    size_t bytes;
+} lookup_chunk;
+
+typedef struct lookup_arena {
+    lookup_chunk *chunks;
+    size_t count, current, used;
+} lookup_arena;
+
+struct loci_lookup {
+    loci_cuda *cuda;
+    const loci_corpus_view *corpus;
+    loci_select_params params;
+    loci_mode mode; /* dense where hierarchical would read everything */
+    bool ready;     /* the last stage was enqueued */
+    bool tokens_scored, tokens_selected, attended;
+    uint32_t layer;
+    uint64_t live_tokens;
+    loci_cuda_look look;
+    loci_cuda_choice choice; /* mode hierarchical */
+    loci_cuda_squeeze squeeze;
+    loci_cuda_pair_entry **pinned; /* [pinned_count], room for pinned_room */
+    size_t pinned_count, pinned_room;
+    loci_cuda_pair *pairs; /* host copy of look.pairs, room for pinned_room */
+    loci_cuda_head *heads; /* host copy of look.heads, [look.kv_heads] */
+    lookup_arena arena;
+};
+
+/* Device memory of the arena, 256-byte aligned; NULL, and a failure of the stream, when there is
+ * none. */
+void *look_alloc(loci_stream *stream, loci_lookup *lookup, size_t bytes);
+/* look_alloc and a copy from the host. */
+void *look_put(loci_stream *stream, loci_lookup *lookup, const void *data, size_t bytes);
+/* After a launcher: not ready any more on failure. */
+bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result, const char *what);
+bool look_shared(const loci_lookup *lookup);
+/* Waits for the stream and reads device memory; false on failure. */
+bool look_read(loci_stream *stream, void *to, const void *from, size_t bytes);
+
+#endif

@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Operations on rows and dense attention: resolve refs, cut the work, call the launchers.
+ */
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/cuda/cuda.h"
+
+#define HEAD_DIM_MAX 512u
+/* Tasks that a span is worth at least, where its keys suffice: about four blocks on each
+ * multiprocessor of a large device; a constant, so that results do not depend on the device. */
+#define SPAN_TASKS 512u
+#define SPLIT_KEYS 512u /* least keys of a split: its partial result is then 3% of their bytes */
+#define KEYS_UNIT 32u   /* of a tile in attend.cuh */
+
+static void *strided(loci_stream *stream, loci_ref ref, size_t rows, size_t stride, size_t width,
+                     size_t size) {
+    return loci_cuda_ptr(stream, ref, rows ? ((rows - 1) * stride + width) * size : 0);
+}
+
+void loci_cuda_rms_norm(loci_stream *stream, loci_ref y, loci_ref x, loci_ref gain, uint32_t rows,
+                        uint32_t cols, float eps) {
+    if (rows == 0) return;
+    size_t bytes = (size_t)rows * cols * sizeof(float);
+    float *to = loci_cuda_ptr(stream, y, bytes);
+    const float *from = loci_cuda_ptr(stream, x, bytes);
+    const float *by = loci_cuda_ptr(stream, gain, cols * sizeof(float));
+    if (to && from && by)
+        (void)loci_cuda_ok(stream,
+                           loci_cuda_k_rms_norm(stream->stream, to, from, by, rows, cols, eps),
+                           "rms_norm");
+}
+
+void loci_cuda_rope(loci_stream *stream, loci_ref x, uint32_t stride, loci_ref positions,
+                    loci_ref inv_freq, uint32_t rows, uint32_t heads, uint32_t head_dim) {
+    if (rows == 0) return;
+    float *at = strided(stream, x, rows, stride, (size_t)heads * head_dim, sizeof(float));
+    const int32_t *where = loci_cuda_ptr(stream, positions, rows * sizeof(int32_t));
+    const float *by = loci_cuda_ptr(stream, inv_freq, head_dim / 2 * sizeof(float));
+    if (at && where && by)
+        (void)loci_cuda_ok(
+            stream, loci_cuda_k_rope(stream->stream, at, stride, where, by, rows, heads, head_dim),
+            "rope");
+}
+
+void loci_cuda_swiglu(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows, uint32_t cols) {
+    size_t bytes = (size_t)rows * cols * sizeof(float);
+    if (bytes == 0) return;
+    float *to = loci_cuda_ptr(stream, y, bytes);
+    const float *from = loci_cuda_ptr(stream, x, 2 * bytes);
+    if (to && from)
+        (void)loci_cuda_ok(stream, loci_cuda_k_swiglu(stream->stream, to, from, rows, cols),
+                           "swiglu");
+}
+
+void loci_cuda_convert(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_dtype dst_dtype,
+                       loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols) {
+    if (rows == 0 || cols == 0) return;
+    if (dst_dtype != LOCI_F32 && dst_dtype != LOCI_BF16) {
+        loci_cuda_fail(stream, LOCI_E_UNSUPPORTED, "convert: only to f32 and bf16");
+        return;
+    }
+    size_t size = dst_dtype == LOCI_F32 ? sizeof(float) : sizeof(uint16_t);
+    void *to = strided(stream, dst, rows, dst_stride, cols, size);
+    const float *from = strided(stream, src, rows, src_stride, cols, sizeof(float));
+    if (!to || !from) return;
+    cudaError_t result =
+        dst_dtype == LOCI_F32
+            ? loci_cuda_k_to_f32(stream->stream, to, dst_stride, from, src_stride, rows, cols)
+            : loci_cuda_k_to_bf16(stream->stream, to, dst_stride, from, src_stride, rows, cols,
+                                  cols);
+    (void)loci_cuda_ok(stream, result, "convert");
+}
+
+void loci_cuda_merge(loci_stream *stream, loci_ref out_a, uint32_t stride_a, loci_ref lse_a,
+                     loci_ref out_b, uint32_t stride_b, loci_ref lse_b, uint32_t rows,
+                     uint32_t heads, uint32_t head_dim) {
+    if (rows == 0 || heads == 0) return;
+    size_t width = (size_t)heads * head_dim, lse_bytes = (size_t)rows * heads * sizeof(float);
+    float *a = strided(stream, out_a, rows, stride_a, width, sizeof(float));
+    const float *b = strided(stream, out_b, rows, stride_b, width, sizeof(float));
+    float *a_lse = loci_cuda_ptr(stream, lse_a, lse_bytes);
+    const float *b_lse = loci_cuda_ptr(stream, lse_b, lse_bytes);
+    if (a && b && a_lse && b_lse)
+        (void)loci_cuda_ok(stream,
+                           loci_cuda_k_merge(stream->stream, a, stride_a, a_lse, b, stride_b, b_lse,
+                                             rows, heads, head_dim),
+                           "merge");
+}
+
+/* --- dense attention ------------------------------------------------------------------- */
+
+/* Rows past the last one that any span touches, of queries or of keys. */
+static size_t rows_needed(const loci_attend_dense *args, bool keys) {
+    size_t most = 0;
+    for (uint32_t i = 0; i < args->span_count; i++) {
+        const loci_attend_span *s = &args->spans[i];
+        size_t end = keys ? (size_t)s->kv_begin + s->kv_count : (size_t)s->q_begin + s->q_count;
+        if ((keys ? s->kv_count : s->q_count) > 0 && end > most) most = end;
+    }
+    return most;
+}
+
+/* How a span is cut; by nothing but its own counts. */
+static loci_cuda_span cut_span(const loci_attend_span *s, uint32_t group, uint32_t kv_heads) {
+    loci_cuda_span span = {.q_begin = s->q_begin,
+                           .q_count = s->q_count,
+                           .kv_begin = s->kv_begin,
+                           .kv_count = s->kv_count,
+                           .splits = 1,
+                           .chunk = UINT32_MAX / KEYS_UNIT * KEYS_UNIT};
+    span.tiles = (uint32_t)(((uint64_t)s->q_count * group + LOCI_CUDA_ROWS - 1) / LOCI_CUDA_ROWS);
+    uint32_t tasks = span.tiles * kv_heads, most = s->kv_count / SPLIT_KEYS;
+    if (tasks == 0 || most < 2) return span;
+    uint32_t wanted = (SPAN_TASKS + tasks - 1) / tasks;
+    if (wanted > most) wanted = most;
+    if (wanted < 2) return span;
+    uint32_t chunk = (s->kv_count + wanted - 1) / wanted;
+    span.chunk = (chunk + KEYS_UNIT - 1) / KEYS_UNIT * KEYS_UNIT;
+    span.splits = (s->kv_count + span.chunk - 1) / span.chunk;
+    return span;
+}
+
+/* Cuts all spans, and puts them and room for partial results into the stream's scratch. */
+static bool cut_spans(loci_stream *stream, const loci_attend_dense *args, loci_cuda_dense *out) {
+    loci_cuda_span *spans = malloc(args->span_count * sizeof *spans);
+    if (!spans) {
+        loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for %u spans", args->span_count);
+        return false;
+    }
+    uint32_t partials = 0, group = args->q_heads / args->kv_heads;
+    for (uint32_t i = 0; i < args->span_count; i++) {
+        loci_cuda_span span = cut_span(&args->spans[i], group, args->kv_heads);
+        span.first_task = out->tasks;
+        span.first_partial = partials;
+        span.first_merge = out->merges;
+        uint32_t tasks = span.tiles * args->kv_heads * span.splits;
+        out->tasks += tasks;
+        if (span.splits > 1) {
+            partials += tasks;
+            out->merges += span.tiles * args->kv_heads;
+        }
+        spans[i] = span;
+    }
+    size_t spans_bytes = (args->span_count * sizeof *spans + 255) / 256 * 256;
+    size_t partial = (size_t)LOCI_CUDA_ROWS * (args->head_dim + 2) * sizeof(float);
+    uint8_t *scratch = loci_cuda_scratch(stream, spans_bytes + partials * partial);
+    bool ok = scratch && loci_cuda_send(stream, scratch, spans, args->span_count * sizeof *spans);
+    free(spans);
+    out->spans = (const void *)scratch;
+    out->partial = ok ? (float *)(void *)(scratch + spans_bytes) : NULL;
+    return ok;
+}
+
+void loci_cuda_attend_dense(loci_stream *stream, const loci_attend_dense *args) {
+    if (args->kv_heads == 0 || args->q_heads % args->kv_heads != 0 || args->head_dim == 0 ||
+        args->head_dim > HEAD_DIM_MAX ||
+        (args->kv_dtype != LOCI_F32 && args->kv_dtype != LOCI_BF16)) {
+        loci_cuda_fail(stream, LOCI_E_UNSUPPORTED,
+                       "attend_dense: %u query heads, %u KV heads of %u, dtype %d", args->q_heads,
+                       args->kv_heads, args->head_dim, (int)args->kv_dtype);
+        return;
+    }
+    size_t rows = rows_needed(args, false), keys = rows_needed(args, true);
+    if (rows == 0) return;
+    size_t q_width = (size_t)args->q_heads * args->head_dim;
+    size_t kv_width = (size_t)args->kv_heads * args->head_dim;
+    size_t kv_size = args->kv_dtype == LOCI_F32 ? sizeof(float) : sizeof(uint16_t);
+    loci_cuda_dense dense = {
+        .q = strided(stream, args->q, rows, args->q_stride, q_width, sizeof(float)),
+        .k = strided(stream, args->k, keys, args->kv_stride, kv_width, kv_size),
+        .v = strided(stream, args->v, keys, args->kv_stride, kv_width, kv_size),
+        .out = strided(stream, args->out, rows, args->out_stride, q_width, sizeof(float)),
+        .q_stride = args->q_stride,
+        .kv_stride = args->kv_stride,
+        .out_stride = args->out_stride,
+        .q_heads = args->q_heads,
+        .kv_heads = args->kv_heads,
+        .dim = args->head_dim,
+        .kv_bf16 = args->kv_dtype == LOCI_BF16,
+        .causal = args->causal,
+        .sink = args->first_key_is_sink,
+        .scale = args->scale,
+        .bias = args->first_key_is_sink ? args->first_key_bias : 0.0f,
+        .window = args->window,
+        .span_count = args->span_count,
+    };
+    if (args->lse.buffer)
+        dense.lse = loci_cuda_ptr(stream, args->lse, rows * args->q_heads * sizeof(float));
+    if (!dense.q || !dense.k || !dense.v || !dense.out) return;
+    if (cut_spans(stream, args, &dense))
+        (void)loci_cuda_ok(stream, loci_cuda_k_attend_dense(stream->stream, &dense),
+                           "attend_dense");
+}
+
+/* --- sampling -------------------------------------------------------------------------- */
+
+void loci_cuda_sample(loci_stream *stream, loci_ref ids, loci_ref logprob, loci_ref logits,
+                      uint32_t rows, uint32_t vocab, const loci_sample_params *params,
+                      const uint32_t *banned, uint32_t banned_count, const uint32_t *recent,
+                      uint32_t recent_count) {
+    if (rows == 0 || vocab == 0) return;
+    size_t count = (size_t)rows * vocab, lists = (size_t)banned_count + recent_count;
+    loci_cuda_sample_args args = {
+        .logits = loci_cuda_ptr(stream, logits, count * sizeof(float)),
+        .ids = loci_cuda_ptr(stream, ids, rows * sizeof(int32_t)),
+        .logprob = loci_cuda_ptr(stream, logprob, rows * sizeof(float)),
+        .rows = rows,
+        .vocab = vocab,
+        .temperature = params->temperature,
+        .top_p = params->top_p,
+        .penalty = params->repetition_penalty,
+        .seed = params->seed,
+        .step = params->step,
+        .banned_count = banned_count,
+        .recent_count = recent_count,
+        .fault = stream->fault,
+    };
+    uint32_t *scratch = loci_cuda_scratch(stream, count * sizeof(float) + lists * sizeof(uint32_t));
+    if (!args.logits || !args.ids || !args.logprob || !scratch) return;
+    uint32_t *device_banned = scratch + count, *device_recent = device_banned + banned_count;
+    args.adjusted = (float *)(void *)scratch;
+    args.banned = device_banned;
+    args.recent = device_recent;
+    if (loci_cuda_send(stream, device_banned, banned, banned_count * sizeof *banned) &&
+        loci_cuda_send(stream, device_recent, recent, recent_count * sizeof *recent))
+        (void)loci_cuda_ok(stream, loci_cuda_k_sample(stream->stream, &args), "sample");
+}

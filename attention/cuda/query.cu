@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The queries of a look-up in the forms that its stages read, and the live tokens of nodes. Built
+ * without contraction of products and sums: estimates have the bits that the CPU has.
+ */
+#include "attention/cuda/look.cuh"
+
+/* int8(x) of attention/README.md for one vector, by one warp; returns scale and sum. */
+static __device__ __forceinline__ void round_vector(int8_t *out, float *scale, int32_t *sum,
+                                                    const float *x, uint32_t dim) {
+    uint32_t lane = threadIdx.x % 32;
+    float top = 0.0f;
+    for (uint32_t i = lane; i < dim; i += 32) top = fmaxf(top, fabsf(x[i]));
+    top = warp_max(top);
+    bool usable = top > 0.0f && isfinite(top);
+    float inverse = usable ? 127.0f / top : 0.0f;
+    int32_t total = 0;
+    for (uint32_t i = lane; i < dim; i += 32) {
+        int32_t value = usable ? (int32_t)((x[i] * inverse + 12582912.0f) - 12582912.0f) : 0;
+        value = value > 127 ? 127 : value < -127 ? -127 : value;
+        out[i] = (int8_t)value;
+        total += value;
+    }
+    for (int offset = 16; offset > 0; offset /= 2)
+        total += __shfl_xor_sync(FULL_WARP, total, offset);
+    if (lane == 0) {
+        *scale = usable ? top / 127.0f : 0.0f;
+        *sum = total;
+    }
+}
+
+/* One warp for each (KV head, vector). */
+static __global__ void k_queries(const loci_cuda_look look, const loci_cuda_look_query query) {
+    __shared__ float squares[MAX_DIM];
+    uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors;
+    uint32_t row = v / look.group, head = h * look.group + v % look.group;
+    const float *from = query.q + (size_t)row * query.q_stride + (size_t)head * look.dim;
+    float *to = look.q + (size_t)blockIdx.x * look.dim;
+    for (uint32_t i = threadIdx.x; i < look.dim; i += 32) {
+        float value = from[i] * query.scale;
+        to[i] = value;
+        squares[i] = value * value * 0.5f;
+    }
+    __syncwarp();
+    int32_t unused;
+    round_vector(look.q8 + (size_t)blockIdx.x * look.dim, &look.q_scale[blockIdx.x],
+                 &look.q_sum[blockIdx.x], to, look.dim);
+    round_vector(look.qq8 + (size_t)blockIdx.x * look.dim, &look.qq_scale[blockIdx.x], &unused,
+                 squares, look.dim);
+    if (threadIdx.x == 0)
+        look.steady[blockIdx.x] =
+            query.steady ? query.steady[(size_t)row * look.q_heads + head] : -INFINITY;
+}
+
+/* One thread for each (pair, vector): the sum in the CPU's order. */
+static __global__ void k_mean_terms(const loci_cuda_look look) {
+    uint32_t v = blockIdx.x * blockDim.x + threadIdx.x;
+    if (v >= look.vectors) return;
+    const loci_cuda_pair *pair = &look.pairs[blockIdx.y];
+    const float *q = look.q + ((size_t)pair->kv_head * look.vectors + v) * look.dim;
+    float sum = 0.0f;
+    for (uint32_t i = 0; i < look.dim; i++) sum += q[i] * pair->mean[i];
+    look.mean_terms[(size_t)blockIdx.y * look.vectors + v] = sum;
+}
+
+extern "C" cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,
+                                           const loci_cuda_look_query *query) {
+    k_queries<<<look->kv_heads * look->vectors, 32, 0, stream>>>(*look, *query);
+    cudaError_t result = cudaGetLastError();
+    uint32_t pairs = look->extents * look->kv_heads;
+    if (result != cudaSuccess || pairs == 0) return result;
+    dim3 grid((look->vectors + 63) / 64, pairs);
+    k_mean_terms<<<grid, 64, 0, stream>>>(*look);
+    return cudaGetLastError();
+}
+
+static __device__ __forceinline__ uint32_t count_live(const loci_cuda_pair *pair, uint32_t first,
+                                                      uint32_t count) {
+    uint32_t sum = 0;
+    if (!pair->live) return count;
+    for (uint32_t at = 0; at < count; at += 32)
+        sum += __popc(live_bits(pair, first + at, count - at < 32 ? count - at : 32));
+    return sum;
+}
+
+static __global__ void k_count_live(const loci_cuda_look look) {
+    const loci_cuda_pair *pair = &look.pairs[blockIdx.y];
+    const loci_cuda_head *head = &look.heads[pair->kv_head];
+    uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < pair->roots)
+        look.root_live[head->root_at + pair->root_base + i] =
+            count_live(pair, pair->root_table[i].first_slot, pair->root_table[i].tokens);
+    if (i < pair->leaves)
+        look.leaf_live[head->leaf_at + pair->leaf_base + i] = (uint8_t)count_live(
+            pair, pair->leaf_begin[i], pair->leaf_begin[i + 1] - pair->leaf_begin[i]);
+}
+
+extern "C" cudaError_t loci_cuda_k_count_live(cudaStream_t stream, const loci_cuda_look *look) {
+    uint32_t pairs = look->extents * look->kv_heads;
+    if (pairs == 0) return cudaSuccess;
+    dim3 grid((look->leaves_max + 255) / 256, pairs); /* no fewer leaves than roots */
+    k_count_live<<<grid, 256, 0, stream>>>(*look);
+    return cudaGetLastError();
+}

@@ -1,0 +1,155 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Radix selection by one block: the place in the descending order of keys at which enough mass or
+ * enough keys are taken. Masses are integers, so that atomics give the same sums in any order.
+ * Three passes over the keys (11, 11 and 10 bits), each a histogram and a scan from its top.
+ */
+#ifndef LOCI_ATTENTION_CUDA_RADIX_CUH
+#define LOCI_ATTENTION_CUDA_RADIX_CUH
+
+#include <cfloat>
+
+#include "attention/cuda/device.cuh"
+
+#define RADIX_BUCKETS 2048u
+#define RADIX_THREADS 1024u
+
+typedef unsigned long long mass_t;
+
+/* Taken are all keys above `key` and the first `ties` that equal it; `mass` and `count` are those
+ * of the keys above. */
+struct radix_cut {
+    uint32_t key;
+    uint32_t ties;
+    mass_t mass;
+    uint32_t count;
+};
+
+struct radix_memory {
+    mass_t mass[RADIX_BUCKETS];
+    uint32_t count[RADIX_BUCKETS];
+    mass_t warp_mass[WARPS_MAX];
+    uint32_t warp_count[WARPS_MAX];
+    mass_t found_mass;
+    uint32_t found, found_count;
+};
+
+/* Orders as floats do, negative ones included; -0 is 0. */
+static __device__ __forceinline__ uint32_t ordered(float value) {
+    uint32_t bits = __float_as_uint(value + 0.0f);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+static __device__ __forceinline__ float unordered(uint32_t key) {
+    return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+static __device__ __forceinline__ bool radix_enough(mass_t mass, mass_t count, mass_t target,
+                                                    mass_t most) {
+    return mass >= target || count >= most;
+}
+
+/* Sums of this thread and those before it. */
+static __device__ __forceinline__ void scan_block(radix_memory *m, mass_t *mass, uint32_t *count) {
+    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int offset = 1; offset < 32; offset *= 2) {
+        mass_t a = __shfl_up_sync(FULL_WARP, *mass, offset);
+        uint32_t b = __shfl_up_sync(FULL_WARP, *count, offset);
+        if (lane >= (unsigned)offset) {
+            *mass += a;
+            *count += b;
+        }
+    }
+    __syncthreads();
+    if (lane == 31) {
+        m->warp_mass[warp] = *mass;
+        m->warp_count[warp] = *count;
+    }
+    __syncthreads();
+    for (unsigned w = 0; w < warp; w++) {
+        *mass += m->warp_mass[w];
+        *count += m->warp_count[w];
+    }
+}
+
+/* The bucket in which enough is reached when they are taken from the top on what `cut` has, into
+ * m->found (RADIX_BUCKETS: all of them are not enough) with what stands above it. A thread has two
+ * buckets. */
+static __device__ __forceinline__ void find_bucket(radix_memory *m, const radix_cut &cut,
+                                                   mass_t target, mass_t most) {
+    uint32_t high = RADIX_BUCKETS - 1 - 2 * threadIdx.x, low = high - 1;
+    mass_t mass = m->mass[high] + m->mass[low], own_mass = mass;
+    uint32_t count = m->count[high] + m->count[low], own_count = count;
+    if (threadIdx.x == 0) m->found = RADIX_BUCKETS;
+    scan_block(m, &mass, &count);
+    mass += cut.mass;
+    count += cut.count;
+    mass_t mass_before = mass - own_mass;
+    uint32_t count_before = count - own_count;
+    if (radix_enough(mass, count, target, most) &&
+        !radix_enough(mass_before, count_before, target, most)) {
+        bool first =
+            radix_enough(mass_before + m->mass[high], count_before + m->count[high], target, most);
+        m->found = first ? high : low;
+        m->found_mass = mass_before + (first ? 0 : m->mass[high]);
+        m->found_count = count_before + (first ? 0 : m->count[high]);
+    }
+    __syncthreads();
+}
+
+/* visit(add) calls add(key, mass) for each key of this thread; three times the same ones. All
+ * RADIX_THREADS threads get the result. None are taken if target is 0 or most is 0. */
+template <typename VISIT>
+static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t most, VISIT visit) {
+    radix_cut cut = {0xffffffffu, 0, 0, 0};
+    if (radix_enough(0, 0, target, most)) return cut;
+    uint32_t fixed = 0;
+    cut.key = 0;
+    for (int level = 0; level < 3; level++) {
+        int shift = level == 0 ? 21 : level == 1 ? 10 : 0;
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += RADIX_THREADS) {
+            m->mass[i] = 0;
+            m->count[i] = 0;
+        }
+        __syncthreads();
+        visit([&](uint32_t key, mass_t mass) {
+            if ((key & fixed) != cut.key) return;
+            uint32_t at = (key & ~fixed) >> shift;
+            if (mass) atomicAdd(&m->mass[at], mass);
+            atomicAdd(&m->count[at], 1u);
+        });
+        __syncthreads();
+        find_bucket(m, cut, target, most);
+        if (m->found == RADIX_BUCKETS) { /* at the first level only: all are taken */
+            cut.key = 0;
+            cut.ties = 0xffffffffu;
+            return cut;
+        }
+        cut.key |= m->found << shift;
+        cut.mass = m->found_mass;
+        cut.count = m->found_count;
+        fixed = ~0u << shift;
+    }
+    uint32_t at = cut.key & 1023u, equal = m->count[at];
+    mass_t each = equal ? m->mass[at] / equal : 0, wanted = most - cut.count;
+    if (target > cut.mass && each > 0) {
+        mass_t by_mass = (target - cut.mass + each - 1) / each;
+        wanted = by_mass < wanted ? by_mass : wanted;
+    }
+    cut.ties = wanted < equal ? (uint32_t)wanted : equal;
+    __syncthreads();
+    return cut;
+}
+
+/* The k-th highest of n values, k > 0, -INFINITY and NaN not counted; -FLT_MAX if there are not so
+ * many. All threads get it. */
+static __device__ float radix_kth(radix_memory *m, const float *value, uint32_t n, mass_t k) {
+    radix_cut cut = radix_select(m, ~(mass_t)0, k, [&](auto add) {
+        for (uint32_t i = threadIdx.x; i < n; i += RADIX_THREADS)
+            if (value[i] > -INFINITY) add(ordered(value[i]), 0);
+    });
+    return cut.ties == 0xffffffffu ? -FLT_MAX : unordered(cut.key);
+}
+
+#endif
