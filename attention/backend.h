@@ -233,8 +233,8 @@ typedef struct loci_backend_ops {
                           uint32_t out_stride, loci_ref lse);
     /* mass f32 [segments of the view] += for each segment the attention weight of its selected
      * tokens, and of all tokens of flat segments, exp(logit - total_lse), summed over rows
-     * [row_begin, rows) and query heads. total_lse f32 [rows][q_heads]: the merged log-sum-exp.
-     * After attend_sparse. */
+     * [row_begin, rows) and query heads. total_lse f32 [rows][q_heads]: the merged log-sum-exp,
+     * so that no weight exceeds 1. After attend_sparse. */
     void (*attribute)(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                       uint32_t row_begin, loci_ref mass);
     /* Late-interaction score of segments (ColBERT's PLAID, arXiv 2205.09707, section 4, with

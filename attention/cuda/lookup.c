@@ -127,13 +127,15 @@ static bool reserve_tables(loci_stream *stream, loci_lookup *lookup, size_t pair
     return ok;
 }
 
-/* Tokens of an extent that are not deleted. */
-static uint64_t live_tokens(const loci_extent_view *extent) {
-    uint64_t live = extent->tokens;
-    for (uint32_t s = 0; extent->live && extent->segment_dead && s < extent->segments; s++)
-        if (extent->segment_dead[s])
-            live -= extent->segment_begin[s + 1] - extent->segment_begin[s];
-    return live;
+/* Tokens of an extent that are not deleted; all its pairs have the same. */
+static uint64_t live_tokens(const loci_extent_view *extent, const uint64_t *live) {
+    if (!live) return extent->tokens;
+    uint64_t count = 0;
+    for (uint32_t w = 0; w < extent->tokens / 64; w++)
+        count += (uint64_t)__builtin_popcountll(live[w]);
+    uint32_t rest = extent->tokens % 64;
+    uint64_t last = rest ? live[extent->tokens / 64] & ((1ull << rest) - 1) : 0;
+    return count + (uint64_t)__builtin_popcountll(last);
 }
 
 /* Pins one pair and numbers its roots, leaves and words. */
@@ -159,6 +161,7 @@ static bool open_pair(loci_stream *stream, loci_lookup *lookup, uint32_t e, uint
     head->roots += pair->roots;
     head->leaves += pair->leaves;
     const uint64_t *live = extent->live ? extent->live[lookup->layer * corpus->kv_heads + h] : NULL;
+    if (h == 0) lookup->live_tokens += live_tokens(extent, live);
     if (live) {
         /* A kernel may read one word more than there are. */
         size_t bytes = (pair->tokens + 63) / 64 * sizeof *live;
@@ -183,7 +186,6 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
         for (uint32_t h = 0; h < corpus->kv_heads; h++)
             if (!open_pair(stream, lookup, e, h)) return false;
         look->words += (corpus->extents[e].tokens + 31) / 32;
-        lookup->live_tokens += live_tokens(&corpus->extents[e]);
     }
     look->words += 1; /* mask_bits reads into the next word */
     for (uint32_t h = 0; h < corpus->kv_heads; h++) {

@@ -419,3 +419,9 @@ void loci_cuda_pairs_stats_of(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out
     *out = pairs->stats;
     pthread_mutex_unlock(&pairs->lock);
 }
+
+void loci_cuda_pairs_limit(loci_cuda_pairs *pairs, uint64_t bytes) {
+    pthread_mutex_lock(&pairs->lock);
+    pairs->stats.budget = bytes;
+    pthread_mutex_unlock(&pairs->lock);
+}

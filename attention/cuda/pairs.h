@@ -40,6 +40,8 @@ void loci_cuda_pairs_unpin(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry);
 void loci_cuda_pairs_forget(loci_cuda_pairs *pairs, const loci_buffer *buffer);
 /* Gives up about `bytes` of unpinned pairs; false if there are none. NULL allowed. */
 bool loci_cuda_pairs_shrink(loci_cuda_pairs *pairs, size_t bytes);
+/* Another budget; what is over it goes as others come. */
+void loci_cuda_pairs_limit(loci_cuda_pairs *pairs, uint64_t bytes);
 void loci_cuda_pairs_stats_of(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out);
 
 #endif

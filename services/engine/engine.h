@@ -25,8 +25,8 @@ typedef struct loci_engine_options {
     const char *data;       /* data directory, made if missing */
     const char *model;      /* model folder */
     const char *also_model; /* of one that only answers corpora that it encoded; NULL = none */
-    const char *backend;    /* "cpu" */
-    const char *precision;  /* "auto" (bf16 where the CPU has it), "f32", "bf16" */
+    const char *backend;    /* "cpu" or "cuda"; NULL = cpu */
+    const char *precision;  /* "auto" (bf16 where the backend has it), "f32", "bf16" */
     uint64_t memory_bytes;  /* the budget; 0 = half of RAM */
     uint64_t calls_bytes;   /* of it for messages of running calls */
     unsigned threads;       /* 0 = one per CPU */

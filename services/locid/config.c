@@ -50,7 +50,7 @@ static const setting settings[SETTINGS] = {
     {"server", "drain_seconds", "drain-seconds", KIND_U64, AT(drain_seconds), 0, 3600, "10", "N",
      "time for running calls at shutdown (default 10)"},
     {"engine", "backend", "backend", KIND_TEXT, AT(backend), 0, 0, "cpu", "NAME",
-     "where numbers are crunched (default cpu)"},
+     "where numbers are crunched: cpu, or cuda in builds that have it (default cpu)"},
     {"engine", "precision", "precision", KIND_TEXT, AT(precision), 0, 0, "auto", "NAME",
      "auto, f32 or bf16 (default auto)"},
     {"engine", "memory", "memory", KIND_SIZE, AT(memory_bytes), 1u << 20, INT64_MAX, NULL,

@@ -16,6 +16,7 @@
 
 #ifndef LOCI_TEST_BACKEND
 #define LOCI_TEST_BACKEND "cpu"
+#define LOCI_TEST_CPU /* tests that look inside it */
 #endif
 
 typedef struct fixture {

@@ -131,6 +131,10 @@ static const char *describe(loci_backend *self) {
     return of(self)->description;
 }
 
+static struct loci_pool *pool(loci_backend *self) {
+    return loci_backend_pool(of(self)->inner);
+}
+
 static loci_status new_buffer(loci_backend *self, loci_buffer *inner, loci_buffer **out) {
     *out = calloc(1, sizeof **out);
     if (!*out) misuse("alloc", "out of memory");
@@ -585,6 +589,7 @@ static const loci_backend_ops table = {
     .open = refuse_open,
     .close = refuse_close,
     .describe = describe,
+    .pool = pool,
     .alloc = alloc,
     .wrap = wrap,
     .free = free_buffer,

@@ -25,6 +25,7 @@
 static const char *const isas[] UNUSED = {LOCI_TEST_BACKEND};
 #else
 #define LOCI_TEST_BACKEND "cpu"
+#define LOCI_TEST_CPU /* tests that look inside it */
 static const char *const isas[] UNUSED = {"portable", "avx2", "avx512", "avx512_bf16"};
 #endif
 #define ISA_COUNT (sizeof isas / sizeof *isas)

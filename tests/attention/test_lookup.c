@@ -98,6 +98,8 @@ static void test_dense_and_top_p_one_equal_plain_attention(void **state) {
 
 /* --- choosing ------------------------------------------------------------------------ */
 
+#ifdef LOCI_TEST_CPU
+
 typedef struct choice {
     float value;
     uint32_t index;
@@ -167,6 +169,8 @@ static void test_kth_equals_sorting(void **state) {
         assert_true(lookup_kth(kernels, value, n, n + 1) == -INFINITY);
     }
 }
+
+#endif
 
 /* --- hierarchical -------------------------------------------------------------------- */
 
@@ -279,6 +283,8 @@ static void test_no_extents(void **state) {
     close_scene(&s);
 }
 
+#ifdef LOCI_TEST_CPU
+
 /* Every instruction set and thread count: the same tokens, the same values to rounding. */
 static void test_instruction_sets_and_threads_agree(void **state) {
     (void)state;
@@ -313,6 +319,8 @@ static void test_instruction_sets_and_threads_agree(void **state) {
         close_scene(&expected);
     }
 }
+
+#endif
 
 /* NaN in every K and V that was not selected changes nothing: it is not read. */
 static void test_unselected_keys_are_never_read(void **state) {
@@ -645,15 +653,17 @@ int main(int argc, char **argv) {
 
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_dense_and_top_p_one_equal_plain_attention),
+#ifdef LOCI_TEST_CPU
         cmocka_unit_test(test_choose_equals_sorting),
         cmocka_unit_test(test_kth_equals_sorting),
+        cmocka_unit_test(test_instruction_sets_and_threads_agree),
+#endif
         cmocka_unit_test(test_selection_equals_reference),
         cmocka_unit_test(test_selection_equals_numpy),
         cmocka_unit_test(test_what_is_out_of_reach_takes_no_part),
         cmocka_unit_test(test_selection_at_odd_shapes),
         cmocka_unit_test(test_deleted_segments_take_no_part),
         cmocka_unit_test(test_no_extents),
-        cmocka_unit_test(test_instruction_sets_and_threads_agree),
         cmocka_unit_test(test_unselected_keys_are_never_read),
         cmocka_unit_test(test_tail_lowers_the_error_of_diffuse_heads),
         cmocka_unit_test(test_squeezed_equals_the_formula),

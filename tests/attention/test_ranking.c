@@ -88,11 +88,14 @@ static void test_attribute_shares_out_all_mass(void **state) {
         float *mass = calloc(s.f.segments, sizeof *mass);
         float total[64];
         loci_error err = {0};
-        for (uint32_t i = 0; i < s.rows * s.f.q_heads; i++) total[i] = 9.0f + 0.01f * (float)i;
+        /* The total is what attention over more than this part would have. */
+        ops->download(s.f.stream, s.lse, r.lse, s.rows * s.f.q_heads * sizeof *s.lse);
+        if (ops->sync(s.f.stream, &err) != LOCI_OK) fail_msg("%s", err.text);
+        for (uint32_t i = 0; i < s.rows * s.f.q_heads; i++)
+            total[i] = s.lse[i] + 2.0f + 0.01f * (float)i;
         ops->upload(s.f.stream, r.steady, total, s.rows * s.f.q_heads * sizeof *total);
         ops->attribute(s.f.stream, r.lookup, r.steady, 1, r.mass);
         ops->download(s.f.stream, mass, r.mass, s.f.segments * sizeof *mass);
-        ops->download(s.f.stream, s.lse, r.lse, s.rows * s.f.q_heads * sizeof *s.lse);
         if (ops->sync(s.f.stream, &err) != LOCI_OK) fail_msg("%s", err.text);
         double sum = 0.0, expected = 0.0, exact;
         for (uint32_t i = 0; i < s.f.segments - 5; i++) sum += (double)mass[i];

@@ -18,6 +18,12 @@
 #include "base/half.h"
 #include "model/model.h"
 
+/* The same tests are built once for each backend; only the CPU has instruction sets. */
+#ifndef LOCI_TEST_BACKEND
+#define LOCI_TEST_BACKEND "cpu"
+#define LOCI_TEST_CPU
+#endif
+
 #define DATA "tests/data/model/"
 #define BUILT_IN "model/default"
 #define TINY DATA "tiny-3heads"
@@ -34,10 +40,10 @@ static void *grab(size_t bytes) {
     return data;
 }
 
-static loci_backend *open_cpu(const char *isa, unsigned threads) {
+static loci_backend *open_backend(const char *isa, unsigned threads) {
     loci_backend_options options = {threads, isa};
     loci_backend *backend;
-    ok(loci_backend_open("cpu", &options, &backend, &err));
+    ok(loci_backend_open(LOCI_TEST_BACKEND, &options, &backend, &err));
     return backend;
 }
 
@@ -203,14 +209,18 @@ static void check_goldens(const char *dir, const char *path, loci_backend *backe
     loci_model_close(model);
 }
 
+#ifdef LOCI_TEST_CPU
 static const char *const isas[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+#else
+static const char *const isas[] = {NULL};
+#endif
 
 static const char *const tiny[] = {"3heads", "untied", "llama", "mistral", "qwen2", "qwen3"};
 
 static void test_tiny_models_equal_transformers(void **state) {
     (void)state;
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++) {
-        loci_backend *backend = open_cpu(isas[i], 2);
+        loci_backend *backend = open_backend(isas[i], 2);
         for (size_t m = 0; m < sizeof tiny / sizeof *tiny; m++) {
             char dir[64], path[64];
             snprintf(dir, sizeof dir, DATA "tiny-%s", tiny[m]);
@@ -230,7 +240,7 @@ static void test_tiny_models_equal_transformers(void **state) {
 
 static void test_built_in_model_equals_transformers(void **state) {
     (void)state;
-    loci_backend *backend = open_cpu(NULL, 0);
+    loci_backend *backend = open_backend(NULL, 0);
     check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_F32, false);
     check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16, false);
     check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16, true);
@@ -257,7 +267,7 @@ static uint32_t make_segments(uint32_t vocab, uint32_t *tokens, uint32_t *begin)
 static void test_encoding_does_not_depend_on_packing_or_threads(void **state) {
     (void)state;
     static uint32_t tokens[MANY], begin[MANY + 1];
-    loci_backend *backends[] = {open_cpu(NULL, 2), open_cpu(NULL, 3)};
+    loci_backend *backends[] = {open_backend(NULL, 2), open_backend(NULL, 3)};
     static const struct {
         const char *dir;
         loci_dtype precision;
@@ -310,7 +320,7 @@ static loci_status log_attend(void *ctx, const loci_attend_call *call, loci_erro
 
 static void test_attend_callback_and_stopping(void **state) {
     (void)state;
-    loci_backend *backend = open_cpu(NULL, 1);
+    loci_backend *backend = open_backend(NULL, 1);
     loci_model *model;
     loci_sequence *sequence;
     uint32_t tokens[300];
@@ -353,7 +363,7 @@ static void append_and_copy(loci_sequence *sequence, const uint32_t *tokens, uin
  * until reset. */
 static void test_attention_is_scaled(void **state) {
     (void)state;
-    loci_backend *backend = open_cpu(NULL, 1);
+    loci_backend *backend = open_backend(NULL, 1);
     loci_model *model;
     loci_sequence *sequence;
     attend_log log = {0};
@@ -397,7 +407,7 @@ static loci_status cancel_at_once(void *ctx, const loci_attend_call *call, loci_
 
 static void test_bad_input_and_cancel(void **state) {
     (void)state;
-    loci_backend *backend = open_cpu(NULL, 1);
+    loci_backend *backend = open_backend(NULL, 1);
     loci_model *model;
     loci_sequence *sequence;
     uint32_t tokens[] = {1, 2, 271}, begin[] = {0, 3}, backwards[] = {0, 3, 1};
@@ -436,7 +446,7 @@ static void test_bad_input_and_cancel(void **state) {
 
 static void test_fingerprint(void **state) {
     (void)state;
-    loci_backend *backend = open_cpu(NULL, 1);
+    loci_backend *backend = open_backend(NULL, 1);
     loci_model *a, *b, *c;
     ok(loci_model_open(TINY, backend, LOCI_F32, &a, &err));
     ok(loci_model_open(TINY, backend, LOCI_BF16, &b, &err));
@@ -483,7 +493,7 @@ static void run_all(loci_backend *backend, const char *dir, loci_buf *out) {
 
 static void test_deferred_backend_gives_the_same_bytes(void **state) {
     (void)state;
-    loci_backend *cpu = open_cpu(NULL, 2), *deferred;
+    loci_backend *cpu = open_backend(NULL, 2), *deferred;
     loci_buf now = LOCI_BUF_INIT, later = LOCI_BUF_INIT;
     ok(deferred_open(cpu, &deferred, &err));
     for (size_t i = 0; i < sizeof tiny / sizeof *tiny; i++) {

@@ -1,0 +1,466 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * One layer's attention of a decoding step on the GPU: hierarchical look-ups, dense
+ * mode, and dense attention over plain K and V, for each number of tokens given. One JSON line
+ * each.
+ *
+ *   bench_cuda_attention [--layers N] [--steps N] [--heads Q KV DIM] TOKENS...   (ascending)
+ *
+ * Keys are the generator's (topics around a common offset); queries look for one planted key each.
+ * Every layer has device copies of its own, a step takes the next layer and fresh queries, and
+ * memory larger than the cache is written between two steps, so that nothing is read from the L2.
+ * ms: median over steps, from begin to the output, by events on the stream. error: relative L2
+ * error of the output against dense mode's, mean over steps and heads; recall: the share of the
+ * attention mass that was read. bytes: what must be read, by the look-up's figures.
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "attention/cuda/pairs.h"
+#include "base/clock.h"
+#include "base/half.h"
+#include "tests/attention/corpus_fixture.h"
+
+#define TOPICS 2000u
+#define SEGMENT_TOKENS 256u /* divides an extent */
+#define SPREAD 0.7f
+#define SIZES_MAX 8u
+#define WARM_STEPS 3u
+
+typedef struct options {
+    uint32_t layers, steps, q_heads, kv_heads, dim, count, tokens[SIZES_MAX];
+} options;
+
+typedef struct bench {
+    options o;
+    fixture f;                /* all tokens, one layer; keys stay for the queries */
+    loci_extent_view **views; /* [layers][extents]: the same bytes, copied for each layer */
+    loci_buffer *memory, *flush;
+    size_t flush_bytes;
+    cudaEvent_t begin, end;
+    loci_error err;
+} bench;
+
+static void must(bench *b, loci_status status) {
+    if (status == LOCI_OK) return;
+    (void)fprintf(stderr, "bench_cuda_attention: %s\n", b->err.text);
+    exit(1);
+}
+
+static void *need(void *memory) {
+    LOCI_ASSERT(memory != NULL);
+    return memory;
+}
+
+/* --- the corpus ------------------------------------------------------------------------ */
+
+typedef struct generator {
+    fixture *f;
+    uint32_t head;
+} generator;
+
+/* As fixture_generate, a KV head a thread. */
+static void *generate_head(void *arg) {
+    const generator *g = arg;
+    fixture *f = g->f;
+    uint64_t rng = 11 + g->head;
+    uint32_t dim = f->dim;
+    float *topic = need(malloc((size_t)(TOPICS + 1) * dim * sizeof *topic));
+    float *offset = topic + (size_t)TOPICS * dim;
+    for (uint32_t i = 0; i < dim; i++) offset[i] = 2.0f * fixture_normal(&rng);
+    for (size_t i = 0; i < (size_t)TOPICS * dim; i++) topic[i] = fixture_normal(&rng);
+    for (size_t t = 0; t < f->tokens; t++) {
+        float u = fixture_uniform(&rng);
+        const float *from = topic + (size_t)(u * u * (float)TOPICS) * dim;
+        for (uint32_t i = 0; i < dim; i++) {
+            float key = offset[i] + from[i] + SPREAD * fixture_normal(&rng);
+            f->k[g->head][t * dim + i] = loci_f32_to_bf16(key);
+            f->v[g->head][t * dim + i] = loci_f32_to_bf16(fixture_normal(&rng));
+        }
+    }
+    free(topic);
+    return NULL;
+}
+
+static void generate(bench *b) {
+    fixture *f = &b->f;
+    uint32_t tokens = b->o.tokens[b->o.count - 1], heads = b->o.kv_heads;
+    *f = (fixture){.layers = 1, .kv_heads = heads, .dim = b->o.dim, .q_heads = b->o.q_heads};
+    f->tokens = tokens;
+    f->segments = (tokens + SEGMENT_TOKENS - 1) / SEGMENT_TOKENS;
+    f->segment_begin = need(malloc((f->segments + 1) * sizeof *f->segment_begin));
+    for (uint32_t s = 0; s <= f->segments; s++)
+        f->segment_begin[s] = s < f->segments ? s * SEGMENT_TOKENS : tokens;
+    f->k = need(calloc(heads, sizeof *f->k));
+    f->v = need(calloc(heads, sizeof *f->v));
+    pthread_t *threads = need(calloc(heads, sizeof *threads));
+    generator *work = need(calloc(heads, sizeof *work));
+    for (uint32_t h = 0; h < heads; h++) {
+        f->k[h] = need(malloc((size_t)tokens * f->dim * sizeof **f->k));
+        f->v[h] = need(malloc((size_t)tokens * f->dim * sizeof **f->v));
+        work[h] = (generator){f, h};
+        LOCI_ASSERT(pthread_create(&threads[h], NULL, generate_head, &work[h]) == 0);
+    }
+    for (uint32_t h = 0; h < heads; h++) (void)pthread_join(threads[h], NULL);
+    free(threads);
+    free(work);
+}
+
+/* A view of the extents for each layer, over buffers of its own. */
+static void copy_layers(bench *b) {
+    const fixture *f = &b->f;
+    b->views = need(calloc(b->o.layers, sizeof *b->views));
+    for (uint32_t l = 0; l < b->o.layers; l++) {
+        b->views[l] = need(calloc(f->extents, sizeof *b->views[l]));
+        for (uint32_t e = 0; e < f->extents; e++) {
+            b->views[l][e] = f->views[e];
+            must(b, f->backend->ops->wrap(f->backend, f->memory[e], f->memory_bytes[e],
+                                          &b->views[l][e].buffer, &b->err));
+        }
+    }
+}
+
+/* The first extents, up to about `tokens`. */
+static loci_corpus_view view_of(const bench *b, uint32_t layer, uint32_t tokens) {
+    loci_corpus_view view = b->f.view;
+    view.extents = b->views[layer];
+    view.extent_count = 0;
+    view.tokens = 0;
+    while (view.extent_count < b->f.extents && view.tokens < tokens)
+        view.tokens += b->f.views[view.extent_count++].tokens;
+    return view;
+}
+
+/* --- steps ----------------------------------------------------------------------------- */
+
+typedef struct place {
+    loci_ref q, steady, out, lse;
+    size_t values, heads; /* bytes */
+} place;
+
+static place place_of(const bench *b) {
+    place p;
+    p.heads = b->o.q_heads * sizeof(float);
+    p.values = p.heads * b->o.dim;
+    p.q = loci_ref_at(b->memory, 0);
+    p.out = loci_ref_at(b->memory, p.values);
+    p.steady = loci_ref_at(b->memory, 2 * p.values);
+    p.lse = loci_ref_at(b->memory, 2 * p.values + p.heads);
+    return p;
+}
+
+static void draw_queries(const bench *b, uint64_t tokens, uint64_t *rng, float *q) {
+    uint32_t group = b->o.q_heads / b->o.kv_heads, dim = b->o.dim;
+    for (uint32_t h = 0; h < b->o.q_heads; h++) {
+        const uint16_t *key = b->f.k[h / group] + fixture_random(rng) % tokens * dim;
+        for (uint32_t i = 0; i < dim; i++)
+            q[(size_t)h * dim + i] = 1.2f * loci_bf16_to_f32(key[i]) + 0.5f * fixture_normal(rng);
+    }
+}
+
+typedef struct result {
+    float *out, *lse;
+    loci_lookup_stats stats;
+    float ms;
+} result;
+
+static void flush_cache(bench *b) {
+    (void)loci_cuda_ok(b->f.stream,
+                       cudaMemsetAsync(b->flush->device, 1, b->flush_bytes, b->f.stream->stream),
+                       "flush");
+}
+
+static void look_up(bench *b, loci_lookup *lookup, const loci_corpus_view *view,
+                    const loci_select_params *params, const float *q, const float *steady,
+                    result *r) {
+    const loci_backend_ops *ops = b->f.backend->ops;
+    loci_stream *stream = b->f.stream;
+    place p = place_of(b);
+    ops->upload(stream, p.q, q, p.values);
+    ops->upload(stream, p.steady, steady, p.heads);
+    flush_cache(b);
+    (void)cudaEventRecord(b->begin, stream->stream);
+    ops->lookup_begin(stream, lookup, view, 0, p.q, b->o.q_heads * b->o.dim, 1, b->o.q_heads,
+                      1.0f / sqrtf((float)b->o.dim), p.steady, params);
+    ops->score_nodes(stream, lookup);
+    ops->score_codes(stream, lookup);
+    ops->select(stream, lookup);
+    ops->attend_sparse(stream, lookup, p.out, b->o.q_heads * b->o.dim, p.lse);
+    (void)cudaEventRecord(b->end, stream->stream);
+    ops->lookup_stats(stream, lookup, &r->stats);
+    ops->download(stream, r->out, p.out, p.values);
+    ops->download(stream, r->lse, p.lse, p.heads);
+    must(b, ops->sync(stream, &b->err));
+    must(b, loci_cuda_try(cudaEventElapsedTime(&r->ms, b->begin, b->end), "event", &b->err));
+}
+
+static int compare_floats(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return x < y ? -1 : x > y;
+}
+
+static uint64_t bytes_of(const loci_lookup_stats *s) {
+    return s->root_bytes + s->leaf_bytes + s->code_bytes + s->hash_bytes + s->kv_bytes +
+           s->tail_bytes;
+}
+
+typedef struct tally {
+    float *ms, *host_ms;
+    double error, recall, bytes, selected, candidates;
+    uint32_t steps;
+} tally;
+
+static void compare(const bench *b, const result *sparse, const result *dense, tally *t) {
+    for (uint32_t h = 0; h < b->o.q_heads; h++) {
+        double off = 0.0, norm = 0.0;
+        for (uint32_t i = 0; i < b->o.dim; i++) {
+            double x = (double)sparse->out[h * b->o.dim + i];
+            double y = (double)dense->out[h * b->o.dim + i];
+            off += (x - y) * (x - y);
+            norm += y * y;
+        }
+        t->error += norm > 0.0 ? sqrt(off / norm) / b->o.q_heads : 0.0;
+        t->recall += exp((double)sparse->lse[h] - (double)dense->lse[h]) / b->o.q_heads;
+    }
+    t->bytes += (double)bytes_of(&sparse->stats);
+    t->selected += (double)sparse->stats.selected_tokens / b->o.kv_heads;
+    t->candidates += (double)sparse->stats.candidate_tokens / b->o.kv_heads;
+}
+
+static void print_line(const bench *b, const char *mode, uint64_t tokens, tally *t, double gbps) {
+    qsort(t->ms, t->steps, sizeof *t->ms, compare_floats);
+    qsort(t->host_ms, t->steps, sizeof *t->host_ms, compare_floats);
+    double ms = (double)t->ms[t->steps / 2], n = t->steps, bytes = t->bytes / n;
+    printf("{\"bench\":\"cuda_attention\",\"mode\":\"%s\",\"tokens\":%llu,\"q_heads\":%u,"
+           "\"kv_heads\":%u,\"dim\":%u,\"rows\":1,\"layers\":%u,\"steps\":%u,\"ms\":%.4f,"
+           "\"ms_p90\":%.4f,\"host_ms\":%.4f,\"bytes\":%.0f,\"gbps\":%.1f,\"of_copy\":%.3f,"
+           "\"error\":%.5f,\"recall\":%.5f,\"selected_head\":%.0f,\"candidates_head\":%.0f}\n",
+           mode, (unsigned long long)tokens, b->o.q_heads, b->o.kv_heads, b->o.dim, b->o.layers,
+           t->steps, ms, (double)t->ms[t->steps * 9 / 10], (double)t->host_ms[t->steps / 2], bytes,
+           bytes / ms / 1e6, bytes / ms / 1e6 / gbps, t->error / n, t->recall / n, t->selected / n,
+           t->candidates / n);
+    (void)fflush(stdout);
+}
+
+static result new_result(const bench *b) {
+    result r = {0};
+    r.out = need(calloc((size_t)b->o.q_heads * b->o.dim, sizeof(float)));
+    r.lse = need(calloc(b->o.q_heads, sizeof(float)));
+    return r;
+}
+
+/* Steps of one mode beside dense mode over the same layer and queries. */
+static void run_mode(bench *b, const char *mode, const loci_select_params *params, uint32_t tokens,
+                     double gbps) {
+    const loci_backend_ops *ops = b->f.backend->ops;
+    loci_select_params all = {.mode = LOCI_MODE_DENSE};
+    loci_lookup *lookup, *whole;
+    uint64_t rng = 99;
+    uint32_t steps = b->o.steps + WARM_STEPS;
+    tally t = {
+        need(calloc(steps, sizeof(float))), need(calloc(steps, sizeof(float))), 0, 0, 0, 0, 0, 0};
+    result sparse = new_result(b), dense = new_result(b);
+    float *q = need(calloc((size_t)b->o.q_heads * b->o.dim, sizeof *q));
+    float *steady = need(calloc(b->o.q_heads, sizeof *steady));
+    for (uint32_t h = 0; h < b->o.q_heads; h++) steady[h] = 4.0f;
+    must(b, ops->lookup_create(b->f.backend, &lookup, &b->err));
+    must(b, ops->lookup_create(b->f.backend, &whole, &b->err));
+    loci_corpus_view view = {0};
+    for (uint32_t s = 0; s < steps + b->o.layers; s++) { /* first each layer once */
+        view = view_of(b, s % b->o.layers, tokens);
+        draw_queries(b, view.tokens, &rng, q);
+        uint64_t start = loci_now_ns();
+        look_up(b, lookup, &view, params, q, steady, &sparse);
+        float host_ms = (float)((double)(loci_now_ns() - start) / 1e6);
+        if (s < WARM_STEPS + b->o.layers) continue;
+        look_up(b, whole, &view, &all, q, steady, &dense);
+        t.ms[t.steps] = sparse.ms;
+        t.host_ms[t.steps++] = host_ms;
+        compare(b, &sparse, &dense, &t);
+    }
+    print_line(b, mode, view.tokens, &t, gbps);
+    ops->lookup_free(b->f.backend, lookup);
+    ops->lookup_free(b->f.backend, whole);
+    free(t.ms);
+    free(t.host_ms);
+    free(sparse.out);
+    free(sparse.lse);
+    free(dense.out);
+    free(dense.lse);
+    free(q);
+    free(steady);
+}
+
+/* --- ceilings -------------------------------------------------------------------------- */
+
+/* GB/s of a device-to-device copy, bytes read and written together. */
+static double copy_rate(bench *b) {
+    size_t half = b->flush_bytes / 2;
+    float best = 1e9f, ms;
+    cudaStream_t stream = b->f.stream->stream;
+    for (int i = 0; i < 6; i++) {
+        (void)cudaEventRecord(b->begin, stream);
+        must(b, loci_cuda_try(cudaMemcpyAsync(b->flush->device, b->flush->device + half, half,
+                                              cudaMemcpyDeviceToDevice, stream),
+                              "copy", &b->err));
+        (void)cudaEventRecord(b->end, stream);
+        must(b, loci_cuda_try(cudaStreamSynchronize(stream), "copy", &b->err));
+        (void)cudaEventElapsedTime(&ms, b->begin, b->end);
+        if (i > 0 && ms < best) best = ms;
+    }
+    printf("{\"bench\":\"cuda_copy\",\"backend\":\"%s\",\"bytes\":%zu,\"gbps\":%.1f}\n",
+           b->f.backend->ops->describe(b->f.backend), half,
+           2.0 * (double)half / (double)best / 1e6);
+    return 2.0 * (double)half / (double)best / 1e6;
+}
+
+/* attend_dense over plain bf16 K and V, as the flat part is read. */
+static void run_plain(bench *b, uint32_t tokens, double gbps) {
+    const loci_backend_ops *ops = b->f.backend->ops;
+    size_t width = (size_t)b->o.kv_heads * b->o.dim, bytes = tokens * width * sizeof(uint16_t);
+    place p = place_of(b);
+    loci_attend_span span = {0, 1, 0, tokens};
+    loci_buffer **kv = need(calloc(2 * b->o.layers, sizeof(loci_buffer *)));
+    tally t = {need(calloc(b->o.steps, sizeof(float))),
+               need(calloc(b->o.steps, sizeof(float))),
+               0,
+               0,
+               0,
+               0,
+               0,
+               0};
+    uint16_t *rows = need(malloc(bytes));
+    for (uint32_t i = 0; i < 2 * b->o.layers; i++) {
+        for (size_t r = 0; r < (size_t)tokens * b->o.kv_heads && i < 2; r++)
+            memcpy(rows + r * b->o.dim,
+                   (i ? b->f.v : b->f.k)[r % b->o.kv_heads] + r / b->o.kv_heads * b->o.dim,
+                   b->o.dim * sizeof *rows);
+        must(b, ops->alloc(b->f.backend, bytes, &kv[i], &b->err));
+        ops->upload(b->f.stream, loci_ref_at(kv[i], 0), rows, bytes);
+    }
+    free(rows);
+    for (uint32_t s = 0; s < b->o.steps + WARM_STEPS; s++) {
+        uint32_t l = s % b->o.layers;
+        loci_attend_dense args = {.q = p.q,
+                                  .k = loci_ref_at(kv[2 * l], 0),
+                                  .v = loci_ref_at(kv[2 * l + 1], 0),
+                                  .out = p.out,
+                                  .lse = p.lse,
+                                  .q_stride = b->o.q_heads * b->o.dim,
+                                  .kv_stride = (uint32_t)width,
+                                  .out_stride = b->o.q_heads * b->o.dim,
+                                  .q_heads = b->o.q_heads,
+                                  .kv_heads = b->o.kv_heads,
+                                  .head_dim = b->o.dim,
+                                  .kv_dtype = LOCI_BF16,
+                                  .scale = 1.0f / sqrtf((float)b->o.dim),
+                                  .spans = &span,
+                                  .span_count = 1};
+        float ms;
+        flush_cache(b);
+        (void)cudaEventRecord(b->begin, b->f.stream->stream);
+        ops->attend_dense(b->f.stream, &args);
+        (void)cudaEventRecord(b->end, b->f.stream->stream);
+        must(b, ops->sync(b->f.stream, &b->err));
+        (void)cudaEventElapsedTime(&ms, b->begin, b->end);
+        if (s < WARM_STEPS) continue;
+        t.ms[t.steps++] = ms;
+        t.bytes += 2.0 * (double)bytes;
+        t.recall += 1;
+    }
+    print_line(b, "plain dense", tokens, &t, gbps);
+    for (uint32_t i = 0; i < 2 * b->o.layers; i++) ops->free(b->f.backend, kv[i]);
+    free(kv);
+    free(t.ms);
+    free(t.host_ms);
+}
+
+static bool parse(options *o, int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
+        uint32_t *to[3] = {NULL, NULL, NULL};
+        if (strcmp(argv[i], "--layers") == 0) to[0] = &o->layers;
+        if (strcmp(argv[i], "--steps") == 0) to[0] = &o->steps;
+        if (strcmp(argv[i], "--heads") == 0) {
+            to[0] = &o->q_heads;
+            to[1] = &o->kv_heads;
+            to[2] = &o->dim;
+        }
+        if (!to[0]) {
+            if (o->count == SIZES_MAX) return false;
+            o->tokens[o->count++] = (uint32_t)strtoul(argv[i], NULL, 10);
+            continue;
+        }
+        for (int n = 0; n < 3 && to[n]; n++) {
+            if (++i >= argc) return false;
+            *to[n] = (uint32_t)strtoul(argv[i], NULL, 10);
+        }
+    }
+    for (uint32_t i = 0; i < o->count; i++)
+        if (o->tokens[i] == 0 || (i > 0 && o->tokens[i] <= o->tokens[i - 1])) return false;
+    return o->count > 0 && o->layers > 0 && o->steps > 0 && o->kv_heads > 0 &&
+           o->q_heads % o->kv_heads == 0 && o->dim % 16 == 0 && o->dim > 0;
+}
+
+/* Ends the program as skipped where there is no GPU. */
+static void open_or_skip(bench *b) {
+    loci_backend *backend;
+    loci_status status = loci_backend_open(LOCI_TEST_BACKEND, NULL, &backend, &b->err);
+    if (status == LOCI_E_UNAVAILABLE || status == LOCI_E_UNSUPPORTED) {
+        printf("skipped: %s\n", b->err.text);
+        exit(77);
+    }
+    must(b, status);
+    loci_backend_close(backend);
+}
+
+static void build(bench *b) {
+    uint64_t start = loci_now_ns();
+    generate(b);
+    double generated = (double)(loci_now_ns() - start) / 1e9;
+    start = loci_now_ns();
+    loci_pair_build_options usual = {0};
+    must(b, fixture_build(&b->f, NULL, 0, LOCI_EXTENT_TOKENS_MAX, 0, &usual, &b->err));
+    printf("{\"bench\":\"index_build_cpu\",\"tokens\":%u,\"pairs\":%u,\"generate_s\":%.1f,"
+           "\"build_s\":%.1f}\n",
+           b->f.tokens, b->f.extents * b->f.kv_heads, generated,
+           (double)(loci_now_ns() - start) / 1e9);
+    (void)fflush(stdout);
+}
+
+int main(int argc, char **argv) {
+    bench b = {.o = {.layers = 8, .steps = 40, .q_heads = 28, .kv_heads = 4, .dim = 128}};
+    if (!parse(&b.o, argc, argv)) {
+        (void)fprintf(stderr, "usage: bench_cuda_attention [--layers N] [--steps N] "
+                              "[--heads Q KV DIM] TOKENS... (ascending)\n");
+        return 2;
+    }
+    open_or_skip(&b);
+    build(&b);
+    const loci_backend_ops *ops = b.f.backend->ops;
+    b.flush_bytes = (size_t)1 << 30;
+    must(&b, ops->alloc(b.f.backend, b.flush_bytes, &b.flush, &b.err));
+    must(&b, ops->alloc(b.f.backend, (size_t)b.o.q_heads * (b.o.dim + 1) * 8, &b.memory, &b.err));
+    must(&b, loci_cuda_try(cudaEventCreate(&b.begin), "event", &b.err));
+    must(&b, loci_cuda_try(cudaEventCreate(&b.end), "event", &b.err));
+    copy_layers(&b);
+    double gbps = copy_rate(&b);
+    for (uint32_t i = 0; i < b.o.count; i++) {
+        loci_select_params hierarchical, dense = {.mode = LOCI_MODE_DENSE};
+        loci_select_defaults(&hierarchical);
+        run_mode(&b, "hierarchical", &hierarchical, b.o.tokens[i], gbps);
+        run_mode(&b, "dense", &dense, b.o.tokens[i], gbps);
+        run_plain(&b, b.o.tokens[i], gbps);
+    }
+    for (uint32_t l = 0; l < b.o.layers; l++) {
+        for (uint32_t e = 0; e < b.f.extents; e++) ops->free(b.f.backend, b.views[l][e].buffer);
+        free(b.views[l]);
+    }
+    free(b.views);
+    ops->free(b.f.backend, b.memory);
+    ops->free(b.f.backend, b.flush);
+    fixture_close(&b.f);
+    return 0;
+}

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Runs what tests/gpu/pack.sh packed on a machine with a GPU, which needs neither a compiler nor
+# libraries of ours: the tests of the cuda backend with fresh random inputs, some of them under
+# compute-sanitizer where that is installed, and the benchmarks. A table of the results comes last;
+# logs go to $OUT (default build/gpu/out). Exit code 1: something failed; 77: nothing ran, no GPU.
+#
+#   tests/gpu/run.sh [test] [sanitize] [bench]      (default: all three)
+#
+# BENCH_TOKENS: corpus sizes of the benchmarks, ascending (default 131072 524288).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+wanted=${*:-test sanitize bench}
+out=${OUT:-build/gpu/out}
+mkdir -p "$out"
+unpacked=$(mktemp -d)
+trap 'rm -rf "$unpacked"' EXIT
+xz -dc build/gpu/pack.tar.xz | tar -C "$unpacked" -x || exit 1
+bin=$unpacked/pack/bin
+
+# cuBLASLt: of the system, of a CUDA toolkit, or of Python's packages.
+find_cublaslt() {
+    local found
+    found=$(ldconfig -p 2>/dev/null | awk '/libcublasLt\.so\.13/ {print $NF; exit}')
+    [ -n "$found" ] || found=$(find -L "${CUDA_HOME:-/usr/local/cuda}" -maxdepth 5 \
+        -name libcublasLt.so.13 2>/dev/null | head -n 1)
+    [ -n "$found" ] || found=$(python3 -c '
+import glob, sys
+for folder in sys.path:
+    for path in glob.glob(folder + "/nvidia/*/lib/libcublasLt.so.13"):
+        print(path)' 2>/dev/null | head -n 1)
+    [ -n "$found" ] && dirname "$found"
+}
+cublaslt=$(find_cublaslt) || echo "run.sh: libcublasLt.so.13 was not found" >&2
+export LD_LIBRARY_PATH=$unpacked/pack/lib${cublaslt:+:$cublaslt}${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export LOCI_TEST_SEED=${LOCI_TEST_SEED:-$RANDOM}
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null
+echo "LOCI_TEST_SEED=$LOCI_TEST_SEED"
+
+rows=()
+failed=0
+ran=0
+# check NAME SECONDS COMMAND...: one row of the table
+check() {
+    local name=$1 limit=$2 start=$SECONDS status
+    shift 2
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    local verdict="failed ($status)"
+    case $status in
+    0) verdict=passed ran=$((ran + 1)) ;;
+    77) verdict=$(grep -m 1 skipped "$out/$name.log") ;;
+    *) failed=1 ran=$((ran + 1)) ;;
+    esac
+    rows+=("$(printf '%-28s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
+    case $status in 0 | 77) ;; *) grep -E 'ERROR|error|FAILED|=====|LINE' "$out/$name.log" | head -n 20 ;; esac
+}
+
+case " $wanted " in *" test "*)
+    for program in "$bin"/test_cuda_*; do
+        check "$(basename "$program")" 120 "$program"
+    done
+    ;;
+esac
+
+case " $wanted " in *" sanitize "*)
+    if ! command -v compute-sanitizer >/dev/null; then
+        rows+=("sanitizers                           skipped: compute-sanitizer is not installed")
+    else
+        for topic in pointwise sample dense ranking; do
+            for tool in memcheck racecheck; do
+                check "$tool-$topic" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+                    "$bin/test_cuda_$topic"
+            done
+        done
+    fi
+    ;;
+esac
+
+case " $wanted " in *" bench "*)
+    read -ra tokens <<<"${BENCH_TOKENS:-131072 524288}"
+    check bench_attention 300 "$bin/bench_cuda_attention" "${tokens[@]}"
+    check bench_torch 120 python3 tests/bench/gpu/dense_torch.py "${tokens[@]}"
+    check bench_attention_small 120 "$bin/bench_cuda_attention" --heads 6 2 64 131072
+    cat "$out"/bench_*.log
+    ;;
+esac
+
+printf '%s\n' "${rows[@]}"
+[ "$failed" -eq 0 ] || exit 1
+[ "$ran" -gt 0 ] || exit 77
