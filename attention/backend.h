@@ -276,7 +276,7 @@ extern const loci_backend_ops loci_backend_cuda;
 /* name: "cpu" (or "cuda" in builds that have it). LOCI_E_UNSUPPORTED names the known ones. */
 LOCI_MUST_CHECK loci_status loci_backend_open(const char *name, const loci_backend_options *options,
                                               loci_backend **out, loci_error *err);
-void loci_backend_close(loci_backend *backend); /* NULL allowed */
+void loci_backend_close(loci_backend *backend);             /* NULL allowed */
 struct loci_pool *loci_backend_pool(loci_backend *backend); /* ops->pool */
 
 static inline loci_ref loci_ref_at(loci_buffer *buffer, size_t offset) {

@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Runs what tests/gpu/pack.sh packed on a machine with a GPU, which needs neither a compiler nor
-# libraries of ours: the tests of the cuda backend with fresh random inputs, some of them under
-# compute-sanitizer where that is installed, and the benchmarks. A table of the results comes last;
-# logs go to $OUT (default build/gpu/out). Exit code 1: something failed; 77: nothing ran, no GPU.
+# libraries of ours: the tests of the cuda backend with fresh random inputs (test), some of them under
+# compute-sanitizer where that is installed (sanitize), the service end to end beside the CPU
+# (service), the benchmarks (bench). A table of the results comes last; logs go to $OUT (default
+# build/gpu/out). Exit code 1: something failed; 77: nothing ran, no GPU.
 #
-#   tests/gpu/run.sh [test] [sanitize] [bench]      (default: all three)
+#   tests/gpu/run.sh [test] [service] [bench] [sanitize]      (default: all)
 #
 # BENCH_TOKENS: corpus sizes of the benchmarks, ascending (default 131072 524288).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-wanted=${*:-test sanitize bench}
+wanted=${*:-test service bench sanitize}
 out=${OUT:-build/gpu/out}
 mkdir -p "$out"
 unpacked=$(mktemp -d)
@@ -59,8 +60,14 @@ check() {
 
 case " $wanted " in *" test "*)
     for program in "$bin"/test_cuda_*; do
-        check "$(basename "$program")" 120 "$program"
+        check "$(basename "$program")" 60 "$program"
     done
+    ;;
+esac
+
+case " $wanted " in *" service "*)
+    check service 240 python3 tests/gpu/service.py "$bin" model/default
+    cat "$out/service.log"
     ;;
 esac
 
@@ -80,9 +87,9 @@ esac
 
 case " $wanted " in *" bench "*)
     read -ra tokens <<<"${BENCH_TOKENS:-131072 524288}"
-    check bench_attention 300 "$bin/bench_cuda_attention" "${tokens[@]}"
-    check bench_torch 120 python3 tests/bench/gpu/dense_torch.py "${tokens[@]}"
-    check bench_attention_small 120 "$bin/bench_cuda_attention" --heads 6 2 64 131072
+    check bench_attention 240 "$bin/bench_cuda_attention" "${tokens[@]}"
+    check bench_torch 60 python3 tests/bench/gpu/dense_torch.py "${tokens[@]}"
+    check bench_attention_small 60 "$bin/bench_cuda_attention" --heads 6 2 64 131072
     cat "$out"/bench_*.log
     ;;
 esac
