@@ -64,7 +64,7 @@ loci_status loci_cublaslt_open(loci_cublaslt **out, loci_error *err) {
     loci_cublaslt *blas = calloc(1, sizeof *blas);
     if (!blas) return loci_fail(err, LOCI_E_NOMEM, "no memory for cuBLASLt");
     for (size_t i = 0; !blas->library && i < sizeof names / sizeof *names; i++)
-        blas->library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+        blas->library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE); /* it is large */
     loci_status status = LOCI_OK;
     if (!blas->library)
         status = loci_fail(err, LOCI_E_UNAVAILABLE, "backend cuda: %s was not found (%s)", names[0],

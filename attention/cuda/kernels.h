@@ -210,7 +210,7 @@ typedef struct loci_cuda_stats {
         tail_bytes, dense_kv_bytes, selected_tokens, candidate_tokens;
 } loci_cuda_stats;
 
-/* What the masks of a look-up hold; *stats has been zeroed. */
+/* Adds what the masks of a look-up hold. */
 cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
                               loci_cuda_stats *stats);
 
@@ -277,7 +277,7 @@ cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci_cuda_look 
 /* tail.cu: the last part of each pair's partial results. */
 cudaError_t loci_cuda_k_attend_tail(cudaStream_t stream, const loci_cuda_look *look,
                                     const loci_cuda_choice *choice, const loci_cuda_attend *args);
-/* What kept roots and candidates took to find. */
+/* Adds what kept roots and candidates took to find. */
 cudaError_t loci_cuda_k_choice_stats(cudaStream_t stream, const loci_cuda_look *look,
                                      const loci_cuda_choice *choice, loci_cuda_stats *stats);
 

@@ -18,11 +18,15 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
     *stats = (loci_lookup_stats){0};
     if (!lookup->ready || !lookup->tokens_selected) return;
     const loci_cuda_look *look = &lookup->look;
-    loci_buffer buffer = {.bytes = sizeof(loci_cuda_stats)};
-    loci_cuda_stats *device = look_alloc(stream, lookup, sizeof *device);
+    loci_cuda_stats first = {0};
+    for (uint32_t h = 0; h < look->kv_heads && lookup->mode == LOCI_MODE_SQUEEZED; h++) {
+        /* Centroids of both levels, twice. */
+        first.root_bytes += 2ull * lookup->heads[h].roots * (sizeof(float) + look->dim);
+        first.leaf_bytes += 2ull * lookup->heads[h].leaves * (sizeof(float) + look->dim);
+    }
+    loci_buffer buffer = {.bytes = sizeof first};
+    loci_cuda_stats *device = look_put(stream, lookup, &first, sizeof first);
     if (!device ||
-        !look_launched(stream, lookup, cudaMemsetAsync(device, 0, sizeof *device, stream->stream),
-                       "stats") ||
         !look_launched(stream, lookup, loci_cuda_k_stats(stream->stream, look, device), "stats"))
         return;
     if (lookup->tokens_scored &&
@@ -30,11 +34,6 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
                        loci_cuda_k_choice_stats(stream->stream, look, &lookup->choice, device),
                        "stats"))
         return;
-    if (lookup->mode == LOCI_MODE_SQUEEZED) /* both levels' nodes are read twice */
-        for (uint32_t h = 0; h < look->kv_heads; h++) {
-            stats->root_bytes += lookup->heads[h].roots * (8ull + look->dim);
-            stats->leaf_bytes += lookup->heads[h].leaves * (8ull + look->dim);
-        }
     buffer.device = (void *)device;
     loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
 }

@@ -52,6 +52,7 @@ check() {
     case $status in
     0) verdict=passed ran=$((ran + 1)) ;;
     77) verdict=$(grep -m 1 skipped "$out/$name.log") ;;
+    124) verdict="not finished after $limit s" failed=1 ran=$((ran + 1)) ;;
     *) failed=1 ran=$((ran + 1)) ;;
     esac
     rows+=("$(printf '%-28s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
@@ -60,7 +61,7 @@ check() {
 
 case " $wanted " in *" test "*)
     for program in "$bin"/test_cuda_*; do
-        check "$(basename "$program")" 60 "$program"
+        check "$(basename "$program")" 90 "$program"
     done
     ;;
 esac
