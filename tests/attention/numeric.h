@@ -42,8 +42,19 @@ UNUSED static void ok(rig *r, loci_status status) {
     if (status != LOCI_OK) fail_msg("%s: %s", loci_status_text(status), r->err.text);
 }
 
+static uint64_t random_state UNUSED = 1;
+
+/* LOCI_TEST_SEED draws other inputs, the same in every run with it. */
+UNUSED static void seed_once(void) {
+    static bool seeded;
+    const char *seed = getenv("LOCI_TEST_SEED");
+    if (!seeded && seed) random_state = 2 * strtoull(seed, NULL, 10) + 1;
+    seeded = true;
+}
+
 UNUSED static rig rig_open(const char *isa, unsigned threads) {
     rig r = {0};
+    seed_once();
     loci_backend_options options = {threads, isa};
     ok(&r, loci_backend_open(LOCI_TEST_BACKEND, &options, &r.backend, &r.err));
     r.ops = r.backend->ops;
@@ -78,8 +89,6 @@ UNUSED static void *grab(size_t bytes) {
     assert_non_null(data);
     return data;
 }
-
-static uint64_t random_state UNUSED = 1;
 
 UNUSED static uint32_t random_u32(void) {
     random_state = random_state * 6364136223846793005u + 1442695040888963407u;
