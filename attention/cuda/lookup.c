@@ -161,7 +161,11 @@ static bool open_pair(loci_stream *stream, loci_lookup *lookup, uint32_t e, uint
     head->roots += pair->roots;
     head->leaves += pair->leaves;
     const uint64_t *live = extent->live ? extent->live[lookup->layer * corpus->kv_heads + h] : NULL;
-    if (h == 0) lookup->live_tokens += live_tokens(extent, live);
+    if (h == 0) {
+        uint64_t tokens = live_tokens(extent, live);
+        lookup->live_tokens += tokens;
+        lookup->spread += sqrt((double)tokens);
+    }
     if (live) {
         /* A kernel may read one word more than there are. */
         size_t bytes = (pair->tokens + 63) / 64 * sizeof *live;
@@ -252,6 +256,7 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
     lookup->ready = true;
     lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
     lookup->live_tokens = 0;
+    lookup->spread = 0.0;
     lookup->look = (loci_cuda_look){
         .extents = corpus->extent_count,
         .kv_heads = corpus->kv_heads,
@@ -281,9 +286,9 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
 
 /* --- stages ---------------------------------------------------------------------------- */
 
-/* max(1, least, ceil(rate * sqrt(live tokens))) */
-static uint64_t count_of(float rate, uint64_t live, uint64_t least) {
-    double wanted = ceil((double)rate * sqrt((double)live));
+/* max(1, least, ceil(rate * spread)), at most live or least */
+static uint64_t count_of(float rate, double spread, uint64_t live, uint64_t least) {
+    double wanted = ceil((double)rate * spread);
     uint64_t count = wanted >= (double)live ? live : wanted > 0.0 ? (uint64_t)wanted : 0;
     uint64_t most = count > least ? count : least;
     return most ? most : 1;
@@ -297,9 +302,10 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
     size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
     size_t mask = (size_t)look->kv_heads * look->rows * look->words * sizeof(uint32_t);
     *c = (loci_cuda_choice){
-        .roots_wanted = count_of(params->roots, lookup->live_tokens, params->roots_min),
-        .candidates_wanted =
-            count_of(params->candidates, lookup->live_tokens, params->candidates_min),
+        .roots_wanted =
+            count_of(params->roots, lookup->spread, lookup->live_tokens, params->roots_min),
+        .candidates_wanted = count_of(params->candidates, sqrt((double)lookup->live_tokens),
+                                      lookup->live_tokens, params->candidates_min),
         .budget = params->budget,
         .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
         .top_p = params->top_p,

@@ -29,6 +29,7 @@ struct loci_lookup {
     bool tokens_scored, tokens_selected, attended;
     uint32_t layer;
     uint64_t live_tokens;
+    double spread; /* sum over extents of the square root of their live tokens */
     loci_cuda_look look;
     loci_cuda_choice choice; /* mode hierarchical */
     loci_cuda_squeeze squeeze;

@@ -243,7 +243,8 @@ static void test_built_in_model_equals_transformers(void **state) {
     loci_backend *backend = open_backend(NULL, 0);
     check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_F32, false);
     check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16, false);
-    check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16, true);
+    if (backend->ops->weight_map)
+        check_goldens(BUILT_IN, DATA "decoder_built-in.bin", backend, LOCI_BF16, true);
     loci_backend_close(backend);
 }
 
