@@ -309,16 +309,23 @@ static void delete_and_rewrite(fixture *f) {
     assert_true(info_of(f, "a").bytes_on_disk < before.bytes_on_disk);
 }
 
-/* Extents are written anew by the other thread while they are merged: that merge comes to nothing
- * and another one is made. */
-static void test_a_merge_gives_up(void **state) {
-    fixture *f = *state;
+/* When the new extent is written and about to be named. */
+static void delete_and_rewrite_late(fixture *f) {
+    if (count_extents(f, "a") > info_of(f, "a").extents)
+        delete_and_rewrite(f);
+    else
+        f->on_wrap = delete_and_rewrite_late;
+}
+
+/* Extents are written anew by the other thread while they are merged: that merge comes to nothing,
+ * its file goes, and another one is made. */
+static void give_up(fixture *f, void (*when)(fixture *)) {
     loci_error err;
     loci_ingest_progress progress;
     fill(f, "a", 30);
     fixture_open(f);
     pthread_mutex_lock(&f->store->lock); /* until f->ingest is set */
-    f->on_wrap = delete_and_rewrite;
+    f->on_wrap = when;
     fixture_start(f);
     pthread_mutex_unlock(&f->store->lock);
     wait_merged(f, "a");
@@ -329,6 +336,14 @@ static void test_a_merge_gives_up(void **state) {
     wait_extents(f, "a", info_of(f, "a").extents);
     assert_ok(loci_ingest_progress_of(f->ingest, "a", &progress, &err));
     assert_int_equal(progress.merge_failure.status, LOCI_OK); /* that was none */
+}
+
+static void test_a_merge_gives_up(void **state) {
+    give_up(*state, delete_and_rewrite);
+}
+
+static void test_a_merge_gives_up_in_the_end(void **state) {
+    give_up(*state, delete_and_rewrite_late);
 }
 
 static atomic_bool held, go_on;
@@ -604,6 +619,7 @@ int main(void) {
         TEST(test_the_dead_are_left_out),
         TEST(test_a_document_dies_meanwhile),
         TEST(test_a_merge_gives_up),
+        TEST(test_a_merge_gives_up_in_the_end),
         TEST(test_nobody_waits),
         TEST(test_the_corpus_ends_meanwhile),
         TEST(test_the_process_ends_meanwhile),
