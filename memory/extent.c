@@ -467,6 +467,7 @@ void loci_extent_unref(loci_extent *extent) {
     free(extent->pair_bytes);
     free(extent->pair_hash);
     free(extent->segment_begin);
+    loci_extent_dead_unref(extent->dead);
     free(extent);
 }
 
@@ -495,13 +496,51 @@ loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair, uint
     return LOCI_OK;
 }
 
-loci_status loci_extent_live(const loci_extent *extent, uint32_t pair, const uint8_t *segment_dead,
-                             uint64_t *bitmap, loci_error *err) {
-    loci_status status =
-        loci_pair_live(extent->map + extent->pair_at[pair], extent->pair_bytes[pair], segment_dead,
-                       extent->segments, bitmap, err);
-    LOCI_TRY(loci_extent_check(extent, err));
-    if (status != LOCI_OK)
-        return loci_fail_prefix(err, status, "pair %u of extent %s", pair, extent->name);
+void loci_extent_dead_unref(loci_extent_dead *dead) {
+    if (!dead || atomic_fetch_sub(&dead->refs, 1) != 1) return;
+    free(dead->live);
+    free(dead);
+}
+
+static loci_status fill_bitmaps(const loci_extent *extent, loci_extent_dead *dead,
+                                loci_error *err) {
+    size_t words = (extent->tokens + 63u) / 64u;
+    uint64_t *bitmap = (uint64_t *)(void *)(dead->live + extent->pairs);
+    for (uint32_t p = 0; p < extent->pairs; p++, bitmap += words) {
+        dead->live[p] = bitmap;
+        loci_status status = loci_pair_live(extent->map + extent->pair_at[p], extent->pair_bytes[p],
+                                            dead->segments, extent->segments, bitmap, err);
+        LOCI_TRY(loci_extent_check(extent, err));
+        if (status != LOCI_OK)
+            return loci_fail_prefix(err, status, "pair %u of extent %s", p, extent->name);
+    }
+    return LOCI_OK;
+}
+
+loci_status loci_extent_mask(loci_extent *extent, const uint8_t *segment_dead,
+                             loci_extent_dead **out, loci_error *err) {
+    loci_extent_dead *dead = extent->dead;
+    if (!dead || memcmp(dead->segments, segment_dead, extent->segments) != 0) {
+        size_t words = (extent->tokens + 63u) / 64u;
+        dead = malloc(sizeof *dead + extent->segments);
+        if (dead) {
+            atomic_init(&dead->refs, 1);
+            memcpy(dead->segments, segment_dead, extent->segments);
+            dead->live = malloc(extent->pairs * (sizeof(uint64_t *) + words * sizeof(uint64_t)));
+        }
+        loci_status status = LOCI_E_NOMEM;
+        if (dead && dead->live)
+            status = fill_bitmaps(extent, dead, err);
+        else
+            loci_fail(err, status, "no memory for the live bitmaps of %s", extent->name);
+        if (status != LOCI_OK) {
+            loci_extent_dead_unref(dead);
+            return status;
+        }
+        loci_extent_dead_unref(extent->dead);
+        extent->dead = dead;
+    }
+    atomic_fetch_add(&dead->refs, 1);
+    *out = dead;
     return LOCI_OK;
 }

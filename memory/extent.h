@@ -14,6 +14,14 @@
 #define LOCI_LAYOUT_OLDEST 2u /* of a directory that is opened; its corpora are to be reindexed */
 #define LOCI_EXTENT_NAME_BYTES (2u * LOCI_EXTENT_ID_BYTES + 1u)
 
+/* Which segments of an extent are dead, and for each pair a bitmap over its slots. Never changes.
+ */
+typedef struct loci_extent_dead {
+    atomic_uint refs;
+    const uint64_t **live; /* [pairs] */
+    uint8_t segments[];    /* 1 = dead */
+} loci_extent_dead;
+
 typedef struct loci_extent {
     atomic_uint refs;
     uint8_t id[LOCI_EXTENT_ID_BYTES];
@@ -29,6 +37,8 @@ typedef struct loci_extent {
     uint64_t *pair_bytes;    /* [pairs] */
     uint64_t *pair_hash;     /* [pairs] */
     uint32_t *segment_begin; /* [segments + 1] */
+    /* As last asked for: it costs a look at every record. Only one thread at a time may ask. */
+    loci_extent_dead *dead;
 } loci_extent;
 
 typedef struct loci_extent_segment {
@@ -67,9 +77,9 @@ loci_extent_segment loci_extent_segment_at(const loci_extent *extent, uint32_t s
 /* K and V of a pair in position order, verified. */
 LOCI_MUST_CHECK loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair,
                                                   uint16_t *k, uint16_t *v, loci_error *err);
-/* The bitmap of live slots of a pair, [(tokens + 63) / 64] words. */
-LOCI_MUST_CHECK loci_status loci_extent_live(const loci_extent *extent, uint32_t pair,
-                                             const uint8_t *segment_dead, uint64_t *bitmap,
-                                             loci_error *err);
+/* The bitmaps of live slots where segment_dead, [segments], says what is dead. With a reference. */
+LOCI_MUST_CHECK loci_status loci_extent_mask(loci_extent *extent, const uint8_t *segment_dead,
+                                             loci_extent_dead **out, loci_error *err);
+void loci_extent_dead_unref(loci_extent_dead *dead); /* NULL allowed */
 
 #endif

@@ -68,10 +68,10 @@ loci_manifest *loci_manifest_ref(loci_manifest *manifest);
 void loci_manifest_unref(loci_manifest *manifest); /* NULL allowed */
 
 /* XXH3-128, canonical, of what the manifest makes searchable and in which extents. At rest
- * (loci_ingest_settled) equal for the same documents registered in the same order, whatever
- * interrupted that; before, when flat segments are sealed depends on time. Covers every byte of the
- * extents through the hashes of their headers; ids of documents are not part of it. False when
- * there is no memory. */
+ * (loci_ingest_settled, and merged: loci_corpus_info) equal for the same documents registered in
+ * the same order, whatever interrupted that; before, when flat segments are sealed depends on time.
+ * Covers every byte of the extents through the hashes of their headers; ids of documents are not
+ * part of it. False when there is no memory. */
 bool loci_manifest_hash(const loci_manifest *manifest, uint8_t out[LOCI_EXTENT_ID_BYTES]);
 
 void loci_manifest_encode(const loci_manifest *manifest, loci_buf *out);

@@ -3,8 +3,8 @@
  * Snapshots: one revision of a corpus, opened and laid out for the backends.
  *
  * The newest snapshot of a corpus is kept and handed out again until the revision changes. A new
- * revision shares the opened extents with older ones; live bitmaps are made for extents that have
- * dead segments; the flat segments are gathered in one buffer for each retrieval layer.
+ * revision shares the opened extents with older ones, and the live bitmaps of extents that have dead
+ * segments until more die; the flat segments are gathered in one buffer for each retrieval layer.
  *
  * The unfinished document at the manifest's cursor is not part of a snapshot: extents and flat
  * segments that hold nothing else, which are the last ones, are left out; its segments in a shared
@@ -29,20 +29,15 @@ uint64_t loci_snapshots_oldest(const loci_snapshot *list) {
 
 /* --- Extents ---------------------------------------------------------------------------- */
 
-/* segment_dead and, when a segment is dead, one bitmap for each pair, in one allocation. */
-static loci_status fill_dead(loci_extent_view *view, const loci_extent *extent,
+/* When a segment is dead, which are, and the bitmaps. Caller holds build_lock. */
+static loci_status fill_dead(loci_extent_view *view, loci_extent *extent,
                              const loci_manifest *manifest, const loci_manifest_extent *entry,
-                             loci_error *err) {
+                             loci_extent_dead **out, loci_error *err) {
     /* The document at the cursor can only be in the last run. */
     bool hides = loci_manifest_hides(manifest, entry->runs[entry->run_count - 1].sequence);
     if (entry->dead_segments == 0 && !hides) return LOCI_OK;
-    size_t words = (extent->tokens + 63u) / 64u;
-    size_t bytes = extent->pairs * (sizeof(uint64_t *) + words * sizeof(uint64_t));
-    const uint64_t **live = malloc(bytes);
     uint8_t *dead = calloc(extent->segments, 1);
-    view->live = live;
-    view->segment_dead = dead;
-    if (!live || !dead)
+    if (!dead)
         return loci_fail(err, LOCI_E_NOMEM, "no memory for the live bitmaps of %s", extent->name);
     uint32_t at = 0;
     for (uint32_t r = 0; r < entry->run_count; r++) {
@@ -50,11 +45,11 @@ static loci_status fill_dead(loci_extent_view *view, const loci_extent *extent,
         memset(dead + at, run->dead || loci_manifest_hides(manifest, run->sequence), run->segments);
         at += run->segments;
     }
-    uint64_t *bitmap = (uint64_t *)(void *)(live + extent->pairs);
-    for (uint32_t p = 0; p < extent->pairs; p++, bitmap += words) {
-        live[p] = bitmap;
-        LOCI_TRY(loci_extent_live(extent, p, dead, bitmap, err));
-    }
+    loci_status status = loci_extent_mask(extent, dead, out, err);
+    free(dead);
+    LOCI_TRY(status);
+    view->live = (*out)->live;
+    view->segment_dead = (*out)->segments;
     return LOCI_OK;
 }
 
@@ -78,8 +73,9 @@ static loci_status fill_extents(loci_snapshot *snapshot, loci_error *err) {
     snapshot->view.extent_count = count;
     snapshot->extents = calloc(count + 1u, sizeof *snapshot->extents);
     snapshot->extent_views = calloc(count + 1u, sizeof *snapshot->extent_views);
+    snapshot->dead = calloc(count + 1u, sizeof(loci_extent_dead *));
     snapshot->terms = calloc(count + 1u, sizeof *snapshot->terms);
-    if (!snapshot->extents || !snapshot->extent_views || !snapshot->terms)
+    if (!snapshot->extents || !snapshot->extent_views || !snapshot->dead || !snapshot->terms)
         return loci_fail(err, LOCI_E_NOMEM, "no memory for a snapshot of %s",
                          snapshot->corpus->name);
     for (uint32_t i = 0; i < count; i++) {
@@ -96,7 +92,7 @@ static loci_status fill_extents(loci_snapshot *snapshot, loci_error *err) {
         view->segments = extent->segments;
         view->segment_base = snapshot->extent_segments;
         for (int b = 8; b < 16; b++) view->id = view->id << 8 | extent->id[b];
-        LOCI_TRY(fill_dead(view, extent, manifest, entry, err));
+        LOCI_TRY(fill_dead(view, extent, manifest, entry, &snapshot->dead[i], err));
         snapshot->extent_segments += extent->segments;
     }
     return LOCI_OK;
@@ -189,8 +185,7 @@ static loci_status reserve(loci_snapshot *snapshot, loci_error *err) {
         manifest->flat_tokens * flat + manifest->flat_count * sizeof *snapshot->flat_begin;
     for (uint32_t i = 0; i < manifest->extent_count; i++) {
         const loci_manifest_extent *entry = &manifest->extents[i];
-        bytes +=
-            sizeof *snapshot->extents + sizeof *snapshot->extent_views + sizeof *snapshot->terms;
+        bytes += 2 * sizeof(void *) + sizeof *snapshot->extent_views + sizeof *snapshot->terms;
         uint64_t last = entry->runs[entry->run_count - 1].sequence;
         if (entry->dead_segments == 0 && !loci_manifest_hides(manifest, last)) continue;
         bytes += pairs * (sizeof(uint64_t *) + (entry->tokens + 63u) / 64u * sizeof(uint64_t)) +
@@ -241,13 +236,12 @@ static void snapshot_free(loci_snapshot *snapshot) {
     }
     for (uint32_t i = 0; i < snapshot->view.extent_count; i++) {
         if (snapshot->extents) loci_extent_unref(snapshot->extents[i]);
-        if (!snapshot->extent_views) continue;
-        free((void *)(uintptr_t)snapshot->extent_views[i].live);
-        free((void *)(uintptr_t)snapshot->extent_views[i].segment_dead);
+        if (snapshot->dead) loci_extent_dead_unref(snapshot->dead[i]);
     }
     for (size_t i = 0; i < snapshot->known_count; i++) free(snapshot->known[i].document);
     free(snapshot->known);
     free(snapshot->extents);
+    free(snapshot->dead);
     free(snapshot->extent_views);
     free(snapshot->flat_data);
     free(snapshot->flat_k);

@@ -22,6 +22,7 @@ struct loci_snapshot {
     loci_corpus_view view;
     loci_extent **extents;
     loci_extent_view *extent_views;
+    loci_extent_dead **dead;  /* [extents]; NULL where none is */
     uint32_t extent_segments; /* of all extents */
     uint16_t *flat_data;      /* K then V of each layer */
     loci_buffer **flat_k, **flat_v;

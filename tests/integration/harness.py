@@ -126,6 +126,12 @@ class Case(unittest.TestCase):
         self.assertIn(says, lines[0])
         return lines[0]
 
+    def at_rest(self, corpus):
+        """What corpus show says when nothing is being done for the corpus."""
+        self.wait_for(lambda: (shown := self.result("corpus", "show", corpus))["merged"]
+                      and shown["stage"] == "idle", f"corpus {corpus} at rest", 60)
+        return self.result("corpus", "show", corpus)
+
     def wait_for(self, condition, what, seconds=30):
         until = time.monotonic() + seconds
         while time.monotonic() < until:

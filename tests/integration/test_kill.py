@@ -26,7 +26,7 @@ class Kill(Case):
 
     def corpus(self):
         """What must not depend on how a corpus came about."""
-        shown = self.result("corpus", "show", "notes")
+        shown = self.at_rest("notes")
         documents = [{k: d[k] for k in ("document", "bytes", "content_hash", "state", "tokens",
                                         "segments")}
                      for d in self.result("document", "list", "notes")["documents"]]

@@ -92,12 +92,12 @@ class Reindex(Case):
 
     def test_the_same_model_needs_none(self):
         self.fill("notes", *FILES)
-        before = self.result("corpus", "show", "notes")
+        before = self.at_rest("notes")
         self.assertTrue(self.result("corpus", "reindex", "notes")["unchanged"])
         self.assertIn("already", self.ok("corpus", "reindex", "notes"))
         self.assertEqual(self.result("corpus", "show", "notes"), before)
         self.assertFalse(self.result("corpus", "reindex", "notes", "--force")["unchanged"])
-        after = self.result("corpus", "show", "notes")
+        after = self.at_rest("notes")
         for key in ("documents", "tokens", "bytes", "manifest_hash", "create_time"):
             self.assertEqual(after[key], before[key], key)
         self.assertGreater(after["revision"], before["revision"])
@@ -162,8 +162,8 @@ class Reindex(Case):
         for place, answer in seen[self.prints["new"]]:
             self.assertEqual(answer, fresh[place], f"LOCI_TEST_SEED={seed}")
         self.assertEqual(self.ask("text")[0], self.prints["new"])
-        self.assertEqual(self.result("corpus", "show", "notes")["manifest_hash"],
-                         self.result("corpus", "show", "fresh")["manifest_hash"])
+        self.assertEqual(self.at_rest("notes")["manifest_hash"],
+                         self.at_rest("fresh")["manifest_hash"])
         self.assertEqual(len(os.listdir(os.path.join(self.daemon.data, "extents"))),
                          sum(self.result("corpus", "show", c)["extents"] > 0
                              for c in ("notes", "text", "fresh", "fresh-text")))

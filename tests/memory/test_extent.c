@@ -87,19 +87,30 @@ static void test_round_trip(void **state) {
     }
     uint16_t k[210 * 16], v[210 * 16];
     uint8_t dead[20] = {0};
-    uint64_t live[4];
+    loci_extent_dead *mask, *again, *other;
     dead[19] = dead[4] = 1;
+    assert_ok(loci_extent_mask(extent, dead, &mask, &err));
     for (uint32_t p = 0; p < PAIRS; p++) {
         assert_int_equal(extent->pair_at[p] % LOCI_BLOCK_ALIGN, 0);
         assert_ok(loci_extent_read_pair(extent, p, k, v, &err));
         assert_memory_equal(k, f->builder->k[p], sizeof k);
         assert_memory_equal(v, f->builder->v[p], sizeof v);
-        assert_ok(loci_extent_live(extent, p, dead, live, &err));
         int bits = 0;
-        for (int w = 0; w < 4; w++) bits += __builtin_popcountll(live[w]);
+        for (int w = 0; w < 4; w++) bits += __builtin_popcountll(mask->live[p][w]);
         assert_int_equal(bits, 210 - 20 - 5);
     }
+    /* Made once, and kept by those who have it when others ask for another one. */
+    assert_ok(loci_extent_mask(extent, dead, &again, &err));
+    assert_ptr_equal(mask, again);
+    dead[0] = 1;
+    assert_ok(loci_extent_mask(extent, dead, &other, &err));
+    assert_ptr_not_equal(mask, other);
     loci_extent_unref(extent);
+    assert_int_equal(mask->segments[0], 0);
+    assert_int_equal(other->segments[0], 1);
+    loci_extent_dead_unref(mask);
+    loci_extent_dead_unref(again);
+    loci_extent_dead_unref(other);
 }
 
 /* The same segments make the same bytes; anything in the identity makes another name. */
