@@ -18,6 +18,7 @@
 /* Up to here chunks are small, for threads and caches; many vectors have long ones, since each
  * chunk has a result of its own for every vector. */
 #define FEW_VECTORS 16u
+#define PREFETCH_SLOTS 16u /* ahead of the hash, which waits for memory else */
 #define CHUNK_FEW 512u
 #define CHUNK_MANY 4096u
 
@@ -64,6 +65,9 @@ static const uint16_t *take_kv(dense_chunk *chunk, uint32_t dim, uint16_t *gathe
     size_t at = 0;
     for (uint32_t slot = chunk->begin; slot < chunk->end; slot++) {
         if (!whole && !is_live(chunk->part, slot)) continue;
+        const uint8_t *ahead = (const uint8_t *)loci_slot_kv(blob, slot + PREFETCH_SLOTS);
+        for (uint32_t i = 0; slot + PREFETCH_SLOTS < chunk->end && i < 4 * dim; i += 64)
+            __builtin_prefetch(ahead + i);
         if (!loci_slot_check_kv(blob, slot)) {
             chunk->bad = slot;
             return NULL;

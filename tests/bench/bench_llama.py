@@ -23,7 +23,8 @@ figure is the best of its rounds, and llama.cpp's that of its best settings; ...
 round. llama.cpp's threads spin for one another, so another busy process costs it far more than
 its share: a run waits until the machine has been idle for a moment (--wait seconds at most), and
 one during which others took more than --others percent of the machine is repeated, --retries
-times at most; disturbed_percent is the most that was accepted.
+times at most; disturbed_percent is the most that was accepted. On a machine that is never idle,
+--clock cpu with --threads 1 divides by processor time instead, which others hardly change.
 """
 import argparse
 import itertools
@@ -45,6 +46,12 @@ SETTINGS = list(itertools.product(("0", "1"), ("f16", "bf16")))  # flash attenti
 NEAR_BEST = 0.85
 
 
+def processor_seconds(pid):
+    with open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 class Machine:
     """Runs commands and knows how much of the machine others took meanwhile."""
 
@@ -54,11 +61,7 @@ class Machine:
     def own_seconds(self):
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         total = used.ru_utime + used.ru_stime + time.process_time()
-        if self.daemon:
-            with open(f"/proc/{self.daemon}/stat") as file:
-                fields = file.read().rsplit(")", 1)[1].split()
-            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        return total
+        return total + (processor_seconds(self.daemon) if self.daemon else 0)
 
     @staticmethod
     def busy_seconds():
@@ -142,7 +145,8 @@ class Row:
     def emit(self, own, **more):
         best = max(SETTINGS, key=lambda s: max(self.rates[s]))
         theirs = max(self.rates[best])
-        row = {"bench": "llama", **more, "llama_tokens_per_s": theirs,
+        row = {"bench": "llama", **more, "threads": self.machine.options.threads,
+               "clock": self.machine.options.clock, "llama_tokens_per_s": theirs,
                "llama_settings": f"flash {best[0]}, KV {best[1]}", "llama_all": self.rates[best]}
         for name in own:
             rate = max(self.rates[name])
@@ -192,6 +196,18 @@ class Node(quality.Daemon):
         self.tokens, self.documents = count, self.documents + 1
 
     def rate(self, mode, seed, tokens):
+        """Decoded tokens a second of one answer."""
+        if self.options.clock == "wall":
+            usage, steps = self.ask(mode, seed, tokens)
+            return usage["decode_tokens_per_s"] * steps / usage["answer_tokens"]
+        marks = [processor_seconds(self.process.pid)]
+        for count in (2, tokens):  # what both have but for the steps goes out
+            _, steps = self.ask(mode, seed, count)
+            marks.append(processor_seconds(self.process.pid))
+        return (steps - 1) / (marks[2] - 2 * marks[1] + marks[0])
+
+    def ask(self, mode, seed, tokens):
+        """(usage, steps) of an answer of so many tokens."""
         reach = ["--budget", str(BUDGET), "--top-p", "1"] if mode == "hierarchical" else []
         answer = self.last("ask", CORPUS, "which word is it?", "--mode", mode, "--no-read-twice",
                            *reach, "--temperature", "3", "--seed", str(seed), "--max-tokens",
@@ -200,7 +216,7 @@ class Node(quality.Daemon):
         steps = usage["answer_tokens"] - (answer["stop"] != "eos")
         if steps < tokens // 2:
             raise RuntimeError(f"an answer of {steps + 1} tokens is too short to be timed")
-        return usage["decode_tokens_per_s"] * steps / usage["answer_tokens"]
+        return usage, steps
 
 
 def measure(shape, options):
@@ -229,7 +245,7 @@ def measure(shape, options):
 def measure_depth(shape, depth, node, peer, machine, options):
     node.grow(depth)
     seeds = itertools.count(1)
-    node.rate("dense", 0, 4)  # extents are opened and checked
+    node.ask("dense", 0, 4)  # extents are opened and checked
     deep = 17 if depth > 32768 else 65
     own = {"dense": lambda: node.rate("dense", next(seeds), deep),
            "hierarchical": lambda: node.rate("hierarchical", next(seeds), 65)}
@@ -251,10 +267,14 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", default="4G", help="of locid")
     parser.add_argument("--others", type=float, default=5.0)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--wait", type=float, default=60.0)
     parser.add_argument("--retries", type=int, default=3)
     parser.add_argument("--build", default=os.path.join(ROOT, "build/release"))
     options = parser.parse_args()
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu is for --threads 1: threads that wait for others spin")
+    os.environ["BENCH_CLOCK"] = options.clock
     for shape in options.shapes:
         measure(shape, options)
 
