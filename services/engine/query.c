@@ -12,6 +12,8 @@
 
 /* What ranking and attribution keep of each segment: its number, scores, masses. */
 #define SEGMENT_BYTES 24u
+/* Reach of other models than the one that the rates were measured on. */
+#define STOCK_REACH 3.0f
 
 static loci_slot *find_free(loci_engine *engine) {
     for (unsigned i = 0; i < engine->slot_count; i++) {
@@ -181,6 +183,11 @@ float loci_query_corpus_scale(const loci_query *query) {
 
 void loci_query_reach(loci_query *query, bool question) {
     loci_select_reach(&query->params, question ? LOCI_REACH_QUESTION : LOCI_REACH_ANSWER);
+    /* The rates were measured on a model whose attention was trained to be narrow. */
+    if (loci_model_config_of(query->engine->model)->attention_scale_tokens == 0) {
+        query->params.roots *= STOCK_REACH;
+        query->params.candidates *= STOCK_REACH;
+    }
     memcpy(query->params.squeezed_threshold, query->squeezed[question ? 0 : 1],
            sizeof query->params.squeezed_threshold);
 }
