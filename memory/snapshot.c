@@ -3,7 +3,7 @@
  * Snapshots: one revision of a corpus, opened and laid out for the backends.
  *
  * The newest snapshot of a corpus is kept and handed out again until the revision changes. A new
- * revision shares the opened extents with older ones, and the live bitmaps of extents that have dead
+ * revision shares the opened extents with older ones, and the live bitmaps of those that have dead
  * segments until more die; the flat segments are gathered in one buffer for each retrieval layer.
  *
  * The unfinished document at the manifest's cursor is not part of a snapshot: extents and flat
