@@ -372,6 +372,7 @@ def run_needles(options):
         with Daemon(options.build) as daemon:
             daemon.run("corpus", "create", "needles")
             done = daemon.last("register", "needles", write_books(daemon, paragraphs))
+            daemon.wait_merged("needles")
             emit(row="register", **done)
             answers = {mode: ask_needles(daemon, values, mode, done["tokens"])
                        for mode in options.modes}
@@ -451,6 +452,7 @@ def run_same(options):
         with Daemon(options.build) as daemon:
             daemon.run("corpus", "create", "same")
             done = daemon.last("register", "same", write_books(daemon, books), write_qa(daemon, qa))
+            daemon.wait_merged("same")
             for kind, question, gold in questions:
                 texts = [ask_directly(daemon, "same", mode, question)["answer"]
                          for mode in COMPARED]
