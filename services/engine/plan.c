@@ -18,7 +18,7 @@
 #define DOCUMENT_MOST (64 * MIB)
 #define LOOKUPS_LEAST (32 * MIB) /* look-ups and snapshots, so that small corpora always answer */
 #define SLOTS_DEFAULT 2u
-#define MERGE_SHARE 4u
+#define MERGE_SHARE 3u
 #define ENCODE_ROWS 1024u  /* model/encode.c */
 #define SEQUENCE_ROWS 256u /* model/sequence.c */
 #define PRODUCT_ROWS 256u  /* of one thread's task in attention/cpu/gemm.c */
