@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The catalogue of corpora: creating, finding, listing, deleting, and reading all of them when
- * the store opens. A damaged catalogue value makes its corpus unusable and nothing else.
+ * The corpus object and the table of corpora: creating, finding, listing, changing settings,
+ * deleting. catalogue.c fills the table when the store opens.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -13,19 +13,10 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "memory/internal.h"
-#include "memory/lexical.h"
-
-#define UPLOADS_RESERVED 4096u /* numbers taken from the catalogue at a time */
-
-static loci_key key_next(void) {
-    loci_key key = {.len = 0};
-    loci_key_u8(&key, 'n');
-    return key;
-}
 
 /* --- The corpus object ------------------------------------------------------------------ */
 
-static loci_corpus *corpus_alloc(loci_store *store, uint64_t uid) {
+loci_corpus *loci_corpus_alloc(loci_store *store, uint64_t uid) {
     loci_corpus *corpus = calloc(1, sizeof *corpus);
     size_t len = strlen(store->dir) + 40;
     char *dir = malloc(len);
@@ -44,7 +35,7 @@ static loci_corpus *corpus_alloc(loci_store *store, uint64_t uid) {
     return corpus;
 }
 
-static void corpus_free(loci_corpus *corpus) {
+void loci_corpus_free(loci_corpus *corpus) {
     LOCI_ASSERT(!corpus->snapshots && !corpus->current && !corpus->merging && !corpus->successor);
     for (size_t i = 0; i < corpus->opened_count; i++) loci_extent_unref(corpus->opened[i]);
     if (corpus->sink_buffer)
@@ -61,8 +52,7 @@ static void corpus_free(loci_corpus *corpus) {
     free(corpus);
 }
 
-/* Removes every file in dir that manifest (NULL = none) does not name. */
-static void clean_directory(const char *dir, const loci_manifest *manifest) {
+void loci_extents_clean(const char *dir, const loci_manifest *manifest) {
     DIR *listing = opendir(dir);
     if (!listing) return;
     for (struct dirent *entry; (entry = readdir(listing));) {
@@ -83,7 +73,7 @@ static void clean_directory(const char *dir, const loci_manifest *manifest) {
 
 /* Files first, then values: an interruption is finished at the next open. */
 static loci_status erase_corpus(loci_corpus *corpus, loci_error *err) {
-    clean_directory(corpus->extents_dir, NULL);
+    loci_extents_clean(corpus->extents_dir, NULL);
     if (rmdir(corpus->extents_dir) != 0 && errno != ENOENT)
         loci_log_warn("cannot remove %s: %s", corpus->extents_dir, strerror(errno));
     loci_batch *batch = loci_batch_create(corpus->store->rocks);
@@ -114,7 +104,7 @@ void loci_corpus_release(loci_corpus *corpus) {
     if (corpus->deleted && erase_corpus(corpus, &err) != LOCI_OK)
         loci_log_warn("the data of deleted corpus %s goes at the next start: %s", corpus->name,
                       err.text);
-    corpus_free(corpus);
+    loci_corpus_free(corpus);
 }
 
 size_t loci_corpus_place(const loci_store *store, const char *name, bool *found) {
@@ -135,8 +125,7 @@ size_t loci_corpus_place(const loci_store *store, const char *name, bool *found)
     return low;
 }
 
-/* Caller holds store->lock (or opens the store). Takes over the reference. */
-static bool insert_corpus(loci_store *store, size_t place, loci_corpus *corpus) {
+bool loci_corpus_insert(loci_store *store, size_t place, loci_corpus *corpus) {
     loci_corpus **grown = realloc(store->corpora, (store->corpus_count + 1) * sizeof *grown);
     if (!grown) return false;
     store->corpora = grown;
@@ -228,276 +217,13 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
         manifest->file_bytes + manifest->flat_tokens * loci_geometry_kv_bytes(&corpus->geometry);
 }
 
-/* --- What creating and loading share -------------------------------------------------------- */
-
-/* What follows from the geometry. */
-static loci_status prepare(loci_corpus *corpus, loci_error *err) {
+loci_status loci_corpus_prepare(loci_corpus *corpus, loci_error *err) {
     corpus->extent_tokens_max =
         loci_extent_tokens_max(&corpus->geometry, corpus->store->options.extent_tokens);
     if (corpus->sink_floats == 0) return LOCI_OK;
     loci_backend *backend = corpus->store->backend;
     return backend->ops->wrap(backend, corpus->sinks, corpus->sink_floats * sizeof(float),
                               &corpus->sink_buffer, err);
-}
-
-static loci_status store_next(uint64_t next_uid, uint64_t upload_limit, loci_batch *batch) {
-    loci_buf payload = LOCI_BUF_INIT;
-    loci_buf_u64(&payload, next_uid);
-    loci_buf_u64(&payload, upload_limit);
-    loci_status status = loci_buf_status(&payload);
-    loci_key key = key_next();
-    if (status == LOCI_OK)
-        loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_NEXT,
-                       loci_slice_of(payload.data, payload.len));
-    loci_buf_fini(&payload);
-    return status;
-}
-
-loci_status loci_upload_number(loci_store *store, uint64_t *out, loci_error *err) {
-    loci_status status = LOCI_OK;
-    pthread_mutex_lock(&store->lock);
-    if (store->next_upload == store->upload_limit) {
-        loci_batch *batch = loci_batch_create(store->rocks);
-        uint64_t limit = store->upload_limit + UPLOADS_RESERVED;
-        status = store_next(store->next_uid, limit, batch);
-        if (status == LOCI_OK)
-            status = loci_batch_write(batch, false, err);
-        else
-            loci_fail(err, status, "no memory for an upload");
-        loci_batch_destroy(batch);
-        if (status == LOCI_OK) store->upload_limit = limit;
-    }
-    if (status == LOCI_OK) *out = store->next_upload++;
-    pthread_mutex_unlock(&store->lock);
-    return status;
-}
-
-/* --- Loading ---------------------------------------------------------------------------- */
-
-static loci_status load_state(loci_corpus *corpus, loci_error *err) {
-    loci_buf payload = LOCI_BUF_INIT;
-    loci_key key = loci_key_catalog('s', corpus->uid);
-    loci_status status = loci_rocks_get(corpus->store->rocks, NULL, LOCI_CF_CATALOG, &key,
-                                        LOCI_KIND_STATE, &payload, err);
-    if (status == LOCI_OK) {
-        loci_reader reader = loci_reader_of(loci_slice_of(payload.data, payload.len));
-        corpus->last_sequence = loci_read_u64(&reader);
-        corpus->documents = loci_read_u64(&reader);
-        corpus->bytes = loci_read_u64(&reader);
-        if (!loci_reader_done(&reader))
-            status = loci_fail(err, LOCI_E_CORRUPT, "the counters have another size");
-    }
-    loci_buf_fini(&payload);
-    return status;
-}
-
-static loci_status load_manifest(loci_corpus *corpus, loci_error *err) {
-    loci_buf payload = LOCI_BUF_INIT;
-    loci_key key = loci_key_catalog('m', corpus->uid);
-    loci_status status = loci_rocks_get(corpus->store->rocks, NULL, LOCI_CF_CATALOG, &key,
-                                        LOCI_KIND_MANIFEST, &payload, err);
-    if (status == LOCI_OK)
-        status = loci_manifest_decode(loci_slice_of(payload.data, payload.len),
-                                      corpus->geometry.fingerprint, corpus->name, &corpus->manifest,
-                                      err);
-    loci_buf_fini(&payload);
-    return status;
-}
-
-/* Documents at or after the cursor that are the newest of their id. */
-static loci_status load_pending(loci_corpus *corpus, loci_error *err) {
-    loci_key prefix = loci_key_uid(corpus->uid);
-    loci_key from = loci_key_pair(corpus->uid, corpus->manifest->cursor.sequence);
-    loci_scan *scan = loci_scan_open(corpus->store->rocks, NULL, LOCI_CF_DOCUMENT, &prefix, &from);
-    loci_status status = LOCI_OK;
-    loci_slice key;
-    while (status == LOCI_OK && loci_scan_next(scan, &key)) {
-        if (key.len != 16) continue; /* metadata */
-        loci_document document;
-        uint64_t newest = 0;
-        uint64_t sequence = loci_key_read_u64(key.data + 8);
-        status = loci_document_load(corpus, NULL, sequence, &document, err);
-        if (status != LOCI_OK || document.dead) continue;
-        status = loci_document_find(corpus, NULL, document.id, &newest, err);
-        if (status == LOCI_OK && newest == sequence && !loci_pending_push(corpus, sequence))
-            status = loci_fail(err, LOCI_E_NOMEM, "no memory for the pending documents");
-    }
-    loci_status closed = loci_scan_close(scan, status == LOCI_OK ? err : NULL);
-    return status != LOCI_OK ? status : closed;
-}
-
-/* All graves are due: no snapshot outlives the process. */
-static loci_status load_graves(loci_corpus *corpus, loci_error *err) {
-    loci_key prefix = loci_key_catalog('g', corpus->uid);
-    loci_scan *scan = loci_scan_open(corpus->store->rocks, NULL, LOCI_CF_CATALOG, &prefix, NULL);
-    loci_status status = LOCI_OK;
-    loci_slice key;
-    while (status == LOCI_OK && loci_scan_next(scan, &key)) {
-        loci_slice payload;
-        LOCI_TRY_GOTO(loci_scan_payload(scan, LOCI_KIND_GRAVE, &payload, err), out);
-        loci_reader reader = loci_reader_of(payload);
-        loci_grave grave = {.sequence = loci_key_read_u64(key.data + 9)};
-        grave.upload = loci_read_u64(&reader);
-        grave.chunks = loci_read_u32(&reader);
-        if (corpus->grave_count == corpus->grave_capacity) {
-            size_t capacity = corpus->grave_capacity ? 2 * corpus->grave_capacity : 64;
-            loci_grave *grown = realloc(corpus->graves, capacity * sizeof *grown);
-            if (!grown) {
-                status = loci_fail(err, LOCI_E_NOMEM, "no memory for the graves");
-                goto out;
-            }
-            corpus->graves = grown;
-            corpus->grave_capacity = capacity;
-        }
-        corpus->graves[corpus->grave_count++] = grave;
-    }
-out:;
-    loci_status closed = loci_scan_close(scan, status == LOCI_OK ? err : NULL);
-    return status != LOCI_OK ? status : closed;
-}
-
-/* Flat values that were written and then not named by a manifest. */
-static loci_status clean_flats(loci_corpus *corpus, loci_error *err) {
-    loci_key prefix = loci_key_uid(corpus->uid);
-    loci_key from = loci_key_pair(corpus->uid, corpus->manifest->next_flat);
-    loci_scan *scan = loci_scan_open(corpus->store->rocks, NULL, LOCI_CF_FLAT, &prefix, &from);
-    loci_batch *batch = loci_batch_create(corpus->store->rocks);
-    loci_slice found;
-    while (loci_scan_next(scan, &found)) {
-        if (found.len != 16) continue;
-        loci_key key = loci_key_pair(corpus->uid, loci_key_read_u64(found.data + 8));
-        loci_batch_delete(batch, LOCI_CF_FLAT, &key);
-    }
-    loci_status status = loci_scan_close(scan, err);
-    if (status == LOCI_OK) status = loci_batch_write(batch, false, err);
-    loci_batch_destroy(batch);
-    return status;
-}
-
-static loci_status load_contents(loci_corpus *corpus, loci_error *err) {
-    LOCI_TRY(prepare(corpus, err));
-    LOCI_TRY(load_state(corpus, err));
-    LOCI_TRY(load_manifest(corpus, err));
-    LOCI_TRY(load_pending(corpus, err));
-    LOCI_TRY(load_graves(corpus, err));
-    LOCI_TRY(loci_document_clean(corpus, err));
-    LOCI_TRY(clean_flats(corpus, err));
-    LOCI_TRY(loci_lexical_clean(corpus, err));
-    clean_directory(corpus->extents_dir, corpus->manifest);
-    loci_corpus_purge(corpus);
-    return LOCI_OK;
-}
-
-/* A successor that cannot be used goes, and its corpus is as it was before; but not where that is
- * damaged, too: then it stays beside it, for whoever can read it, and is deleted with it. */
-static void load_successor(loci_corpus *successor, loci_corpus *corpus) {
-    loci_error damage = {0};
-    loci_status status;
-    if (corpus->successor)
-        status = loci_fail(&damage, LOCI_E_EXISTS, "another one is under way");
-    else
-        status = load_contents(successor, &damage);
-    if (status == LOCI_OK) {
-        corpus->successor = successor;
-    } else if (corpus->damage.status != LOCI_OK && !corpus->successor) {
-        loci_log_error("corpus %s is damaged, and so is its new index: %s", corpus->name,
-                       damage.text);
-        successor->damage = damage;
-        corpus->successor = successor;
-    } else {
-        loci_log_error("the reindexing of corpus %s begins anew: %s", corpus->name, damage.text);
-        successor->deleted = true;
-        loci_corpus_release(successor);
-    }
-}
-
-/* A corpus that stands for itself, into its place in the table. */
-static loci_status load_live(loci_corpus *corpus, size_t place, loci_error *err) {
-    loci_error damage = {0};
-    loci_status status = load_contents(corpus, &damage);
-    if (status != LOCI_OK) {
-        if (status == LOCI_E_NOTFOUND) status = LOCI_E_CORRUPT; /* a value that must be there */
-        loci_fail_prefix(&damage, status, "corpus %s is damaged", corpus->name);
-        damage.status = status;
-        loci_log_error("%s", damage.text);
-        corpus->damage = damage;
-    }
-    if (insert_corpus(corpus->store, place, corpus)) return LOCI_OK;
-    corpus_free(corpus);
-    return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
-}
-
-/* One corpus of the catalogue. Damage is logged and kept in the object, not returned. What stands
- * under a record that cannot be read is never removed. */
-static loci_status load_corpus(loci_store *store, uint64_t uid, loci_scan *scan, loci_error *err) {
-    loci_error damage = {0};
-    loci_slice payload = {0};
-    bool found = false;
-    loci_corpus *corpus = corpus_alloc(store, uid);
-    if (!corpus) return loci_fail(err, LOCI_E_NOMEM, "no memory for a corpus");
-    loci_status status = loci_scan_payload(scan, LOCI_KIND_CORPUS, &payload, &damage);
-    if (status == LOCI_OK) status = loci_corpus_decode(corpus, payload, &damage);
-    if (status == LOCI_OK && corpus->deleted) {
-        loci_corpus_release(corpus);
-        return LOCI_OK;
-    }
-    /* The corpus of a successor has a smaller uid: it was read before. */
-    size_t place = status == LOCI_OK ? loci_corpus_place(store, corpus->name, &found) : 0;
-    if (status == LOCI_OK && found && corpus->stage == LOCI_CORPUS_INDEXING) {
-        load_successor(corpus, store->corpora[place]);
-        return LOCI_OK;
-    }
-    if (found) status = loci_fail(&damage, LOCI_E_CORRUPT, "two are named %s", corpus->name);
-    if (status != LOCI_OK) {
-        corpus_free(corpus);
-        if (status == LOCI_E_NOMEM) return loci_fail(err, status, "%s", damage.text);
-        loci_log_error("corpus %016llx cannot be used, its data stays: %s", (unsigned long long)uid,
-                       damage.text);
-        return LOCI_OK;
-    }
-    if (corpus->stage == LOCI_CORPUS_INDEXING) {
-        /* A reindexing ends in one write and its corpus is deleted together with it: the record of
-         * that corpus is one of those that could not be read. All documents are here. */
-        loci_log_error("corpus %s: the record of the index that was being replaced cannot be read; "
-                       "the new one, %016llx, has all documents and takes its place",
-                       corpus->name, (unsigned long long)uid);
-        corpus->stage = LOCI_CORPUS_LIVE;
-    }
-    return load_live(corpus, place, err);
-}
-
-static loci_status load_next(loci_store *store, loci_error *err) {
-    loci_buf payload = LOCI_BUF_INIT;
-    loci_key key = key_next();
-    loci_status status =
-        loci_rocks_get(store->rocks, NULL, LOCI_CF_CATALOG, &key, LOCI_KIND_NEXT, &payload, err);
-    store->next_uid = store->next_upload = store->upload_limit = 1;
-    if (status == LOCI_E_NOTFOUND) {
-        status = LOCI_OK; /* a new store */
-    } else if (status == LOCI_OK) {
-        loci_reader reader = loci_reader_of(loci_slice_of(payload.data, payload.len));
-        store->next_uid = loci_read_u64(&reader);
-        store->next_upload = store->upload_limit = loci_read_u64(&reader);
-        if (!loci_reader_done(&reader))
-            status = loci_fail(err, LOCI_E_CORRUPT, "the store's counters are damaged");
-    }
-    loci_buf_fini(&payload);
-    return status;
-}
-
-loci_status loci_corpora_load(loci_store *store, loci_error *err) {
-    LOCI_TRY(load_next(store, err));
-    loci_key prefix = {.len = 0};
-    loci_key_u8(&prefix, 'c');
-    loci_scan *scan = loci_scan_open(store->rocks, NULL, LOCI_CF_CATALOG, &prefix, NULL);
-    loci_status status = LOCI_OK;
-    loci_slice key;
-    while (status == LOCI_OK && loci_scan_next(scan, &key)) {
-        if (key.len != 9) continue;
-        status = load_corpus(store, loci_key_read_u64(key.data + 1), scan, err);
-    }
-    loci_status closed = loci_scan_close(scan, status == LOCI_OK ? err : NULL);
-    return status != LOCI_OK ? status : closed;
 }
 
 /* --- Public ----------------------------------------------------------------------------- */
@@ -536,7 +262,7 @@ static loci_status write_new(loci_corpus *corpus, loci_error *err) {
         loci_batch_put(batch, LOCI_CF_CATALOG, &key, LOCI_KIND_MANIFEST,
                        loci_slice_of(manifest.data, manifest.len));
         loci_state_store(corpus, 0, 0, 0, batch);
-        status = store_next(corpus->uid + 1, store->upload_limit, batch);
+        status = loci_catalog_next(corpus->uid + 1, store->upload_limit, batch);
     }
     if (status == LOCI_OK)
         status = loci_batch_write(batch, true, err);
@@ -551,7 +277,7 @@ loci_status loci_corpus_make(loci_store *store, const char *name, const loci_geo
                              const loci_corpus_settings *settings, const float *sink_k,
                              const float *sink_v, loci_corpus_stage stage, int64_t created,
                              uint64_t revision, loci_corpus **out, loci_error *err) {
-    loci_corpus *corpus = corpus_alloc(store, store->next_uid);
+    loci_corpus *corpus = loci_corpus_alloc(store, store->next_uid);
     loci_status status = LOCI_E_NOMEM;
     if (!corpus) return loci_fail(err, status, "no memory for corpus %s", name);
     memcpy(corpus->name, name, strlen(name) + 1);
@@ -572,13 +298,13 @@ loci_status loci_corpus_make(loci_store *store, const char *name, const loci_geo
         memcpy(corpus->sinks, sink_k, half * sizeof(float));
         memcpy(corpus->sinks + half, sink_v, half * sizeof(float));
     }
-    LOCI_TRY_GOTO(prepare(corpus, err), fail);
+    LOCI_TRY_GOTO(loci_corpus_prepare(corpus, err), fail);
     LOCI_TRY_GOTO(write_new(corpus, err), fail);
     store->next_uid = corpus->uid + 1;
     *out = corpus;
     return LOCI_OK;
 fail:
-    corpus_free(corpus);
+    loci_corpus_free(corpus);
     return status;
 }
 
@@ -590,8 +316,8 @@ static loci_status create_at(loci_store *store, size_t place, const char *name,
     LOCI_TRY(loci_corpus_make(store, name, geometry, settings, sink_k, sink_v, LOCI_CORPUS_LIVE,
                               loci_wall_seconds(), 1, &corpus, err));
     loci_corpus_fill_info(corpus, out);
-    if (insert_corpus(store, place, corpus)) return LOCI_OK;
-    corpus_free(corpus);
+    if (loci_corpus_insert(store, place, corpus)) return LOCI_OK;
+    loci_corpus_free(corpus);
     return loci_fail(err, LOCI_E_NOMEM, "no memory for corpus %s", name);
 }
 

@@ -199,8 +199,21 @@ void loci_document_fill_info(const loci_corpus *corpus, const loci_document *doc
 LOCI_MUST_CHECK loci_status loci_document_clean(loci_corpus *corpus, loci_error *err);
 
 /* --- Corpora ---------------------------------------------------------------------------- */
-/* Reads all corpora of the catalogue into the store, finishes interrupted deletions. */
+/* catalogue.c: reads all corpora into the store, finishes interrupted deletions. */
 LOCI_MUST_CHECK loci_status loci_corpora_load(loci_store *store, loci_error *err);
+/* Puts the store's counters into the batch. Caller holds store->lock. LOCI_E_NOMEM. */
+LOCI_MUST_CHECK loci_status loci_catalog_next(uint64_t next_uid, uint64_t upload_limit,
+                                              loci_batch *batch);
+/* An empty object with one reference, in no table; NULL: no memory. */
+loci_corpus *loci_corpus_alloc(loci_store *store, uint64_t uid);
+/* For one that nobody else has a reference to; its data stays. */
+void loci_corpus_free(loci_corpus *corpus);
+/* Sets what follows from the geometry: the length of extents, the sinks' buffer. */
+LOCI_MUST_CHECK loci_status loci_corpus_prepare(loci_corpus *corpus, loci_error *err);
+/* Caller holds store->lock (or opens the store). Takes over the reference; false: no memory. */
+LOCI_MUST_CHECK bool loci_corpus_insert(loci_store *store, size_t place, loci_corpus *corpus);
+/* Removes every file in dir that manifest (NULL = none) does not name. */
+void loci_extents_clean(const char *dir, const loci_manifest *manifest);
 /* With a reference. LOCI_E_NOTFOUND; LOCI_E_CORRUPT when its catalogue values are damaged. */
 LOCI_MUST_CHECK loci_status loci_corpus_acquire(loci_store *store, const char *name,
                                                 loci_corpus **out, loci_error *err);
