@@ -60,6 +60,12 @@ static void for_each(build *b, size_t count, loci_pool_fn fn) {
     }
 }
 
+static loci_status check_stop(const build *b, loci_error *err) {
+    loci_status status = loci_cancel_check(b->options.cancel);
+    if (status == LOCI_OK) return LOCI_OK;
+    return loci_fail(err, status, "indexing %u tokens was stopped", b->tokens);
+}
+
 static loci_status check_input(const build *b, loci_error *err) {
     if (b->tokens == 0 || b->tokens > LOCI_EXTENT_TOKENS_MAX)
         return loci_fail(err, LOCI_E_INVAL, "an extent holds 1 to %u tokens, not %u",
@@ -194,6 +200,7 @@ static loci_status cluster(build *b, loci_error *err) {
     if (!b->root_status)
         return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
     for_each(b, b->root_count, first_leaves);
+    LOCI_TRY(check_stop(b, err));
     for (uint32_t i = 0; i < b->root_count; i++)
         if (b->root_status[i] != LOCI_OK)
             return loci_fail(err, b->root_status[i], "no memory to index %u tokens", b->tokens);
@@ -376,17 +383,19 @@ static uint64_t place_blocks(build *b) {
 }
 
 /* All sections; the sketches last, since they overwrite the keys. */
-static void write_sections(build *b, loci_pair_header *header) {
+static loci_status write_sections(build *b, loci_pair_header *header, loci_error *err) {
     size_t blocks = (b->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
     float *means = (void *)(b->blob + sizeof *header);
     memcpy(means, b->mean, 2 * b->dim * sizeof *b->mean);
     for_each(b, b->root_count, write_root);
+    LOCI_TRY(check_stop(b, err));
     if (b->options.position_codes) {
         for_each(b, blocks, write_positions);
         header->hash_position_hashes =
             loci_hash_bytes(b->blob + header->position_hashes_at, blocks * sizeof(uint64_t));
     }
     for_each(b, b->root_count, leave_residual);
+    LOCI_TRY(check_stop(b, err));
     loci_sketch_train(b->x, b->tokens, b->dim, b->pool, means + 2 * b->dim, b->word);
     for_each(b, b->root_count, write_sketches);
     header->hash_roots = loci_hash_bytes(
@@ -395,6 +404,7 @@ static void write_sections(build *b, loci_pair_header *header) {
         loci_hash_bytes(b->blob + header->value_means_at, (size_t)header->roots * 2 * b->dim);
     memcpy(b->blob, header, sizeof *header);
     for_each(b, b->root_count, write_checks);
+    return LOCI_OK;
 }
 
 static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {
@@ -402,14 +412,20 @@ static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, lo
                              b->root_count, place_blocks(b), b->options.position_codes};
     loci_pair_header header;
     loci_pair_layout(&shape, &header);
-    /* Built apart and appended: the place in *out need not be aligned. */
+    /* Built apart: the place in *out need not be aligned. */
     b->blob = calloc(1, header.blob_bytes);
     b->word = malloc((size_t)b->tokens * loci_sketch_parts(b->dim));
     if (!b->blob || !b->word)
         return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
     memcpy(b->blob, &header, sizeof header);
-    write_sections(b, &header);
+    LOCI_TRY(write_sections(b, &header, err));
     *header_hash = loci_pair_header_hash(b->blob, b->dim);
+    if (out->len == 0) { /* given away rather than copied */
+        loci_buf_fini(out);
+        *out = (loci_buf){b->blob, header.blob_bytes, header.blob_bytes, false};
+        b->blob = NULL;
+        return LOCI_OK;
+    }
     loci_buf_append(out, b->blob, header.blob_bytes);
     if (loci_buf_status(out) != LOCI_OK)
         return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
@@ -437,7 +453,8 @@ loci_status loci_pair_build(const uint16_t *k, const uint16_t *v, const uint32_t
     LOCI_TRY_GOTO(alloc_all(&b, &code, &length, err), out);
     centre_keys(&b);
     loci_points_quantise(b.x, tokens, head_dim, code, length);
-    b.points = (loci_points){b.x, code, length, head_dim, loci_corpus_kernels_of(isa)};
+    b.points =
+        (loci_points){b.x, code, length, head_dim, loci_corpus_kernels_of(isa), options->cancel};
     LOCI_TRY_GOTO(cluster(&b, err), out);
     status = write_blob(&b, out, header_hash, err);
 out:

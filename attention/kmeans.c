@@ -164,14 +164,19 @@ static loci_status state_alloc(kmeans_state *state, loci_error *err) {
 }
 
 /* Rounds over state->ids until nothing changes; `before`: room for as many groups. */
-static void run_rounds(kmeans_state *state, uint32_t rounds, uint32_t *before, loci_pool *pool) {
+static loci_status run_rounds(kmeans_state *state, uint32_t rounds, uint32_t *before,
+                              loci_pool *pool, loci_error *err) {
     for (uint32_t round = 0; round < rounds; round++) {
+        loci_status status = loci_cancel_check(state->points->cancel);
+        if (status != LOCI_OK)
+            return loci_fail(err, status, "clustering %u keys was stopped", state->n);
         pack_centroids(state);
         memcpy(before, state->group, state->n * sizeof *before);
         assign_all(state, pool);
         update_centroids(state);
         if (round > 0 && memcmp(before, state->group, state->n * sizeof *before) == 0) break;
     }
+    return LOCI_OK;
 }
 
 loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t n, uint32_t k,
@@ -192,11 +197,11 @@ loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t
     state.ids = sampled;
     state.n = sample;
     seed_centroids(&state);
-    run_rounds(&state, rounds, before, pool);
+    LOCI_TRY_GOTO(run_rounds(&state, rounds, before, pool, err), out);
     if (sample < n) {
         state.ids = ids;
         state.n = n;
-        run_rounds(&state, WHOLE_ROUNDS, before, pool);
+        status = run_rounds(&state, WHOLE_ROUNDS, before, pool, err);
     }
 out:
     free(before);

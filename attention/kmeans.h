@@ -19,6 +19,7 @@ typedef struct loci_points {
     const float *length;
     uint32_t dim;
     const loci_corpus_kernels *kernels;
+    const loci_cancel *cancel; /* looked at in each round; NULL = none */
 } loci_points;
 
 /* Fills code [count][dim] and length [count] from x. */
@@ -28,7 +29,8 @@ void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t 
 /* Puts each of the points ids[0 .. n) in one of k groups (0 < k <= n): group[i] is that of ids[i].
  * Groups may be empty only where points coincide. At most `rounds` rounds, from points taken at
  * even distances; where `sample` is not 0 and less than n, these rounds see only so many points,
- * at even distances, and two over all of them follow. pool may be NULL. LOCI_E_NOMEM. */
+ * at even distances, and two over all of them follow. pool may be NULL. LOCI_E_NOMEM,
+ * LOCI_E_CANCELLED. */
 LOCI_MUST_CHECK loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t n,
                                         uint32_t k, uint32_t rounds, uint32_t sample,
                                         struct loci_pool *pool, uint32_t *group, loci_error *err);

@@ -26,14 +26,14 @@ static uint64_t power_of_two(uint64_t value) {
 }
 
 /* Work of one pair's index (attention/index_build.c): keys as f32 and as bytes, lists of tokens,
- * centroids, then the blob and, in a buffer that grows by doubling, its copy. */
+ * centroids, then the blob. */
 static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
     uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1;
     uint64_t node = sizeof(loci_node) + sizeof(loci_root) + 4 * dim;
     uint64_t work = tokens * (5 * dim + dim / 4 + 72) + leaves * (5 * dim + 16);
     uint64_t blob = tokens * (5 * dim + dim / 8 + 12) + leaves * (node + sizeof(loci_leaf)) +
                     72 * dim + LOCI_BLOCK_ALIGN * 16;
-    return work + blob + power_of_two(blob);
+    return work + blob;
 }
 
 /* One pair: its K and V, its index. The list of segments and the slot map of all. */

@@ -171,6 +171,45 @@ static void test_build_refuses_bad_input(void **state) {
 }
 
 /* Centroids, variances and codes stand for the keys. */
+/* Stopped at several moments: before, and by deadlines on the way. What is done is the same with a
+ * clock that never ends. */
+static void test_build_stops_when_told(void **state) {
+    (void)state;
+    enum { N = 20000, DIM = 16 };
+    uint16_t *k = malloc(N * DIM * 2), *v = malloc(N * DIM * 2);
+    uint32_t *slots = malloc(N * sizeof *slots);
+    loci_error err;
+    uint64_t rng = 5, hash;
+    for (uint32_t t = 0; t < N; t++) slots[t] = t;
+    for (size_t i = 0; i < N * DIM; i++) k[i] = v[i] = loci_f32_to_bf16(fixture_normal(&rng));
+    loci_pair_build_options stopping = options;
+    loci_cancel cancel;
+    stopping.cancel = &cancel;
+    unsigned stopped = 0;
+    loci_status status = LOCI_E_TIMEOUT;
+    for (uint64_t ns = 1; status != LOCI_OK; ns = ns < 1000000 ? 1000000 : ns * 2) {
+        loci_buf blob = LOCI_BUF_INIT;
+        loci_cancel_init(&cancel, loci_now_ns() + ns);
+        status = loci_pair_build(k, v, slots, N, DIM, &stopping, NULL, &blob, &hash, &err);
+        if (status != LOCI_OK) {
+            assert_int_equal(status, LOCI_E_TIMEOUT);
+            assert_non_null(strstr(err.text, "was stopped"));
+            assert_int_equal(blob.len, 0);
+            stopped++;
+        }
+        loci_buf_fini(&blob);
+    }
+    assert_true(stopped > 0);
+    loci_buf blob = LOCI_BUF_INIT;
+    loci_cancel_init(&cancel, 0);
+    loci_cancel_request(&cancel);
+    status = loci_pair_build(k, v, slots, N, DIM, &stopping, NULL, &blob, &hash, &err);
+    assert_int_equal(status, LOCI_E_CANCELLED);
+    free(k);
+    free(v);
+    free(slots);
+}
+
 static void test_nodes_and_codes_describe_keys(void **state) {
     (void)state;
     fixture f = make(2000, 32, NULL, 1);
@@ -366,6 +405,7 @@ int main(void) {
         cmocka_unit_test(test_build_is_deterministic),
         cmocka_unit_test(test_degenerate_keys),
         cmocka_unit_test(test_build_refuses_bad_input),
+        cmocka_unit_test(test_build_stops_when_told),
         cmocka_unit_test(test_nodes_and_codes_describe_keys),
         cmocka_unit_test(test_sketches_are_the_nearest_codewords),
         cmocka_unit_test(test_every_section_detects_flipped_bits),

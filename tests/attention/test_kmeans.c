@@ -44,7 +44,7 @@ static points make_points(uint32_t n, uint32_t topics, uint64_t seed) {
     }
     free(topic);
     loci_points_quantise(p.x, n, DIM, p.code, p.length);
-    p.view = (loci_points){p.x, p.code, p.length, DIM, &loci_corpus_kernels_portable};
+    p.view = (loci_points){p.x, p.code, p.length, DIM, &loci_corpus_kernels_portable, NULL};
     return p;
 }
 
