@@ -45,6 +45,8 @@ static loci_status encode_after(void *ctx, const loci_snapshot *past, const uint
     return LOCI_OK;
 }
 
+static uint32_t extent_tokens; /* 0 = the fixture's, unmerged */
+
 /* The corpus "a", made if it is not there; the thread runs. */
 static void start(fixture *f, const char *dir, uint64_t tokens_max) {
     loci_error err;
@@ -52,6 +54,10 @@ static void start(fixture *f, const char *dir, uint64_t tokens_max) {
     loci_geometry geometry = test_geometry();
     float sink[PAIRS * DIM] = {0};
     fixture_init(f, dir);
+    if (extent_tokens) {
+        f->options.extent_tokens = extent_tokens;
+        f->options.merge_tokens = 8 * extent_tokens;
+    }
     f->encoder.encode = NULL;
     f->encoder.encode_after = encode_after;
     fixture_open(f);
@@ -151,6 +157,30 @@ static void test_positions_run_through(void **state) {
     start(&f, dir, 0);
     assert_int_equal(check_positions(&f), all_tokens);
     fixture_close(&f);
+    remove_tree(dir);
+}
+
+/* Merged extents keep the order of positions; what is registered later stands behind them. */
+static void test_positions_run_through_merged_extents(void **state) {
+    (void)state;
+    char dir[64];
+    fixture f;
+    loci_corpus_info info;
+    loci_error err;
+    make_directory(dir);
+    extent_tokens = 512;
+    start(&f, dir, 0);
+    register_all(&f);
+    wait_merged(&f, "a");
+    assert_int_equal(check_positions(&f), all_tokens);
+    assert_ok(loci_corpus_get(f.store, "a", &info, &err));
+    assert_in_range(info.extents, 1, all_tokens / 512 / 2);
+    put_text(&f, "a", "late", 9, 1500);
+    wait_settled(&f, "a");
+    wait_merged(&f, "a");
+    assert_true(check_positions(&f) > all_tokens + 1000);
+    fixture_close(&f);
+    extent_tokens = 0;
     remove_tree(dir);
 }
 
@@ -271,6 +301,7 @@ int main(int argc, char **argv) {
     }
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_positions_run_through),
+        cmocka_unit_test(test_positions_run_through_merged_extents),
         cmocka_unit_test(test_death_leaves_no_gap),
         cmocka_unit_test(test_a_document_is_deleted_on_the_way),
         cmocka_unit_test(test_bounds_and_changes_are_refused),
