@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Style rules that no compiler checks: licence line, width, length of functions, banned calls.
+"""Style rules that no compiler checks: licence line, width, lengths of functions and files, banned
+calls.
 
 Prints one line a finding, as FILE:LINE: text, and fails when there is any. Runs from anywhere.
 """
@@ -15,6 +16,7 @@ LICENSED = CODE + (".py", ".sh", ".cmake", ".proto", "CMakeLists.txt", "Dockerfi
                    "loci-dev")
 COLUMNS_MAX = 100
 FUNCTION_LINES_MAX = 70
+FILE_LINES_MAX = 700
 BANNED = re.compile(r"(?<![\w.>])(strcpy|strcat|sprintf|vsprintf|gets|atoi|atol|atof|alloca|rand|"
                     r"strtok)\s*\(")
 
@@ -55,6 +57,8 @@ def findings(path):
         yield 1, "no SPDX-License-Identifier in the first two lines"
     if not path.endswith(CODE):
         return
+    if len(lines) - 1 > FILE_LINES_MAX:  # the last one is behind the last newline
+        yield FILE_LINES_MAX + 1, f"a file of {len(lines) - 1} lines, at most {FILE_LINES_MAX}"
     comment = False
     for number, line in enumerate(lines, 1):
         if len(line) > COLUMNS_MAX:
