@@ -418,7 +418,7 @@ static uint32_t extent_of(const loci_snapshot *snapshot, uint32_t segment) {
 }
 
 loci_status loci_snapshot_check(const loci_snapshot *snapshot, loci_error *err) {
-    for (uint32_t i = 0; i < snapshot->manifest->extent_count; i++)
+    for (uint32_t i = 0; i < snapshot->view.extent_count; i++)
         LOCI_TRY(loci_extent_check(snapshot->extents[i], err));
     return LOCI_OK;
 }

@@ -450,6 +450,7 @@ uint64_t check_snapshot(fixture *f, const char *corpus) {
     assert_int_equal(loci_snapshot_info(snapshot)->tokens, live_tokens);
     assert_true(view->has_sink && view->sink_v.offset == 2 * 2 * 16 * sizeof(float));
     check_words(snapshot);
+    assert_ok(loci_snapshot_check(snapshot, &err));
     free(k);
     free(v);
     loci_buf_fini(&text);
