@@ -166,9 +166,13 @@ static loci_status gather(rebuild *r, loci_error *err) {
     return r->fresh ? loci_builder_add_all(r->builder, r->fresh->builder, err) : LOCI_OK;
 }
 
+/* The same content may be there twice, or again, under other documents: then what was dead in it
+ * may not be. */
 static bool same_extent(const loci_manifest_extent *a, const loci_manifest_extent *b) {
-    /* The same content may be there twice, under two documents. */
-    return memcmp(a->id, b->id, sizeof a->id) == 0 && a->runs[0].sequence == b->runs[0].sequence;
+    bool same = memcmp(a->id, b->id, sizeof a->id) == 0 && a->run_count == b->run_count;
+    for (uint32_t i = 0; same && i < a->run_count; i++)
+        same = a->runs[i].sequence == b->runs[i].sequence;
+    return same;
 }
 
 /* Where the plan's extents stand side by side in the manifest as it is now; false when they are no

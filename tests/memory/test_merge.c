@@ -346,6 +346,47 @@ static void test_a_merge_gives_up_in_the_end(void **state) {
     give_up(*state, delete_and_rewrite_late);
 }
 
+/* An extent that was written anew without its dead documents, and has the same text again since, is
+ * the same file; but what died in it when the merge began lives in it now. */
+static void test_the_dead_come_back_meanwhile(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_corpus *corpus;
+    const loci_rebuild_plan both = {.first = 0, .last = 2, .merge = true};
+    f->options.merge_tokens = 0;
+    fixture_open(f);
+    fixture_create(f, "a");
+    fixture_start(f);
+    put_text(f, "a", "p", 1, 700);
+    put_text(f, "a", "x", 2, 250);
+    put_text(f, "a", "z", 3, 200);
+    wait_settled(f, "a");
+    fixture_close(f);
+    fixture_open(f);
+    loci_corpus_info before = info_of(f, "a");
+    delete_document(f, "a", "x");
+    delete_document(f, "a", "z");
+    assert_ok(loci_corpus_acquire(f->store, "a", &corpus, &err));
+    loci_manifest *base = loci_corpus_manifest(corpus);
+    fixture_start(f);
+    wait_settled(f, "a");
+    put_text(f, "a", "y", 2, 250);
+    put_text(f, "a", "z", 3, 200);
+    wait_settled(f, "a");
+    assert_int_equal(info_of(f, "a").tokens, before.tokens);
+    loci_manifest *now = loci_corpus_manifest(corpus);
+    assert_memory_equal(now->extents[1].id, base->extents[1].id, sizeof now->extents[1].id);
+    assert_int_equal(loci_rebuild(corpus, base, &both, NULL, false, NULL, NULL, &err),
+                     LOCI_E_ABORTED);
+    assert_int_equal(info_of(f, "a").tokens, before.tokens);
+    assert_ok(loci_rebuild(corpus, now, &both, NULL, false, NULL, NULL, &err));
+    assert_int_equal(info_of(f, "a").tokens, before.tokens);
+    check_snapshot(f, "a");
+    loci_manifest_unref(now);
+    loci_manifest_unref(base);
+    loci_corpus_release(corpus);
+}
+
 static atomic_bool held, go_on;
 
 static void hold(fixture *f) {
@@ -620,6 +661,7 @@ int main(void) {
         TEST(test_a_document_dies_meanwhile),
         TEST(test_a_merge_gives_up),
         TEST(test_a_merge_gives_up_in_the_end),
+        TEST(test_the_dead_come_back_meanwhile),
         TEST(test_nobody_waits),
         TEST(test_the_corpus_ends_meanwhile),
         TEST(test_the_process_ends_meanwhile),
