@@ -52,11 +52,23 @@ typedef struct build {
     uint8_t *word; /* [tokens][parts] codewords */
 } build;
 
+typedef struct build_task {
+    build *b;
+    loci_pool_fn fn;
+} build_task;
+
+static void run_task(void *arg, size_t index, unsigned thread) {
+    const build_task *task = arg;
+    if (loci_cancel_check(task->b->options.cancel) == LOCI_OK) task->fn(task->b, index, thread);
+}
+
+/* Leaves out what is left when the build is cancelled; for check_cancel to tell. */
 static void for_each(build *b, size_t count, loci_pool_fn fn) {
+    build_task task = {b, fn};
     if (b->pool) {
-        loci_pool_run(b->pool, count, fn, b);
+        loci_pool_run(b->pool, count, run_task, &task);
     } else {
-        for (size_t i = 0; i < count; i++) fn(b, i, 0);
+        for (size_t i = 0; i < count; i++) run_task(&task, i, 0);
     }
 }
 

@@ -15,6 +15,11 @@
 #define GATHER 64u        /* rows copied together before one kernel call */
 #define WHOLE_ROUNDS 2u   /* over all points, after those over a sample */
 
+typedef struct far_point {
+    float cosine; /* to its centroid */
+    uint32_t at;
+} far_point;
+
 typedef struct kmeans_state {
     const loci_points *points;
     const uint32_t *ids;
@@ -25,6 +30,7 @@ typedef struct kmeans_state {
     uint32_t *size;    /* [k] */
     int8_t *lanes;     /* [blocks][dim / 4][16][4] */
     int32_t *bias;     /* [blocks * 16] */
+    far_point *far;    /* [n], once some group is empty */
 } kmeans_state;
 
 void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t *code,
@@ -49,6 +55,7 @@ void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t 
 static void assign_chunk(void *arg, size_t index, unsigned thread) {
     (void)thread;
     kmeans_state *state = arg;
+    if (loci_cancel_check(state->points->cancel) != LOCI_OK) return;
     uint32_t dim = state->points->dim;
     uint8_t rows[GATHER * LOCI_HEAD_DIM_MAX];
     uint32_t begin = (uint32_t)index * ASSIGN_CHUNK;
@@ -105,40 +112,67 @@ static void assign_all(kmeans_state *state, loci_pool *pool) {
     }
 }
 
-/* The point of a group of two or more that lies farthest (by angle) from its centroid; n if none.
- * It becomes a group of its own. */
-static uint32_t farthest_point(const kmeans_state *state) {
-    uint32_t worst = state->n;
-    float worst_cosine = INFINITY;
+static bool farther(const far_point *a, const far_point *b) {
+    return a->cosine != b->cosine ? a->cosine < b->cosine : a->at < b->at;
+}
+
+/* Lets the point at `place` sink in a heap of n, the farthest on top. */
+static void sink(far_point *heap, uint32_t n, uint32_t place) {
+    far_point point = heap[place];
+    for (uint32_t child; (child = 2 * place + 1) < n; place = child) {
+        if (child + 1 < n && farther(&heap[child + 1], &heap[child])) child++;
+        if (!farther(&heap[child], &point)) break;
+        heap[place] = heap[child];
+    }
+    heap[place] = point;
+}
+
+/* The points of groups of two or more, as a heap; returns their number. */
+static uint32_t heap_far(kmeans_state *state) {
+    uint32_t count = 0;
     for (uint32_t i = 0; i < state->n; i++) {
         if (state->size[state->group[i]] < 2) continue;
         float length = state->points->length[state->ids[i]];
         float cosine = length > 0.0f ? (float)state->best_dot[i] / length : 0.0f;
-        if (cosine >= worst_cosine) continue;
-        worst_cosine = cosine;
-        worst = i;
+        state->far[count++] = (far_point){cosine, i};
     }
-    return worst;
+    for (uint32_t i = count / 2; i > 0; i--) sink(state->far, count, i - 1);
+    return count;
 }
 
-static void update_centroids(kmeans_state *state) {
-    uint32_t dim = state->points->dim;
-    memset(state->size, 0, state->k * sizeof *state->size);
-    for (uint32_t i = 0; i < state->n; i++) state->size[state->group[i]]++;
-    for (uint32_t c = 0; c < state->k; c++) {
-        if (state->size[c] > 0) continue;
-        uint32_t point = farthest_point(state);
-        if (point == state->n) break;
+/* Each empty group gets the point that lies farthest (by angle) from its centroid, of those that
+ * are not alone in their group. */
+static loci_status fill_empty(kmeans_state *state) {
+    uint32_t c = 0;
+    while (c < state->k && state->size[c] > 0) c++;
+    if (c == state->k) return LOCI_OK;
+    if (!state->far) state->far = malloc(state->n * sizeof *state->far);
+    if (!state->far) return LOCI_E_NOMEM;
+    for (uint32_t left = heap_far(state); c < state->k && left > 0;) {
+        uint32_t point = state->far[0].at;
+        state->far[0] = state->far[--left];
+        if (left > 0) sink(state->far, left, 0);
+        if (state->size[state->group[point]] < 2) continue;
         state->size[state->group[point]]--;
         state->group[point] = c;
         state->size[c] = 1;
+        while (c < state->k && state->size[c] > 0) c++;
     }
+    return LOCI_OK;
+}
+
+static loci_status update_centroids(kmeans_state *state) {
+    uint32_t dim = state->points->dim;
+    memset(state->size, 0, state->k * sizeof *state->size);
+    for (uint32_t i = 0; i < state->n; i++) state->size[state->group[i]]++;
+    LOCI_TRY(fill_empty(state));
     memset(state->centroid, 0, (size_t)state->k * dim * sizeof *state->centroid);
     for (uint32_t i = 0; i < state->n; i++) {
         float *sum = state->centroid + (size_t)state->group[i] * dim;
         const float *row = state->points->x + (size_t)state->ids[i] * dim;
         for (uint32_t j = 0; j < dim; j++) sum[j] += row[j];
     }
+    return LOCI_OK;
 }
 
 static void seed_centroids(kmeans_state *state) {
@@ -165,15 +199,13 @@ static loci_status state_alloc(kmeans_state *state, loci_error *err) {
 
 /* Rounds over state->ids until nothing changes; `before`: room for as many groups. */
 static loci_status run_rounds(kmeans_state *state, uint32_t rounds, uint32_t *before,
-                              loci_pool *pool, loci_error *err) {
+                              loci_pool *pool) {
     for (uint32_t round = 0; round < rounds; round++) {
-        loci_status status = loci_cancel_check(state->points->cancel);
-        if (status != LOCI_OK)
-            return loci_fail(err, status, "clustering %u keys was stopped", state->n);
         pack_centroids(state);
         memcpy(before, state->group, state->n * sizeof *before);
         assign_all(state, pool);
-        update_centroids(state);
+        LOCI_TRY(loci_cancel_check(state->points->cancel));
+        LOCI_TRY(update_centroids(state));
         if (round > 0 && memcmp(before, state->group, state->n * sizeof *before) == 0) break;
     }
     return LOCI_OK;
@@ -197,12 +229,18 @@ loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t
     state.ids = sampled;
     state.n = sample;
     seed_centroids(&state);
-    LOCI_TRY_GOTO(run_rounds(&state, rounds, before, pool, err), out);
-    if (sample < n) {
+    status = run_rounds(&state, rounds, before, pool);
+    if (status == LOCI_OK && sample < n) {
         state.ids = ids;
         state.n = n;
-        status = run_rounds(&state, WHOLE_ROUNDS, before, pool, err);
+        free(state.far);
+        state.far = NULL;
+        status = run_rounds(&state, WHOLE_ROUNDS, before, pool);
     }
+    if (status == LOCI_E_NOMEM)
+        loci_fail(err, status, "no memory to cluster %u keys", n);
+    else if (status != LOCI_OK)
+        loci_fail(err, status, "clustering %u keys was stopped", n);
 out:
     free(before);
     free(sampled);
@@ -211,6 +249,7 @@ out:
     free(state.size);
     free(state.lanes);
     free(state.bias);
+    free(state.far);
     return status;
 }
 

@@ -9,12 +9,14 @@
 
 #include <cmocka.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "attention/cpu/cpu.h"
 #include "attention/index_layout.h"
+#include "base/clock.h"
 #include "tests/attention/corpus_fixture.h"
 
 static const loci_pair_build_options options = {.position_codes = true};
@@ -170,7 +172,6 @@ static void test_build_refuses_bad_input(void **state) {
     loci_buf_fini(&blob);
 }
 
-/* Centroids, variances and codes stand for the keys. */
 /* Stopped at several moments: before, and by deadlines on the way. What is done is the same with a
  * clock that never ends. */
 static void test_build_stops_when_told(void **state) {
@@ -210,6 +211,7 @@ static void test_build_stops_when_told(void **state) {
     free(slots);
 }
 
+/* Centroids, variances and codes stand for the keys. */
 static void test_nodes_and_codes_describe_keys(void **state) {
     (void)state;
     fixture f = make(2000, 32, NULL, 1);
