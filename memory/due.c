@@ -95,10 +95,12 @@ typedef struct merge_chunk {
 } merge_chunk;
 
 /* At least one extent, then those that keep the sum within `target` units, and all of them within
- * what one extent holds; tokens_max counts dead tokens of the one that is read as well. */
+ * what one extent holds; tokens_max counts dead tokens of the one that is read as well. One that is
+ * larger, since there was more memory once, stays alone. */
 static merge_chunk take_chunk(const loci_manifest *manifest, uint32_t first, uint32_t end,
                               uint32_t extent_tokens_max, uint64_t target, uint64_t tokens_max) {
     merge_chunk chunk = {.first = first, .last = first};
+    if (manifest->extents[first].tokens > tokens_max) end = first + 1;
     for (; chunk.last < end; chunk.last++) {
         const loci_manifest_extent *extent = &manifest->extents[chunk.last];
         uint64_t units = units_of(extent, extent_tokens_max);
