@@ -517,10 +517,16 @@ static loci_status fill_bitmaps(const loci_extent *extent, loci_extent_dead *dea
     return LOCI_OK;
 }
 
+void loci_extent_let_go(loci_extent *extent) {
+    loci_extent_dead_unref(extent->dead);
+    extent->dead = NULL;
+}
+
 loci_status loci_extent_mask(loci_extent *extent, const uint8_t *segment_dead,
                              loci_extent_dead **out, loci_error *err) {
     loci_extent_dead *dead = extent->dead;
     if (!dead || memcmp(dead->segments, segment_dead, extent->segments) != 0) {
+        loci_extent_let_go(extent);
         size_t words = (extent->tokens + 63u) / 64u;
         dead = malloc(sizeof *dead + extent->segments);
         if (dead) {
@@ -537,7 +543,6 @@ loci_status loci_extent_mask(loci_extent *extent, const uint8_t *segment_dead,
             loci_extent_dead_unref(dead);
             return status;
         }
-        loci_extent_dead_unref(extent->dead);
         extent->dead = dead;
     }
     atomic_fetch_add(&dead->refs, 1);

@@ -77,9 +77,11 @@ loci_extent_segment loci_extent_segment_at(const loci_extent *extent, uint32_t s
 /* K and V of a pair in position order, verified. */
 LOCI_MUST_CHECK loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair,
                                                   uint16_t *k, uint16_t *v, loci_error *err);
-/* The bitmaps of live slots where segment_dead, [segments], says what is dead. With a reference. */
+/* The bitmaps of live slots where segment_dead, [segments], says what is dead. With a reference;
+ * the extent keeps them, too, for the next one who asks for the same. One caller at a time. */
 LOCI_MUST_CHECK loci_status loci_extent_mask(loci_extent *extent, const uint8_t *segment_dead,
                                              loci_extent_dead **out, loci_error *err);
+void loci_extent_let_go(loci_extent *extent);        /* of the bitmaps that it keeps */
 void loci_extent_dead_unref(loci_extent_dead *dead); /* NULL allowed */
 
 #endif

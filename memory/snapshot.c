@@ -370,6 +370,12 @@ void loci_snapshot_release(loci_snapshot *snapshot) {
     loci_corpus_release(corpus);
 }
 
+/* Caller holds the lock: nobody else has such an extent, or gets it meanwhile. */
+static void let_bitmaps_go(loci_corpus *corpus) {
+    for (size_t i = 0; i < corpus->opened_count; i++)
+        if (atomic_load(&corpus->opened[i]->refs) == 1) loci_extent_let_go(corpus->opened[i]);
+}
+
 void loci_snapshots_let_go(void *store) {
     uint64_t after = 0;
     for (loci_corpus *corpus; (corpus = loci_corpus_next(store, after));) {
@@ -382,6 +388,9 @@ void loci_snapshots_let_go(void *store) {
         }
         pthread_mutex_unlock(&corpus->lock);
         loci_snapshot_release(idle);
+        pthread_mutex_lock(&corpus->lock);
+        let_bitmaps_go(corpus);
+        pthread_mutex_unlock(&corpus->lock);
         loci_corpus_release(corpus);
     }
 }

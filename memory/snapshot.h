@@ -44,8 +44,8 @@ LOCI_MUST_CHECK loci_status loci_snapshot_acquire_past(loci_corpus *corpus, loci
                                                        loci_error *err);
 /* The smallest revision in a corpus's list of snapshots; UINT64_MAX when it is empty. */
 uint64_t loci_snapshots_oldest(const loci_snapshot *list);
-/* Releases the snapshots that are only kept for the next question; for loci_budget_on_shortage,
- * ctx is the store. */
+/* Releases the snapshots, and live bitmaps, that are only kept for the next question; for
+ * loci_budget_on_shortage, ctx is the store. */
 void loci_snapshots_let_go(void *store);
 
 #endif

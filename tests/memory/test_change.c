@@ -12,7 +12,8 @@
 #include <string.h>
 
 #include "base/clock.h"
-#include "memory/manifest.h"
+#include "memory/internal.h"
+#include "memory/snapshot.h"
 
 /* apart: the thread has put all in order between two deletions. */
 static void delete_without_a_trace(fixture *f, const char *alone, const char *both, bool apart) {
@@ -233,6 +234,31 @@ static void *read_snapshots(void *arg) {
     return NULL;
 }
 
+/* Live bitmaps go with the snapshots when memory is short, unless somebody reads with them. */
+static void test_bitmaps_go_when_memory_is_short(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_snapshot *snapshot;
+    fixture_open(f);
+    fixture_create(f, "a");
+    fixture_start(f);
+    put_text(f, "a", "few", 1, 100);
+    put_text(f, "a", "many", 2, 1500);
+    wait_settled(f, "a");
+    delete_document(f, "a", "few");
+    assert_ok(loci_snapshot_acquire(f->store, "a", &snapshot, &err));
+    loci_extent *extent = snapshot->extents[0];
+    const loci_extent_dead *mask = extent->dead;
+    assert_non_null(mask);
+    loci_snapshots_let_go(f->store);
+    assert_ptr_equal(extent->dead, mask);
+    loci_snapshot_release(snapshot);
+    assert_ptr_equal(extent->dead, mask); /* for the next question */
+    loci_snapshots_let_go(f->store);
+    assert_null(extent->dead);
+    check_snapshot(f, "a");
+}
+
 static void test_readers_during_changes(void **state) {
     fixture *f = *state;
     fixture_open(f);
@@ -337,6 +363,7 @@ int main(void) {
         TEST(test_snapshot_outlives_rewrites_and_deletion),
         TEST(test_identity_comes_back),
         TEST(test_delete_while_pending_and_empty_documents),
+        TEST(test_bitmaps_go_when_memory_is_short),
         TEST(test_readers_during_changes),
         TEST(test_deletion_while_a_snapshot_is_made),
         cmocka_unit_test(test_clones_beside_references),
