@@ -144,6 +144,9 @@ static loci_status write_pairs(int fd, const char *path, const extent_parts *par
                       out);
         *end = align_up(*end);
         LOCI_TRY_GOTO(write_at(fd, path, blob.data, blob.len, *end, err), out);
+        /* On its way already: one long fsync in the end would hold up the commits of others. It
+         * tells of errors. */
+        (void)sync_file_range(fd, (off_t)*end, (off_t)blob.len, SYNC_FILE_RANGE_WRITE);
         LOCI_FAILPOINT("extent_write");
         loci_buf_u64(directory, *end);
         loci_buf_u64(directory, blob.len);
