@@ -39,7 +39,7 @@ struct loci_merger {
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t wake;
-    bool stop, woken;
+    bool stop;
     uint64_t merging;   /* uid of the corpus; 0 = none */
     loci_cancel cancel; /* of that merge */
     merge_slot *slots;
@@ -236,9 +236,7 @@ static void pause_between(loci_merger *merger) {
         until.tv_sec++;
         until.tv_nsec -= 1000000000;
     }
-    if (!merger->woken && !merger->stop)
-        pthread_cond_timedwait(&merger->wake, &merger->lock, &until);
-    merger->woken = false;
+    if (!merger->stop) pthread_cond_timedwait(&merger->wake, &merger->lock, &until);
 }
 
 static void *thread_main(void *arg) {
@@ -297,13 +295,6 @@ void loci_merger_stop(loci_merger *merger) {
     pthread_mutex_destroy(&merger->lock);
     free(merger->slots);
     free(merger);
-}
-
-void loci_merger_wake(loci_merger *merger) {
-    pthread_mutex_lock(&merger->lock);
-    merger->woken = true;
-    pthread_cond_signal(&merger->wake);
-    pthread_mutex_unlock(&merger->lock);
 }
 
 void loci_merger_state(loci_merger *merger, uint64_t uid, bool *merging, loci_error *failure) {

@@ -28,7 +28,6 @@ typedef struct loci_merger loci_merger;
 LOCI_MUST_CHECK loci_status loci_merger_start(loci_store *store, unsigned threads,
                                               loci_merger **out, loci_error *err);
 void loci_merger_stop(loci_merger *merger); /* at once; NULL allowed */
-void loci_merger_wake(loci_merger *merger);
 /* Whether the corpus is being merged, and why it is not (status OK: no failure). */
 void loci_merger_state(loci_merger *merger, uint64_t uid, bool *merging, loci_error *failure);
 
