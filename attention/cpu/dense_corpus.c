@@ -6,7 +6,8 @@
  * which the kernels of dense attention read in place (tokens of a pair with dead ones are gathered
  * first). A task is a chunk of slots of one pair; it verifies the hashes of what it then reads from
  * the cache. Chunks are joined in their order, so that results do not depend on threads. The logits
- * of a few query vectors are kept: attribution then need not read the keys again.
+ * of a few query vectors are kept, where there is memory: attribution then need not read the keys
+ * again.
  */
 #include <math.h>
 #include <string.h>
@@ -18,7 +19,8 @@
 /* Up to here chunks are small, for threads and caches; many vectors have long ones, since each
  * chunk has a result of its own for every vector. */
 #define FEW_VECTORS 16u
-#define PREFETCH_SLOTS 16u /* ahead of the hash, which waits for memory else */
+#define PREFETCH_SLOTS 16u             /* ahead of the hash, which waits for memory else */
+#define LOGITS_MOST ((size_t)64 << 20) /* bytes of logits that are kept */
 #define CHUNK_FEW 512u
 #define CHUNK_MANY 4096u
 
@@ -41,6 +43,7 @@ struct corpus_job {
     const float *total_lse;
     uint32_t row_begin;
     double **mass; /* [pairs][segments of the extent] */
+    bool kept;     /* the chunks have their logits */
     _Atomic bool failed;
 };
 typedef struct corpus_job corpus_job;
@@ -148,6 +151,19 @@ static void join_vector(void *arg, size_t index, unsigned thread) {
     job->lse[(size_t)row * lookup->q_heads + head] = sum > 0.0f ? max + logf(sum) : -INFINITY;
 }
 
+/* For so many tokens; NULL where they are not kept: of many vectors, or where memory is short. */
+static float *alloc_logits(loci_lookup *lookup, size_t tokens) {
+    size_t bytes = tokens * lookup->vectors * sizeof(float);
+    if (lookup->vectors > FEW_VECTORS || bytes > LOGITS_MOST) return NULL;
+    const lookup_arena before = lookup->arena;
+    float *logits = lookup_alloc(lookup, bytes);
+    if (logits) return logits;
+    lookup->arena.refusal.status = LOCI_OK; /* it can do without */
+    lookup->arena.current = before.current;
+    lookup->arena.used = before.used;
+    return NULL;
+}
+
 /* Cuts the pairs; chunks without a live slot are left out. False when memory is short. */
 static bool cut_chunks(corpus_job *job) {
     loci_lookup *lookup = job->lookup;
@@ -173,9 +189,9 @@ static bool cut_chunks(corpus_job *job) {
     job->pair_chunk[pairs] = job->chunk_count;
     size_t vectors = lookup->vectors, result = vectors * (lookup->dim + 2);
     float *at = lookup_alloc(lookup, job->chunk_count * result * sizeof *at);
-    bool keep = vectors <= FEW_VECTORS;
-    float *logits = keep ? lookup_alloc(lookup, live * vectors * sizeof *logits) : NULL;
-    if (!at || (keep && !logits)) return false;
+    if (!at) return false;
+    float *logits = alloc_logits(lookup, live);
+    job->kept = logits != NULL;
     memset(at, 0, job->chunk_count * result * sizeof *at);
     for (size_t c = 0; c < job->chunk_count; c++, at += result) {
         dense_chunk *chunk = &job->chunks[c];
@@ -183,7 +199,7 @@ static bool cut_chunks(corpus_job *job) {
         chunk->sum = at + vectors;
         chunk->out = at + 2 * vectors;
         for (size_t v = 0; v < vectors; v++) chunk->max[v] = -INFINITY;
-        if (!keep) continue;
+        if (!logits) continue;
         chunk->logits = logits;
         logits += chunk->live * vectors;
     }
@@ -250,7 +266,7 @@ void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref o
     job->out_stride = out_stride;
     job->lse = loci_cpu_ptr(lse, (size_t)lookup->rows * lookup->q_heads * sizeof(float));
     attend_whole(stream, job);
-    if (lookup->attended && lookup->vectors <= FEW_VECTORS) lookup->dense = job;
+    if (lookup->attended && job->kept) lookup->dense = job;
 }
 
 /* --- attribution ----------------------------------------------------------------------- */

@@ -98,7 +98,79 @@ static void test_memory_of_look_ups(void **state) {
     close_scene(&s);
 }
 
+/* One row in mode dense, and the share of the segments. */
+static loci_status look_everywhere(scene *s, loci_lookup *lookup, loci_buffer *q, loci_buffer *out,
+                                   float *mass, loci_error *err) {
+    const loci_backend_ops *ops = s->f.backend->ops;
+    uint32_t heads = s->f.q_heads, width = heads * s->f.dim;
+    uint32_t segments = s->f.view.flat_segment_base + s->f.view.flat_segments;
+    loci_select_params params = {.mode = LOCI_MODE_DENSE};
+    loci_ref lse = loci_ref_at(out, width * sizeof(float));
+    loci_ref to = loci_ref_at(out, (width + heads) * sizeof(float));
+    memset(mass, 0, segments * sizeof *mass);
+    ops->upload(s->f.stream, loci_ref_at(q, 0), s->q, width * sizeof(float));
+    ops->upload(s->f.stream, to, mass, segments * sizeof *mass);
+    ops->lookup_begin(s->f.stream, lookup, &s->f.view, 0, loci_ref_at(q, 0), width, 1, heads, 0.2f,
+                      loci_ref_at(NULL, 0), &params);
+    ops->score_nodes(s->f.stream, lookup);
+    ops->score_codes(s->f.stream, lookup);
+    ops->select(s->f.stream, lookup);
+    ops->attend_sparse(s->f.stream, lookup, loci_ref_at(out, 0), width, lse);
+    ops->attribute(s->f.stream, lookup, lse, 0, to);
+    ops->download(s->f.stream, s->out, loci_ref_at(out, 0), width * sizeof(float));
+    ops->download(s->f.stream, mass, to, segments * sizeof *mass);
+    return ops->sync(s->f.stream, err);
+}
+
+/* Logits that are kept for attribution are a comfort: without memory for them it is the same. */
+static void test_dense_mode_does_without_logits(void **state) {
+    (void)state;
+    setting c = usual;
+    c.tokens = 60000;
+    c.rows = 1;
+    c.flat_segments = 0;
+    scene s = open_scene(c);
+    loci_backend *backend = s.f.backend;
+    loci_error err = {0};
+    account counted = {.limit = INT64_MAX / 2};
+    loci_buffer *q = NULL, *out = NULL;
+    uint32_t width = s.f.q_heads * c.dim, segments = s.f.view.flat_segment_base;
+    int64_t logits = (int64_t)c.tokens * s.f.q_heads * (int64_t)sizeof(float);
+    float *mass = malloc(2 * segments * sizeof *mass), *expected = malloc(width * sizeof *expected);
+    assert_true(mass && expected);
+    backend->ops->lookup_account(backend, count, &counted);
+    assert_int_equal(backend->ops->alloc(backend, width * sizeof(float), &q, &err), 0);
+    assert_int_equal(
+        backend->ops->alloc(backend, (width + s.f.q_heads + segments) * sizeof(float), &out, &err),
+        0);
+    for (uint32_t again = 0; again < 2; again++) {
+        loci_lookup *lookup = NULL;
+        assert_int_equal(backend->ops->lookup_create(backend, &lookup, &err), 0);
+        assert_int_equal(look_everywhere(&s, lookup, q, out, mass + (size_t)again * segments, &err),
+                         LOCI_OK);
+        backend->ops->lookup_free(backend, lookup);
+        assert_true((again == 1) == (counted.refused > 0));
+        if (again) break;
+        memcpy(expected, s.out, width * sizeof *expected);
+        assert_true(counted.most > logits);
+        counted.limit = logits;
+    }
+    assert_memory_equal(expected, s.out, width * sizeof *expected);
+    double sum = 0;
+    for (uint32_t i = 0; i < segments; i++) {
+        sum += (double)mass[i];
+        assert_float_equal(mass[i], mass[segments + i], 1e-4f * mass[i] + 1e-6f);
+    }
+    assert_float_equal(sum, s.f.q_heads, 1e-2);
+    backend->ops->free(backend, q);
+    backend->ops->free(backend, out);
+    free(mass);
+    free(expected);
+    close_scene(&s);
+}
+
 int main(void) {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_memory_of_look_ups)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_memory_of_look_ups),
+                                       cmocka_unit_test(test_dense_mode_does_without_logits)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
