@@ -125,13 +125,64 @@ static void drop_terms(const loci_corpus *corpus, const uint8_t *id) {
     loci_batch_destroy(batch);
 }
 
+/* What is taken away without the lock: to unmap and unlink gigabytes takes long. */
+typedef struct purged {
+    loci_extent **extents; /* each holds one reference */
+    size_t extent_count;
+    loci_id_list gone; /* files that have been renamed */
+} purged;
+
+/* Takes over the reference. */
+static void take_extent(purged *out, loci_extent *extent) {
+    void *grown = realloc(out->extents, (out->extent_count + 1) * sizeof(loci_extent *));
+    if (!grown) {
+        loci_extent_unref(extent);
+        return;
+    }
+    out->extents = grown;
+    out->extents[out->extent_count++] = extent;
+}
+
+static bool add_id(loci_id_list *list, const uint8_t id[LOCI_EXTENT_ID_BYTES]) {
+    void *grown = realloc(list->ids, (list->count + 1) * sizeof *list->ids);
+    if (!grown) return false;
+    list->ids = grown;
+    memcpy(list->ids[list->count++], id, LOCI_EXTENT_ID_BYTES);
+    return true;
+}
+
+static void path_of(const loci_corpus *corpus, const uint8_t *id, const char *end,
+                    char path[LOCI_PATH_BYTES]) {
+    char name[LOCI_EXTENT_NAME_BYTES];
+    loci_extent_name(id, name);
+    snprintf(path, LOCI_PATH_BYTES, "%s/%s%s", corpus->extents_dir, name, end);
+}
+
+static void unlink_file(const char *path) {
+    if (unlink(path) != 0 && errno != ENOENT)
+        loci_log_warn("cannot remove %s: %s", path, strerror(errno));
+}
+
+/* Caller holds the lock. The name is free at once, for a file of the same content. */
+static void take_file(const loci_corpus *corpus, const uint8_t *id, purged *out) {
+    char path[LOCI_PATH_BYTES], gone[LOCI_PATH_BYTES];
+    path_of(corpus, id, "", path);
+    path_of(corpus, id, ".gone", gone);
+    LOCI_FAILPOINT("unlink");
+    if (!add_id(&out->gone, id))
+        unlink_file(path);
+    else if (rename(path, gone) != 0 && errno != ENOENT)
+        loci_log_warn("cannot remove %s: %s", path, strerror(errno));
+    LOCI_FAILPOINT("unlink");
+}
+
 /* Caller holds the lock. */
-static void purge_files(loci_corpus *corpus) {
+static void purge_files(loci_corpus *corpus, purged *out) {
     size_t kept = 0;
     for (size_t i = 0; i < corpus->opened_count; i++) {
         loci_extent *extent = corpus->opened[i];
         if (atomic_load(&extent->refs) == 1 && !extent_needed(corpus, extent->id))
-            loci_extent_unref(extent);
+            take_extent(out, extent);
         else
             corpus->opened[kept++] = extent;
     }
@@ -147,16 +198,23 @@ static void purge_files(loci_corpus *corpus) {
         }
         /* Needed again under the same identity: the file stays, the entry goes. */
         if (extent_needed(corpus, list->ids[i])) continue;
-        char name[LOCI_EXTENT_NAME_BYTES], path[LOCI_PATH_BYTES];
-        loci_extent_name(list->ids[i], name);
-        snprintf(path, sizeof path, "%s/%s", corpus->extents_dir, name);
-        LOCI_FAILPOINT("unlink");
-        if (unlink(path) != 0 && errno != ENOENT)
-            loci_log_warn("cannot remove %s: %s", path, strerror(errno));
-        LOCI_FAILPOINT("unlink");
+        take_file(corpus, list->ids[i], out);
         drop_terms(corpus, list->ids[i]);
     }
     list->count = kept;
+}
+
+/* Without the lock. */
+static void finish_purge(const loci_corpus *corpus, purged *out) {
+    for (size_t i = 0; i < out->extent_count; i++) loci_extent_unref(out->extents[i]);
+    for (size_t i = 0; i < out->gone.count; i++) {
+        char gone[LOCI_PATH_BYTES];
+        path_of(corpus, out->gone.ids[i], ".gone", gone);
+        LOCI_FAILPOINT("unlink");
+        unlink_file(gone);
+    }
+    free(out->extents);
+    free(out->gone.ids);
 }
 
 static void delete_document(const loci_corpus *corpus, const loci_grave *grave, loci_batch *batch) {
@@ -201,12 +259,14 @@ static void purge_graves(loci_corpus *corpus) {
 }
 
 void loci_corpus_purge(loci_corpus *corpus) {
+    purged out = {0};
     pthread_mutex_lock(&corpus->lock);
     if (!corpus->deleted) { /* else everything goes with the corpus */
-        purge_files(corpus);
+        purge_files(corpus, &out);
         purge_graves(corpus);
     }
     pthread_mutex_unlock(&corpus->lock);
+    finish_purge(corpus, &out);
 }
 
 /* --- Changes ---------------------------------------------------------------------------- */
@@ -292,11 +352,7 @@ loci_status loci_change_done(loci_change *change, uint64_t sequence, loci_error 
 }
 
 void loci_corpus_supersede(loci_corpus *corpus, const uint8_t id[LOCI_EXTENT_ID_BYTES]) {
-    loci_id_list *list = &corpus->superseded;
-    void *grown = realloc(list->ids, (list->count + 1) * sizeof *list->ids);
-    if (!grown) return;
-    list->ids = grown;
-    memcpy(list->ids[list->count++], id, LOCI_EXTENT_ID_BYTES);
+    (void)add_id(&corpus->superseded, id);
 }
 
 /* Files of the old manifest that the new one does not name. */
