@@ -41,6 +41,7 @@ typedef struct loci_cpu {
                                             are exclusive: the pool runs one loop at a time */
     loci_lookup_memory_fn lookup_memory; /* NULL: not counted */
     void *lookup_memory_ctx;
+    uint32_t part_roots; /* most roots of a part of a pair (lookup.h); tests have few */
 } loci_cpu;
 
 struct loci_stream {

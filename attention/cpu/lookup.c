@@ -242,6 +242,7 @@ static loci_status open_pair(const loci_lookup *lookup, const loci_extent_view *
 /* Opens the pairs, numbers their roots and counts their parts. */
 static bool open_pairs(loci_stream *stream, loci_lookup *lookup, lookup_part *pairs) {
     const loci_corpus_view *corpus = lookup->corpus;
+    uint32_t most = lookup->cpu->part_roots;
     for (size_t i = 0; i < (size_t)corpus->extent_count * lookup->kv_heads; i++) {
         const loci_extent_view *extent = &corpus->extents[i / lookup->kv_heads];
         uint32_t h = (uint32_t)(i % lookup->kv_heads), index = lookup->layer * lookup->kv_heads + h;
@@ -257,16 +258,16 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup, lookup_part *pa
         whole->end = loci_pair_header_of(whole->blob)->roots;
         lookup->heads[h].roots += whole->end;
         lookup->pair_begin[i] = lookup->part_count;
-        lookup->part_count += (whole->end + LOOKUP_PART_ROOTS - 1) / LOOKUP_PART_ROOTS;
+        lookup->part_count += (whole->end + most - 1) / most;
     }
     return true;
 }
 
-static void cut_pair(const lookup_part *whole, lookup_part *parts) {
-    for (uint32_t first = 0; first < whole->end; first += LOOKUP_PART_ROOTS) {
+static void cut_pair(const lookup_part *whole, uint32_t most, lookup_part *parts) {
+    for (uint32_t first = 0; first < whole->end; first += most) {
         *parts = *whole;
         parts->first = first;
-        if (whole->end - first > LOOKUP_PART_ROOTS) parts->end = first + LOOKUP_PART_ROOTS;
+        if (whole->end - first > most) parts->end = first + most;
         parts++;
     }
 }
@@ -288,7 +289,8 @@ static bool make_parts(loci_stream *stream, loci_lookup *lookup) {
         lookup_no_memory(stream, lookup);
         return false;
     }
-    for (size_t i = 0; i < pairs; i++) cut_pair(&whole[i], lookup->parts + lookup->pair_begin[i]);
+    for (size_t i = 0; i < pairs; i++)
+        cut_pair(&whole[i], lookup->cpu->part_roots, lookup->parts + lookup->pair_begin[i]);
     return true;
 }
 

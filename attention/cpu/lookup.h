@@ -30,9 +30,7 @@ typedef struct lookup_arena {
     loci_error refusal; /* status OK, or why the chunks could not grow */
 } lookup_arena;
 
-#define LOOKUP_PART_ROOTS 512u
-
-/* Up to LOOKUP_PART_ROOTS roots of a pair. */
+/* Up to cpu->part_roots roots of a pair. */
 typedef struct lookup_part {
     const loci_extent_view *extent;
     const uint8_t *blob;
