@@ -177,6 +177,7 @@ static void end(loci_merger *merger, loci_corpus *corpus, uint64_t made, loci_st
                 const loci_error *err) {
     pthread_mutex_lock(&corpus->lock);
     corpus->merging = NULL;
+    if (corpus->deleted) status = LOCI_E_CANCELLED; /* whatever came of that */
     pthread_mutex_unlock(&corpus->lock);
     pthread_mutex_lock(&merger->lock);
     merger->merging = 0;
