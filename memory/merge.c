@@ -150,10 +150,10 @@ static loci_status check_disk(const loci_corpus *corpus, const loci_manifest *ba
     if (statvfs(corpus->store->dir, &disk) != 0) return LOCI_OK; /* writing will tell */
     uint64_t left = (uint64_t)disk.f_bavail * disk.f_frsize;
     if (left >= need) return LOCI_OK;
+    /* What is left changes all the time: it would be another failure, and logged, each time. */
     return loci_fail(err, LOCI_E_LIMIT,
-                     "the disk has %llu MiB left, and merging extents of corpus %s needs %llu",
-                     (unsigned long long)(left >> 20), corpus->name,
-                     (unsigned long long)(need >> 20));
+                     "merging extents of corpus %s needs %llu MiB of disk, and fewer are left",
+                     corpus->name, (unsigned long long)(need >> 20));
 }
 
 /* False when there is to be none: the process or the corpus ends. */
