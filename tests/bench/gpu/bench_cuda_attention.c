@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * One layer's attention of a decoding step on the GPU: hierarchical look-ups, dense
- * mode, and dense attention over plain K and V, for each number of tokens given. One JSON line
- * each.
+ * mode, and dense attention over plain K and V. One JSON line each.
  *
- *   bench_cuda_attention [--layers N] [--steps N] [--heads Q KV DIM] TOKENS...   (ascending)
+ *   bench_cuda_attention [--layers N] [--steps N] [--heads Q KV DIM] [--reach ROOTS CANDIDATES TOP_P]...
+ *                        TOKENS
  *
  * Keys are the generator's (topics around a common offset); queries look for one planted key each.
  * Every layer has device copies of its own, a step takes the next layer and fresh queries, and
  * memory larger than the cache is written between two steps, so that nothing is read from the L2.
- * ms: median over steps, from begin to the output, by events on the stream. error: relative L2
+ * --reach adds a row of look-ups with other rates than the defaults.
+ * ms: median over steps, from begin to the output, by events on the stream; stages: means of begin,
+ * score_nodes, score_codes, select, attend_sparse; host_ms: until the stream has all of it. error: relative L2
  * error of the output against dense mode's, mean over steps and heads; recall: the share of the
  * attention mass that was read. bytes: what must be read, by the look-up's figures.
  */
@@ -27,11 +29,17 @@
 #define TOPICS 2000u
 #define SEGMENT_TOKENS 256u /* divides an extent */
 #define SPREAD 0.7f
-#define SIZES_MAX 8u
+#define REACHES_MAX 8u
+#define STAGES 5
 #define WARM_STEPS 3u
 
+typedef struct reach {
+    float roots, candidates, top_p;
+} reach;
+
 typedef struct options {
-    uint32_t layers, steps, q_heads, kv_heads, dim, count, tokens[SIZES_MAX];
+    uint32_t layers, steps, q_heads, kv_heads, dim, tokens, reaches;
+    reach reach[REACHES_MAX];
 } options;
 
 typedef struct bench {
@@ -40,7 +48,7 @@ typedef struct bench {
     loci_extent_view **views; /* [layers][extents]: the same bytes, copied for each layer */
     loci_buffer *memory, *flush;
     size_t flush_bytes;
-    cudaEvent_t begin, end;
+    cudaEvent_t begin, end, stage[STAGES];
     loci_error err;
 } bench;
 
@@ -87,7 +95,7 @@ static void *generate_head(void *arg) {
 
 static void generate(bench *b) {
     fixture *f = &b->f;
-    uint32_t tokens = b->o.tokens[b->o.count - 1], heads = b->o.kv_heads;
+    uint32_t tokens = b->o.tokens, heads = b->o.kv_heads;
     *f = (fixture){.layers = 1, .kv_heads = heads, .dim = b->o.dim, .q_heads = b->o.q_heads};
     f->tokens = tokens;
     f->segments = (tokens + SEGMENT_TOKENS - 1) / SEGMENT_TOKENS;
@@ -123,14 +131,9 @@ static void copy_layers(bench *b) {
     }
 }
 
-/* The first extents, up to about `tokens`. */
-static loci_corpus_view view_of(const bench *b, uint32_t layer, uint32_t tokens) {
+static loci_corpus_view view_of(const bench *b, uint32_t layer) {
     loci_corpus_view view = b->f.view;
     view.extents = b->views[layer];
-    view.extent_count = 0;
-    view.tokens = 0;
-    while (view.extent_count < b->f.extents && view.tokens < tokens)
-        view.tokens += b->f.views[view.extent_count++].tokens;
     return view;
 }
 
@@ -164,7 +167,7 @@ static void draw_queries(const bench *b, uint64_t tokens, uint64_t *rng, float *
 typedef struct result {
     float *out, *lse;
     loci_lookup_stats stats;
-    float ms;
+    float ms, stage_ms[STAGES], host_ms;
 } result;
 
 static void flush_cache(bench *b) {
@@ -183,18 +186,29 @@ static void look_up(bench *b, loci_lookup *lookup, const loci_corpus_view *view,
     ops->upload(stream, p.steady, steady, p.heads);
     flush_cache(b);
     (void)cudaEventRecord(b->begin, stream->stream);
+    uint64_t start = loci_now_ns();
     ops->lookup_begin(stream, lookup, view, 0, p.q, b->o.q_heads * b->o.dim, 1, b->o.q_heads,
                       1.0f / sqrtf((float)b->o.dim), p.steady, params);
+    (void)cudaEventRecord(b->stage[0], stream->stream);
     ops->score_nodes(stream, lookup);
+    (void)cudaEventRecord(b->stage[1], stream->stream);
     ops->score_codes(stream, lookup);
+    (void)cudaEventRecord(b->stage[2], stream->stream);
     ops->select(stream, lookup);
+    (void)cudaEventRecord(b->stage[3], stream->stream);
     ops->attend_sparse(stream, lookup, p.out, b->o.q_heads * b->o.dim, p.lse);
-    (void)cudaEventRecord(b->end, stream->stream);
+    (void)cudaEventRecord(b->stage[4], stream->stream);
+    r->host_ms = (float)((double)(loci_now_ns() - start) / 1e6);
     ops->lookup_stats(stream, lookup, &r->stats);
     ops->download(stream, r->out, p.out, p.values);
     ops->download(stream, r->lse, p.lse, p.heads);
     must(b, ops->sync(stream, &b->err));
-    must(b, loci_cuda_try(cudaEventElapsedTime(&r->ms, b->begin, b->end), "event", &b->err));
+    for (int i = 0; i < STAGES; i++)
+        must(b, loci_cuda_try(cudaEventElapsedTime(&r->stage_ms[i], i ? b->stage[i - 1] : b->begin,
+                                                   b->stage[i]),
+                              "event", &b->err));
+    must(b, loci_cuda_try(cudaEventElapsedTime(&r->ms, b->begin, b->stage[STAGES - 1]), "event",
+                          &b->err));
 }
 
 static int compare_floats(const void *a, const void *b) {
@@ -209,7 +223,7 @@ static uint64_t bytes_of(const loci_lookup_stats *s) {
 
 typedef struct tally {
     float *ms, *host_ms;
-    double error, recall, bytes, selected, candidates;
+    double error, recall, bytes, selected, candidates, stage_ms[STAGES];
     uint32_t steps;
 } tally;
 
@@ -228,20 +242,25 @@ static void compare(const bench *b, const result *sparse, const result *dense, t
     t->bytes += (double)bytes_of(&sparse->stats);
     t->selected += (double)sparse->stats.selected_tokens / b->o.kv_heads;
     t->candidates += (double)sparse->stats.candidate_tokens / b->o.kv_heads;
+    for (int i = 0; i < STAGES; i++) t->stage_ms[i] += (double)sparse->stage_ms[i];
 }
 
-static void print_line(const bench *b, const char *mode, uint64_t tokens, tally *t, double gbps) {
+static void print_line(const bench *b, const char *mode, const loci_select_params *params, tally *t,
+                       double gbps) {
     qsort(t->ms, t->steps, sizeof *t->ms, compare_floats);
     qsort(t->host_ms, t->steps, sizeof *t->host_ms, compare_floats);
     double ms = (double)t->ms[t->steps / 2], n = t->steps, bytes = t->bytes / n;
     printf("{\"bench\":\"cuda_attention\",\"mode\":\"%s\",\"tokens\":%llu,\"q_heads\":%u,"
            "\"kv_heads\":%u,\"dim\":%u,\"rows\":1,\"layers\":%u,\"steps\":%u,\"ms\":%.4f,"
            "\"ms_p90\":%.4f,\"host_ms\":%.4f,\"bytes\":%.0f,\"gbps\":%.1f,\"of_copy\":%.3f,"
-           "\"error\":%.5f,\"recall\":%.5f,\"selected_head\":%.0f,\"candidates_head\":%.0f}\n",
-           mode, (unsigned long long)tokens, b->o.q_heads, b->o.kv_heads, b->o.dim, b->o.layers,
+           "\"error\":%.5f,\"recall\":%.5f,\"selected_head\":%.0f,\"candidates_head\":%.0f,"
+           "\"reach\":[%g,%g,%g],\"stages\":[%.4f,%.4f,%.4f,%.4f,%.4f]}\n",
+           mode, (unsigned long long)b->f.view.tokens, b->o.q_heads, b->o.kv_heads, b->o.dim, b->o.layers,
            t->steps, ms, (double)t->ms[t->steps * 9 / 10], (double)t->host_ms[t->steps / 2], bytes,
            bytes / ms / 1e6, bytes / ms / 1e6 / gbps, t->error / n, t->recall / n, t->selected / n,
-           t->candidates / n);
+           t->candidates / n, (double)params->roots, (double)params->candidates,
+           (double)params->top_p, t->stage_ms[0] / n, t->stage_ms[1] / n, t->stage_ms[2] / n,
+           t->stage_ms[3] / n, t->stage_ms[4] / n);
     (void)fflush(stdout);
 }
 
@@ -253,15 +272,14 @@ static result new_result(const bench *b) {
 }
 
 /* Steps of one mode beside dense mode over the same layer and queries. */
-static void run_mode(bench *b, const char *mode, const loci_select_params *params, uint32_t tokens,
-                     double gbps) {
+static void run_mode(bench *b, const char *mode, const loci_select_params *params, double gbps) {
     const loci_backend_ops *ops = b->f.backend->ops;
     loci_select_params all = {.mode = LOCI_MODE_DENSE};
     loci_lookup *lookup, *whole;
     uint64_t rng = 99;
     uint32_t steps = b->o.steps + WARM_STEPS;
-    tally t = {
-        need(calloc(steps, sizeof(float))), need(calloc(steps, sizeof(float))), 0, 0, 0, 0, 0, 0};
+    tally t = {.ms = need(calloc(steps, sizeof(float))),
+               .host_ms = need(calloc(steps, sizeof(float)))};
     result sparse = new_result(b), dense = new_result(b);
     float *q = need(calloc((size_t)b->o.q_heads * b->o.dim, sizeof *q));
     float *steady = need(calloc(b->o.q_heads, sizeof *steady));
@@ -270,18 +288,16 @@ static void run_mode(bench *b, const char *mode, const loci_select_params *param
     must(b, ops->lookup_create(b->f.backend, &whole, &b->err));
     loci_corpus_view view = {0};
     for (uint32_t s = 0; s < steps + b->o.layers; s++) { /* first each layer once */
-        view = view_of(b, s % b->o.layers, tokens);
+        view = view_of(b, s % b->o.layers);
         draw_queries(b, view.tokens, &rng, q);
-        uint64_t start = loci_now_ns();
         look_up(b, lookup, &view, params, q, steady, &sparse);
-        float host_ms = (float)((double)(loci_now_ns() - start) / 1e6);
         if (s < WARM_STEPS + b->o.layers) continue;
         look_up(b, whole, &view, &all, q, steady, &dense);
         t.ms[t.steps] = sparse.ms;
-        t.host_ms[t.steps++] = host_ms;
+        t.host_ms[t.steps++] = sparse.host_ms;
         compare(b, &sparse, &dense, &t);
     }
-    print_line(b, mode, view.tokens, &t, gbps);
+    print_line(b, mode, params, &t, gbps);
     ops->lookup_free(b->f.backend, lookup);
     ops->lookup_free(b->f.backend, whole);
     free(t.ms);
@@ -318,20 +334,16 @@ static double copy_rate(bench *b) {
 }
 
 /* attend_dense over plain bf16 K and V, as the flat part is read. */
-static void run_plain(bench *b, uint32_t tokens, double gbps) {
+static void run_plain(bench *b, double gbps) {
+    uint32_t tokens = b->o.tokens;
+    loci_select_params none = {.mode = LOCI_MODE_DENSE};
     const loci_backend_ops *ops = b->f.backend->ops;
     size_t width = (size_t)b->o.kv_heads * b->o.dim, bytes = tokens * width * sizeof(uint16_t);
     place p = place_of(b);
     loci_attend_span span = {0, 1, 0, tokens};
     loci_buffer **kv = need(calloc(2 * b->o.layers, sizeof(loci_buffer *)));
-    tally t = {need(calloc(b->o.steps, sizeof(float))),
-               need(calloc(b->o.steps, sizeof(float))),
-               0,
-               0,
-               0,
-               0,
-               0,
-               0};
+    tally t = {.ms = need(calloc(b->o.steps, sizeof(float))),
+               .host_ms = need(calloc(b->o.steps, sizeof(float)))};
     uint16_t *rows = need(malloc(bytes));
     for (uint32_t i = 0; i < 2 * b->o.layers; i++) {
         for (size_t r = 0; r < (size_t)tokens * b->o.kv_heads && i < 2; r++)
@@ -371,7 +383,7 @@ static void run_plain(bench *b, uint32_t tokens, double gbps) {
         t.bytes += 2.0 * (double)bytes;
         t.recall += 1;
     }
-    print_line(b, "plain dense", tokens, &t, gbps);
+    print_line(b, "plain dense", &none, &t, gbps);
     for (uint32_t i = 0; i < 2 * b->o.layers; i++) ops->free(b->f.backend, kv[i]);
     free(kv);
     free(t.ms);
@@ -381,6 +393,13 @@ static void run_plain(bench *b, uint32_t tokens, double gbps) {
 static bool parse(options *o, int argc, char **argv) {
     for (int i = 1; i < argc; i++) {
         uint32_t *to[3] = {NULL, NULL, NULL};
+        if (strcmp(argv[i], "--reach") == 0) {
+            if (o->reaches == REACHES_MAX || argc - i < 4) return false;
+            o->reach[o->reaches++] = (reach){strtof(argv[i + 1], NULL), strtof(argv[i + 2], NULL),
+                                             strtof(argv[i + 3], NULL)};
+            i += 3;
+            continue;
+        }
         if (strcmp(argv[i], "--layers") == 0) to[0] = &o->layers;
         if (strcmp(argv[i], "--steps") == 0) to[0] = &o->steps;
         if (strcmp(argv[i], "--heads") == 0) {
@@ -389,8 +408,8 @@ static bool parse(options *o, int argc, char **argv) {
             to[2] = &o->dim;
         }
         if (!to[0]) {
-            if (o->count == SIZES_MAX) return false;
-            o->tokens[o->count++] = (uint32_t)strtoul(argv[i], NULL, 10);
+            if (o->tokens) return false;
+            o->tokens = (uint32_t)strtoul(argv[i], NULL, 10);
             continue;
         }
         for (int n = 0; n < 3 && to[n]; n++) {
@@ -398,9 +417,7 @@ static bool parse(options *o, int argc, char **argv) {
             *to[n] = (uint32_t)strtoul(argv[i], NULL, 10);
         }
     }
-    for (uint32_t i = 0; i < o->count; i++)
-        if (o->tokens[i] == 0 || (i > 0 && o->tokens[i] <= o->tokens[i - 1])) return false;
-    return o->count > 0 && o->layers > 0 && o->steps > 0 && o->kv_heads > 0 &&
+    return o->tokens > 0 && o->layers > 0 && o->steps > 0 && o->kv_heads > 0 &&
            o->q_heads % o->kv_heads == 0 && o->dim % 16 == 0 && o->dim > 0;
 }
 
@@ -434,7 +451,7 @@ int main(int argc, char **argv) {
     bench b = {.o = {.layers = 8, .steps = 40, .q_heads = 28, .kv_heads = 4, .dim = 128}};
     if (!parse(&b.o, argc, argv)) {
         (void)fprintf(stderr, "usage: bench_cuda_attention [--layers N] [--steps N] "
-                              "[--heads Q KV DIM] TOKENS... (ascending)\n");
+                              "[--heads Q KV DIM] [--reach ROOTS CANDIDATES TOP_P]... TOKENS\n");
         return 2;
     }
     open_or_skip(&b);
@@ -445,15 +462,21 @@ int main(int argc, char **argv) {
     must(&b, ops->alloc(b.f.backend, (size_t)b.o.q_heads * (b.o.dim + 1) * 8, &b.memory, &b.err));
     must(&b, loci_cuda_try(cudaEventCreate(&b.begin), "event", &b.err));
     must(&b, loci_cuda_try(cudaEventCreate(&b.end), "event", &b.err));
+    for (int i = 0; i < STAGES; i++)
+        must(&b, loci_cuda_try(cudaEventCreate(&b.stage[i]), "event", &b.err));
     copy_layers(&b);
     double gbps = copy_rate(&b);
-    for (uint32_t i = 0; i < b.o.count; i++) {
-        loci_select_params hierarchical, dense = {.mode = LOCI_MODE_DENSE};
-        loci_select_defaults(&hierarchical);
-        run_mode(&b, "hierarchical", &hierarchical, b.o.tokens[i], gbps);
-        run_mode(&b, "dense", &dense, b.o.tokens[i], gbps);
-        run_plain(&b, b.o.tokens[i], gbps);
+    loci_select_params hierarchical, dense = {.mode = LOCI_MODE_DENSE};
+    loci_select_defaults(&hierarchical);
+    run_mode(&b, "hierarchical", &hierarchical, gbps);
+    for (uint32_t i = 0; i < b.o.reaches; i++) {
+        hierarchical.roots = b.o.reach[i].roots;
+        hierarchical.candidates = b.o.reach[i].candidates;
+        hierarchical.top_p = b.o.reach[i].top_p;
+        run_mode(&b, "hierarchical", &hierarchical, gbps);
     }
+    run_mode(&b, "dense", &dense, gbps);
+    run_plain(&b, gbps);
     for (uint32_t l = 0; l < b.o.layers; l++) {
         for (uint32_t e = 0; e < b.f.extents; e++) ops->free(b.f.backend, b.views[l][e].buffer);
         free(b.views[l]);
