@@ -102,6 +102,7 @@ typedef struct loci_cuda_pair {
     const uint32_t *leaf_begin; /* [leaves + 1] slots */
     const uint16_t *leaf_root;  /* [leaves] */
     uint32_t tokens, leaves, roots, node_stride, record_stride;
+    uint32_t root_tokens; /* of the largest root */
     /* Added by a look-up: */
     const uint64_t *live;          /* a bit a slot; NULL: all */
     const uint32_t *segment_begin; /* positions; NULL where not needed */
@@ -129,6 +130,7 @@ typedef struct loci_cuda_look {
     uint32_t words;                             /* of a mask and head */
     uint32_t mask_rows;                         /* rows, or 1 where all rows share one set */
     uint32_t tokens_max, roots_max, leaves_max; /* of a pair */
+    uint32_t root_tokens_max;                   /* of a root */
     uint64_t roots_all, leaves_all;             /* of all heads */
     const float *logs;
     float *q;                           /* [kv_heads][vectors][dim], scaled */
@@ -155,7 +157,9 @@ cudaError_t loci_cuda_k_count_live(cudaStream_t stream, const loci_cuda_look *lo
 /* sparse.cu: token_mask becomes all live tokens; mask_rows is 1. */
 cudaError_t loci_cuda_k_mask_live(cudaStream_t stream, const loci_cuda_look *look);
 
-#define LOCI_CUDA_CHUNK 2048u /* slots that one block attends over */
+/* Most slots that one block attends over, and least. */
+#define LOCI_CUDA_CHUNK_MAX 8192u
+#define LOCI_CUDA_CHUNK_MIN 1024u
 
 #ifdef __CUDACC__
 #define LOCI_CUDA_BOTH static __host__ __device__ __forceinline__
@@ -163,19 +167,35 @@ cudaError_t loci_cuda_k_mask_live(cudaStream_t stream, const loci_cuda_look *loo
 #define LOCI_CUDA_BOTH static inline
 #endif
 
-LOCI_CUDA_BOTH uint32_t loci_cuda_chunks(uint32_t tokens) {
-    return (tokens + LOCI_CUDA_CHUNK - 1) / LOCI_CUDA_CHUNK;
+LOCI_CUDA_BOTH uint32_t loci_cuda_chunks(uint32_t tokens, uint32_t chunk) {
+    return (tokens + chunk - 1) / chunk;
 }
 
 LOCI_CUDA_BOTH uint32_t loci_cuda_tiles(uint32_t vectors) {
     return (vectors + LOCI_CUDA_ROWS - 1) / LOCI_CUDA_ROWS;
 }
 
+/* Slots of a block: as many as leave some blocks to each multiprocessor of a large device. */
+LOCI_CUDA_BOTH uint32_t loci_cuda_chunk(const loci_cuda_look *look) {
+    uint32_t chunk = LOCI_CUDA_CHUNK_MAX;
+    uint64_t each = (uint64_t)look->extents * look->kv_heads * loci_cuda_tiles(look->vectors);
+    while (chunk > LOCI_CUDA_CHUNK_MIN && each * loci_cuda_chunks(look->tokens_max, chunk) < 512)
+        chunk /= 2;
+    return chunk;
+}
+
+#define LOCI_CUDA_LISTED 512u /* blocks that share the listed slots of all heads, about */
+
 /* Partial results of attention over the pairs: for each (pair, part of it) and tile of vectors,
- * [LOCI_CUDA_ROWS][dim + 2] as in loci_cuda_dense. parts: chunks, and one more for a tail. */
+ * [LOCI_CUDA_ROWS][dim + 2] as in loci_cuda_dense. parts: chunks, and one more for a tail. Where
+ * the look-up has one row, one tile and a list of candidates, the parts of a head are even shares
+ * of its list instead. */
 typedef struct loci_cuda_attend {
-    float *partial; /* [pairs * parts][tiles][ROWS][dim + 2] */
-    uint32_t chunks, parts;
+    const uint32_t *slots, *count; /* of loci_cuda_choice; NULL: slots are found by the masks */
+    uint64_t room;
+    uint32_t extents; /* whose parts are merged: 1 where lists are used */
+    float *partial;   /* [pairs * parts][tiles][ROWS][dim + 2] */
+    uint32_t chunk, chunks, parts;
     float *out, *lse;
     uint32_t out_stride;
 } loci_cuda_attend;
@@ -233,32 +253,60 @@ cudaError_t loci_cuda_k_squeeze_select(cudaStream_t stream, const loci_cuda_look
 
 /* --- mode hierarchical ----------------------------------------------------------------- */
 
+#define LOCI_CUDA_LOT 8u /* vectors whose sketches are summed together */
+
+/* Selected are the candidates whose share has more than these bits, and, if `equal`, as many. */
+typedef struct loci_cuda_cut {
+    uint32_t key, equal;
+} loci_cuda_cut;
+
+#define LOCI_CUDA_RUN 1024u /* mask words whose bits are counted together */
+
+LOCI_CUDA_BOTH uint32_t loci_cuda_runs(uint32_t words) {
+    return (words + LOCI_CUDA_RUN - 1) / LOCI_CUDA_RUN;
+}
+
+typedef struct loci_cuda_kept {
+    uint32_t pair, root; /* root: of the pair */
+} loci_cuda_kept;
+
 /* "hr" numbers (KV head, row). A table is what a vector knows of a pair: [parts][16] entries, and
  * base + scale * (sum of entries) the estimate behind the root's centre. */
 typedef struct loci_cuda_choice {
     uint64_t roots_wanted, candidates_wanted, budget; /* for each head; budget 0 = none */
     float reach, top_p;
-    bool tail;                       /* for the figures */
-    float *root_score;               /* of a head [vectors][roots], from root_at * vectors on */
-    uint8_t *root_kept;              /* of a head [rows][roots], from root_at * rows on */
-    uint8_t *table;                  /* [pairs][vectors][dim / 4][16] */
+    bool tail;          /* for the figures */
+    float *root_score;  /* of a head [vectors][roots], from root_at * vectors on */
+    float *root_centre; /* the same of q.mean + q8.c alone */
+    float *root_floor;  /* [kv_heads][vectors]: the least score that is kept */
+    uint8_t *root_kept; /* of a head [rows][roots], from root_at * rows on */
+    uint8_t *table; /* [pairs][rows][lots][dim / 4][16][LOCI_CUDA_LOT]: an entry of each vector of a
+                       lot of a row's heads stands side by side */
     float *table_base, *table_scale; /* [pairs][vectors] */
-    float *leaf_score;    /* of a head [vectors][leaves], from leaf_at * vectors on; -INFINITY below
-                             roots that are not kept */
+    loci_cuda_kept *kept;            /* [*kept_count]: the roots that any row keeps, in any order */
+    uint32_t *kept_count;
+    uint32_t *leaf_count; /* [hr]: leaves of the roots that the row keeps */
+    uint32_t *leaf_place; /* as root_kept: where the leaves of a root begin among those */
+    float *leaf_score;    /* of a head [vectors][leaves], from leaf_at * vectors on; the first
+                             leaf_count of them are there */
     float *floor;         /* [kv_heads][vectors] */
     uint32_t *candidates; /* a mask */
+    uint32_t *run_count;  /* [hr][LOCI_CUDA_RUN words]: candidates of the run */
     uint32_t *rank;       /* [hr][words]: candidates before the word */
     uint32_t *count;      /* [hr] */
     uint64_t room;        /* of one row in the next three */
     uint32_t *slots;      /* [hr][room]: place in the mask of each candidate, ascending */
     float *score;         /* [hr][group][room] */
     float *share;         /* [hr][room] */
+    float *total;         /* [kv_heads][vectors][2]: the greatest score, and what a share is of
+                             exp(score - that) */
+    loci_cuda_cut *cut;   /* [hr] */
     int8_t *folded;       /* [pairs][vectors][dim], as in loci_cuda_rank */
     float *folded_scale;
     int32_t *folded_sum;
 } loci_cuda_choice;
 
-/* nodes.cu: root_score, root_kept. */
+/* nodes.cu: root_score, root_centre, root_floor, then what says which roots are kept. */
 cudaError_t loci_cuda_k_roots(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
 /* sketches.cu: table, leaf_score; then floor; then candidates. */
@@ -266,9 +314,9 @@ cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                    const loci_cuda_choice *choice);
-/* codes.cu: rank and count; then slots and score. */
-cudaError_t loci_cuda_k_rank_candidates(cudaStream_t stream, const loci_cuda_look *look,
-                                        const loci_cuda_choice *choice);
+/* codes.cu: run_count; then rank, count, slots and score. */
+cudaError_t loci_cuda_k_count_candidates(cudaStream_t stream, const loci_cuda_look *look,
+                                         const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
 /* choose.cu: share, token_mask, which has been zeroed. */

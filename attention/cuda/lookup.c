@@ -177,6 +177,7 @@ static bool open_pair(loci_stream *stream, loci_lookup *lookup, uint32_t e, uint
     if (pair->tokens > look->tokens_max) look->tokens_max = pair->tokens;
     if (pair->roots > look->roots_max) look->roots_max = pair->roots;
     if (pair->leaves > look->leaves_max) look->leaves_max = pair->leaves;
+    if (pair->root_tokens > look->root_tokens_max) look->root_tokens_max = pair->root_tokens;
     return true;
 }
 
@@ -300,7 +301,8 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
     float slack = 1.0f - params->top_p;
     loci_cuda_choice *c = &lookup->choice;
     size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
-    size_t mask = (size_t)look->kv_heads * look->rows * look->words * sizeof(uint32_t);
+    size_t lots = (look->group + LOCI_CUDA_LOT - 1) / LOCI_CUDA_LOT * LOCI_CUDA_LOT; /* bytes */
+    size_t hr = (size_t)look->kv_heads * look->rows, mask = hr * look->words * sizeof(uint32_t);
     *c = (loci_cuda_choice){
         .roots_wanted =
             count_of(params->roots, lookup->spread, lookup->live_tokens, params->roots_min),
@@ -311,15 +313,25 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
         .top_p = params->top_p,
         .tail = params->estimate_tail,
         .root_score = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
+        .root_centre = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
+        .root_floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
         .root_kept = look_alloc(stream, lookup, look->roots_all * look->rows),
-        .table = look_alloc(stream, lookup, pairs * vectors * look->dim * 4),
+        .kept = look_alloc(stream, lookup, look->roots_all * sizeof *c->kept),
+        .kept_count = look_alloc(stream, lookup, sizeof *c->kept_count),
+        .leaf_count = look_alloc(stream, lookup, hr * sizeof *c->leaf_count),
+        .leaf_place = look_alloc(stream, lookup, look->roots_all * look->rows * sizeof(uint32_t)),
+        .run_count =
+            look_alloc(stream, lookup, hr * loci_cuda_runs(look->words) * sizeof(uint32_t)),
+        .table = look_alloc(stream, lookup, pairs * look->rows * lots * look->dim * 4),
         .table_base = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
         .table_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
         .leaf_score = look_alloc(stream, lookup, look->leaves_all * vectors * sizeof(float)),
         .floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
         .candidates = look_alloc(stream, lookup, mask),
         .rank = look_alloc(stream, lookup, mask),
-        .count = look_alloc(stream, lookup, (size_t)look->kv_heads * look->rows * sizeof(uint32_t)),
+        .count = look_alloc(stream, lookup, hr * sizeof(uint32_t)),
+        .total = look_alloc(stream, lookup, 2 * look->kv_heads * vectors * sizeof(float)),
+        .cut = look_alloc(stream, lookup, hr * sizeof *c->cut),
         .folded = look_alloc(stream, lookup, pairs * vectors * look->dim),
         .folded_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
         .folded_sum = look_alloc(stream, lookup, pairs * vectors * sizeof(int32_t)),
@@ -381,11 +393,15 @@ static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     uint64_t rows = (uint64_t)look->kv_heads * look->rows, each = (look->group + 2) * 4;
     c->room = (uint64_t)look->words * 32;
     if (rows * c->room * each > ROOM_BYTES) {
-        uint32_t *counts = malloc(rows * sizeof *counts);
-        bool ok = counts && look_read(stream, counts, c->count, rows * sizeof *counts);
+        uint32_t runs = loci_cuda_runs(look->words);
+        uint32_t *counts = malloc(rows * runs * sizeof *counts);
+        bool ok = counts && look_read(stream, counts, c->run_count, rows * runs * sizeof *counts);
         c->room = 1;
-        for (uint64_t i = 0; ok && i < rows; i++)
-            if (counts[i] > c->room) c->room = counts[i];
+        for (uint64_t i = 0; ok && i < rows; i++) {
+            uint64_t count = 0;
+            for (uint32_t r = 0; r < runs; r++) count += counts[i * runs + r];
+            if (count > c->room) c->room = count;
+        }
         free(counts);
         if (!ok) {
             lookup->ready = false;
@@ -405,7 +421,7 @@ void loci_cuda_score_codes(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_choice *c = &lookup->choice;
     if (!look_launched(stream, lookup, loci_cuda_k_candidates(stream->stream, look, c),
                        "candidates") ||
-        !look_launched(stream, lookup, loci_cuda_k_rank_candidates(stream->stream, look, c),
+        !look_launched(stream, lookup, loci_cuda_k_count_candidates(stream->stream, look, c),
                        "candidates") ||
         !reserve_candidates(stream, lookup))
         return;
@@ -436,13 +452,22 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
     bool tail = lookup->params.estimate_tail && lookup->mode == LOCI_MODE_HIERARCHICAL;
     size_t last = (size_t)(look->rows - 1) * out_stride + (size_t)look->q_heads * look->dim;
     loci_cuda_attend args = {
-        .chunks = loci_cuda_chunks(look->tokens_max),
+        .chunk = loci_cuda_chunk(look),
+        .extents = look->extents,
         .out = loci_cuda_ptr(stream, out, last * sizeof(float)),
         .lse = loci_cuda_ptr(stream, lse, (size_t)look->rows * look->q_heads * sizeof(float)),
         .out_stride = out_stride,
     };
+    args.chunks = loci_cuda_chunks(look->tokens_max, args.chunk);
     args.parts = args.chunks + (tail ? 1 : 0);
-    size_t partials = (size_t)look->extents * look->kv_heads * args.parts *
+    if (lookup->tokens_scored && !tail && look->rows == 1 && loci_cuda_tiles(look->vectors) == 1) {
+        args.slots = lookup->choice.slots;
+        args.count = lookup->choice.count;
+        args.room = lookup->choice.room;
+        args.extents = 1;
+        args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;
+    }
+    size_t partials = (size_t)args.extents * look->kv_heads * args.parts *
                       loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
     args.partial = look_alloc(stream, lookup, partials * (look->dim + 2) * sizeof(float));
     if (!args.partial || !args.out || !args.lse) return;

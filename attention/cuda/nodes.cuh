@@ -14,6 +14,7 @@ static __device__ __forceinline__ float centre_score(const uint8_t *node, const 
                                                      float q_scale, float mean_term, uint32_t dim) {
     const int *centroid = (const int *)(node + 8), *q = (const int *)q8;
     int dot = 0;
+#pragma unroll 8
     for (uint32_t i = 0; i < dim / 4; i++) dot = __dp4a(centroid[i], q[i], dot);
     return mean_term + (float)dot * (*(const float *)node * q_scale);
 }
@@ -23,6 +24,7 @@ static __device__ __forceinline__ float variance_score(const uint8_t *node, cons
                                                        float qq_scale, uint32_t dim) {
     const unsigned *variance = (const unsigned *)(node + 8 + dim), *q = (const unsigned *)qq8;
     unsigned dot = 0;
+#pragma unroll 8
     for (uint32_t i = 0; i < dim / 4; i++) dot = __dp4a(variance[i], q[i], dot);
     return (float)(int)dot * (((const float *)node)[1] * qq_scale);
 }

@@ -163,6 +163,9 @@ static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const
     const loci_pair_header *header = loci_pair_header_of(blob);
     uint32_t dim = header->head_dim;
     const uint8_t *behind = device + rounded(header->blob_bytes);
+    uint32_t root_tokens = 0;
+    for (uint32_t i = 0; i < header->roots; i++)
+        if (x->roots[i].tokens > root_tokens) root_tokens = x->roots[i].tokens;
 #define AT(pointer) (device + ((const uint8_t *)(pointer)-blob))
     loci_cuda_pair pair = {
         .blob = device,
@@ -181,6 +184,7 @@ static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const
         .tokens = header->tokens,
         .leaves = header->leaves,
         .roots = header->roots,
+        .root_tokens = root_tokens,
         .node_stride = (uint32_t)loci_node_stride(dim),
         .record_stride = (uint32_t)loci_record_stride(dim),
     };

@@ -29,48 +29,42 @@ static __device__ __forceinline__ void round_vector(int8_t *out, float *scale, i
     }
 }
 
-/* One warp for each (KV head, vector). */
+/* One warp for each vector and pair; the first extent's also leave the query's forms. */
 static __global__ void k_queries(const loci_cuda_look look, const loci_cuda_look_query query) {
-    __shared__ float squares[MAX_DIM];
-    uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors;
+    __shared__ float scaled[MAX_DIM], other[MAX_DIM];
+    uint32_t h = blockIdx.y % look.kv_heads, v = blockIdx.x, at = h * look.vectors + v;
     uint32_t row = v / look.group, head = h * look.group + v % look.group;
     const float *from = query.q + (size_t)row * query.q_stride + (size_t)head * look.dim;
-    float *to = look.q + (size_t)blockIdx.x * look.dim;
+    for (uint32_t i = threadIdx.x; i < look.dim; i += 32) scaled[i] = from[i] * query.scale;
+    if (look.extents > 0) {
+        const float *mean = look.pairs[blockIdx.y].mean;
+        for (uint32_t i = threadIdx.x; i < look.dim; i += 32) other[i] = scaled[i] * mean[i];
+        __syncwarp();
+        float sum = 0.0f; /* in the CPU's order */
+#pragma unroll 8
+        for (uint32_t i = 0; i < look.dim; i++) sum += other[i];
+        if (threadIdx.x == 0) look.mean_terms[(size_t)blockIdx.y * look.vectors + v] = sum;
+    }
+    if (blockIdx.y >= look.kv_heads) return;
+    __syncwarp();
     for (uint32_t i = threadIdx.x; i < look.dim; i += 32) {
-        float value = from[i] * query.scale;
-        to[i] = value;
-        squares[i] = value * value * 0.5f;
+        look.q[(size_t)at * look.dim + i] = scaled[i];
+        other[i] = scaled[i] * scaled[i] * 0.5f;
     }
     __syncwarp();
     int32_t unused;
-    round_vector(look.q8 + (size_t)blockIdx.x * look.dim, &look.q_scale[blockIdx.x],
-                 &look.q_sum[blockIdx.x], to, look.dim);
-    round_vector(look.qq8 + (size_t)blockIdx.x * look.dim, &look.qq_scale[blockIdx.x], &unused,
-                 squares, look.dim);
+    round_vector(look.q8 + (size_t)at * look.dim, &look.q_scale[at], &look.q_sum[at], scaled,
+                 look.dim);
+    round_vector(look.qq8 + (size_t)at * look.dim, &look.qq_scale[at], &unused, other, look.dim);
     if (threadIdx.x == 0)
-        look.steady[blockIdx.x] =
+        look.steady[at] =
             query.steady ? query.steady[(size_t)row * look.q_heads + head] : -INFINITY;
-}
-
-/* One thread for each (pair, vector): the sum in the CPU's order. */
-static __global__ void k_mean_terms(const loci_cuda_look look) {
-    uint32_t v = blockIdx.x * blockDim.x + threadIdx.x;
-    if (v >= look.vectors) return;
-    const loci_cuda_pair *pair = &look.pairs[blockIdx.y];
-    const float *q = look.q + ((size_t)pair->kv_head * look.vectors + v) * look.dim;
-    float sum = 0.0f;
-    for (uint32_t i = 0; i < look.dim; i++) sum += q[i] * pair->mean[i];
-    look.mean_terms[(size_t)blockIdx.y * look.vectors + v] = sum;
 }
 
 extern "C" cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,
                                            const loci_cuda_look_query *query) {
-    k_queries<<<look->kv_heads * look->vectors, 32, 0, stream>>>(*look, *query);
-    cudaError_t result = cudaGetLastError();
-    uint32_t pairs = look->extents * look->kv_heads;
-    if (result != cudaSuccess || pairs == 0) return result;
-    dim3 grid((look->vectors + 63) / 64, pairs);
-    k_mean_terms<<<grid, 64, 0, stream>>>(*look);
+    dim3 grid(look->vectors, (look->extents ? look->extents : 1) * look->kv_heads);
+    k_queries<<<grid, 32, 0, stream>>>(*look, *query);
     return cudaGetLastError();
 }
 

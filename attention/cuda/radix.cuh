@@ -23,6 +23,7 @@ struct radix_cut {
     uint32_t ties;
     mass_t mass;
     uint32_t count;
+    uint32_t equal; /* keys that equal `key` */
 };
 
 struct radix_memory {
@@ -31,7 +32,8 @@ struct radix_memory {
     mass_t warp_mass[WARPS_MAX];
     uint32_t warp_count[WARPS_MAX];
     mass_t found_mass;
-    uint32_t found, found_count;
+    uint32_t found, found_count, listed;
+    float buffer[WARPS_MAX], kth;
 };
 
 /* Orders as floats do, negative ones included; -0 is 0. */
@@ -97,16 +99,28 @@ static __device__ __forceinline__ void find_bucket(radix_memory *m, const radix_
     __syncthreads();
 }
 
+/* Adds in shared memory, which has atomics of 32 bits only. */
+static __device__ __forceinline__ void add_mass(mass_t *to, mass_t mass) {
+    uint32_t *halves = (uint32_t *)to, low = (uint32_t)mass, high = (uint32_t)(mass >> 32);
+    uint32_t before = atomicAdd(&halves[0], low);
+    high += before + low < before;
+    if (high) atomicAdd(&halves[1], high);
+}
+
+/* Which bits of keys the three passes look at: all, or those of floats from 0 up to below 2. */
+#define RADIX_ALL 21
+#define RADIX_SHARES 19
+
 /* visit(add) calls add(key, mass) for each key of this thread; three times the same ones. All
  * RADIX_THREADS threads get the result. None are taken if target is 0 or most is 0. */
-template <typename VISIT>
+template <int FIRST = RADIX_ALL, typename VISIT>
 static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t most, VISIT visit) {
-    radix_cut cut = {0xffffffffu, 0, 0, 0};
+    radix_cut cut = {0xffffffffu, 0, 0, 0, 0};
     if (radix_enough(0, 0, target, most)) return cut;
     uint32_t fixed = 0;
     cut.key = 0;
     for (int level = 0; level < 3; level++) {
-        int shift = level == 0 ? 21 : level == 1 ? 10 : 0;
+        int shift = level == 0 ? FIRST : level == 1 ? FIRST - 11 : 0;
         __syncthreads();
         for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += RADIX_THREADS) {
             m->mass[i] = 0;
@@ -116,14 +130,14 @@ static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t 
         visit([&](uint32_t key, mass_t mass) {
             if ((key & fixed) != cut.key) return;
             uint32_t at = (key & ~fixed) >> shift;
-            if (mass) atomicAdd(&m->mass[at], mass);
+            if (mass) add_mass(&m->mass[at], mass);
             atomicAdd(&m->count[at], 1u);
         });
         __syncthreads();
         find_bucket(m, cut, target, most);
         if (m->found == RADIX_BUCKETS) { /* at the first level only: all are taken */
             cut.key = 0;
-            cut.ties = 0xffffffffu;
+            cut.ties = cut.equal = 0xffffffffu;
             return cut;
         }
         cut.key |= m->found << shift;
@@ -131,24 +145,114 @@ static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t 
         cut.count = m->found_count;
         fixed = ~0u << shift;
     }
-    uint32_t at = cut.key & 1023u, equal = m->count[at];
+    uint32_t at = cut.key & ((1u << (FIRST - 11)) - 1), equal = m->count[at];
     mass_t each = equal ? m->mass[at] / equal : 0, wanted = most - cut.count;
     if (target > cut.mass && each > 0) {
         mass_t by_mass = (target - cut.mass + each - 1) / each;
         wanted = by_mass < wanted ? by_mass : wanted;
     }
     cut.ties = wanted < equal ? (uint32_t)wanted : equal;
+    cut.equal = equal;
     __syncthreads();
     return cut;
 }
 
+/* --- the k-th highest value ------------------------------------------------------------ */
+
+#define KTH_EACH 8u    /* loads of a thread that are under way together */
+#define KTH_LIST 1024u /* values of one bucket that are ranked by comparing them all */
+
+/* visit(value) for the values of this thread, -INFINITY and NaN left out. */
+template <typename VISIT>
+static __device__ __forceinline__ void sweep(const float *value, uint32_t n, VISIT visit) {
+    for (uint32_t begin = threadIdx.x; begin < n; begin += KTH_EACH * RADIX_THREADS) {
+        float x[KTH_EACH];
+#pragma unroll
+        for (uint32_t j = 0; j < KTH_EACH; j++) {
+            uint32_t i = begin + j * RADIX_THREADS;
+            x[j] = i < n ? value[i] : -INFINITY;
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < KTH_EACH; j++)
+            if (x[j] > -INFINITY) visit(x[j]);
+    }
+}
+
+/* The r-th highest of the `count` values listed in m->mass. */
+static __device__ float kth_listed(radix_memory *m, uint32_t count, uint32_t r) {
+    const float *list = (const float *)m->mass;
+    if (threadIdx.x < count) {
+        float own = list[threadIdx.x];
+        uint32_t above = 0, equal = 0, before = 0;
+        for (uint32_t i = 0; i < count; i++) {
+            above += list[i] > own;
+            equal += list[i] == own;
+            before += list[i] == own && i < threadIdx.x;
+        }
+        if (before == 0 && above < r && r <= above + equal) m->kth = own;
+    }
+    __syncthreads();
+    return m->kth;
+}
+
+/* Into m->found the bucket, counted from 0, that holds the k-th value (RADIX_BUCKETS: there are
+ * fewer), into m->found_count how many stand before it. */
+static __device__ void kth_bucket(radix_memory *m, mass_t k) {
+    uint32_t at = 2 * threadIdx.x, own = m->count[at] + m->count[at + 1], sum = own;
+    mass_t none = 0;
+    if (threadIdx.x == 0) {
+        m->found = RADIX_BUCKETS;
+        m->listed = 0;
+    }
+    scan_block(m, &none, &sum);
+    uint32_t before = sum - own;
+    if (before < k && k <= sum) {
+        bool first = k <= before + m->count[at];
+        m->found = first ? at : at + 1;
+        m->found_count = first ? before : before + m->count[at];
+    }
+    __syncthreads();
+}
+
 /* The k-th highest of n values, k > 0, -INFINITY and NaN not counted; -FLT_MAX if there are not so
- * many. All threads get it. */
-static __device__ float radix_kth(radix_memory *m, const float *value, uint32_t n, mass_t k) {
-    radix_cut cut = radix_select(m, ~(mass_t)0, k, [&](auto add) {
-        for (uint32_t i = threadIdx.x; i < n; i += RADIX_THREADS)
-            if (value[i] > -INFINITY) add(ordered(value[i]), 0);
+ * many. *top: the highest. All threads get them. Values fall into even steps between the lowest and
+ * the highest, so that few threads meet in one counter; those of the k-th one's step are compared.
+ */
+static __device__ float radix_kth(radix_memory *m, const float *value, uint32_t n, mass_t k,
+                                  float *top) {
+    float high = -INFINITY, low = INFINITY;
+    sweep(value, n, [&](float x) {
+        high = fmaxf(high, x);
+        low = fminf(low, x);
     });
+    high = block_max(high, m->buffer);
+    low = -block_max(-low, m->buffer);
+    *top = high;
+    if (high == -INFINITY) return -FLT_MAX;
+    float factor = (float)(RADIX_BUCKETS - 1) / (high - low);
+    if (factor > 0.0f && factor < 1e30f) {
+        auto bucket = [&](float x) {
+            uint32_t at = (uint32_t)((high - x) * factor);
+            return at < RADIX_BUCKETS ? at : RADIX_BUCKETS - 1;
+        };
+        for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += RADIX_THREADS) m->count[i] = 0;
+        __syncthreads();
+        sweep(value, n, [&](float x) { atomicAdd(&m->count[bucket(x)], 1u); });
+        __syncthreads();
+        kth_bucket(m, k);
+        if (m->found == RADIX_BUCKETS) return -FLT_MAX;
+        uint32_t found = m->found, count = m->count[found], before = m->found_count;
+        if (count <= KTH_LIST) {
+            float *list = (float *)m->mass;
+            sweep(value, n, [&](float x) {
+                if (bucket(x) == found) list[atomicAdd(&m->listed, 1u)] = x;
+            });
+            __syncthreads();
+            return kth_listed(m, count, (uint32_t)k - before);
+        }
+    }
+    radix_cut cut = radix_select(
+        m, ~(mass_t)0, k, [&](auto add) { sweep(value, n, [&](float x) { add(ordered(x), 0); }); });
     return cut.ties == 0xffffffffu ? -FLT_MAX : unordered(cut.key);
 }
 

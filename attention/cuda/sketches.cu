@@ -4,7 +4,9 @@
  * the floors, and the candidates that reach one.
  *
  * A block takes one root: its sketches (dim / 8 bytes a token) come to shared memory once, then the
- * rows that keep the root pass, a token a thread. Sums of table entries are integers.
+ * rows that keep the root pass, a token a thread. Sums of table entries are integers of 16 bits,
+ * those of a lot of LOCI_CUDA_LOT vectors side by side: one look-up and four additions serve them
+ * all.
  */
 #include "attention/cuda/nodes.cuh"
 #include "attention/cuda/radix.cuh"
@@ -12,8 +14,22 @@
 #define THREADS 256u
 #define PARTS_MAX (MAX_DIM / 4)
 #define GROUP 32u /* tokens whose sketches are interleaved */
+#define LOT LOCI_CUDA_LOT
+#define BLOCKS 1024u /* that share the kept roots */
 
 /* --- tables ---------------------------------------------------------------------------- */
+
+static __device__ __forceinline__ uint32_t lots_of(const loci_cuda_look &look) {
+    return (look.group + LOT - 1) / LOT;
+}
+
+/* The entries of one lot of a row: 4 dim of LOT bytes. */
+static __device__ __forceinline__ uint4 *table_of(const loci_cuda_look &look,
+                                                  const loci_cuda_choice &c, uint32_t pair,
+                                                  uint32_t row, uint32_t lot) {
+    size_t at = ((size_t)pair * look.rows + row) * lots_of(look) + lot;
+    return (uint4 *)(c.table + at * look.dim * 4 * LOT);
+}
 
 /* A lane has parts lane and lane + 32. Sums run in the CPU's order. */
 static __global__ void k_tables(const loci_cuda_look look, const loci_cuda_choice c) {
@@ -43,11 +59,12 @@ static __global__ void k_tables(const loci_cuda_look look, const loci_cuda_choic
     }
     bool usable = widest > 1e-30f && widest < 1e30f;
     float inverse = usable ? 255.0f / widest : 0.0f;
-    uint8_t *table = c.table + at * parts * 16;
+    uint32_t row = blockIdx.x / look.group, g = blockIdx.x % look.group;
+    uint8_t *table = (uint8_t *)table_of(look, c, blockIdx.y, row, g / LOT) + g % LOT;
     for (uint32_t i = threadIdx.x; i < parts * 16; i += 32) {
         float step = (value[i / 16][i % 16] - low[i / 16]) * inverse + 0.5f;
         step = step < 256.0f ? step : 0.0f; /* products of a hostile codebook may be NaN */
-        table[i] = (uint8_t)(int32_t)step;
+        table[i * LOT] = (uint8_t)(int32_t)step;
     }
     if (threadIdx.x != 0) return;
     c.table_base[at] = base;
@@ -56,11 +73,36 @@ static __global__ void k_tables(const loci_cuda_look look, const loci_cuda_choic
 
 /* --- sums of a root's tokens ----------------------------------------------------------- */
 
+/* Behind it: sums, sketches and listed tokens of a root, each as long as the largest root needs. */
 struct root_memory {
-    uint32_t sketches[MAX_ROOT * MAX_DIM / 8 / 4];
-    uint32_t table[PARTS_MAX * 4];
-    uint16_t sum[MAX_ROOT];
+    uint4 table[MAX_DIM * 4 * LOT / 16];
+    float centre[LOT], base[LOT], scale[LOT], floor[LOT];
+    alignas(16) uint32_t near[MAX_ROOT / 32], before[MAX_ROOT / 32 + 1];
+    uint4 *sum; /* see vector_of */
+    uint2 *sketches;
+    uint16_t *list;
 };
+
+static __host__ __device__ __forceinline__ uint32_t tokens_room(const loci_cuda_look &look) {
+    return (look.root_tokens_max + GROUP - 1) / GROUP * GROUP;
+}
+
+static size_t memory_bytes(const loci_cuda_look &look) {
+    return sizeof(root_memory) +
+           (size_t)tokens_room(look) * (sizeof(uint4) + look.dim / 8 + sizeof(uint16_t));
+}
+
+/* The memory of this block. */
+static __device__ __forceinline__ root_memory *lay_out(const loci_cuda_look &look, float4 *shared) {
+    root_memory *m = (root_memory *)shared;
+    if (threadIdx.x == 0) {
+        m->sum = (uint4 *)(m + 1);
+        m->sketches = (uint2 *)(m->sum + tokens_room(look));
+        m->list = (uint16_t *)(m->sketches + (size_t)tokens_room(look) * look.dim / 64);
+    }
+    __syncthreads();
+    return m;
+}
 
 struct root_place {
     const loci_cuda_pair *pair;
@@ -69,114 +111,131 @@ struct root_place {
     uint32_t index, number; /* of the pair; of the root among the head's */
 };
 
-static __device__ __forceinline__ bool root_of(const loci_cuda_look &look, root_place *p) {
-    p->index = blockIdx.y;
-    p->pair = &look.pairs[blockIdx.y];
-    p->head = &look.heads[p->pair->kv_head];
-    if (blockIdx.x >= p->pair->roots) return false;
-    p->root = &p->pair->root_table[blockIdx.x];
-    p->number = p->pair->root_base + blockIdx.x;
-    return true;
+static __device__ __forceinline__ root_place place_of(const loci_cuda_look &look,
+                                                      const loci_cuda_choice &c, uint32_t i) {
+    root_place p;
+    uint32_t root = c.kept[i].root;
+    p.index = c.kept[i].pair;
+    p.pair = &look.pairs[p.index];
+    p.head = &look.heads[p.pair->kv_head];
+    p.root = &p.pair->root_table[root];
+    p.number = p.pair->root_base + root;
+    return p;
 }
 
-static __device__ __forceinline__ bool keeps(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                             const root_place &p, uint32_t row) {
-    return c.root_kept[p.head->root_at * look.rows + (size_t)row * p.head->roots + p.number] != 0;
+static __device__ __forceinline__ size_t root_score_at(const loci_cuda_look &look,
+                                                       const root_place &p, uint32_t v) {
+    return p.head->root_at * look.vectors + (size_t)v * p.head->roots + p.number;
 }
 
-/* Whether any row keeps the root; all threads agree. */
-static __device__ bool anyone_keeps(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                    const root_place &p) {
-    int any = 0;
-    for (uint32_t row = threadIdx.x; row < look.rows; row += THREADS) any |= keeps(look, c, p, row);
-    return __syncthreads_or(any) != 0;
+/* Of a row, in root_kept and leaf_place. */
+static __device__ __forceinline__ size_t kept_at(const loci_cuda_look &look, const root_place &p,
+                                                 uint32_t row) {
+    return p.head->root_at * look.rows + (size_t)row * p.head->roots + p.number;
+}
+
+/* Of the leaves of the root for vector 0; the next vector's stand head->leaves further. */
+static __device__ __forceinline__ float *leaf_scores(const loci_cuda_look &look,
+                                                     const loci_cuda_choice &c, const root_place &p,
+                                                     uint32_t row) {
+    return c.leaf_score + p.head->leaf_at * look.vectors + c.leaf_place[kept_at(look, p, row)];
 }
 
 static __device__ void load_sketches(const loci_cuda_look &look, const root_place &p,
                                      root_memory *m) {
-    uint32_t words = (p.root->tokens + GROUP - 1) / GROUP * (look.dim / 4) * 4;
-    const uint32_t *from = (const uint32_t *)(p.pair->blob + p.root->sketches_at);
-    for (uint32_t i = threadIdx.x; i < words; i += THREADS) m->sketches[i] = from[i];
+    uint32_t count = (p.root->tokens + GROUP - 1) / GROUP * (look.dim / 2);
+    const uint2 *from = (const uint2 *)(p.pair->blob + p.root->sketches_at);
+    for (uint32_t i = threadIdx.x; i < count; i += THREADS) m->sketches[i] = from[i];
 }
 
-static __device__ void load_table(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                  const root_place &p, uint32_t v, root_memory *m) {
-    const uint32_t *from =
-        (const uint32_t *)(c.table + ((size_t)p.index * look.vectors + v) * look.dim * 4);
-    for (uint32_t i = threadIdx.x; i < look.dim; i += THREADS) m->table[i] = from[i];
+/* The table of a lot, and what turns its sums into estimates. */
+static __device__ void load_lot(const loci_cuda_look &look, const loci_cuda_choice &c,
+                                const root_place &p, uint32_t row, uint32_t lot, root_memory *m) {
+    const uint4 *from = table_of(look, c, p.index, row, lot);
+    for (uint32_t i = threadIdx.x; i < look.dim * 4 * LOT / 16; i += THREADS) m->table[i] = from[i];
+    uint32_t g = lot * LOT + threadIdx.x, v = row * look.group + g;
+    if (threadIdx.x >= LOT || g >= look.group) return;
+    size_t at = (size_t)p.index * look.vectors + v;
+    m->centre[threadIdx.x] = c.root_centre[root_score_at(look, p, v)];
+    m->base[threadIdx.x] = c.table_base[at];
+    m->scale[threadIdx.x] = c.table_scale[at];
+    m->floor[threadIdx.x] = c.floor[(size_t)p.pair->kv_head * look.vectors + v];
 }
 
-static __device__ __forceinline__ uint32_t token_sum(const loci_cuda_look &look,
-                                                     const root_memory *m, uint32_t t) {
-    uint32_t parts = look.dim / 4, within = t % GROUP, sum = 0;
+/* The sums of token t of the root for all vectors of a lot. Of a word of entries the first sum has
+ * bytes 0 and 2, into which 1 and 3 carry, the second has bytes 1 and 3. */
+static __device__ __forceinline__ uint4 token_sums(const root_memory *m, uint32_t t, uint32_t dim) {
+    uint32_t parts = dim / 4, within = t % GROUP, shift = within < 16 ? 0 : 4;
     const uint8_t *bytes =
         (const uint8_t *)m->sketches + (size_t)(t / GROUP) * parts * 16 + within % 16;
-    const uint8_t *table = (const uint8_t *)m->table;
-    uint32_t shift = within < 16 ? 0 : 4;
-    for (uint32_t i = 0; i < parts; i++) sum += table[i * 16 + (bytes[i * 16] >> shift & 15u)];
+    const uint2 *table = (const uint2 *)m->table;
+    uint4 sum = {0, 0, 0, 0};
+#pragma unroll 8
+    for (uint32_t i = 0; i < parts; i++) {
+        uint2 entry = table[i * 16 + (bytes[i * 16] >> shift & 15u)];
+        sum.x += entry.x;
+        sum.y += __byte_perm(entry.x, 0, 0x4341);
+        sum.z += entry.y;
+        sum.w += __byte_perm(entry.y, 0, 0x4341);
+    }
+    sum.x -= sum.y << 8;
+    sum.z -= sum.w << 8;
     return sum;
 }
 
-/* q.(mean + root) and what turns a sum into an estimate. */
-struct estimate {
-    float centre, base, scale;
-};
-
-static __device__ __forceinline__ estimate estimate_for(const loci_cuda_look &look,
-                                                        const loci_cuda_choice &c,
-                                                        const root_place &p, uint32_t v) {
-    size_t q = (size_t)p.pair->kv_head * look.vectors + v;
-    size_t at = (size_t)p.index * look.vectors + v;
-    const uint8_t *node = p.pair->root_nodes + (size_t)blockIdx.x * p.pair->node_stride;
-    estimate e = {
-        centre_score(node, look.q8 + q * look.dim, look.q_scale[q], look.mean_terms[at], look.dim),
-        c.table_base[at], c.table_scale[at]};
-    return e;
+/* Word w of sums, and its half, belong to vector (w / 2) * 4 + w % 2 + 2 * half of the lot. */
+static __device__ __forceinline__ uint32_t vector_of(uint32_t w, uint32_t half) {
+    return w / 2 * 4 + w % 2 + 2 * half;
 }
 
-static __device__ __forceinline__ float value_of(const estimate &e, uint32_t sum) {
-    return e.centre + e.base + e.scale * (float)sum;
+static __device__ __forceinline__ float value_of(const root_memory *m, uint32_t g, uint32_t sum) {
+    return m->centre[g] + m->base[g] + m->scale[g] * (float)sum;
 }
 
 /* --- leaves ---------------------------------------------------------------------------- */
 
-static __device__ void put_leaves(const root_place &p, const root_memory *m, const estimate &e,
-                                  float *out) {
-    for (uint32_t l = threadIdx.x; l < p.root->leaves; l += THREADS) {
+/* A thread for a leaf and two vectors of the lot. */
+static __device__ void put_leaves(const loci_cuda_look &look, const loci_cuda_choice &c,
+                                  const root_place &p, uint32_t row, uint32_t lot,
+                                  const root_memory *m) {
+    float *out = leaf_scores(look, c, p, row);
+    for (uint32_t i = threadIdx.x; i < p.root->leaves * 4; i += THREADS) {
+        uint32_t l = i / 4, w = i % 4, top = 0;
         uint32_t begin = p.pair->leaf_begin[p.root->first_leaf + l];
-        uint32_t count = p.pair->leaf_begin[p.root->first_leaf + l + 1] - begin, top = 0;
-        uint32_t live = live_bits(p.pair, begin, count), all = live;
-        for (; live; live &= live - 1) {
-            uint32_t sum = m->sum[begin - p.root->first_slot + __ffs((int)live) - 1];
-            top = sum > top ? sum : top;
+        uint32_t count = p.pair->leaf_begin[p.root->first_leaf + l + 1] - begin;
+        uint32_t live = live_bits(p.pair, begin, count);
+        const uint32_t *sums = (const uint32_t *)(m->sum + (begin - p.root->first_slot)) + w;
+        for (uint32_t left = live; left; left &= left - 1)
+            top = __vmaxu2(top, sums[4 * (__ffs((int)left) - 1)]);
+        for (uint32_t half = 0; half < 2; half++) {
+            uint32_t g = vector_of(w, half), in_row = lot * LOT + g;
+            if (in_row >= look.group) continue;
+            float value = value_of(m, g, half ? top >> 16 : top & 0xffffu);
+            out[(size_t)(row * look.group + in_row) * p.head->leaves + l] =
+                live ? value : -INFINITY;
         }
-        out[p.root->first_leaf + l] = all ? value_of(e, top) : -INFINITY;
     }
 }
 
 static __global__ void __launch_bounds__(THREADS)
     k_score_leaves(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
-    root_memory *m = (root_memory *)shared;
-    root_place p;
-    if (!root_of(look, &p)) return;
-    bool any = anyone_keeps(look, c, p);
-    if (any) load_sketches(look, p, m);
-    for (uint32_t v = 0; v < look.vectors; v++) {
-        float *out = c.leaf_score + p.head->leaf_at * look.vectors + (size_t)v * p.head->leaves +
-                     p.pair->leaf_base;
-        if (!any || !keeps(look, c, p, v / look.group)) {
-            for (uint32_t l = threadIdx.x; l < p.root->leaves; l += THREADS)
-                out[p.root->first_leaf + l] = -INFINITY;
-            continue;
+    root_memory *m = lay_out(look, shared);
+    for (uint32_t i = blockIdx.x; i < *c.kept_count; i += gridDim.x) {
+        root_place p = place_of(look, c, i);
+        load_sketches(look, p, m);
+        for (uint32_t row = 0; row < look.rows; row++) {
+            if (!c.root_kept[kept_at(look, p, row)]) continue;
+            for (uint32_t lot = 0; lot < lots_of(look); lot++) {
+                load_lot(look, c, p, row, lot, m);
+                __syncthreads();
+                for (uint32_t t = threadIdx.x; t < p.root->tokens; t += THREADS)
+                    m->sum[t] = token_sums(m, t, look.dim);
+                __syncthreads();
+                put_leaves(look, c, p, row, lot, m);
+                __syncthreads();
+            }
         }
-        load_table(look, c, p, v, m);
-        __syncthreads();
-        for (uint32_t t = threadIdx.x; t < p.root->tokens; t += THREADS)
-            m->sum[t] = (uint16_t)token_sum(look, m, t);
-        __syncthreads();
-        put_leaves(p, m, estimate_for(look, c, p, v), out);
-        __syncthreads();
     }
 }
 
@@ -186,28 +245,35 @@ static __global__ void __launch_bounds__(THREADS)
 static __global__ void __launch_bounds__(RADIX_THREADS)
     k_floors(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
-    __shared__ float buffer[WARPS_MAX];
     radix_memory *memory = (radix_memory *)shared;
     uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors;
     const loci_cuda_head *head = &look.heads[h];
     const float *score = c.leaf_score + head->leaf_at * look.vectors + (size_t)v * head->leaves;
-    float top = -INFINITY;
-    for (uint32_t i = threadIdx.x; i < head->leaves; i += RADIX_THREADS) top = fmaxf(top, score[i]);
-    top = fmaxf(block_max(top, buffer), look.steady[blockIdx.x]);
-    float kth = radix_kth(memory, score, head->leaves, c.candidates_wanted);
+    uint32_t n = c.leaf_count[(size_t)h * look.rows + v / look.group];
+    float top, kth = radix_kth(memory, score, n, c.candidates_wanted, &top);
+    top = fmaxf(top, look.steady[blockIdx.x]);
     if (threadIdx.x == 0) c.floor[blockIdx.x] = fmaxf(fmaxf(kth, top - c.reach), -FLT_MAX);
+}
+
+template <typename KERNEL>
+static cudaError_t launch_roots(cudaStream_t stream, const loci_cuda_look *look,
+                                const loci_cuda_choice *choice, KERNEL kernel) {
+    uint64_t roots = look->roots_all < BLOCKS ? look->roots_all : BLOCKS;
+    size_t bytes = memory_bytes(*look);
+    cudaError_t result =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (result != cudaSuccess) return result;
+    kernel<<<(uint32_t)roots, THREADS, bytes, stream>>>(*look, *choice);
+    return cudaGetLastError();
 }
 
 extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                           const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
     dim3 tables(look->vectors, look->extents * look->kv_heads);
-    dim3 roots(look->roots_max, look->extents * look->kv_heads);
-    cudaError_t result = cudaFuncSetAttribute(
-        k_score_leaves, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(root_memory));
-    if (result != cudaSuccess) return result;
     k_tables<<<tables, 32, 0, stream>>>(*look, *choice);
-    k_score_leaves<<<roots, THREADS, sizeof(root_memory), stream>>>(*look, *choice);
+    cudaError_t result = launch_roots(stream, look, choice, k_score_leaves);
+    if (result != cudaSuccess) return result;
     k_floors<<<look->kv_heads * look->vectors, RADIX_THREADS, sizeof(radix_memory), stream>>>(
         *look, *choice);
     return cudaGetLastError();
@@ -215,58 +281,97 @@ extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_l
 
 /* --- candidates ------------------------------------------------------------------------ */
 
-/* Whether any leaf of the root reaches the floor of any vector of the row; all threads agree. */
-static __device__ bool row_reaches(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                   const root_place &p, uint32_t row) {
-    int any = 0;
-    for (uint32_t i = threadIdx.x; i < p.root->leaves * look.group; i += THREADS) {
-        uint32_t v = row * look.group + i / p.root->leaves;
-        const float *score = c.leaf_score + p.head->leaf_at * look.vectors +
-                             (size_t)v * p.head->leaves + p.pair->leaf_base;
-        any |= score[p.root->first_leaf + i % p.root->leaves] >=
-               c.floor[(size_t)p.pair->kv_head * look.vectors + v];
+/* Into m->list the live tokens of leaves that reach the floor of any vector of the row: only there
+ * can a token reach one. Returns how many; all threads agree. */
+static __device__ uint32_t list_near(const loci_cuda_look &look, const loci_cuda_choice &c,
+                                     const root_place &p, uint32_t row, root_memory *m) {
+    const float *score = leaf_scores(look, c, p, row);
+    uint32_t t = threadIdx.x;
+    __syncthreads();
+    if (t < MAX_ROOT / 32) m->near[t] = 0;
+    __syncthreads();
+    for (uint32_t i = t; i < p.root->leaves * look.group; i += THREADS) {
+        uint32_t l = i % p.root->leaves, v = row * look.group + i / p.root->leaves;
+        float floor = c.floor[(size_t)p.pair->kv_head * look.vectors + v];
+        if (!(score[(size_t)v * p.head->leaves + l] >= floor)) continue;
+        uint32_t begin = p.pair->leaf_begin[p.root->first_leaf + l];
+        uint32_t count = p.pair->leaf_begin[p.root->first_leaf + l + 1] - begin;
+        or_bits(m->near, begin - p.root->first_slot, live_bits(p.pair, begin, count));
     }
-    return __syncthreads_or(any) != 0;
+    __syncthreads();
+    if (t < 32) { /* MAX_ROOT / 32 words */
+        uint32_t own = __popc(m->near[t]), sum = own;
+        for (int offset = 1; offset < 32; offset *= 2) {
+            uint32_t before = __shfl_up_sync(FULL_WARP, sum, offset);
+            if (t >= (uint32_t)offset) sum += before;
+        }
+        m->before[t] = sum - own;
+        if (t == 31) m->before[32] = sum;
+    }
+    __syncthreads();
+    for (uint32_t i = t; i < p.root->tokens; i += THREADS) {
+        uint32_t bits = m->near[i / 32];
+        if (bits >> (i % 32) & 1)
+            m->list[m->before[i / 32] + __popc(bits & ((1u << (i % 32)) - 1))] = (uint16_t)i;
+    }
+    __syncthreads();
+    return m->before[32];
+}
+
+/* Whether any vector of the lot, of which `count` are there, reaches its floor. */
+static __device__ __forceinline__ bool reaches(const root_memory *m, uint4 sum, uint32_t count) {
+    uint32_t words[4] = {sum.x, sum.y, sum.z, sum.w};
+    bool hit = false;
+#pragma unroll
+    for (uint32_t w = 0; w < 4; w++)
+#pragma unroll
+        for (uint32_t half = 0; half < 2; half++) {
+            uint32_t g = vector_of(w, half);
+            if (g < count)
+                hit = hit ||
+                      value_of(m, g, half ? words[w] >> 16 : words[w] & 0xffffu) >= m->floor[g];
+        }
+    return hit;
+}
+
+/* Candidates of one row below the root. */
+static __device__ void mark_row(const loci_cuda_look &look, const loci_cuda_choice &c,
+                                const root_place &p, uint32_t row, uint32_t count, root_memory *m) {
+    uint32_t *words = c.candidates + mask_at(look, p.pair, row);
+    for (uint32_t lot = 0; lot < lots_of(look); lot++) {
+        uint32_t left = look.group - lot * LOT;
+        __syncthreads();
+        load_lot(look, c, p, row, lot, m);
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
+            uint32_t t = m->list[i], slot = p.root->first_slot + t;
+            if (reaches(m, token_sums(m, t, look.dim), left < LOT ? left : LOT))
+                atomicOr(&words[slot / 32], 1u << (slot % 32));
+        }
+    }
 }
 
 static __global__ void __launch_bounds__(THREADS)
     k_mark_candidates(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
-    root_memory *m = (root_memory *)shared;
-    root_place p;
-    if (!root_of(look, &p) || !anyone_keeps(look, c, p)) return;
-    bool loaded = false;
-    uint32_t rounded = (p.root->tokens + 31) / 32 * 32;
-    for (uint32_t row = 0; row < look.rows; row++) {
-        if (!keeps(look, c, p, row) || !row_reaches(look, c, p, row)) continue;
-        if (!loaded) load_sketches(look, p, m);
-        loaded = true;
-        uint32_t *words = c.candidates + mask_at(look, p.pair, row);
-        for (uint32_t g = 0; g < look.group; g++) {
-            uint32_t v = row * look.group + g;
-            float floor = c.floor[(size_t)p.pair->kv_head * look.vectors + v];
-            estimate e = estimate_for(look, c, p, v);
-            __syncthreads();
-            load_table(look, c, p, v, m);
-            __syncthreads();
-            for (uint32_t t = threadIdx.x; t < rounded; t += THREADS) {
-                bool hit = t < p.root->tokens && value_of(e, token_sum(look, m, t)) >= floor;
-                uint32_t bits = __ballot_sync(FULL_WARP, hit);
-                if (threadIdx.x % 32 != 0 || !bits) continue;
-                uint32_t left = p.root->tokens - t, slot = p.root->first_slot + t;
-                or_bits(words, slot, bits & live_bits(p.pair, slot, left < 32 ? left : 32));
-            }
+    root_memory *m = lay_out(look, shared);
+    for (uint32_t i = blockIdx.x; i < *c.kept_count; i += gridDim.x) {
+        root_place p = place_of(look, c, i);
+        bool loaded = false;
+        for (uint32_t row = 0; row < look.rows; row++) {
+            if (!c.root_kept[kept_at(look, p, row)]) continue;
+            uint32_t count = list_near(look, c, p, row, m);
+            if (count == 0) continue;
+            if (!loaded) load_sketches(look, p, m);
+            loaded = true;
+            mark_row(look, c, p, row, count, m);
         }
+        __syncthreads();
     }
 }
 
 extern "C" cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                               const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
-    dim3 roots(look->roots_max, look->extents * look->kv_heads);
-    cudaError_t result = cudaFuncSetAttribute(
-        k_mark_candidates, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(root_memory));
-    if (result != cudaSuccess) return result;
-    k_mark_candidates<<<roots, THREADS, sizeof(root_memory), stream>>>(*look, *choice);
-    return cudaGetLastError();
+    return launch_roots(stream, look, choice, k_mark_candidates);
 }

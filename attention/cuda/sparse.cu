@@ -4,13 +4,19 @@
  * segments, figures.
  *
  * A block takes a chunk of a pair's slots and a tile of vectors: it lists the slots that any row of
- * the tile selected, gathers their K and V in tiles, and leaves one partial result, which k_join
- * merges in the order of extents and slots. K and V are read once for all vectors of a tile.
+ * the tile selected, gathers their K and V, and leaves one partial result, which k_join merges in
+ * the order of extents and slots. K and V are read once for all vectors of a tile.
+ *
+ * Each warp of k_attend_sparse takes every fourth run of 16 listed slots through steps of its own:
+ * their rows come to its part of shared memory while it works on the run before. Products run on
+ * tensor cores: K and V are bf16, queries and weights are split into a rounded part and the rest,
+ * which gives f32 results to about 2^-17.
  */
 #include "attention/cuda/attend.cuh"
 #include "attention/cuda/look.cuh"
+#include "attention/cuda/mma.cuh"
 
-#define CHUNK_WORDS (LOCI_CUDA_CHUNK / 32)
+#define WORDS_MAX (LOCI_CUDA_CHUNK_MAX / 32)
 
 struct chunk_work {
     const loci_cuda_pair *pair;
@@ -19,16 +25,16 @@ struct chunk_work {
     uint32_t row_low, row_high; /* rows of masks that the tile's vectors look at */
 };
 
-static __device__ __forceinline__ bool chunk_of(const loci_cuda_look &look, uint32_t chunks,
-                                                chunk_work *w) {
+static __device__ __forceinline__ bool chunk_of(const loci_cuda_look &look, uint32_t size,
+                                                uint32_t chunks, chunk_work *w) {
     uint32_t chunk = blockIdx.x % chunks;
     w->pair = &look.pairs[blockIdx.x / chunks];
     w->part = blockIdx.x;
     w->tile = blockIdx.y;
-    w->first = chunk * LOCI_CUDA_CHUNK;
+    w->first = chunk * size;
     if (w->first >= w->pair->tokens) return false;
-    uint32_t words = pair_words(w->pair) - chunk * CHUNK_WORDS;
-    w->words = words < CHUNK_WORDS ? words : CHUNK_WORDS;
+    uint32_t words = pair_words(w->pair) - w->first / 32;
+    w->words = words < size / 32 ? words : size / 32;
     uint32_t last = (w->tile + 1) * ROWS < look.vectors ? (w->tile + 1) * ROWS : look.vectors;
     bool shared = look.mask_rows == 1;
     w->row_low = shared ? 0 : w->tile * ROWS / look.group;
@@ -36,58 +42,49 @@ static __device__ __forceinline__ bool chunk_of(const loci_cuda_look &look, uint
     return true;
 }
 
+/* The sum of what threads before this one have; *all: of all THREADS of the block. */
+template <uint32_t THREADS>
+static __device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t *all) {
+    __shared__ uint32_t warps[THREADS / 32];
+    uint32_t sum = own, lane = threadIdx.x % 32;
+    for (int offset = 1; offset < 32; offset *= 2) {
+        uint32_t before = __shfl_up_sync(FULL_WARP, sum, offset);
+        if (lane >= (uint32_t)offset) sum += before;
+    }
+    __syncthreads(); /* all have read the sums of a call before */
+    if (lane == 31) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum -= own;
+    *all = 0;
+    for (uint32_t i = 0; i < THREADS / 32; i++) {
+        if (i < threadIdx.x / 32) sum += warps[i];
+        *all += warps[i];
+    }
+    return sum;
+}
+
 /* The slots of the chunk that any row of the tile selected, in their order; returns their number.
- * list: LOCI_CUDA_CHUNK entries of shared memory. */
+ * list: LOCI_CUDA_CHUNK_MAX entries of shared memory. THREADS: of the block. */
+template <uint32_t THREADS>
 static __device__ uint32_t list_slots(const loci_cuda_look &look, const chunk_work &w,
                                       uint16_t *list) {
-    __shared__ uint32_t counts[CHUNK_WORDS + 1];
-    uint32_t t = threadIdx.x, bits = 0;
-    if (t < w.words)
-        for (uint32_t row = w.row_low; row <= w.row_high; row++)
-            bits |= look.token_mask[mask_at(look, w.pair, row) + w.first / 32 + t];
-    if (t < CHUNK_WORDS) counts[t] = __popc(bits);
+    const uint32_t each = WORDS_MAX / THREADS;
+    uint32_t first = threadIdx.x * each, bits[each], own = 0;
+#pragma unroll
+    for (uint32_t j = 0; j < each; j++) {
+        bits[j] = 0;
+        if (first + j < w.words)
+            for (uint32_t row = w.row_low; row <= w.row_high; row++)
+                bits[j] |= look.token_mask[mask_at(look, w.pair, row) + w.first / 32 + first + j];
+        own += __popc(bits[j]);
+    }
+    uint32_t all, at = sum_before<THREADS>(own, &all);
+#pragma unroll
+    for (uint32_t j = 0; j < each; j++)
+        for (uint32_t left = bits[j]; left; left &= left - 1)
+            list[at++] = (uint16_t)((first + j) * 32 + __ffs((int)left) - 1);
     __syncthreads();
-    if (t == 0) {
-        uint32_t sum = 0;
-        for (uint32_t i = 0; i < CHUNK_WORDS; i++) {
-            uint32_t count = counts[i];
-            counts[i] = sum;
-            sum += count;
-        }
-        counts[CHUNK_WORDS] = sum;
-    }
-    __syncthreads();
-    if (t < w.words)
-        for (uint32_t at = counts[t]; bits; bits &= bits - 1)
-            list[at++] = (uint16_t)(t * 32 + __ffs((int)bits) - 1);
-    __syncthreads();
-    return counts[CHUNK_WORDS];
-}
-
-static __device__ __forceinline__ void load_vectors(const loci_cuda_look &look, const chunk_work &w,
-                                                    const attend_memory &m) {
-    const float *q = look.q + (size_t)w.pair->kv_head * look.vectors * look.dim;
-    for (uint32_t i = threadIdx.x; i < ROWS * look.dim; i += ATTEND_THREADS) {
-        uint32_t v = w.tile * ROWS + i / look.dim;
-        m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
-    }
-    if (threadIdx.x < ROWS) {
-        m.max[threadIdx.x] = -INFINITY;
-        m.sum[threadIdx.x] = 0.0f;
-    }
-}
-
-static __device__ __forceinline__ void load_slots(const loci_cuda_look &look, const chunk_work &w,
-                                                  const attend_memory &m, const uint16_t *list,
-                                                  uint32_t begin, uint32_t count, bool values) {
-    uint32_t key = threadIdx.x / 8, lane = threadIdx.x % 8;
-    const uint16_t *k = NULL, *v = NULL;
-    if (begin + key < count) {
-        k = w.pair->kv + (size_t)(w.first + list[begin + key]) * 2 * look.dim;
-        v = k + look.dim;
-    }
-    load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, lane, 8);
-    if (values) load_row(m.v + (size_t)key * m.width, v, look.dim, m.width, true, lane, 8);
+    return all;
 }
 
 /* Whether vector `local` of the tile selected the slot. */
@@ -100,52 +97,301 @@ static __device__ __forceinline__ bool selected(const loci_cuda_look &look, cons
     return word >> (slot % 32) & 1;
 }
 
+/* --- attention ------------------------------------------------------------------------- */
+
+#define RUN 16u /* keys of a step */
+#define SPARSE_WARPS 4u
+#define SPARSE_THREADS (32 * SPARSE_WARPS)
+/* Of a row in shared memory: no two of eight rows share a bank. */
+#define WIDTH_OF(DIM) ((DIM) + 8)
+
+/* Shared memory: queries, rounded and the rest, then for each warp two stages of K and V rows;
+ * results of the warps take the place of the stages. */
+template <int DIM> static __host__ __device__ constexpr uint32_t sparse_halves(void) {
+    return (2 + 4 * SPARSE_WARPS) * RUN * WIDTH_OF(DIM);
+}
+
 template <int DIM>
-static __global__ void __launch_bounds__(ATTEND_THREADS)
+static __device__ void split_vectors(const loci_cuda_look &look, uint32_t kv_head, uint32_t tile,
+                                     uint16_t *high) {
+    const float *q = look.q + (size_t)kv_head * look.vectors * look.dim;
+    uint32_t *to = (uint32_t *)high, *rest = to + ROWS * WIDTH_OF(DIM) / 2;
+    for (uint32_t i = threadIdx.x; i < ROWS * look.dim / 2; i += SPARSE_THREADS) {
+        uint32_t row = i / (look.dim / 2), d = i % (look.dim / 2), v = tile * ROWS + row;
+        float2 x = {0.0f, 0.0f};
+        if (v < look.vectors) x = ((const float2 *)q)[(size_t)v * look.dim / 2 + d];
+        uint32_t at = row * WIDTH_OF(DIM) / 2 + d;
+        to[at] = split_pair(x.x, x.y, &rest[at]);
+    }
+}
+
+/* Begins to copy K and V rows of a run, by one warp; row_of(i): of key i of `count`. Past the end
+ * comes the last key again. */
+template <int DIM, typename ROW_OF>
+static __device__ __forceinline__ void gather(uint32_t begin, uint32_t count, uint32_t dim,
+                                              uint16_t *k, ROW_OF row_of) {
+    const uint32_t lanes = DIM / 4 < 32 ? DIM / 4 : 32;
+    uint32_t lane = threadIdx.x % 32;
+    if (begin < count) {
+#pragma unroll
+        for (uint32_t r = lane / lanes; r < RUN; r += 32 / lanes) {
+            const uint16_t *from = row_of(begin + r < count ? begin + r : count - 1);
+#pragma unroll
+            for (uint32_t p = lane % lanes; p < DIM / 4; p += lanes) {
+                if (p >= dim / 4) break;
+                bool value = p >= dim / 8;
+                copy_16(k + (value ? RUN + r : r) * WIDTH_OF(DIM) + (value ? p - dim / 8 : p) * 8,
+                        from + p * 8);
+            }
+        }
+    }
+    close_group();
+}
+
+/* What a warp has so far: of rows lane / 4 and lane / 4 + 8 the maximum, this lane's part of the
+ * sum of exponentials, and sums of values. */
+template <int DIM> struct warp_state { float max[2], sum[2], out[DIM / 8][4]; };
+
+/* Logits of 16 rows with the run in k. */
+template <int DIM>
+static __device__ __forceinline__ void run_logits(const uint16_t *q, const uint16_t *k,
+                                                  uint32_t dim, float (&logit)[2][4]) {
+    uint32_t lane = threadIdx.x % 32;
+    const uint16_t *q_row = q + lane % 16 * WIDTH_OF(DIM) + lane / 16 * 8;
+    const uint16_t *k_row = k + (lane / 16 * 8 + lane % 8) * WIDTH_OF(DIM) + lane / 8 % 2 * 8;
+#pragma unroll
+    for (uint32_t d = 0; d < DIM; d += 16) {
+        if (d >= dim) break;
+        uint32_t high[4], rest[4], keys[4];
+        load_matrices(high, q_row + d);
+        load_matrices(rest, q_row + ROWS * WIDTH_OF(DIM) + d);
+        load_matrices(keys, k_row + d);
+        multiply(logit[0], high, keys[0], keys[1]);
+        multiply(logit[1], high, keys[2], keys[3]);
+        multiply(logit[0], rest, keys[0], keys[1]);
+        multiply(logit[1], rest, keys[2], keys[3]);
+    }
+}
+
+/* Logits become weights; what stands so far shrinks where a maximum has grown. */
+template <int DIM>
+static __device__ __forceinline__ void run_softmax(warp_state<DIM> &s, float (&logit)[2][4]) {
+    float keep[2];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        float top = fmaxf(fmaxf(logit[0][2 * half], logit[0][2 * half + 1]),
+                          fmaxf(logit[1][2 * half], logit[1][2 * half + 1]));
+        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+        top = fmaxf(top, s.max[half]);
+        float base = top > -INFINITY ? top : 0.0f;
+        keep[half] = expf(s.max[half] - base);
+        s.sum[half] *= keep[half];
+        s.max[half] = top;
+#pragma unroll
+        for (uint32_t n = 0; n < 2; n++)
+#pragma unroll
+            for (uint32_t e = 2 * half; e < 2 * half + 2; e++) {
+                logit[n][e] = expf(logit[n][e] - base);
+                s.sum[half] += logit[n][e];
+            }
+    }
+    if (!__any_sync(FULL_WARP, keep[0] != 1.0f || keep[1] != 1.0f)) return;
+#pragma unroll
+    for (uint32_t n = 0; n < DIM / 8; n++)
+#pragma unroll
+        for (uint32_t e = 0; e < 4; e++) s.out[n][e] *= keep[e / 2];
+}
+
+template <int DIM>
+static __device__ __forceinline__ void run_values(warp_state<DIM> &s, const uint16_t *v,
+                                                  uint32_t dim, const float (&weight)[2][4]) {
+    uint32_t lane = threadIdx.x % 32, high[4], rest[4];
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++)
+        high[i] = split_pair(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1], &rest[i]);
+    const uint16_t *v_row = v + lane % 16 * WIDTH_OF(DIM) + lane / 16 * 8;
+#pragma unroll
+    for (uint32_t d = 0; d < DIM; d += 16) {
+        if (d >= dim) break;
+        uint32_t values[4];
+        load_transposed(values, v_row + d);
+        multiply(s.out[d / 8], high, values[0], values[1]);
+        multiply(s.out[d / 8 + 1], high, values[2], values[3]);
+        multiply(s.out[d / 8], rest, values[0], values[1]);
+        multiply(s.out[d / 8 + 1], rest, values[2], values[3]);
+    }
+}
+
+/* The states of all warps, in their order, become one partial result. memory: floats for each warp
+ * [ROWS][DIM + 4]. */
+template <int DIM>
+static __device__ void merge_warps(warp_state<DIM> &s, uint32_t dim, float *memory,
+                                   float *partial) {
+    __shared__ float factor[SPARSE_WARPS][ROWS];
+    const uint32_t width = DIM + 4;
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float *own = memory + warp * ROWS * width;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        float *row = own + (lane / 4 + 8 * half) * width, sum = s.sum[half];
+        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+        sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+#pragma unroll
+        for (uint32_t n = 0; n < DIM / 8; n++) {
+            row[n * 8 + lane % 4 * 2] = s.out[n][2 * half];
+            row[n * 8 + lane % 4 * 2 + 1] = s.out[n][2 * half + 1];
+        }
+        if (lane % 4 == 0) {
+            row[DIM] = s.max[half];
+            row[DIM + 1] = sum;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < ROWS) {
+        float max = -INFINITY, sum = 0.0f;
+        const float *row = memory + threadIdx.x * width;
+        for (uint32_t i = 0; i < SPARSE_WARPS; i++) max = fmaxf(max, row[i * ROWS * width + DIM]);
+        float base = max > -INFINITY ? max : 0.0f;
+        for (uint32_t i = 0; i < SPARSE_WARPS; i++) {
+            factor[i][threadIdx.x] = expf(row[i * ROWS * width + DIM] - base);
+            sum += row[i * ROWS * width + DIM + 1] * factor[i][threadIdx.x];
+        }
+        partial[(size_t)threadIdx.x * (dim + 2) + dim] = max;
+        partial[(size_t)threadIdx.x * (dim + 2) + dim + 1] = sum;
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < ROWS * dim; i += SPARSE_THREADS) {
+        uint32_t row = i / dim, d = i % dim;
+        float value = 0.0f;
+        for (uint32_t j = 0; j < SPARSE_WARPS; j++)
+            value += memory[(j * ROWS + row) * width + d] * factor[j][row];
+        partial[(size_t)row * (dim + 2) + d] = value;
+    }
+}
+
+/* Keys 0 to `count` through all warps. sees(row, i): whether vector `row` of the tile has key i. */
+template <int DIM, typename ROW_OF, typename SEES>
+static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uint16_t *q,
+                                                   uint16_t *own, uint32_t count, uint32_t dim,
+                                                   ROW_OF row_of, SEES sees) {
+    const uint32_t stage = 2 * RUN * WIDTH_OF(DIM), step = SPARSE_WARPS * RUN;
+    uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * RUN, turn = 0;
+    gather<DIM>(first, count, dim, own, row_of);
+    for (uint32_t begin = first; begin < count; begin += step, turn ^= 1) {
+        gather<DIM>(begin + step, count, dim, own + (turn ^ 1) * stage, row_of);
+        wait_groups<1>();
+        __syncwarp();
+        const uint16_t *k = own + turn * stage;
+        float logit[2][4] = {};
+        run_logits<DIM>(q, k, dim, logit);
+#pragma unroll
+        for (uint32_t i = 0; i < 8; i++) {
+            uint32_t key = begin + i / 4 * 8 + lane % 4 * 2 + i % 2;
+            if (key >= count || !sees(lane / 4 + i / 2 % 2 * 8, key))
+                logit[i / 4][i % 4] = -INFINITY;
+        }
+        run_softmax<DIM>(s, logit);
+        run_values<DIM>(s, k + RUN * WIDTH_OF(DIM), dim, logit);
+        __syncwarp(); /* all lanes have read the stage that is filled next */
+    }
+    wait_groups<0>();
+}
+
+static __device__ __forceinline__ void put_nothing(float *partial, uint32_t dim) {
+    if (threadIdx.x >= ROWS) return;
+    partial[(size_t)threadIdx.x * (dim + 2) + dim] = -INFINITY;
+    partial[(size_t)threadIdx.x * (dim + 2) + dim + 1] = 0.0f;
+}
+
+template <int DIM>
+static __global__ void __launch_bounds__(SPARSE_THREADS)
     k_attend_sparse(const loci_cuda_look look, const loci_cuda_attend args) {
     extern __shared__ float4 shared[];
-    __shared__ uint16_t list[LOCI_CUDA_CHUNK];
-    attend_memory m = attend_layout((float *)shared, look.dim);
+    __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
     uint32_t pair = blockIdx.x / args.chunks, chunk = blockIdx.x % args.chunks;
     size_t part = (size_t)pair * args.parts + chunk;
     float *partial = args.partial + (part * gridDim.y + blockIdx.y) * ROWS * (look.dim + 2);
-    float acc[ROWS_OF(DIM)][EACH_OF(DIM)] = {};
     chunk_work w;
-    bool any = chunk_of(look, args.chunks, &w);
-    uint32_t count = any ? list_slots(look, w, list) : 0;
+    bool any = chunk_of(look, args.chunk, args.chunks, &w);
+    uint32_t count = any ? list_slots<SPARSE_THREADS>(look, w, list) : 0;
     if (count == 0) {
-        if (threadIdx.x < ROWS) {
-            partial[(size_t)threadIdx.x * (look.dim + 2) + look.dim] = -INFINITY;
-            partial[(size_t)threadIdx.x * (look.dim + 2) + look.dim + 1] = 0.0f;
-        }
+        put_nothing(partial, look.dim);
         return;
     }
-    load_vectors(look, w, m);
-    for (uint32_t begin = 0; begin < count; begin += KEYS) {
-        __syncthreads();
-        load_slots(look, w, m, list, begin, count, true);
-        __syncthreads();
-        attend_logits(m, [&](uint32_t row, uint32_t lane, float logit) {
-            bool seen =
-                begin + lane < count && selected(look, w, row, w.first + list[begin + lane]);
-            return seen ? logit : -INFINITY;
-        });
-        __syncthreads();
-        attend_values<DIM>(m, acc);
-    }
+    uint16_t *q = (uint16_t *)shared, *stages = q + 2 * ROWS * WIDTH_OF(DIM);
+    split_vectors<DIM>(look, w.pair->kv_head, w.tile, q);
     __syncthreads();
-    attend_store<DIM>(m, acc, look.dim, partial);
+    bool alone = w.row_low == w.row_high; /* the list is what every vector selected */
+    const uint16_t *kv = w.pair->kv + (size_t)w.first * 2 * look.dim;
+    warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
+    attend_keys<DIM>(
+        s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
+        [&](uint32_t i) { return kv + (size_t)list[i] * 2 * look.dim; },
+        [&](uint32_t row, uint32_t i) {
+            return alone || selected(look, w, row, w.first + list[i]);
+        });
+    __syncthreads();
+    merge_warps<DIM>(s, look.dim, (float *)stages, partial);
+}
+
+#define LIST_EACH 8u /* candidates of a thread */
+
+/* The same for one row over a share of a head's candidates, of which masks say what is selected: as
+ * many keys for each block, wherever they stand. */
+template <int DIM>
+static __global__ void __launch_bounds__(SPARSE_THREADS)
+    k_attend_listed(const loci_cuda_look look, const loci_cuda_attend args) {
+    extern __shared__ float4 shared[];
+    __shared__ const uint16_t *list[LIST_EACH * SPARSE_THREADS];
+    uint32_t h = blockIdx.x / args.parts, part = blockIdx.x % args.parts, n = args.count[h];
+    uint32_t share = (n + args.parts - 1) / args.parts, begin = part * share;
+    uint32_t end = begin + share < n ? begin + share : n;
+    float *partial = args.partial + (size_t)blockIdx.x * ROWS * (look.dim + 2);
+    if (begin >= end) {
+        put_nothing(partial, look.dim);
+        return;
+    }
+    uint16_t *q = (uint16_t *)shared, *stages = q + 2 * ROWS * WIDTH_OF(DIM);
+    const uint32_t *slots = args.slots + (size_t)h * args.room;
+    const uint32_t *words = look.token_mask + (size_t)h * look.words;
+    split_vectors<DIM>(look, h, 0, q);
+    warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
+    for (; begin < end; begin += LIST_EACH * SPARSE_THREADS) {
+        uint32_t place[LIST_EACH], taken = 0, first = begin + threadIdx.x * LIST_EACH, count;
+#pragma unroll
+        for (uint32_t j = 0; j < LIST_EACH; j++) place[j] = first + j < end ? slots[first + j] : 0;
+#pragma unroll
+        for (uint32_t j = 0; j < LIST_EACH; j++)
+            if (first + j < end) taken |= (words[place[j] / 32] >> (place[j] % 32) & 1u) << j;
+        uint32_t at = sum_before<SPARSE_THREADS>(__popc(taken), &count);
+#pragma unroll
+        for (uint32_t j = 0; j < LIST_EACH; j++) {
+            if (!(taken >> j & 1)) continue;
+            size_t index = (size_t)extent_at(look, h, place[j] / 32) * look.kv_heads + h;
+            const loci_cuda_pair *pair = &look.pairs[index];
+            list[at++] = pair->kv + (size_t)(place[j] - pair->word_base * 32) * 2 * look.dim;
+        }
+        __syncthreads();
+        attend_keys<DIM>(
+            s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
+            [&](uint32_t i) { return list[i]; }, [](uint32_t, uint32_t) { return true; });
+        __syncthreads();
+    }
+    merge_warps<DIM>(s, look.dim, (float *)stages, partial);
 }
 
 template <int DIM>
 static cudaError_t launch_attend(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_attend *args) {
-    size_t bytes = attend_floats(look->dim) * sizeof(float);
-    cudaError_t result = cudaFuncSetAttribute(
-        k_attend_sparse<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    size_t bytes = sparse_halves<DIM>() * sizeof(uint16_t);
+    auto kernel = args->slots ? k_attend_listed<DIM> : k_attend_sparse<DIM>;
+    cudaError_t result =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result != cudaSuccess) return result;
     dim3 grid(look->extents * look->kv_heads * args->chunks, loci_cuda_tiles(look->vectors));
-    k_attend_sparse<DIM><<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args);
+    if (args->slots) grid = dim3(look->kv_heads * args->parts);
+    kernel<<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *args);
     return cudaGetLastError();
 }
 
@@ -158,42 +404,64 @@ extern "C" cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci
     return launch_attend<256>(stream, look, args);
 }
 
-/* One block for each (KV head, vector). */
-static __global__ void k_join(const loci_cuda_look look, const loci_cuda_attend args) {
-    __shared__ float buffer[WARPS_MAX];
-    uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors;
-    uint32_t tiles = loci_cuda_tiles(look.vectors), parts = look.extents * args.parts;
+/* --- the merge of all parts ------------------------------------------------------------ */
+
+#define JOIN_THREADS 512u
+#define JOIN_WIDE 32u /* channels of a block */
+
+/* A block for each (KV head, vector) and JOIN_WIDE channels. A thread has a channel and every
+ * (JOIN_THREADS / JOIN_WIDE)-th part of a lot of JOIN_THREADS, whose weights stand in shared
+ * memory. */
+static __global__ void __launch_bounds__(JOIN_THREADS)
+    k_join(const loci_cuda_look look, const loci_cuda_attend args) {
+    __shared__ float buffer[WARPS_MAX], weight[JOIN_THREADS], sums[JOIN_THREADS];
+    uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors, t = threadIdx.x;
+    uint32_t tiles = loci_cuda_tiles(look.vectors), parts = args.extents * args.parts;
     size_t row = look.dim + 2, stride = (size_t)tiles * ROWS * row;
-    const float *from = args.partial + (size_t)(v / ROWS * ROWS + v % ROWS) * row;
+    const float *from = args.partial + (size_t)v * row;
     /* Part p of the head: extent p / parts, part p % parts of its pair. */
     auto at = [&](uint32_t p) {
         size_t pair = (size_t)(p / args.parts) * look.kv_heads + h;
         return from + (pair * args.parts + p % args.parts) * stride;
     };
-    float max = -INFINITY, sum = 0.0f;
-    for (uint32_t p = threadIdx.x; p < parts; p += blockDim.x) max = fmaxf(max, at(p)[look.dim]);
+    float max = -INFINITY, sum = 0.0f, value = 0.0f;
+    for (uint32_t p = t; p < parts; p += JOIN_THREADS) max = fmaxf(max, at(p)[look.dim]);
     max = block_max(max, buffer);
     float base = max > -INFINITY ? max : 0.0f;
-    for (uint32_t p = threadIdx.x; p < parts; p += blockDim.x)
-        sum += at(p)[look.dim + 1] * expf(at(p)[look.dim] - base);
+    const uint32_t slices = JOIN_THREADS / JOIN_WIDE;
+    uint32_t slice = t / JOIN_WIDE, wide = blockIdx.y * JOIN_WIDE + t % JOIN_WIDE;
+    uint32_t d = wide < look.dim ? wide : look.dim - 1;
+    for (uint32_t first = 0; first < parts; first += JOIN_THREADS) {
+        uint32_t count = parts - first < JOIN_THREADS ? parts - first : JOIN_THREADS;
+        float own = 0.0f, part_sum = t < count ? at(first + t)[look.dim + 1] : 0.0f;
+        if (part_sum > 0.0f) own = expf(at(first + t)[look.dim] - base);
+        sum += part_sum * own;
+        __syncthreads();
+        weight[t] = own;
+        __syncthreads();
+#pragma unroll 8
+        for (uint32_t p = slice; p < count; p += slices) {
+            float x = at(first + p)[d]; /* of an empty part anything */
+            value += weight[p] > 0.0f ? x * weight[p] : 0.0f;
+        }
+    }
     sum = block_sum(sum, buffer);
+    sums[t] = value;
+    __syncthreads();
     uint32_t to_row = v / look.group, head = h * look.group + v % look.group;
     float *out = args.out + (size_t)to_row * args.out_stride + (size_t)head * look.dim;
-    for (uint32_t d = threadIdx.x; d < look.dim; d += blockDim.x) {
-        float value = 0.0f;
-        for (uint32_t p = 0; p < parts; p++) {
-            const float *part = at(p);
-            if (part[look.dim + 1] > 0.0f) value += part[d] * expf(part[look.dim] - base);
-        }
+    if (t < JOIN_WIDE && wide < look.dim) {
+        for (uint32_t i = 1; i < slices; i++) value += sums[i * JOIN_WIDE + t];
         out[d] = sum > 0.0f ? value / sum : 0.0f;
     }
-    if (threadIdx.x == 0)
+    if (t == 0 && blockIdx.y == 0)
         args.lse[(size_t)to_row * look.q_heads + head] = sum > 0.0f ? max + logf(sum) : -INFINITY;
 }
 
 extern "C" cudaError_t loci_cuda_k_join(cudaStream_t stream, const loci_cuda_look *look,
                                         const loci_cuda_attend *args) {
-    k_join<<<look->kv_heads * look->vectors, 128, 0, stream>>>(*look, *args);
+    dim3 grid(look->kv_heads * look->vectors, (look->dim + JOIN_WIDE - 1) / JOIN_WIDE);
+    k_join<<<grid, JOIN_THREADS, 0, stream>>>(*look, *args);
     return cudaGetLastError();
 }
 
@@ -213,6 +481,28 @@ extern "C" cudaError_t loci_cuda_k_mask_live(cudaStream_t stream, const loci_cud
 }
 
 /* --- attribution ----------------------------------------------------------------------- */
+
+static __device__ __forceinline__ void load_vectors(const loci_cuda_look &look, const chunk_work &w,
+                                                    const attend_memory &m) {
+    const float *q = look.q + (size_t)w.pair->kv_head * look.vectors * look.dim;
+    for (uint32_t i = threadIdx.x; i < ROWS * look.dim; i += ATTEND_THREADS) {
+        uint32_t v = w.tile * ROWS + i / look.dim;
+        m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
+    }
+    if (threadIdx.x < ROWS) {
+        m.max[threadIdx.x] = -INFINITY;
+        m.sum[threadIdx.x] = 0.0f;
+    }
+}
+
+static __device__ __forceinline__ void load_keys(const loci_cuda_look &look, const chunk_work &w,
+                                                 const attend_memory &m, const uint16_t *list,
+                                                 uint32_t begin, uint32_t count) {
+    uint32_t key = threadIdx.x / 8, lane = threadIdx.x % 8;
+    const uint16_t *k = NULL;
+    if (begin + key < count) k = w.pair->kv + (size_t)(w.first + list[begin + key]) * 2 * look.dim;
+    load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, lane, 8);
+}
 
 /* The weights of a tile's logits, relative to the vectors' totals, to the segments of its keys.
  * segment(lane): of a key; only its low lanes have one. */
@@ -237,17 +527,18 @@ add_weights(const loci_cuda_look &look, const loci_cuda_attribution &args, const
 }
 
 static __global__ void __launch_bounds__(ATTEND_THREADS)
-    k_attribute(const loci_cuda_look look, const loci_cuda_attribution args, uint32_t chunks) {
+    k_attribute(const loci_cuda_look look, const loci_cuda_attribution args, uint32_t chunk,
+                uint32_t chunks) {
     extern __shared__ float4 shared[];
-    __shared__ uint16_t list[LOCI_CUDA_CHUNK];
+    __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
     attend_memory m = attend_layout((float *)shared, look.dim);
     chunk_work w;
-    if (!chunk_of(look, chunks, &w)) return;
-    uint32_t count = list_slots(look, w, list);
+    if (!chunk_of(look, chunk, chunks, &w)) return;
+    uint32_t count = list_slots<ATTEND_THREADS>(look, w, list);
     load_vectors(look, w, m);
     for (uint32_t begin = 0; begin < count; begin += KEYS) {
         __syncthreads();
-        load_slots(look, w, m, list, begin, count, false);
+        load_keys(look, w, m, list, begin, count);
         __syncthreads();
         add_weights(
             look, args, m, w.pair->kv_head, w.tile,
@@ -309,7 +600,7 @@ static __global__ void k_add_mass(const loci_cuda_attribution args) {
 extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
                                              const loci_cuda_attribution *args) {
     size_t bytes = attend_floats(look->dim) * sizeof(float);
-    uint32_t chunks = loci_cuda_chunks(look->tokens_max);
+    uint32_t chunk = loci_cuda_chunk(look), chunks = loci_cuda_chunks(look->tokens_max, chunk);
     cudaError_t result =
         cudaFuncSetAttribute(k_attribute, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result == cudaSuccess)
@@ -317,7 +608,7 @@ extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cud
                                       (int)bytes);
     if (result == cudaSuccess && look->extents > 0) {
         dim3 grid(look->extents * look->kv_heads * chunks, loci_cuda_tiles(look->vectors));
-        k_attribute<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args, chunks);
+        k_attribute<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args, chunk, chunks);
         result = cudaGetLastError();
     }
     if (result == cudaSuccess && args->flat_tokens > 0) {
@@ -332,11 +623,12 @@ extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cud
 
 /* --- figures --------------------------------------------------------------------------- */
 
-/* One block for each pair. */
+/* gridDim.y blocks for each pair. */
 static __global__ void k_stats(const loci_cuda_look look, loci_cuda_stats *stats) {
     const loci_cuda_pair *pair = &look.pairs[blockIdx.x];
+    uint32_t first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
     unsigned long long selected = 0, read = 0, live = 0, leaf_tokens = 0;
-    for (uint32_t w = threadIdx.x; w < pair_words(pair); w += blockDim.x) {
+    for (uint32_t w = first; w < pair_words(pair); w += step) {
         uint32_t all = 0, left = pair->tokens - w * 32;
         for (uint32_t row = 0; row < look.mask_rows; row++) {
             uint32_t bits = look.token_mask[mask_at(look, pair, row) + w];
@@ -346,7 +638,7 @@ static __global__ void k_stats(const loci_cuda_look look, loci_cuda_stats *stats
         read += __popc(all);
         live += __popc(live_bits(pair, w * 32, left < 32 ? left : 32));
     }
-    for (uint32_t l = threadIdx.x; l < pair->leaves; l += blockDim.x) {
+    for (uint32_t l = first; l < pair->leaves; l += step) {
         uint32_t begin = pair->leaf_begin[l], count = pair->leaf_begin[l + 1] - begin, all = 0;
         for (uint32_t row = 0; row < look.mask_rows && !all; row++)
             all = mask_bits(look.token_mask + mask_at(look, pair, row), begin, count);
@@ -362,6 +654,6 @@ static __global__ void k_stats(const loci_cuda_look look, loci_cuda_stats *stats
 extern "C" cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
                                          loci_cuda_stats *stats) {
     if (look->extents == 0) return cudaSuccess;
-    k_stats<<<look->extents * look->kv_heads, 256, 0, stream>>>(*look, stats);
+    k_stats<<<dim3(look->extents * look->kv_heads, 32), 256, 0, stream>>>(*look, stats);
     return cudaGetLastError();
 }

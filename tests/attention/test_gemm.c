@@ -200,8 +200,8 @@ static void row_among(rig *r, const loci_weight *weight, uint32_t rows, uint32_t
     free(y);
 }
 
-/* The contract from LOCI_GEMM_STEADY_ROWS rows on; on the CPU also among few rows, and at any number
- * of threads. */
+/* The contract from LOCI_GEMM_STEADY_ROWS rows on; on the CPU also among few rows, and at any
+ * number of threads. */
 static void test_a_row_does_not_depend_on_the_others(void **state) {
     (void)state;
     static const uint32_t many[] = {32, 33, 64, 77, 256, 700, 2100}, few[] = {1, 2, 3, 4, 6, 7, 8};

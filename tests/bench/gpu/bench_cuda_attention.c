@@ -3,17 +3,17 @@
  * One layer's attention of a decoding step on the GPU: hierarchical look-ups, dense
  * mode, and dense attention over plain K and V. One JSON line each.
  *
- *   bench_cuda_attention [--layers N] [--steps N] [--heads Q KV DIM] [--reach ROOTS CANDIDATES TOP_P]...
- *                        TOKENS
+ *   bench_cuda_attention [--layers N] [--steps N] [--heads Q KV DIM] [--reach ROOTS CANDIDATES
+ * TOP_P]... TOKENS
  *
  * Keys are the generator's (topics around a common offset); queries look for one planted key each.
  * Every layer has device copies of its own, a step takes the next layer and fresh queries, and
  * memory larger than the cache is written between two steps, so that nothing is read from the L2.
  * --reach adds a row of look-ups with other rates than the defaults.
  * ms: median over steps, from begin to the output, by events on the stream; stages: means of begin,
- * score_nodes, score_codes, select, attend_sparse; host_ms: until the stream has all of it. error: relative L2
- * error of the output against dense mode's, mean over steps and heads; recall: the share of the
- * attention mass that was read. bytes: what must be read, by the look-up's figures.
+ * score_nodes, score_codes, select, attend_sparse; host_ms: until the stream has all of it. error:
+ * relative L2 error of the output against dense mode's, mean over steps and heads; recall: the
+ * share of the attention mass that was read. bytes: what must be read, by the look-up's figures.
  */
 #include <math.h>
 #include <pthread.h>
@@ -255,12 +255,12 @@ static void print_line(const bench *b, const char *mode, const loci_select_param
            "\"ms_p90\":%.4f,\"host_ms\":%.4f,\"bytes\":%.0f,\"gbps\":%.1f,\"of_copy\":%.3f,"
            "\"error\":%.5f,\"recall\":%.5f,\"selected_head\":%.0f,\"candidates_head\":%.0f,"
            "\"reach\":[%g,%g,%g],\"stages\":[%.4f,%.4f,%.4f,%.4f,%.4f]}\n",
-           mode, (unsigned long long)b->f.view.tokens, b->o.q_heads, b->o.kv_heads, b->o.dim, b->o.layers,
-           t->steps, ms, (double)t->ms[t->steps * 9 / 10], (double)t->host_ms[t->steps / 2], bytes,
-           bytes / ms / 1e6, bytes / ms / 1e6 / gbps, t->error / n, t->recall / n, t->selected / n,
-           t->candidates / n, (double)params->roots, (double)params->candidates,
-           (double)params->top_p, t->stage_ms[0] / n, t->stage_ms[1] / n, t->stage_ms[2] / n,
-           t->stage_ms[3] / n, t->stage_ms[4] / n);
+           mode, (unsigned long long)b->f.view.tokens, b->o.q_heads, b->o.kv_heads, b->o.dim,
+           b->o.layers, t->steps, ms, (double)t->ms[t->steps * 9 / 10],
+           (double)t->host_ms[t->steps / 2], bytes, bytes / ms / 1e6, bytes / ms / 1e6 / gbps,
+           t->error / n, t->recall / n, t->selected / n, t->candidates / n, (double)params->roots,
+           (double)params->candidates, (double)params->top_p, t->stage_ms[0] / n,
+           t->stage_ms[1] / n, t->stage_ms[2] / n, t->stage_ms[3] / n, t->stage_ms[4] / n);
     (void)fflush(stdout);
 }
 

@@ -1,0 +1,65 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Tensor-core products of bf16 with f32 sums, what loads their operands from shared memory, and
+ * copies to shared memory that run by themselves. A warp's 16 x 8 result: lane l has columns
+ * 2 (l % 4) and the next of rows l / 4 (elements 0, 1) and l / 4 + 8 (elements 2, 3).
+ */
+#ifndef LOCI_ATTENTION_CUDA_MMA_CUH
+#define LOCI_ATTENTION_CUDA_MMA_CUH
+
+#include <stdint.h>
+
+static __device__ __forceinline__ uint32_t shared_address(const void *pointer) {
+    return (uint32_t)__cvta_generic_to_shared(pointer);
+}
+
+/* Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8. */
+static __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint16_t *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row)));
+}
+
+static __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const uint16_t *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(shared_address(row)));
+}
+
+/* d += a b; a: 16 x 16, b: 16 x 8. */
+static __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+                 "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Two floats rounded to bf16, the first in the low half; rest: what rounding left, in the same
+ * form, so that the two together hold 16 bits of mantissa. */
+static __device__ __forceinline__ uint32_t split_pair(float first, float second, uint32_t *rest) {
+    uint32_t high;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(second), "f"(first));
+    first -= __uint_as_float(high << 16);
+    second -= __uint_as_float(high & 0xffff0000u);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(*rest) : "f"(second), "f"(first));
+    return high;
+}
+
+/* 16 bytes; both addresses are multiples of 16. */
+static __device__ __forceinline__ void copy_16(uint16_t *to, const uint16_t *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+
+/* What this thread copied since the last call becomes one group. */
+static __device__ __forceinline__ void close_group(void) {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Until all groups of this thread but the last `left` are there. */
+template <int LEFT> static __device__ __forceinline__ void wait_groups(void) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+#endif
