@@ -14,7 +14,7 @@ import unittest
 from harness import HANDBOOK, Case, Daemon
 
 QUESTION = "When did the North Telescope see first light?"
-# Half a minute of work: every token is read, and at this temperature the text never ends.
+# Seconds of work: every token is read, and at this temperature the text never ends.
 LONG = ("ask", "notes", QUESTION, "--mode", "dense", "--no-read-twice", "--temperature", "10",
         "--max-tokens", "512", "--seed", "1")
 
@@ -162,13 +162,18 @@ class Signals(Case):
         self.assertEqual(self.daemon.process.wait(20), 0)
 
     def test_drain_is_bounded(self):
-        asking = self.start_long()
+        asking = [self.start_long()]
+        for _ in range(5):  # together they take several times as long as the drain
+            asking.append(self.daemon.start_loci(*LONG))
+            self.addCleanup(end, asking[-1])
+        self.wait_for(lambda: self.busy() == len(asking), "all questions are there")
         begun = time.monotonic()
         self.assertEqual(self.daemon.stop(), 0)
         self.assertLess(time.monotonic() - begun, 10)
-        _, err = asking.communicate(timeout=10)
-        self.assertEqual(asking.returncode, 1)
-        self.assertEqual(len(err.splitlines()), 1, err)
+        for one in asking:
+            _, err = one.communicate(timeout=10)
+            self.assertEqual(one.returncode, 1)
+            self.assertEqual(len(err.splitlines()), 1, err)
 
     def test_a_second_signal_does_not_wait(self):
         self.start_long()
