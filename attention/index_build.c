@@ -62,7 +62,7 @@ static void run_task(void *arg, size_t index, unsigned thread) {
     if (loci_cancel_check(task->b->options.cancel) == LOCI_OK) task->fn(task->b, index, thread);
 }
 
-/* Leaves out what is left when the build is cancelled; for check_cancel to tell. */
+/* Leaves out what is left when the build is cancelled, which check_stop must be asked after. */
 static void for_each(build *b, size_t count, loci_pool_fn fn) {
     build_task task = {b, fn};
     if (b->pool) {
@@ -416,7 +416,7 @@ static loci_status write_sections(build *b, loci_pair_header *header, loci_error
         loci_hash_bytes(b->blob + header->value_means_at, (size_t)header->roots * 2 * b->dim);
     memcpy(b->blob, header, sizeof *header);
     for_each(b, b->root_count, write_checks);
-    return LOCI_OK;
+    return check_stop(b, err); /* what was left out is nobody's to read */
 }
 
 static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {

@@ -172,8 +172,34 @@ static void test_build_refuses_bad_input(void **state) {
     loci_buf_fini(&blob);
 }
 
-/* Stopped at several moments: before, and by deadlines on the way. What is done is the same with a
- * clock that never ends. */
+/* Deadlines near the end of a build: it is stopped, or whole to the byte. */
+static void check_late_stops(const uint16_t *k, const uint32_t *slots, uint32_t n, uint32_t dim) {
+    loci_error err;
+    loci_buf whole = LOCI_BUF_INIT;
+    uint64_t hash, begun = loci_now_ns();
+    loci_pair_build_options stopping = options;
+    loci_cancel cancel;
+    assert_int_equal(loci_pair_build(k, k, slots, n, dim, &options, NULL, &whole, &hash, &err),
+                     LOCI_OK);
+    uint64_t took = loci_now_ns() - begun;
+    stopping.cancel = &cancel;
+    for (uint64_t i = 0; i < 80; i++) {
+        loci_buf blob = LOCI_BUF_INIT;
+        loci_cancel_init(&cancel, loci_now_ns() + took * (60 + i) / 100);
+        loci_status status =
+            loci_pair_build(k, k, slots, n, dim, &stopping, NULL, &blob, &hash, &err);
+        if (status == LOCI_OK) {
+            assert_int_equal(blob.len, whole.len);
+            assert_memory_equal(blob.data, whole.data, whole.len);
+        } else {
+            assert_int_equal(status, LOCI_E_TIMEOUT);
+        }
+        loci_buf_fini(&blob);
+    }
+    loci_buf_fini(&whole);
+}
+
+/* Stopped at several moments: before, and by deadlines on the way. */
 static void test_build_stops_when_told(void **state) {
     (void)state;
     enum { N = 20000, DIM = 16 };
@@ -206,6 +232,7 @@ static void test_build_stops_when_told(void **state) {
     loci_cancel_request(&cancel);
     status = loci_pair_build(k, v, slots, N, DIM, &stopping, NULL, &blob, &hash, &err);
     assert_int_equal(status, LOCI_E_CANCELLED);
+    check_late_stops(k, slots, N, DIM);
     free(k);
     free(v);
     free(slots);
