@@ -9,6 +9,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "attention/common.h"
 #include "attention/cpu/cpu.h"
 #include "attention/cpu/kernels.h"
 
@@ -177,17 +178,6 @@ static void dense_run_task(void *arg, size_t index, unsigned thread) {
     put_result(run, &task, &job);
 }
 
-/* Rows past the last one that any span touches, of queries or of keys. */
-static size_t rows_needed(const loci_attend_dense *args, bool keys) {
-    size_t most = 0;
-    for (uint32_t i = 0; i < args->span_count; i++) {
-        const loci_attend_span *s = &args->spans[i];
-        size_t end = keys ? (size_t)s->kv_begin + s->kv_count : (size_t)s->q_begin + s->q_count;
-        if ((keys ? s->kv_count : s->q_count) > 0 && end > most) most = end;
-    }
-    return most;
-}
-
 static void *strided(loci_ref ref, size_t rows, size_t stride, size_t width, size_t size) {
     return loci_cpu_ptr(ref, rows ? ((rows - 1) * stride + width) * size : 0);
 }
@@ -201,7 +191,7 @@ void loci_cpu_attend_dense(loci_stream *stream, const loci_attend_dense *args) {
                       args->kv_heads, args->head_dim, (int)args->kv_dtype);
         return;
     }
-    size_t rows = rows_needed(args, false), keys = rows_needed(args, true);
+    size_t rows = loci_attend_rows(args, false), keys = loci_attend_rows(args, true);
     size_t q_width = (size_t)args->q_heads * args->head_dim;
     size_t kv_width = (size_t)args->kv_heads * args->head_dim;
     size_t kv_size = args->kv_dtype == LOCI_F32 ? sizeof(float) : sizeof(uint16_t);

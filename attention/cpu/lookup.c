@@ -620,16 +620,3 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
             stats->selected_tokens += lookup_count_bits(head->token_mask[i]) * sharers;
     }
 }
-
-void loci_select_reach(loci_select_params *params, loci_reach reach) {
-    static const float roots[] = {0.35f, 0.27f, 0.25f}, candidates[] = {2.2f, 1.6f, 2.0f};
-    params->roots = roots[reach];
-    params->candidates = candidates[reach];
-    params->roots_min = 64;
-    params->candidates_min = 512;
-}
-
-void loci_select_defaults(loci_select_params *params) {
-    *params = (loci_select_params){.mode = LOCI_MODE_HIERARCHICAL, .top_p = 0.999f};
-    loci_select_reach(params, LOCI_REACH_ANSWER);
-}

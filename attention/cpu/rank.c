@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention/common.h"
 #include "attention/cpu/lookup.h"
 
 #define TILE LOCI_LEAF_TOKENS_MAX
@@ -338,31 +339,12 @@ static void gain_task(void *arg, size_t index, unsigned thread) {
     }
 }
 
-typedef struct ranked {
-    float score;
-    uint32_t segment;
-} ranked;
-
-static int compare_ranked(const void *a, const void *b) {
-    const ranked *x = a, *y = b;
-    if (x->score != y->score) return x->score > y->score ? -1 : 1;
-    return x->segment < y->segment ? -1 : x->segment > y->segment;
-}
-
-/* Appends the best of n, those with a score above -INFINITY, up to `limit` in *count. */
-static void take_best(ranked *list, uint32_t n, uint32_t limit, uint32_t *segments,
-                      uint32_t *count) {
-    qsort(list, n, sizeof *list, compare_ranked);
-    for (uint32_t i = 0; i < n && *count < limit && list[i].score > -INFINITY; i++)
-        segments[(*count)++] = list[i].segment;
-}
-
 /* Scores segments [first, first + n) and appends the best. */
 static bool take_scored(loci_stream *stream, loci_lookup *lookup, uint32_t first, uint32_t n,
                         uint32_t limit, bool codes, uint32_t *segments, uint32_t *count) {
     uint32_t *numbers = lookup_alloc(lookup, n * sizeof *numbers);
     float *scores = lookup_alloc(lookup, n * sizeof *scores);
-    ranked *list = lookup_alloc(lookup, n * sizeof *list);
+    loci_scored *list = lookup_alloc(lookup, n * sizeof *list);
     if (!numbers || !scores || !list) {
         lookup_no_memory(stream, lookup);
         return false;
@@ -370,8 +352,8 @@ static bool take_scored(loci_stream *stream, loci_lookup *lookup, uint32_t first
     for (uint32_t i = 0; i < n; i++) numbers[i] = first + i;
     score_listed(stream, lookup, numbers, n, scores, codes);
     if (stream->error.status != LOCI_OK) return false;
-    for (uint32_t i = 0; i < n; i++) list[i] = (ranked){scores[i], first + i};
-    take_best(list, n, limit, segments, count);
+    for (uint32_t i = 0; i < n; i++) list[i] = (loci_scored){scores[i], first + i};
+    loci_take_best(list, n, -INFINITY, limit, segments, count);
     return true;
 }
 
@@ -381,7 +363,7 @@ static void take_gained(loci_stream *stream, loci_lookup *lookup, uint32_t limit
     size_t tasks = (size_t)lookup->kv_heads * lookup->rows;
     rank_job job = {.lookup = lookup, .all = all};
     job.gain = lookup_alloc(lookup, tasks * all * sizeof *job.gain);
-    ranked *list = lookup_alloc(lookup, all * sizeof *list);
+    loci_scored *list = lookup_alloc(lookup, all * sizeof *list);
     if (!job.gain || !list || !lookup_scratch(lookup, all)) {
         lookup_no_memory(stream, lookup);
         return;
@@ -390,9 +372,9 @@ static void take_gained(loci_stream *stream, loci_lookup *lookup, uint32_t limit
     for (uint32_t s = 0; s < all; s++) {
         double sum = 0.0;
         for (size_t i = 0; i < tasks; i++) sum += (double)job.gain[i * all + s];
-        if (sum > 0.0) list[n++] = (ranked){(float)sum, s};
+        if (sum > 0.0) list[n++] = (loci_scored){(float)sum, s};
     }
-    take_best(list, n, limit, segments, count);
+    loci_take_best(list, n, -INFINITY, limit, segments, count);
 }
 
 void loci_cpu_lookup_candidates(loci_stream *stream, loci_lookup *lookup, uint32_t limit,

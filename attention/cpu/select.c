@@ -7,6 +7,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "attention/common.h"
 #include "attention/cpu/lookup.h"
 
 #define BUCKETS 2048u
@@ -140,14 +141,6 @@ float lookup_kth(const loci_corpus_kernels *kernels, const float *value, size_t 
     return unordered(low);
 }
 
-/* max(1, least, ceil(rate * spread)), at most live or least */
-static uint64_t count_of(float rate, double spread, uint64_t live, uint64_t least) {
-    double wanted = ceil((double)rate * spread);
-    uint64_t count = wanted >= (double)live ? live : wanted > 0.0 ? (uint64_t)wanted : 0;
-    uint64_t most = count > least ? count : least;
-    return most ? most : 1;
-}
-
 void lookup_keep_roots_task(void *arg, size_t index, unsigned thread) {
     (void)thread;
     loci_lookup *lookup = arg;
@@ -155,8 +148,8 @@ void lookup_keep_roots_task(void *arg, size_t index, unsigned thread) {
     lookup_head *head = &lookup->heads[h];
     size_t n = head->roots;
     uint8_t *kept = head->root_kept + (size_t)row * n;
-    uint64_t k =
-        count_of(lookup->params.roots, head->spread, head->live_tokens, lookup->params.roots_min);
+    uint64_t k = loci_select_count(lookup->params.roots, head->spread, head->live_tokens,
+                                   lookup->params.roots_min);
     memset(kept, 0, n);
     for (uint32_t g = 0; g < lookup->group; g++) {
         const float *score = head->root_score + ((size_t)row * lookup->group + g) * n;
@@ -197,8 +190,8 @@ void lookup_find_floors_task(void *arg, size_t index, unsigned thread) {
     row_entries entries = entries_of(head, row);
     float slack = 1.0f - lookup->params.top_p, *all = lookup->scratch[thread];
     float reach = slack > 0.0f ? logf((float)head->live_tokens / slack) : INFINITY;
-    uint64_t k = count_of(lookup->params.candidates, sqrt((double)head->live_tokens),
-                          head->live_tokens, lookup->params.candidates_min);
+    uint64_t k = loci_select_count(lookup->params.candidates, sqrt((double)head->live_tokens),
+                                   head->live_tokens, lookup->params.candidates_min);
     float *floor = head->floor + (size_t)row * lookup->group;
     const float *steady = lookup->steady + (size_t)h * lookup->vectors + row * lookup->group;
     for (uint32_t g = 0; g < lookup->group; g++) {

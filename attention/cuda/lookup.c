@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention/common.h"
 #include "attention/index_layout.h"
 
 #define CHUNK_BYTES ((size_t)8 << 20)
@@ -287,14 +288,6 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
 
 /* --- stages ---------------------------------------------------------------------------- */
 
-/* max(1, least, ceil(rate * spread)), at most live or least */
-static uint64_t count_of(float rate, double spread, uint64_t live, uint64_t least) {
-    double wanted = ceil((double)rate * spread);
-    uint64_t count = wanted >= (double)live ? live : wanted > 0.0 ? (uint64_t)wanted : 0;
-    uint64_t most = count > least ? count : least;
-    return most ? most : 1;
-}
-
 static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     const loci_select_params *params = &lookup->params;
@@ -304,10 +297,11 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
     size_t lots = (look->group + LOCI_CUDA_LOT - 1) / LOCI_CUDA_LOT * LOCI_CUDA_LOT; /* bytes */
     size_t hr = (size_t)look->kv_heads * look->rows, mask = hr * look->words * sizeof(uint32_t);
     *c = (loci_cuda_choice){
-        .roots_wanted =
-            count_of(params->roots, lookup->spread, lookup->live_tokens, params->roots_min),
-        .candidates_wanted = count_of(params->candidates, sqrt((double)lookup->live_tokens),
-                                      lookup->live_tokens, params->candidates_min),
+        .roots_wanted = loci_select_count(params->roots, lookup->spread, lookup->live_tokens,
+                                          params->roots_min),
+        .candidates_wanted =
+            loci_select_count(params->candidates, sqrt((double)lookup->live_tokens),
+                              lookup->live_tokens, params->candidates_min),
         .budget = params->budget,
         .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
         .top_p = params->top_p,

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention/common.h"
 #include "attention/cuda/cuda.h"
 
 #define HEAD_DIM_MAX 512u
@@ -91,17 +92,6 @@ void loci_cuda_merge(loci_stream *stream, loci_ref out_a, uint32_t stride_a, loc
 
 /* --- dense attention ------------------------------------------------------------------- */
 
-/* Rows past the last one that any span touches, of queries or of keys. */
-static size_t rows_needed(const loci_attend_dense *args, bool keys) {
-    size_t most = 0;
-    for (uint32_t i = 0; i < args->span_count; i++) {
-        const loci_attend_span *s = &args->spans[i];
-        size_t end = keys ? (size_t)s->kv_begin + s->kv_count : (size_t)s->q_begin + s->q_count;
-        if ((keys ? s->kv_count : s->q_count) > 0 && end > most) most = end;
-    }
-    return most;
-}
-
 /* How a span is cut; by nothing but its own counts. */
 static loci_cuda_span cut_span(const loci_attend_span *s, uint32_t group, uint32_t kv_heads) {
     loci_cuda_span span = {.q_begin = s->q_begin,
@@ -162,7 +152,7 @@ void loci_cuda_attend_dense(loci_stream *stream, const loci_attend_dense *args) 
                        args->kv_heads, args->head_dim, (int)args->kv_dtype);
         return;
     }
-    size_t rows = rows_needed(args, false), keys = rows_needed(args, true);
+    size_t rows = loci_attend_rows(args, false), keys = loci_attend_rows(args, true);
     if (rows == 0) return;
     size_t q_width = (size_t)args->q_heads * args->head_dim;
     size_t kv_width = (size_t)args->kv_heads * args->head_dim;

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention/common.h"
 #include "attention/cuda/lookup.h"
 
 _Static_assert(sizeof(loci_cuda_stats) == sizeof(loci_lookup_stats) &&
@@ -274,30 +275,17 @@ void loci_cuda_score_segments(loci_stream *stream, const loci_corpus_view *corpu
 
 /* --- candidates ------------------------------------------------------------------------ */
 
-typedef struct ranked {
-    float score;
-    uint32_t segment;
-} ranked;
-
-static int compare_ranked(const void *a, const void *b) {
-    const ranked *x = a, *y = b;
-    if (x->score != y->score) return x->score > y->score ? -1 : 1;
-    return x->segment < y->segment ? -1 : x->segment > y->segment;
-}
-
 /* Appends the best of segments [first, first + n), those with a score above `least`, up to `limit`
  * in *count. scores: on the device. */
 static void take_best(loci_stream *stream, const float *scores, uint32_t first, uint32_t n,
                       float least, uint32_t limit, uint32_t *segments, uint32_t *count) {
     float *copy = malloc((n + 1u) * sizeof *copy);
-    ranked *list = malloc((n + 1u) * sizeof *list);
+    loci_scored *list = malloc((n + 1u) * sizeof *list);
     if (!copy || !list) {
         loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory to rank %u segments", n);
     } else if (look_read(stream, copy, scores, n * sizeof *copy)) {
-        for (uint32_t i = 0; i < n; i++) list[i] = (ranked){copy[i], first + i};
-        qsort(list, n, sizeof *list, compare_ranked);
-        for (uint32_t i = 0; i < n && *count < limit && list[i].score > least; i++)
-            segments[(*count)++] = list[i].segment;
+        for (uint32_t i = 0; i < n; i++) list[i] = (loci_scored){copy[i], first + i};
+        loci_take_best(list, n, least, limit, segments, count);
     }
     free(copy);
     free(list);
