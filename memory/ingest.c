@@ -14,7 +14,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "base/clock.h"
 #include "base/log.h"
@@ -342,16 +341,6 @@ static bool take_turn(loci_ingest *ingest, loci_corpus *corpus) {
 
 /* --- The thread ------------------------------------------------------------------------- */
 
-static void deadline_in(unsigned ms, struct timespec *out) {
-    clock_gettime(CLOCK_MONOTONIC, out);
-    out->tv_sec += ms / 1000;
-    out->tv_nsec += (long)(ms % 1000) * 1000000;
-    if (out->tv_nsec >= 1000000000) {
-        out->tv_sec++;
-        out->tv_nsec -= 1000000000;
-    }
-}
-
 /* Caller holds the lock. Drops slots of corpora that are gone; true when some corpus is asked to
  * settle or is to be retried, so that the pause should be short. */
 static bool end_pass(loci_ingest *ingest) {
@@ -382,8 +371,8 @@ static void *thread_main(void *arg) {
         pthread_mutex_lock(&ingest->lock);
         bool busy = !ingest->stop && end_pass(ingest);
         if (!worked && !ingest->woken && !ingest->stop) {
-            struct timespec deadline;
-            deadline_in(busy ? POLL_BUSY_MS : POLL_CALM_MS, &deadline);
+            struct timespec deadline =
+                loci_moment_in(CLOCK_MONOTONIC, busy ? POLL_BUSY_MS : POLL_CALM_MS);
             pthread_cond_timedwait(&ingest->wake, &ingest->lock, &deadline);
         }
         ingest->woken = false;
@@ -517,8 +506,8 @@ loci_status loci_ingest_wait(loci_ingest *ingest, const char *corpus, unsigned t
         }
         /* Deletions do not signal: look again after a moment in any case. */
         uint64_t left_ms = (end - at + MS - 1) / MS;
-        struct timespec deadline;
-        deadline_in(left_ms < 100 ? (unsigned)left_ms : 100, &deadline);
+        struct timespec deadline =
+            loci_moment_in(CLOCK_MONOTONIC, left_ms < 100 ? (unsigned)left_ms : 100);
         pthread_mutex_lock(&ingest->lock);
         pthread_cond_timedwait(&ingest->changed, &ingest->lock, &deadline);
         pthread_mutex_unlock(&ingest->lock);

@@ -13,8 +13,8 @@
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/statvfs.h>
-#include <time.h>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "base/pool.h"
 
@@ -228,15 +228,8 @@ static bool stopping(loci_merger *merger) {
 
 static void pause_between(loci_merger *merger) {
     unsigned ms = merger->store->options.merge_calm_ms / 2 + 5;
-    struct timespec until;
     if (ms > POLL_MOST_MS) ms = POLL_MOST_MS;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += ms / 1000;
-    until.tv_nsec += (long)(ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
+    struct timespec until = loci_moment_in(CLOCK_MONOTONIC, ms);
     if (!merger->stop) pthread_cond_timedwait(&merger->wake, &merger->lock, &until);
 }
 

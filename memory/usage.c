@@ -6,7 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/clock.h"
@@ -14,7 +13,7 @@
 #include "memory/internal.h"
 #include "memory/pipeline.h"
 
-#define PATIENCE_NS 10000000 /* for all locks of a status together */
+#define PATIENCE_MS 10 /* for all locks of a status together */
 #define RESIDENT_NS 1000000000u
 #define EXTENTS_LOOKED_AT 64u
 #define PAGES_LOOKED_AT 1024u /* of each: some milliseconds for all of them */
@@ -63,18 +62,6 @@ uint32_t loci_merge_tokens_within(const loci_geometry *geometry, const loci_stor
 }
 
 /* --- Figures for status ------------------------------------------------------------------ */
-
-/* One moment after which no lock is waited for any more. */
-static struct timespec patience_ends(void) {
-    struct timespec at;
-    clock_gettime(CLOCK_REALTIME, &at);
-    at.tv_nsec += PATIENCE_NS;
-    if (at.tv_nsec >= 1000000000) {
-        at.tv_sec++;
-        at.tv_nsec -= 1000000000;
-    }
-    return at;
-}
 
 /* Caller holds store->lock, as below. */
 static void look_at_corpus(loci_corpus *corpus, const struct timespec *until) {
@@ -145,7 +132,7 @@ static loci_store_figures add_up(const loci_store *store) {
 }
 
 void loci_store_figures_of(loci_store *store, loci_store_figures *out) {
-    struct timespec until = patience_ends();
+    struct timespec until = loci_moment_in(CLOCK_REALTIME, PATIENCE_MS);
     bool locked = pthread_mutex_timedlock(&store->lock, &until) == 0;
     if (locked) {
         for (size_t i = 0; i < store->corpus_count; i++) look_at_corpus(store->corpora[i], &until);

@@ -8,7 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+
+#include "base/clock.h"
 
 /* What ranking and attribution keep of each segment: its number, scores, masses. */
 #define SEGMENT_BYTES 24u
@@ -35,13 +36,7 @@ static loci_status take_slot(loci_engine *engine, const loci_cancel *cancel, loc
     } else {
         engine->waiting++;
         while (!(slot = find_free(engine)) && status == LOCI_OK) {
-            struct timespec until;
-            clock_gettime(CLOCK_REALTIME, &until);
-            until.tv_nsec += 20000000;
-            if (until.tv_nsec >= 1000000000) {
-                until.tv_nsec -= 1000000000;
-                until.tv_sec++;
-            }
+            struct timespec until = loci_moment_in(CLOCK_REALTIME, 20);
             pthread_cond_timedwait(&engine->slot_free, &engine->lock, &until);
             status = loci_cancel_check(cancel);
         }

@@ -4,8 +4,8 @@
  */
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "base/clock.h"
 #include "services/locid/register.h"
 
 #define POLL_MS 25u            /* while the client may send more */
@@ -33,11 +33,7 @@ static loci_status send_ack(loci_registration *r, const loci_registered *item,
  * has ended. The list taken is the caller's. */
 static bool take_committed(loci_registration *r, unsigned wait_ms, loci_registered_list *taken,
                            bool *failed) {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += (long)wait_ms * 1000000;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
+    struct timespec until = loci_moment_in(CLOCK_MONOTONIC, wait_ms);
     pthread_mutex_lock(&r->mutex);
     while (r->committed.count == 0 && !r->reading_done) {
         if (pthread_cond_timedwait(&r->changed, &r->mutex, &until) != 0) break;
