@@ -6,18 +6,12 @@
 
 #include <math.h>
 #include <string.h>
+#define XXH_INLINE_ALL /* for records, where a call costs more than the hash */
 #include <xxhash.h>
-#if defined(__x86_64__) && __has_include(<xxh_x86dispatch.h>)
-#include <xxh_x86dispatch.h> /* XXH3 by the CPU's instruction set; the same values */
-#endif
 
 _Static_assert(sizeof(loci_node) == 8 && sizeof(loci_root) == 40 && sizeof(loci_leaf) == 8,
                "nodes, roots and leaves are a format");
 _Static_assert(sizeof(loci_pair_header) == 144, "the header is a format");
-
-uint64_t loci_hash_bytes(const void *data, size_t bytes) {
-    return XXH3_64bits(data, bytes);
-}
 
 static size_t header_bytes(uint32_t head_dim) {
     return sizeof(loci_pair_header) +
@@ -177,8 +171,13 @@ loci_status loci_pair_check_leaf_nodes(const uint8_t *blob, uint32_t root_index,
     return LOCI_OK;
 }
 
-static uint64_t slot_hash(const uint8_t *blob, uint32_t slot, const void *data, size_t bytes) {
-    return loci_hash_bytes(data, bytes) + loci_pair_header_of(blob)->hash_roots + slot;
+/* Up to so many bytes XXH3 uses no vectors. */
+#define HASH_SHORT 240u
+
+static inline uint64_t slot_hash(const uint8_t *blob, uint32_t slot, const void *data,
+                                 size_t bytes) {
+    uint64_t hash = bytes <= HASH_SHORT ? XXH3_64bits(data, bytes) : loci_hash_bytes(data, bytes);
+    return hash + loci_pair_header_of(blob)->hash_roots + slot;
 }
 
 uint32_t loci_record_check(const uint8_t *blob, uint32_t slot) {

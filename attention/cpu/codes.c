@@ -105,16 +105,19 @@ typedef struct root_work {
 } root_work;
 
 static void join_candidates(root_work *w, const lookup_head *head) {
-    const loci_root *root = loci_pair_root(w->part->blob, w->root - w->part->root_base);
-    const loci_leaf *leaves = loci_root_leaves(w->part->blob, root);
+    const loci_leaf *leaves = lookup_leaves(head, w->root);
+    size_t stride = loci_record_stride(loci_pair_header_of(w->part->blob)->head_dim);
     lookup_join_masks(head, w->root, head->candidates, w->all);
     w->n = 0;
-    for (uint32_t l = 0; l < root->count; l++) {
+    for (uint32_t l = 0; l < head->root_leaves[w->root]; l++) {
         w->at[l] = w->n;
         w->n += lookup_count_bits(w->all[l]);
-        for (uint32_t left = w->all[l]; left; left &= left - 1)
-            __builtin_prefetch(
-                loci_slot_record(w->part->blob, leaves[l].begin + (uint32_t)__builtin_ctz(left)));
+        for (uint32_t left = w->all[l]; left; left &= left - 1) {
+            const uint8_t *record =
+                loci_slot_record(w->part->blob, leaves[l].begin + (uint32_t)__builtin_ctz(left));
+            __builtin_prefetch(record);
+            __builtin_prefetch(record + stride - 1);
+        }
     }
 }
 
@@ -131,10 +134,10 @@ static bool find_candidates(root_work *w, const lookup_head *head, uint32_t loca
 }
 
 /* Verifies the candidates' records and gathers their codes; false when one is damaged. */
-static bool gather_codes(root_work *w, lookup_part *part, const loci_root *root, uint32_t dim) {
-    const loci_leaf *leaves = loci_root_leaves(part->blob, root);
+static bool gather_codes(root_work *w, lookup_part *part, const lookup_head *head, uint32_t dim) {
+    const loci_leaf *leaves = lookup_leaves(head, w->root);
     uint8_t *out = w->codes;
-    for (uint32_t l = 0; l < root->count; l++) {
+    for (uint32_t l = 0; l < head->root_leaves[w->root]; l++) {
         for (uint32_t left = w->all[l]; left; left &= left - 1, out += dim / 2) {
             uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(left);
             if (!loci_slot_check_record(part->blob, slot)) {
@@ -148,6 +151,18 @@ static bool gather_codes(root_work *w, lookup_part *part, const loci_root *root,
     return true;
 }
 
+/* Scores of one vector's candidates under a root, out of all that were scored there. */
+static void pick_scores(const root_work *w, uint64_t kept, const uint32_t *mask, const float *lane,
+                        float *out) {
+    for (; kept; kept &= kept - 1, mask++) {
+        uint32_t l = (uint32_t)__builtin_ctzll(kept);
+        for (uint32_t left = *mask; left; left &= left - 1) {
+            uint32_t below = w->all[l] & ((left & (0u - left)) - 1);
+            *out++ = lane[(w->at[l] + lookup_count_bits(below)) * LOCI_LANES];
+        }
+    }
+}
+
 /* Hands the scores of a block's lanes, [candidates of the root][16], to the entries. */
 static void spread_scores(const loci_lookup *lookup, lookup_head *head, const root_work *w,
                           uint32_t block, size_t first, size_t last, const float *scores) {
@@ -158,14 +173,11 @@ static void spread_scores(const loci_lookup *lookup, lookup_head *head, const ro
             if (vector / LOCI_LANES != block) continue;
             const float *lane = scores + vector % LOCI_LANES;
             float *out = head->token_score + head->token_at[e] + j * tokens;
-            const uint32_t *mask = head->candidates + head->mask_at[e];
-            for (uint64_t kept = head->leaf_mask[e]; kept; kept &= kept - 1, mask++) {
-                uint32_t l = (uint32_t)__builtin_ctzll(kept);
-                for (uint32_t left = *mask; left; left &= left - 1) {
-                    uint32_t below = w->all[l] & ((left & (0u - left)) - 1);
-                    *out++ = lane[(w->at[l] + lookup_count_bits(below)) * LOCI_LANES];
-                }
+            if (tokens == w->n) { /* all of them, as when one row alone keeps the root */
+                for (size_t t = 0; t < tokens; t++) out[t] = lane[t * LOCI_LANES];
+                continue;
             }
+            pick_scores(w, head->leaf_mask[e], head->candidates + head->mask_at[e], lane, out);
         }
     }
 }
@@ -207,9 +219,7 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
         root_work *w = &work[now];
         now = 1 - now;
         found = find_candidates(&work[now], head, w->root - part->root_base + 1);
-        if (!gather_codes(w, part, loci_pair_root(part->blob, w->root - part->root_base),
-                          lookup->dim))
-            return;
+        if (!gather_codes(w, part, head, lookup->dim)) return;
         score_root(lookup, head, w, &folded, mean_terms);
     }
 }

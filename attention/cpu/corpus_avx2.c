@@ -166,8 +166,8 @@ static inline void store_tokens(uint16_t *out, __m128i even, __m128i odd) {
 }
 
 /* count is a constant where this is inlined, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const uint8_t *group,
-                                                            uint32_t parts,
+static inline __attribute__((always_inline)) void sum_group(uint16_t *out, size_t stride,
+                                                            const uint8_t *group, uint32_t parts,
                                                             const uint8_t *const *table,
                                                             uint32_t count) {
     const __m256i low = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
@@ -183,24 +183,28 @@ static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const
             odd[v] = _mm256_add_epi16(odd[v], _mm256_srli_epi16(values, 8));
         }
     }
-    for (uint32_t v = 0; v < count; v++, out += LOCI_ROOT_TOKENS_MAX) {
+    for (uint32_t v = 0; v < count; v++, out += stride) {
         store_tokens(out, _mm256_castsi256_si128(even[v]), _mm256_castsi256_si128(odd[v]));
         store_tokens(out + 16, _mm256_extracti128_si256(even[v], 1),
                      _mm256_extracti128_si256(odd[v], 1));
     }
 }
 
-static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
-                        const uint8_t *const *table, uint32_t count) {
-    body_sketch_sums(out, sketches, groups, parts, table, count, sum_group);
+static void sketch_sums(uint16_t *out, size_t stride, const uint8_t *sketches, uint32_t groups,
+                        uint32_t parts, const uint8_t *const *table, uint32_t count) {
+    body_sketch_sums(out, stride, sketches, groups, parts, table, count, sum_group);
 }
 
-static uint32_t reaching(const uint16_t *sum, uint16_t least) {
-    __m256i limit = _mm256_set1_epi16((short)least);
-    __m256i low = _mm256_loadu_si256((const __m256i *)sum);
-    __m256i high = _mm256_loadu_si256((const __m256i *)(sum + 16));
-    low = _mm256_cmpeq_epi16(_mm256_max_epu16(low, limit), low);
-    high = _mm256_cmpeq_epi16(_mm256_max_epu16(high, limit), high);
+static uint32_t reaching(const uint16_t *sum, size_t stride, const uint16_t *least,
+                         uint32_t count) {
+    __m256i low = _mm256_setzero_si256(), high = low;
+    for (uint32_t v = 0; v < count; v++, sum += stride) {
+        __m256i limit = _mm256_set1_epi16((short)least[v]);
+        __m256i x = _mm256_loadu_si256((const __m256i *)sum);
+        __m256i y = _mm256_loadu_si256((const __m256i *)(sum + 16));
+        low = _mm256_or_si256(low, _mm256_cmpeq_epi16(_mm256_max_epu16(x, limit), x));
+        high = _mm256_or_si256(high, _mm256_cmpeq_epi16(_mm256_max_epu16(y, limit), y));
+    }
     /* Packs by halves of 128 bits: put them back in order. */
     __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);
     return (uint32_t)_mm256_movemask_epi8(both);
@@ -209,7 +213,7 @@ static uint32_t reaching(const uint16_t *sum, uint16_t least) {
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
-    .masked_top = body_masked_top,
+    .masked_tops = body_masked_tops,
     .reaching = reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,

@@ -144,8 +144,8 @@ static inline void store_tokens(uint16_t *out, __m256i even, __m256i odd) {
 
 /* Two parts at a time: their tokens 0-15, then their tokens 16-31. count is a constant where this
  * is inlined, so that the sums stay in registers. */
-static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const uint8_t *group,
-                                                            uint32_t parts,
+static inline __attribute__((always_inline)) void sum_group(uint16_t *out, size_t stride,
+                                                            const uint8_t *group, uint32_t parts,
                                                             const uint8_t *const *table,
                                                             uint32_t count) {
     const __m512i low = _mm512_set1_epi8(15), byte = _mm512_set1_epi16(255);
@@ -163,7 +163,7 @@ static inline __attribute__((always_inline)) void sum_group(uint16_t *out, const
             odd[v] = _mm512_add_epi16(odd[v], _mm512_srli_epi16(values, 8));
         }
     }
-    for (uint32_t v = 0; v < count; v++, out += LOCI_ROOT_TOKENS_MAX) {
+    for (uint32_t v = 0; v < count; v++, out += stride) {
         store_tokens(out, _mm512_castsi512_si256(even[v]), _mm512_castsi512_si256(odd[v]));
         store_tokens(out + 16, _mm512_extracti64x4_epi64(even[v], 1),
                      _mm512_extracti64x4_epi64(odd[v], 1));
@@ -196,27 +196,37 @@ static void sketch_table(loci_sketch_table *out, const float *q, const float *bo
     }
 }
 
-static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
-                        const uint8_t *const *table, uint32_t count) {
-    body_sketch_sums(out, sketches, groups, parts, table, count, sum_group);
+static void sketch_sums(uint16_t *out, size_t stride, const uint8_t *sketches, uint32_t groups,
+                        uint32_t parts, const uint8_t *const *table, uint32_t count) {
+    body_sketch_sums(out, stride, sketches, groups, parts, table, count, sum_group);
 }
 
-static uint16_t masked_top(const uint16_t *sum, uint32_t mask) {
-    __m512i all = _mm512_maskz_loadu_epi16(mask, sum);
-    __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
-    __m128i part = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    __m128i least = _mm_minpos_epu16(_mm_xor_si128(part, _mm_set1_epi16(-1)));
-    return (uint16_t)~_mm_extract_epi16(least, 0);
+static void masked_tops(uint16_t *out, const uint16_t *sum, size_t stride, uint32_t count,
+                        uint32_t mask) {
+    for (uint32_t v = 0; v < count; v++, sum += stride) {
+        __m512i all = _mm512_maskz_loadu_epi16(mask, sum);
+        __m256i half =
+            _mm256_max_epu16(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+        __m128i part =
+            _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        __m128i least = _mm_minpos_epu16(_mm_xor_si128(part, _mm_set1_epi16(-1)));
+        out[v] = (uint16_t)~_mm_extract_epi16(least, 0);
+    }
 }
 
-static uint32_t reaching(const uint16_t *sum, uint16_t least) {
-    return _mm512_cmpge_epu16_mask(_mm512_loadu_si512(sum), _mm512_set1_epi16((short)least));
+static uint32_t reaching(const uint16_t *sum, size_t stride, const uint16_t *least,
+                         uint32_t count) {
+    uint32_t mask = 0;
+    for (uint32_t v = 0; v < count; v++, sum += stride)
+        mask |=
+            _mm512_cmpge_epu16_mask(_mm512_loadu_si512(sum), _mm512_set1_epi16((short)least[v]));
+    return mask;
 }
 
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .sketch_table = sketch_table,
     .sketch_sums = sketch_sums,
-    .masked_top = masked_top,
+    .masked_tops = masked_tops,
     .reaching = reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,

@@ -61,16 +61,17 @@ typedef struct loci_corpus_kernels {
     /* Products of q's channels with the codewords of each part, less the least of their part, in
      * steps of a 255th of the widest part. book as in index.h. */
     void (*sketch_table)(loci_sketch_table *out, const float *q, const float *book, uint32_t parts);
-    /* out[v * LOCI_ROOT_TOKENS_MAX + 32 g + t] = sum over parts p of
-     * table[v][p][word of token t of group g], for v < count <= LOCI_SKETCH_VECTORS; sketches as in
-     * index.h, 4 <= parts <= 64 and a multiple of 4. */
-    void (*sketch_sums)(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
-                        const uint8_t *const *table, uint32_t count);
-    /* The highest of sum[i] over the set bits i of mask; 0 if there is none. sum[0 .. 32) is
-     * readable. */
-    uint16_t (*masked_top)(const uint16_t *sum, uint32_t mask);
-    /* Which of sum[0 .. 32) are at least `least`, a bit each. */
-    uint32_t (*reaching)(const uint16_t *sum, uint16_t least);
+    /* out[v * stride + 32 g + t] = sum over parts p of table[v][p][word of token t of group g],
+     * for v < count <= LOCI_SKETCH_VECTORS; sketches as in index.h, 4 <= parts <= 64 and a multiple
+     * of 4. */
+    void (*sketch_sums)(uint16_t *out, size_t stride, const uint8_t *sketches, uint32_t groups,
+                        uint32_t parts, const uint8_t *const *table, uint32_t count);
+    /* out[v] = the highest of sum[v * stride + i] over the set bits i of mask, 0 if there is none.
+     * Here and below all 32 are readable. */
+    void (*masked_tops)(uint16_t *out, const uint16_t *sum, size_t stride, uint32_t count,
+                        uint32_t mask);
+    /* For which i < 32 some sum[v * stride + i] is at least least[v], a bit each. */
+    uint32_t (*reaching)(const uint16_t *sum, size_t stride, const uint16_t *least, uint32_t count);
     /* How many of n values are at least `least`; NaN is not. */
     size_t (*count_from)(const float *x, size_t n, float least);
     /* out[i] = exp(x[i] - sub); 0 below -87. out may be x. */

@@ -155,26 +155,28 @@ static inline void body_sketch_table(loci_sketch_table *out, const float *q, con
 }
 
 /* Sums of one group of tokens for `count` vectors, in the registers of one instruction set. */
-typedef void (*body_sum_group)(uint16_t *out, const uint8_t *group, uint32_t parts,
+typedef void (*body_sum_group)(uint16_t *out, size_t stride, const uint8_t *group, uint32_t parts,
                                const uint8_t *const *table, uint32_t count);
 
 /* Walks the groups. Inlined with the sum, count a constant, so that the sums stay in registers. */
 static inline __attribute__((always_inline)) void
-body_sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
-                 const uint8_t *const *table, uint32_t count, body_sum_group sum) {
+body_sketch_sums(uint16_t *out, size_t stride, const uint8_t *sketches, uint32_t groups,
+                 uint32_t parts, const uint8_t *const *table, uint32_t count, body_sum_group sum) {
     for (uint32_t g = 0; g < groups; g++, out += 32, sketches += (size_t)parts * 16) {
         switch (count) {
-        case 1: sum(out, sketches, parts, table, 1); break;
-        case 2: sum(out, sketches, parts, table, 2); break;
-        case 3: sum(out, sketches, parts, table, 3); break;
-        default: sum(out, sketches, parts, table, 4); break;
+        case 1: sum(out, stride, sketches, parts, table, 1); break;
+        case 2: sum(out, stride, sketches, parts, table, 2); break;
+        case 3: sum(out, stride, sketches, parts, table, 3); break;
+        default: sum(out, stride, sketches, parts, table, 4); break;
         }
     }
 }
 
-static inline uint32_t body_reaching(const uint16_t *sum, uint16_t least) {
+static inline uint32_t body_reaching(const uint16_t *sum, size_t stride, const uint16_t *least,
+                                     uint32_t count) {
     uint32_t mask = 0;
-    for (uint32_t i = 0; i < 32; i++) mask |= (uint32_t)(sum[i] >= least) << i;
+    for (uint32_t v = 0; v < count; v++, sum += stride)
+        for (uint32_t i = 0; i < 32; i++) mask |= (uint32_t)(sum[i] >= least[v]) << i;
     return mask;
 }
 
@@ -189,13 +191,15 @@ static size_t body_count_from(const float *x, size_t n, float least) {
     return sum;
 }
 
-static inline uint16_t body_masked_top(const uint16_t *sum, uint32_t mask) {
-    uint16_t top = 0;
-    for (; mask; mask &= mask - 1) {
-        uint16_t value = sum[__builtin_ctz(mask)];
-        top = value > top ? value : top;
+static inline void body_masked_tops(uint16_t *out, const uint16_t *sum, size_t stride,
+                                    uint32_t count, uint32_t mask) {
+    for (uint32_t v = 0; v < count; v++, sum += stride) {
+        out[v] = 0;
+        for (uint32_t left = mask; left; left &= left - 1) {
+            uint16_t value = sum[__builtin_ctz(left)];
+            out[v] = value > out[v] ? value : out[v];
+        }
     }
-    return top;
 }
 
 static void body_unpack(uint8_t *out, const uint8_t *codes, size_t channels) {

@@ -55,12 +55,12 @@ static void add_values(float *o, float keep, const float *weight, const float *v
     for (uint32_t r = 0; r < n; r++) body_axpy(o, v + (size_t)r * dim, dim, weight[r * LOCI_LANES]);
 }
 
-static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups, uint32_t parts,
-                        const uint8_t *const *table, uint32_t count) {
+static void sketch_sums(uint16_t *out, size_t stride, const uint8_t *sketches, uint32_t groups,
+                        uint32_t parts, const uint8_t *const *table, uint32_t count) {
     for (uint32_t i = 0; i < groups * count; i++) {
         const uint8_t *group = sketches + (size_t)(i / count) * parts * 16;
         const uint8_t *entry = table[i % count];
-        uint16_t *to = out + (size_t)(i % count) * LOCI_ROOT_TOKENS_MAX + i / count * 32;
+        uint16_t *to = out + (size_t)(i % count) * stride + i / count * 32;
         memset(to, 0, 32 * sizeof *to);
         for (uint32_t p = 0; p < parts; p++, entry += 16, group += 16) {
             for (uint32_t t = 0; t < 16; t++) {
@@ -74,7 +74,7 @@ static void sketch_sums(uint16_t *out, const uint8_t *sketches, uint32_t groups,
 const loci_corpus_kernels loci_corpus_kernels_portable = {
     .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
-    .masked_top = body_masked_top,
+    .masked_tops = body_masked_tops,
     .reaching = body_reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,

@@ -301,11 +301,12 @@ static bool alloc_heads(loci_lookup *lookup) {
         head->root_live = lookup_alloc(lookup, roots * sizeof *head->root_live);
         head->root_first = lookup_alloc(lookup, roots * sizeof *head->root_first);
         head->root_leaves = lookup_alloc(lookup, roots);
+        head->root_groups = lookup_alloc(lookup, roots);
         head->entry_begin = lookup_alloc(lookup, (roots + 1) * sizeof *head->entry_begin);
         head->leaf_at = lookup_alloc(lookup, roots * sizeof *head->leaf_at);
         head->floor = lookup_alloc(lookup, lookup->vectors * sizeof *head->floor);
-        if (!head->root_live || !head->root_first || !head->root_leaves || !head->entry_begin ||
-            !head->leaf_at || !head->floor)
+        if (!head->root_live || !head->root_first || !head->root_leaves || !head->root_groups ||
+            !head->entry_begin || !head->leaf_at || !head->floor)
             return false;
         head->entry_begin[roots] = 0;
     }
@@ -396,6 +397,23 @@ static bool list_rows(loci_lookup *lookup, lookup_head *head) {
     return true;
 }
 
+/* Sums of sketches are needed when leaves are scored and again when candidates are marked. They
+ * are kept where they stay in the cache: for few rows. */
+static bool keep_sums(loci_lookup *lookup, lookup_head *head) {
+    size_t entries = lookup_entries(head), sums = 0;
+    head->sum_at = lookup_alloc(lookup, entries * sizeof *head->sum_at);
+    if (!head->sum_at) return false;
+    for (uint32_t r = 0; r < head->roots; r++) {
+        for (size_t e = head->entry_begin[r]; e < head->entry_begin[r + 1]; e++) {
+            head->sum_at[e] = sums;
+            sums += (size_t)head->root_groups[r] * LOCI_SKETCH_GROUP * lookup->group;
+        }
+    }
+    if (sums > lookup->cpu->kept_sums) return true; /* made twice */
+    head->sum = lookup_alloc(lookup, (sums + LOCI_SKETCH_GROUP) * sizeof *head->sum);
+    return head->sum != NULL;
+}
+
 static bool make_entries(loci_lookup *lookup, lookup_head *head) {
     bool shared = lookup_shared(lookup);
     size_t leaves = 0, scores = 0;
@@ -418,10 +436,12 @@ static bool make_entries(loci_lookup *lookup, lookup_head *head) {
         }
     }
     head->leaves = leaves;
+    if (!shared && !keep_sums(lookup, head)) return false;
+    head->leaf = lookup_alloc(lookup, leaves * sizeof *head->leaf);
     head->leaf_live = lookup_alloc(lookup, leaves);
     head->leaf_score = lookup_alloc(lookup, scores * sizeof *head->leaf_score);
     head->centre = lookup_alloc(lookup, shared ? 0 : entries * lookup->group * sizeof(float));
-    return head->leaf_live && head->leaf_score && head->centre;
+    return head->leaf && head->leaf_live && head->leaf_score && head->centre;
 }
 
 static bool make_all_entries(loci_stream *stream, loci_lookup *lookup) {
@@ -533,7 +553,7 @@ static void select_whole_leaves(void *arg, size_t index, unsigned thread) {
         uint32_t *mask = head->token_mask + head->mask_at[entry];
         for (uint32_t l = 0; l < root->count; l++) {
             if (!(head->leaf_mask[entry] >> l & 1)) continue;
-            const loci_leaf *leaf = &loci_root_leaves(part->blob, root)[l];
+            const loci_leaf *leaf = &lookup_leaves(head, part->root_base + i)[l];
             *mask++ = lookup_live_bits(part->live, leaf->begin, leaf->count);
         }
     }
@@ -566,10 +586,10 @@ static void add_selected(const lookup_part *part, uint32_t extent, uint32_t row,
 static void add_entry_selected(const lookup_part *part, const lookup_head *head, uint32_t extent,
                                uint32_t row, lookup_kept at, loci_selected *selected,
                                size_t capacity, size_t *count) {
-    const loci_root *root = loci_pair_root(part->blob, at.root - part->root_base);
+    const loci_leaf *leaves = lookup_leaves(head, at.root);
     const uint32_t *mask = head->token_mask + head->mask_at[at.entry];
     for (uint64_t left = head->leaf_mask[at.entry]; left; left &= left - 1, mask++) {
-        uint32_t first = loci_root_leaves(part->blob, root)[__builtin_ctzll(left)].begin;
+        uint32_t first = leaves[__builtin_ctzll(left)].begin;
         add_selected(part, extent, row, first, *mask, selected, capacity, count);
     }
 }

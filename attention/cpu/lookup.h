@@ -55,6 +55,7 @@ typedef struct lookup_head {
     uint32_t *root_live;  /* [roots] */
     uint32_t *root_first; /* [roots] first slot in the root's pair */
     uint8_t *root_leaves; /* [roots] */
+    uint8_t *root_groups; /* [roots] groups of sketches */
     uint64_t live_tokens;
     double spread;         /* sum over extents of the square root of their live tokens */
     uint8_t *root_kept;    /* [rows][roots]; absent where all rows share one set */
@@ -62,11 +63,14 @@ typedef struct lookup_head {
     uint32_t *entry_row;   /* [entries] */
     size_t *row_begin;     /* [rows + 1] in row_kept; absent where all rows share one set */
     lookup_kept *row_kept; /* [entries] what each row keeps, root by root */
-    size_t *leaf_at;       /* [roots] where the leaves of a root with entries begin in leaf_live */
-    uint8_t *leaf_live;    /* live tokens of a leaf */
-    size_t *score_at;      /* [entries] in leaf_score: [group][leaves of the root] */
+    size_t *leaf_at;    /* [roots] where the leaves of a root with entries begin in the next two */
+    loci_leaf *leaf;    /* copies, so that later stages find them together */
+    uint8_t *leaf_live; /* live tokens of a leaf */
+    size_t *score_at;   /* [entries] in leaf_score: [group][leaves of the root] */
     float *leaf_score;
     float *centre;        /* [entries][group] q.(mean + root) */
+    uint16_t *sum;        /* of sketches, where they are kept between stages; else NULL */
+    size_t *sum_at;       /* [entries] in sum: [group][tokens of the root, in whole groups] */
     float *floor;         /* [vectors] what a token's sketch must reach to be a candidate */
     uint64_t *leaf_mask;  /* [entries] leaves with candidates, a bit each */
     size_t *mask_at;      /* [entries + 1] in the masks: one word a leaf of leaf_mask */
@@ -125,6 +129,11 @@ static inline bool lookup_shared(const loci_lookup *lookup) {
 /* Whether some entry of a root has leaves with candidates. */
 static inline bool lookup_has_leaves(const lookup_head *head, uint32_t root) {
     return head->mask_at[head->entry_begin[root]] != head->mask_at[head->entry_begin[root + 1]];
+}
+
+/* The leaves of a root with entries, once the leaves are scored. */
+static inline const loci_leaf *lookup_leaves(const lookup_head *head, uint32_t root) {
+    return head->leaf + head->leaf_at[root];
 }
 
 /* Candidates of an entry. */

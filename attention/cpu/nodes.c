@@ -79,6 +79,7 @@ static void count_roots(const lookup_part *part, lookup_head *head) {
         const loci_root *root = loci_pair_root(part->blob, i);
         uint32_t r = part->root_base + i;
         head->root_leaves[r] = (uint8_t)root->count;
+        head->root_groups[r] = (uint8_t)loci_sketch_groups(root->tokens);
         head->root_first[r] = slot;
         head->root_live[r] = live_tokens(part->live, slot, root->tokens);
         slot += root->tokens;
@@ -143,6 +144,7 @@ void lookup_leaf_task(void *arg, size_t index, unsigned thread) {
         const loci_leaf *leaves = loci_root_leaves(part->blob, root);
         part->stats.leaf_bytes += loci_block_bytes(lookup->dim, root->count, root->tokens);
         uint8_t *live = head->leaf_live + head->leaf_at[r];
+        memcpy(head->leaf + head->leaf_at[r], leaves, root->count * sizeof *leaves);
         for (uint32_t l = 0; l < root->count; l++) {
             live[l] = (uint8_t)live_tokens(part->live, leaves[l].begin, leaves[l].count);
             if (lookup->mode == LOCI_MODE_DENSE && live[l]) head->leaf_mask[begin] |= 1ull << l;

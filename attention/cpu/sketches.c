@@ -46,10 +46,13 @@ void lookup_make_tables(const loci_lookup *lookup, const lookup_part *part) {
 typedef struct sketch_run {
     const lookup_part *part;
     const loci_root *root;
+    const loci_leaf *leaves;
     const loci_sketch_table *table;
     uint32_t count; /* of vectors, at most LOCI_SKETCH_VECTORS */
     float *centre;  /* [count] q.(mean + root) */
-    uint16_t sum[LOCI_SKETCH_VECTORS * LOCI_ROOT_TOKENS_MAX + LOCI_LEAF_TOKENS_MAX];
+    uint16_t *sum;  /* [count][stride] */
+    size_t stride;
+    bool kept; /* the sums are those that were computed when the leaves were scored */
 } sketch_run;
 
 /* The sums of groups [first, end) of the root. */
@@ -57,7 +60,7 @@ static void sum_groups(const loci_lookup *lookup, sketch_run *run, uint32_t firs
     const uint8_t *entries[LOCI_SKETCH_VECTORS];
     uint32_t parts = loci_sketch_parts(lookup->dim);
     for (uint32_t v = 0; v < run->count; v++) entries[v] = run->table[v].entry;
-    lookup->kernels->sketch_sums(run->sum + first * LOCI_SKETCH_GROUP,
+    lookup->kernels->sketch_sums(run->sum + first * LOCI_SKETCH_GROUP, run->stride,
                                  loci_root_sketches(run->part->blob, run->root) +
                                      (size_t)first * parts * LOCI_SKETCH_WORDS,
                                  end - first, parts, entries, run->count);
@@ -71,50 +74,46 @@ static float estimate_of(const sketch_run *run, uint32_t v, uint32_t sum) {
 /* The highest estimate among each leaf's live tokens: out [count][leaves]. */
 static void top_leaves(const loci_lookup *lookup, const sketch_run *run, const uint8_t *live,
                        float *out) {
-    const loci_leaf *leaves = loci_root_leaves(run->part->blob, run->root);
+    const loci_leaf *leaves = run->leaves;
     for (uint32_t l = 0; l < run->root->count; l++) {
         uint32_t mask = lookup_live_bits(run->part->live, leaves[l].begin, leaves[l].count);
-        const uint16_t *of_leaf = run->sum + (leaves[l].begin - leaves[0].begin);
-        for (uint32_t v = 0; v < run->count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX)
-            out[v * run->root->count + l] =
-                live[l] ? estimate_of(run, v, lookup->kernels->masked_top(of_leaf, mask))
-                        : -INFINITY;
+        uint16_t top[LOCI_SKETCH_VECTORS];
+        lookup->kernels->masked_tops(top, run->sum + (leaves[l].begin - leaves[0].begin),
+                                     run->stride, run->count, mask);
+        for (uint32_t v = 0; v < run->count; v++)
+            out[v * run->root->count + l] = live[l] ? estimate_of(run, v, top[v]) : -INFINITY;
     }
 }
 
 /* The least sum whose estimate reaches the floor; SKETCH_SUM_MAX + 1 if none does. */
 #define SKETCH_SUM_MAX (LOCI_HEAD_DIM_MAX / LOCI_SKETCH_CHANNELS * 255u)
 static uint16_t least_sum(const sketch_run *run, uint32_t v, float floor) {
-    uint32_t low = 0, high = SKETCH_SUM_MAX + 1;
-    while (low < high) {
-        uint32_t middle = (low + high) / 2;
-        if (estimate_of(run, v, middle) >= floor)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return (uint16_t)low;
+    float steps = (floor - run->centre[v] - run->table[v].base) / run->table[v].scale;
+    uint32_t sum = !(steps > 0.0f)          ? 0
+                   : steps < SKETCH_SUM_MAX ? (uint32_t)steps
+                                            : SKETCH_SUM_MAX + 1;
+    while (sum > 0 && estimate_of(run, v, sum - 1) >= floor) sum--;
+    while (sum <= SKETCH_SUM_MAX && !(estimate_of(run, v, sum) >= floor)) sum++;
+    return (uint16_t)sum;
 }
 
-/* Adds to the candidates of an entry the tokens that reach their vector's floor. Only groups with
- * tokens of kept leaves are summed. */
+/* Adds to the candidates of an entry the tokens that reach their vector's floor. Sums that were not
+ * kept are made again, of groups with tokens of kept leaves. */
 static void mark_run(const loci_lookup *lookup, sketch_run *run, const float *floor, uint64_t kept,
                      uint32_t *candidates) {
-    const loci_leaf *leaves = loci_root_leaves(run->part->blob, run->root);
+    const loci_leaf *leaves = run->leaves;
     uint16_t least[LOCI_SKETCH_VECTORS];
     uint32_t summed = 0;
     for (uint32_t v = 0; v < run->count; v++) least[v] = least_sum(run, v, floor[v]);
     for (; kept; kept &= kept - 1, candidates++) {
         const loci_leaf *leaf = &leaves[__builtin_ctzll(kept)];
-        uint32_t begin = leaf->begin - leaves[0].begin, mask = 0;
+        uint32_t begin = leaf->begin - leaves[0].begin;
         uint32_t first = begin / LOCI_SKETCH_GROUP;
         uint32_t end = (begin + leaf->count - 1) / LOCI_SKETCH_GROUP + 1;
         first = first > summed ? first : summed;
-        if (first < end) sum_groups(lookup, run, first, end);
+        if (first < end && !run->kept) sum_groups(lookup, run, first, end);
         summed = end;
-        const uint16_t *of_leaf = run->sum + begin;
-        for (uint32_t v = 0; v < run->count; v++, of_leaf += LOCI_ROOT_TOKENS_MAX)
-            mask |= lookup->kernels->reaching(of_leaf, least[v]);
+        uint32_t mask = lookup->kernels->reaching(run->sum + begin, run->stride, least, run->count);
         *candidates |= mask & lookup_live_bits(run->part->live, leaf->begin, leaf->count);
     }
 }
@@ -129,13 +128,19 @@ static float *centre_of(const loci_lookup *lookup, const lookup_head *head, size
 static void walk_entries(const loci_lookup *lookup, const lookup_part *part, uint32_t root_index,
                          bool mark) {
     lookup_head *head = &lookup->heads[part->kv_head];
-    sketch_run run; /* its sums are large: not cleared */
+    uint16_t sums[LOCI_SKETCH_VECTORS * LOCI_ROOT_TOKENS_MAX + LOCI_LEAF_TOKENS_MAX];
+    sketch_run run;
     run.part = part;
+    run.sum = sums;
+    run.stride = LOCI_ROOT_TOKENS_MAX;
+    run.kept = head->sum && mark;
     run.root = loci_pair_root(part->blob, root_index);
     const float *mean_terms =
         lookup->task_terms + (size_t)(part - lookup->parts) * lookup->blocks * LOCI_LANES;
     uint32_t r = part->root_base + root_index;
+    run.leaves = lookup_leaves(head, r);
     const uint8_t *live = head->leaf_live + head->leaf_at[r];
+    if (head->sum) run.stride = (size_t)head->root_groups[r] * LOCI_SKETCH_GROUP;
     float centre[LOCI_LANES];
     for (uint32_t b = 0; b < lookup->blocks; b++) {
         size_t first, last;
@@ -154,6 +159,7 @@ static void walk_entries(const loci_lookup *lookup, const lookup_part *part, uin
                 run.count = left < LOCI_SKETCH_VECTORS ? left : LOCI_SKETCH_VECTORS;
                 run.table = tables_of(lookup, part) + v;
                 run.centre = centre_of(lookup, head, e) + (v - from);
+                if (head->sum) run.sum = head->sum + head->sum_at[e] + (v - from) * run.stride;
                 if (mark) {
                     mark_run(lookup, &run, head->floor + v, head->leaf_mask[e],
                              head->candidates + head->mask_at[e]);

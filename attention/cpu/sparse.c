@@ -127,7 +127,7 @@ typedef void (*leaf_fn)(attend_job *job, leaf_work *work, uint32_t block, size_t
 static void find_selected(leaf_work *w, const loci_root *root) {
     const loci_lookup *lookup = w->lookup;
     const lookup_head *head = &lookup->heads[w->part->kv_head];
-    const loci_leaf *leaves = loci_root_leaves(w->part->blob, root);
+    const loci_leaf *leaves = lookup_leaves(head, w->root);
     lookup_join_masks(head, w->root, head->token_mask, w->all);
     for (uint32_t l = 0; l < root->count && !lookup_shared(lookup); l++) {
         for (uint32_t all = w->all[l]; all; all &= all - 1) {
@@ -155,7 +155,7 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
         for (w.bit = 0; w.bit < root->count; w.bit++) {
             uint32_t all = w.all[w.bit];
             if (!all) continue;
-            w.leaf = &loci_root_leaves(part->blob, root)[w.bit];
+            w.leaf = &lookup_leaves(head, w.root)[w.bit];
             if (!load_tokens(&w, all, values)) return;
             if (values) {
                 part->stats.hash_bytes += w.n * sizeof(uint64_t);

@@ -10,6 +10,7 @@
 
 #include <cmocka.h>
 #include <math.h>
+#include <string.h>
 
 #include "attention/cpu/corpus_kernels.h"
 #include "tests/attention/corpus_fixture.h"
@@ -65,22 +66,27 @@ static void check_sums(const loci_corpus_kernels *kernels, const uint8_t *sketch
                        const uint8_t *const *table, uint32_t vectors, const uint16_t *expected,
                        uint64_t *rng) {
     static uint16_t sums[SUMS + LOCI_LEAF_TOKENS_MAX];
-    kernels->sketch_sums(sums, sketches, GROUPS, PARTS, table, vectors);
+    const size_t bytes = GROUPS * LOCI_SKETCH_GROUP * sizeof *sums;
+    size_t stride = GROUPS * LOCI_SKETCH_GROUP + fixture_random(rng) % 64;
+    uint16_t least[LOCI_SKETCH_VECTORS], top[LOCI_SKETCH_VECTORS] = {0}, tops[LOCI_SKETCH_VECTORS];
+    uint32_t at = (uint32_t)(fixture_random(rng) % ((GROUPS - 1) * LOCI_SKETCH_GROUP));
+    uint32_t mask = (uint32_t)fixture_random(rng), reached = 0;
+    kernels->sketch_sums(sums, stride, sketches, GROUPS, PARTS, table, vectors);
     for (uint32_t v = 0; v < vectors; v++) {
-        const uint16_t *of = sums + v * LOCI_ROOT_TOKENS_MAX;
-        assert_memory_equal(of, expected + v * LOCI_ROOT_TOKENS_MAX,
-                            GROUPS * LOCI_SKETCH_GROUP * sizeof *of);
-        uint32_t at = (uint32_t)(fixture_random(rng) % ((GROUPS - 1) * LOCI_SKETCH_GROUP));
-        uint32_t mask = (uint32_t)fixture_random(rng), reached = 0;
-        uint16_t least = of[at + 7], top = 0;
+        const uint16_t *of = sums + v * stride;
+        assert_memory_equal(of, expected + v * LOCI_ROOT_TOKENS_MAX, bytes);
+        least[v] = of[at + fixture_random(rng) % 32];
         for (uint32_t t = 0; t < 32; t++) {
-            reached |= of[at + t] >= least ? 1u << t : 0u;
-            if (mask >> t & 1 && of[at + t] > top) top = of[at + t];
+            reached |= of[at + t] >= least[v] ? 1u << t : 0u;
+            if (mask >> t & 1 && of[at + t] > top[v]) top[v] = of[at + t];
         }
-        assert_int_equal(kernels->reaching(of + at, least), reached);
-        assert_int_equal(kernels->masked_top(of + at, mask), top);
-        assert_int_equal(kernels->masked_top(of + at, 0), 0);
     }
+    assert_int_equal(kernels->reaching(sums + at, stride, least, vectors), reached);
+    kernels->masked_tops(tops, sums + at, stride, vectors, mask);
+    assert_memory_equal(tops, top, vectors * sizeof *top);
+    memset(top, 0, sizeof top);
+    kernels->masked_tops(tops, sums + at, stride, vectors, 0);
+    assert_memory_equal(tops, top, vectors * sizeof *top);
 }
 
 static void test_sketch_sums(void **state) {
