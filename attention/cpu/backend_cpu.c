@@ -12,7 +12,7 @@
 #include "attention/cpu/kernels.h"
 
 #define ALIGNMENT 64u
-#define KEPT_SUMS ((size_t)1 << 20) /* 2 MiB: what a core's cache has, or little more */
+#define KEPT_BYTES ((size_t)2 << 20) /* what a core's cache has, or little more */
 #define PART_ROOTS 512u /* 131,072 tokens, a fraction of a large extent: enough for all threads */
 
 static const loci_cpu_kernels *kernels_of(loci_cpu_isa isa) {
@@ -44,7 +44,7 @@ static loci_status cpu_open(const loci_backend_options *options, loci_backend *s
     if (!cpu) return loci_fail(err, LOCI_E_NOMEM, "no memory for the cpu backend");
     self->ctx = cpu;
     cpu->part_roots = PART_ROOTS;
-    cpu->kept_sums = KEPT_SUMS;
+    cpu->kept_bytes = KEPT_BYTES;
     loci_status status;
     LOCI_TRY_GOTO(loci_cpu_isa_detect(options->isa, &cpu->isa, err), out);
     LOCI_TRY_GOTO(loci_pool_create(options->threads, &cpu->pool, err), out);

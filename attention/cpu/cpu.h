@@ -42,7 +42,8 @@ typedef struct loci_cpu {
     loci_lookup_memory_fn lookup_memory; /* NULL: not counted */
     void *lookup_memory_ctx;
     uint32_t part_roots; /* most roots of a part of a pair (lookup.h); tests have few */
-    size_t kept_sums; /* most sums of sketches that a look-up keeps for a KV head; tests vary it */
+    size_t kept_bytes;   /* most that a look-up keeps of one kind of result that two stages need,
+                            rather than work it out twice; tests vary it */
 } loci_cpu;
 
 struct loci_stream {

@@ -107,7 +107,10 @@ struct loci_lookup {
     loci_sketch_table *tables; /* [parts][vectors] */
     uint8_t *folded;           /* [threads][folded_stride]: queries with a pair's code scales */
     size_t folded_stride;
-    float **scratch;          /* [threads] */
+    float **scratch;  /* [threads] */
+    float *logits;    /* exact ones of selected tokens, kept for attribution, or NULL: of each leaf
+                         [blocks][tokens][16] */
+    size_t *logit_at; /* [parts] number of a part's first selected token */
     struct corpus_job *dense; /* dense_corpus.c: what it attended, or NULL */
     lookup_arena arena;
 };

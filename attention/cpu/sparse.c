@@ -18,10 +18,9 @@ typedef struct leaf_work {
     loci_lookup *lookup;
     lookup_part *part;
     const loci_leaf *leaf;
-    uint32_t root, bit; /* number of the root among the head's; of the leaf in the root */
-    uint32_t all[LOCI_ROOT_LEAVES_MAX]; /* of each leaf of the root, tokens that some row needs */
-    uint32_t n;                         /* their number in this leaf */
-    uint8_t index[TOKENS];              /* their places in the leaf */
+    uint32_t root, bit;    /* number of the root among the head's; of the leaf in the root */
+    uint32_t n;            /* tokens of the leaf that some row needs */
+    uint8_t index[TOKENS]; /* their places in the leaf */
     float k[TOKENS * LOCI_HEAD_DIM_MAX], v[TOKENS * LOCI_HEAD_DIM_MAX];
     float logits[TOKENS * LOCI_LANES];
     uint32_t allowed[LOCI_LANES]; /* tokens of the leaf that a lane's row selected */
@@ -70,6 +69,12 @@ static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
         w->index[w->n++] = (uint8_t)t;
     }
     return true;
+}
+
+/* The same tokens without their keys. */
+static void list_tokens(leaf_work *w, uint32_t all) {
+    w->n = 0;
+    for (; all; all &= all - 1) w->index[w->n++] = (uint8_t)__builtin_ctz(all);
 }
 
 /* Which tokens each lane of a block selected; false if none did. */
@@ -123,20 +128,65 @@ static void add_block(const loci_lookup *lookup, const partial *own, uint32_t bl
 
 typedef void (*leaf_fn)(attend_job *job, leaf_work *work, uint32_t block, size_t index);
 
-/* Which tokens of each leaf of the root some row needs, on their way to the cache. */
-static void find_selected(leaf_work *w, const loci_root *root) {
+/* A root with selected tokens: of each leaf, those that some row needs. */
+typedef struct root_tokens {
+    uint32_t root; /* its number among the pair's */
+    uint32_t all[LOCI_ROOT_LEAVES_MAX];
+} root_tokens;
+
+/* Keys, values and their hashes, or where they are not read again the records, on their way to the
+ * cache. */
+static void prefetch_token(const leaf_work *w, uint32_t slot, bool read) {
+    const uint8_t *blob = w->part->blob;
+    if (!read) {
+        __builtin_prefetch(loci_slot_record(blob, slot) + w->lookup->dim / 2);
+        return;
+    }
+    __builtin_prefetch(loci_slot_kv_hash(blob, slot));
+    const uint16_t *row = loci_slot_kv(blob, slot);
+    for (uint32_t i = 0; i < 2 * w->lookup->dim; i += 32) __builtin_prefetch(row + i);
+}
+
+/* The next root of the part, from `local` on, with leaves that some row keeps; false if there is
+ * none. */
+static bool find_selected(const leaf_work *w, uint32_t local, bool read, root_tokens *out) {
     const loci_lookup *lookup = w->lookup;
     const lookup_head *head = &lookup->heads[w->part->kv_head];
-    const loci_leaf *leaves = lookup_leaves(head, w->root);
-    lookup_join_masks(head, w->root, head->token_mask, w->all);
-    for (uint32_t l = 0; l < root->count && !lookup_shared(lookup); l++) {
-        for (uint32_t all = w->all[l]; all; all &= all - 1) {
-            uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(all);
-            __builtin_prefetch(loci_slot_kv_hash(w->part->blob, slot));
-            const uint16_t *row = loci_slot_kv(w->part->blob, slot);
-            for (uint32_t i = 0; i < 2 * lookup->dim; i += 32) __builtin_prefetch(row + i);
-        }
+    while (local < w->part->end && !lookup_has_leaves(head, w->part->root_base + local)) local++;
+    if (local == w->part->end) return false;
+    uint32_t root = w->part->root_base + local;
+    const loci_leaf *leaves = lookup_leaves(head, root);
+    out->root = local;
+    lookup_join_masks(head, root, head->token_mask, out->all);
+    for (uint32_t l = 0; l < head->root_leaves[root] && !lookup_shared(lookup); l++)
+        for (uint32_t all = out->all[l]; all; all &= all - 1)
+            prefetch_token(w, leaves[l].begin + (uint32_t)__builtin_ctz(all), read);
+    return true;
+}
+
+/* The selected tokens of one leaf, number `token` of the part and following: reads them and calls
+ * fn for each block of lanes with a stake in them. */
+static bool walk_leaf(attend_job *job, leaf_work *w, uint32_t all, size_t token, size_t index,
+                      bool values, leaf_fn fn) {
+    const loci_lookup *lookup = w->lookup;
+    bool read = values || !lookup->logits;
+    if (read && !load_tokens(w, all, values)) return false;
+    if (!read) list_tokens(w, all);
+    if (values) {
+        w->part->stats.hash_bytes += w->n * sizeof(uint64_t);
+        w->part->stats.kv_bytes += w->n * 4u * lookup->dim;
+        w->part->stats.kv_leaf_bytes += w->leaf->count * 4u * lookup->dim;
     }
+    for (uint32_t b = 0; b < lookup->blocks; b++) {
+        if (!set_allowed(w, b, all)) continue;
+        float *kept = lookup->logits;
+        if (kept) kept += (token * lookup->blocks + (size_t)b * w->n) * LOCI_LANES;
+        if (read) score_block(w, b);
+        if (kept && read) memcpy(kept, w->logits, w->n * LOCI_LANES * sizeof *kept);
+        if (!read) memcpy(w->logits, kept, w->n * LOCI_LANES * sizeof *kept);
+        fn(job, w, b, index);
+    }
+    return true;
 }
 
 /* Calls fn for each selected leaf of a part and each block of lanes with a stake in it. */
@@ -144,29 +194,24 @@ static void walk_selected(attend_job *job, size_t index, bool values, leaf_fn fn
     loci_lookup *lookup = job->lookup;
     lookup_part *part = &lookup->parts[index];
     const lookup_head *head = &lookup->heads[part->kv_head];
+    bool read = values || !lookup->logits;
+    size_t token = lookup->logits ? lookup->logit_at[index] : 0;
+    root_tokens roots[2]; /* one is worked on while the tokens of the other come */
     leaf_work w;
     w.lookup = lookup;
     w.part = part;
-    for (uint32_t i = part->first; i < part->end; i++) {
-        const loci_root *root = loci_pair_root(part->blob, i);
-        w.root = part->root_base + i;
-        if (!lookup_has_leaves(head, w.root)) continue;
-        find_selected(&w, root);
-        for (w.bit = 0; w.bit < root->count; w.bit++) {
-            uint32_t all = w.all[w.bit];
-            if (!all) continue;
+    uint32_t now = 0;
+    bool found = find_selected(&w, part->first, read, &roots[now]);
+    while (found) {
+        const root_tokens *at = &roots[now];
+        now = 1 - now;
+        found = find_selected(&w, at->root + 1, read, &roots[now]);
+        w.root = part->root_base + at->root;
+        for (w.bit = 0; w.bit < head->root_leaves[w.root]; w.bit++) {
+            if (!at->all[w.bit]) continue;
             w.leaf = &lookup_leaves(head, w.root)[w.bit];
-            if (!load_tokens(&w, all, values)) return;
-            if (values) {
-                part->stats.hash_bytes += w.n * sizeof(uint64_t);
-                part->stats.kv_bytes += w.n * 4u * lookup->dim;
-                part->stats.kv_leaf_bytes += w.leaf->count * 4u * lookup->dim;
-            }
-            for (uint32_t b = 0; b < lookup->blocks; b++) {
-                if (!set_allowed(&w, b, all)) continue;
-                score_block(&w, b);
-                fn(job, &w, b, index);
-            }
+            if (!walk_leaf(job, &w, at->all[w.bit], token, index, values, fn)) return;
+            token += w.n;
         }
     }
 }
@@ -376,6 +421,27 @@ static void join_task(void *arg, size_t index, unsigned thread) {
     }
 }
 
+/* Logits are kept for attribution where they are few. */
+static bool keep_logits(loci_lookup *lookup) {
+    size_t tokens = 0;
+    lookup->logits = NULL;
+    lookup->logit_at = lookup_alloc(lookup, lookup->part_count * sizeof *lookup->logit_at);
+    if (!lookup->logit_at) return false;
+    for (size_t p = 0; p < lookup->part_count; p++) {
+        const lookup_part *part = &lookup->parts[p];
+        const lookup_head *head = &lookup->heads[part->kv_head];
+        size_t begin = head->entry_begin[part->root_base + part->first];
+        size_t end = head->entry_begin[part->root_base + part->end];
+        lookup->logit_at[p] = tokens;
+        for (size_t i = head->mask_at[begin]; i < head->mask_at[end]; i++)
+            tokens += lookup_count_bits(head->token_mask[i]); /* of several rows: or fewer */
+    }
+    size_t bytes = tokens * lookup->blocks * LOCI_LANES * sizeof(float);
+    if (bytes > lookup->cpu->kept_bytes) return true;
+    lookup->logits = lookup_alloc(lookup, bytes);
+    return lookup->logits != NULL;
+}
+
 void loci_cpu_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
                             uint32_t out_stride, loci_ref lse) {
     if (!lookup->ready || !lookup->tokens_selected) return;
@@ -387,7 +453,7 @@ void loci_cpu_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref o
         .out_stride = out_stride,
         .lse = loci_cpu_ptr(lse, (size_t)lookup->rows * lookup->q_heads * sizeof(float)),
     };
-    bool ok = job.partials != NULL;
+    bool ok = job.partials && keep_logits(lookup);
     for (size_t i = 0; ok && i < lookup->part_count; i++) {
         partial *own = &job.partials[i];
         own->state = lookup_alloc(lookup, lookup->blocks * sizeof *own->state);

@@ -52,7 +52,7 @@ scene open_scene(setting c) {
     if (strcmp(s.f.backend->ops->name, "cpu") == 0) {
         loci_cpu *cpu = s.f.backend->ctx;
         cpu->part_roots = 1 + (uint32_t)(c.seed % 4);
-        if (c.seed % 2) cpu->kept_sums = 0;
+        if (c.seed % 2) cpu->kept_bytes = 0;
     }
     size_t heads = (size_t)c.rows * s.f.q_heads, values = heads * c.dim;
     s.q = calloc(values, sizeof *s.q);
