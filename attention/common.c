@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 void loci_select_reach(loci_select_params *params, loci_reach reach) {
-    static const float roots[] = {0.35f, 0.27f, 0.25f}, candidates[] = {2.2f, 1.6f, 2.0f};
+    static const float roots[] = {0.48f, 0.22f, 0.25f}, candidates[] = {2.4f, 1.85f, 2.0f};
     params->roots = roots[reach];
     params->candidates = candidates[reach];
     params->roots_min = 64;
@@ -25,6 +25,11 @@ uint64_t loci_select_count(float rate, double spread, uint64_t live, uint64_t le
     uint64_t count = wanted >= (double)live ? live : wanted > 0.0 ? (uint64_t)wanted : 0;
     uint64_t most = count > least ? count : least;
     return most ? most : 1;
+}
+
+float loci_select_root_slack(float top_p) {
+    float slack = 1.0f - top_p;
+    return slack > 0.0f ? logf(0.1f * slack) : -INFINITY;
 }
 
 size_t loci_attend_rows(const loci_attend_dense *args, bool keys) {

@@ -12,6 +12,10 @@
  * tokens; at least `least`, and 1. */
 uint64_t loci_select_count(float rate, double spread, uint64_t live, uint64_t least);
 
+/* By how much a root's log mass may lie below what is attended exactly anyway: log(a tenth of
+ * 1 - top_p); -INFINITY where nothing may be left out. */
+float loci_select_root_slack(float top_p);
+
 /* Rows past the last one that any span touches, of queries or of keys. */
 size_t loci_attend_rows(const loci_attend_dense *args, bool keys);
 

@@ -150,11 +150,13 @@ void lookup_keep_roots_task(void *arg, size_t index, unsigned thread) {
     uint8_t *kept = head->root_kept + (size_t)row * n;
     uint64_t k = loci_select_count(lookup->params.roots, head->spread, head->live_tokens,
                                    lookup->params.roots_min);
+    float slack = loci_select_root_slack(lookup->params.top_p);
+    const float *steady = lookup->steady + (size_t)h * lookup->vectors + row * lookup->group;
     memset(kept, 0, n);
     for (uint32_t g = 0; g < lookup->group; g++) {
         const float *score = head->root_score + ((size_t)row * lookup->group + g) * n;
-        float least = fmaxf(lookup_kth(lookup->kernels, score, n, k),
-                            -FLT_MAX); /* those without live tokens: not */
+        float least = fmaxf(lookup_kth(lookup->kernels, score, n, k), steady[g] + slack);
+        least = fmaxf(least, -FLT_MAX); /* those without live tokens: not */
         for (size_t i = 0; i < n; i++) kept[i] |= score[i] >= least;
     }
 }

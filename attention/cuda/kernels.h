@@ -274,7 +274,7 @@ typedef struct loci_cuda_kept {
  * base + scale * (sum of entries) the estimate behind the root's centre. */
 typedef struct loci_cuda_choice {
     uint64_t roots_wanted, candidates_wanted, budget; /* for each head; budget 0 = none */
-    float reach, top_p;
+    float root_slack, reach, top_p;
     bool tail;          /* for the figures */
     float *root_score;  /* of a head [vectors][roots], from root_at * vectors on */
     float *root_centre; /* the same of q.mean + q8.c alone */

@@ -303,6 +303,7 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
             loci_select_count(params->candidates, sqrt((double)lookup->live_tokens),
                               lookup->live_tokens, params->candidates_min),
         .budget = params->budget,
+        .root_slack = loci_select_root_slack(params->top_p),
         .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
         .top_p = params->top_p,
         .tail = params->estimate_tail,

@@ -47,7 +47,8 @@ static __global__ void __launch_bounds__(RADIX_THREADS)
     const loci_cuda_head *head = &look.heads[h];
     const float *score = c.root_score + head->root_at * look.vectors + (size_t)v * head->roots;
     float top, least = radix_kth((radix_memory *)shared, score, head->roots, c.roots_wanted, &top);
-    if (threadIdx.x == 0) c.root_floor[blockIdx.x] = least;
+    if (threadIdx.x == 0)
+        c.root_floor[blockIdx.x] = fmaxf(least, look.steady[blockIdx.x] + c.root_slack);
     if (threadIdx.x == 0 && v % look.group == 0) c.leaf_count[blockIdx.x / look.group] = 0;
     if (blockIdx.x == 0 && threadIdx.x == 0) *c.kept_count = 0;
 }

@@ -289,7 +289,8 @@ static void select_row(const scene *s, const float *steady, const loci_select_pa
     double floor[16], live, spread;
     list_roots(s, &roots, &live, &spread);
     for (uint32_t j = 0; j < s->g; j++)
-        floor[j] = kth(&roots, j, count_of(p->roots, spread, p->roots_min));
+        floor[j] = fmax(kth(&roots, j, count_of(p->roots, spread, p->roots_min)),
+                        (double)steady[j] + log((1.0 - (double)p->top_p) / 10.0));
     take_reaching(&roots, s->g, floor);
     list_leaves(s, &roots, &leaves);
     for (uint32_t j = 0; j < s->g; j++) {

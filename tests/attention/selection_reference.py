@@ -142,12 +142,16 @@ def select_row(q, pairs, steady, par):
     roots = [(e, i) for e, p in enumerate(pairs) for i, x in enumerate(p.roots) if x["live"]]
     s = np.array([[y + math.log(x["live"]) for p in pairs
                    for x, y in zip(p.roots, node_scores(v, p, p.roots, True)) if x["live"]] for v in q])
-    floor = np.array([kth(x, count_of(par["roots"], spread, par["roots_min"])) for x in s])
+    slack = math.log((1 - par["top_p"]) / 10)
+    floor = np.array([max(kth(x, count_of(par["roots"], spread, par["roots_min"])), t + slack)
+                      for x, t in zip(s, steady)])
     kept = {root for root, k in zip(roots, (s >= floor[:, None]).any(0)) if k}
     by_token = [[sketch_scores(v, pair) for pair in pairs] for v in q]
     leaves = [(e, x) for e, r in sorted(kept)
               for x in pairs[e].leaves[pairs[e].roots[r]["begin"]:][: pairs[e].roots[r]["count"]]
               if x["live"]]
+    if not leaves:
+        return []
     k = count_of(par["candidates"], math.sqrt(live), par["candidates_min"])
     floor = []
     for of, t in zip(by_token, steady):

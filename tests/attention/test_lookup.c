@@ -218,6 +218,27 @@ static void test_what_is_out_of_reach_takes_no_part(void **state) {
     close_scene(&s);
 }
 
+/* Roots that hold too little beside the steady zone are not read. */
+static void test_roots_out_of_reach_are_not_read(void **state) {
+    (void)state;
+    uint64_t read[2] = {0};
+    for (int i = 0; i < 12; i++) {
+        setting c = usual;
+        c.rows = c.group = 1; /* of several, one or another wants each root */
+        c.seed = 300 + (uint64_t)i / 2;
+        scene s = open_scene(c);
+        loci_select_params params = narrow(0.99f, 0);
+        params.roots_min = 1u << 30;
+        reference_attend(&s.f, 0, s.rows, s.q, NULL, s.ref_out, s.ref_lse);
+        for (size_t x = 0; x < (size_t)s.f.q_heads; x++)
+            s.steady[x] = i % 2 ? (float)s.ref_lse[x] + 4.0f * (float)(i / 2) : -INFINITY;
+        assert_true(check_run(&s, params, "roots out of reach") > 0 || i % 2);
+        read[i % 2] += run(&s, params, false).stats.leaf_bytes;
+        close_scene(&s);
+    }
+    assert_in_range(read[1], 1, read[0] * 3 / 4);
+}
+
 static void test_selection_at_odd_shapes(void **state) {
     (void)state;
     static const uint32_t dims[] = {16, 64, 128, 32}, groups[] = {7, 4, 1, 3, 16};
@@ -544,6 +565,7 @@ static int write_corpus(const char *path) {
             put(file, blob, loci_pair_header_of(blob)->blob_bytes);
         }
     }
+    for (size_t i = 0; i < (size_t)c.rows * s.f.q_heads; i += 2) s.steady[i] += 4.0f;
     put(file, s.q, (size_t)c.rows * s.f.q_heads * c.dim * sizeof *s.q);
     put(file, s.steady, (size_t)c.rows * s.f.q_heads * sizeof *s.steady);
     assert_int_equal(fclose(file), 0);
@@ -661,6 +683,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_selection_equals_reference),
         cmocka_unit_test(test_selection_equals_numpy),
         cmocka_unit_test(test_what_is_out_of_reach_takes_no_part),
+        cmocka_unit_test(test_roots_out_of_reach_are_not_read),
         cmocka_unit_test(test_selection_at_odd_shapes),
         cmocka_unit_test(test_deleted_segments_take_no_part),
         cmocka_unit_test(test_no_extents),
