@@ -15,18 +15,18 @@ static __device__ __forceinline__ mass_t mass_of(float share) {
 
 /* One block for each (KV head, vector): its greatest score, and 1 / (its sum of exp(score - that)
  * times the heads of the group). */
-static __global__ void __launch_bounds__(RADIX_THREADS)
+static __global__ void __launch_bounds__(RADIX_THREADS, 1)
     k_totals(const loci_cuda_look look, const loci_cuda_choice c) {
     __shared__ float buffer[WARPS_MAX];
+    await_previous();
     uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors;
     size_t hr = (size_t)h * look.rows + v / look.group;
     const float *score = c.score + (hr * look.group + v % look.group) * c.room;
-    uint32_t n = c.count[hr];
-    float steady = look.steady[blockIdx.x], max = -INFINITY, sum = 0.0f;
-    sweep(score, n, [&](float x) { max = fmaxf(max, x); });
-    max = fmaxf(block_max(max, buffer), steady);
+    float steady = look.steady[blockIdx.x], max = steady, sum = 0.0f;
+    uint32_t top = c.top[blockIdx.x];
+    if (top) max = fmaxf(max, unordered(top));
     if (max > -INFINITY) {
-        sweep(score, n, [&](float x) { sum += expf(x - max); });
+        sweep(score, c.count[hr], [&](float x) { sum += expf(x - max); });
         sum = block_sum(sum, buffer) + expf(steady - max);
     }
     if (threadIdx.x != 0) return;
@@ -34,26 +34,40 @@ static __global__ void __launch_bounds__(RADIX_THREADS)
     c.total[2 * blockIdx.x + 1] = max > -INFINITY ? 1.0f / (sum * (float)look.group) : 0.0f;
 }
 
-/* share[i] = mean over heads of exp(score - log of all mass). */
+/* share[i] = mean over heads of exp(score - log of all mass), and the masses of all steps. */
 static __global__ void k_shares(const loci_cuda_look look, const loci_cuda_choice c) {
+    await_previous();
     uint32_t h = blockIdx.y / look.rows, row = blockIdx.y % look.rows;
     const float *total = c.total + 2 * ((size_t)h * look.vectors + row * look.group);
     const float *score = c.score + (size_t)blockIdx.y * look.group * c.room;
+    unsigned long long *mass = c.step_mass + (size_t)blockIdx.y * LOCI_CUDA_STEPS;
+    uint32_t *count = c.step_count + (size_t)blockIdx.y * LOCI_CUDA_STEPS;
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < c.count[blockIdx.y];
          i += gridDim.x * blockDim.x) {
         float share = 0.0f;
+#pragma unroll 8
         for (uint32_t g = 0; g < look.group; g++)
             if (total[2 * g] > -INFINITY)
                 share += expf(score[g * c.room + i] - total[2 * g]) * total[2 * g + 1];
         c.share[(size_t)blockIdx.y * c.room + i] = share;
+        if (!(share >= 0.0f)) continue;
+        uint32_t step = __float_as_uint(share) >> RADIX_SHARES;
+        if (step >= LOCI_CUDA_STEPS) step = LOCI_CUDA_STEPS - 1;
+        if (mass_of(share)) atomicAdd(&mass[step], mass_of(share));
+        atomicAdd(&count[step], 1u);
     }
 }
 
-/* The sum of the shares as integers; every thread gets it. */
-static __device__ mass_t sum_shares(radix_memory *memory, const float *share, uint32_t n) {
+/* Brings the masses of all steps to `memory`; every thread gets their sum. */
+static __device__ mass_t load_steps(const loci_cuda_choice &c, radix_memory *memory) {
+    static_assert(LOCI_CUDA_STEPS == RADIX_BUCKETS, "steps are the first buckets of the cut");
     mass_t own = 0;
     uint32_t unused = 0;
-    sweep(share, n, [&](float x) { own += mass_of(x); });
+    for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += RADIX_THREADS) {
+        memory->mass[i] = c.step_mass[(size_t)blockIdx.x * LOCI_CUDA_STEPS + i];
+        memory->count[i] = c.step_count[(size_t)blockIdx.x * LOCI_CUDA_STEPS + i];
+        own += memory->mass[i];
+    }
     scan_block(memory, &own, &unused);
     if (threadIdx.x == RADIX_THREADS - 1) memory->found_mass = own;
     __syncthreads();
@@ -62,68 +76,77 @@ static __device__ mass_t sum_shares(radix_memory *memory, const float *share, ui
     return total;
 }
 
-/* The first of those that equal the cut, where not all are taken. */
-static __device__ void mark_ties(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                 radix_memory *memory, const radix_cut &cut, const float *share,
-                                 uint32_t n) {
-    const uint32_t *slots = c.slots + (size_t)blockIdx.x * c.room;
-    uint32_t *words = look.token_mask + (size_t)blockIdx.x * look.words, passed = 0;
+/* The place in the list behind the last of those that equal the cut and are taken. */
+static __device__ uint32_t place_of_ties(radix_memory *memory, const radix_cut &cut,
+                                         const float *share, uint32_t n) {
+    uint32_t passed = 0;
+    if (threadIdx.x == 0) memory->found = 0;
     for (uint32_t begin = 0; begin < n && passed < cut.ties; begin += RADIX_THREADS) {
         uint32_t i = begin + threadIdx.x;
         bool equal = i < n && __float_as_uint(share[i]) == cut.key;
         uint32_t place = equal ? 1 : 0;
         mass_t none = 0;
         scan_block(memory, &none, &place);
-        if (equal && passed + place <= cut.ties)
-            atomicOr(&words[slots[i] / 32], 1u << (slots[i] % 32));
+        if (equal && passed + place == cut.ties) memory->found = i + 1;
         passed += (uint32_t)__syncthreads_count(equal);
     }
+    __syncthreads();
+    return memory->found;
 }
 
+#define SHARES_EACH 20u /* of a thread, in registers */
+
 /* One block for each hr. */
-static __global__ void __launch_bounds__(RADIX_THREADS)
+static __global__ void __launch_bounds__(RADIX_THREADS, 1)
     k_cut(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
     radix_memory *memory = (radix_memory *)shared;
+    await_previous();
     uint32_t n = c.count[blockIdx.x];
     const float *share = c.share + (size_t)blockIdx.x * c.room;
-    mass_t total = sum_shares(memory, share, n);
+    block_values<SHARES_EACH> all;
+    load_values(all, share, n);
+    mass_t total = load_steps(c, memory);
     mass_t slack = (mass_t)((1.0 - (double)c.top_p) * SHARE_UNIT);
-    mass_t target = total > slack ? total - slack : 0;
-    radix_cut cut =
-        radix_select<RADIX_SHARES>(memory, target, c.budget ? c.budget : ~(mass_t)0, [&](auto add) {
-            sweep(share, n, [&](float x) { add(__float_as_uint(x), mass_of(x)); });
-        });
+    mass_t target = total > slack ? total - slack : 0, most = c.budget ? c.budget : ~(mass_t)0;
+    radix_cut cut = radix_select<RADIX_SHARES>(memory, target, most, true, [&](auto add) {
+        visit_values(all, [&](float x) { add(__float_as_uint(x), mass_of(x)); });
+    });
     __syncthreads();
-    bool whole = cut.ties >= cut.equal;
-    if (threadIdx.x == 0) c.cut[blockIdx.x] = (loci_cuda_cut){cut.key, whole};
-    if (!whole) mark_ties(look, c, memory, cut, share, n);
+    uint32_t ties = 0xffffffffu;
+    if (cut.ties < cut.equal) ties = place_of_ties(memory, cut, share, n);
+    if (threadIdx.x == 0) c.cut[blockIdx.x] = loci_cuda_cut{cut.key, ties};
 }
 
-static __global__ void k_take(const loci_cuda_look look, const loci_cuda_choice c) {
-    const loci_cuda_cut cut = c.cut[blockIdx.y];
-    const uint32_t *slots = c.slots + (size_t)blockIdx.y * c.room;
-    const float *share = c.share + (size_t)blockIdx.y * c.room;
-    uint32_t *words = look.token_mask + (size_t)blockIdx.y * look.words;
-    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < c.count[blockIdx.y];
-         i += gridDim.x * blockDim.x) {
-        uint32_t key = __float_as_uint(share[i]);
-        if (key > cut.key || (cut.equal && key == cut.key))
-            atomicOr(&words[slots[i] / 32], 1u << (slots[i] % 32));
-    }
-}
-
-#define SPREAD 128u /* blocks of a row and KV head where a thread has a candidate */
+#define SPREAD 64u /* blocks of a row and KV head where a thread has a candidate */
 
 extern "C" cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci_cuda_look *look,
                                                  const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
     uint32_t rows = look->kv_heads * look->rows;
-    dim3 spread(SPREAD, rows);
-    k_totals<<<look->kv_heads * look->vectors, RADIX_THREADS, 0, stream>>>(*look, *choice);
-    k_shares<<<spread, 256, 0, stream>>>(*look, *choice);
-    k_cut<<<rows, RADIX_THREADS, sizeof(radix_memory), stream>>>(*look, *choice);
-    k_take<<<spread, 256, 0, stream>>>(*look, *choice);
+    cudaError_t result = launch_behind(stream, k_totals, look->kv_heads * look->vectors,
+                                       RADIX_THREADS, 0, *look, *choice);
+    if (result != cudaSuccess) return result;
+    result = launch_behind(stream, k_shares, dim3(SPREAD, rows), 256, 0, *look, *choice);
+    if (result != cudaSuccess) return result;
+    return launch_behind(stream, k_cut, rows, RADIX_THREADS, sizeof(radix_memory), *look, *choice);
+}
+
+static __global__ void k_mask_chosen(const loci_cuda_look look, const loci_cuda_choice c) {
+    const loci_cuda_cut cut = c.cut[blockIdx.y];
+    const uint32_t *slots = c.slots + (size_t)blockIdx.y * c.room;
+    const float *share = c.share + (size_t)blockIdx.y * c.room;
+    uint32_t *words = look.token_mask + (size_t)blockIdx.y * look.words;
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < c.count[blockIdx.y];
+         i += gridDim.x * blockDim.x)
+        if (is_chosen(cut, share[i], i)) atomicOr(&words[slots[i] / 32], 1u << (slots[i] % 32));
+}
+
+extern "C" cudaError_t loci_cuda_k_mask_chosen(cudaStream_t stream, const loci_cuda_look *look,
+                                               const loci_cuda_choice *choice) {
+    if (look->extents == 0) return cudaSuccess;
+    dim3 spread(SPREAD, look->kv_heads * look->rows);
+    k_mask_chosen<<<spread, 256, 0, stream>>>(*look, *choice);
     return cudaGetLastError();
 }
 

@@ -152,7 +152,8 @@ typedef struct loci_cuda_look_query {
 /* query.cu: fills q to mean_terms. */
 cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,
                                 const loci_cuda_look_query *query);
-/* query.cu: live tokens of all roots and leaves. */
+/* query.cu: live tokens of all roots and leaves. Roots are scored without where no token of a pair
+ * is deleted. */
 cudaError_t loci_cuda_k_count_live(cudaStream_t stream, const loci_cuda_look *look);
 /* sparse.cu: token_mask becomes all live tokens; mask_rows is 1. */
 cudaError_t loci_cuda_k_mask_live(cudaStream_t stream, const loci_cuda_look *look);
@@ -184,15 +185,13 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_chunk(const loci_cuda_look *look) {
     return chunk;
 }
 
-#define LOCI_CUDA_LISTED 512u /* blocks that share the listed slots of all heads, about */
+#define LOCI_CUDA_LISTED 256u /* blocks that share the listed candidates of all heads, about */
 
 /* Partial results of attention over the pairs: for each (pair, part of it) and tile of vectors,
  * [LOCI_CUDA_ROWS][dim + 2] as in loci_cuda_dense. parts: chunks, and one more for a tail. Where
  * the look-up has one row, one tile and a list of candidates, the parts of a head are even shares
- * of its list instead. */
+ * of its list instead, whose cut says what is attended. */
 typedef struct loci_cuda_attend {
-    const uint32_t *slots, *count; /* of loci_cuda_choice; NULL: slots are found by the masks */
-    uint64_t room;
     uint32_t extents; /* whose parts are merged: 1 where lists are used */
     float *partial;   /* [pairs * parts][tiles][ROWS][dim + 2] */
     uint32_t chunk, chunks, parts;
@@ -255,73 +254,92 @@ cudaError_t loci_cuda_k_squeeze_select(cudaStream_t stream, const loci_cuda_look
 
 #define LOCI_CUDA_LOT 8u /* vectors whose sketches are summed together */
 
-/* Selected are the candidates whose share has more than these bits, and, if `equal`, as many. */
+/* Selected are the candidates whose share has more than these bits, and those up to place `ties` of
+ * the list that equal them. */
 typedef struct loci_cuda_cut {
-    uint32_t key, equal;
+    uint32_t key, ties;
 } loci_cuda_cut;
 
-#define LOCI_CUDA_RUN 1024u /* mask words whose bits are counted together */
+#define LOCI_CUDA_RUN 256u /* mask words of a pair whose bits are counted together */
 
-LOCI_CUDA_BOTH uint32_t loci_cuda_runs(uint32_t words) {
-    return (words + LOCI_CUDA_RUN - 1) / LOCI_CUDA_RUN;
+/* Runs of a mask. A pair's begin at word_base / LOCI_CUDA_RUN + its extent. */
+LOCI_CUDA_BOTH uint32_t loci_cuda_runs(const loci_cuda_look *look) {
+    return look->words / LOCI_CUDA_RUN + look->extents + 1;
 }
 
-typedef struct loci_cuda_kept {
-    uint32_t pair, root; /* root: of the pair */
-} loci_cuda_kept;
+#define LOCI_CUDA_STEPS \
+    2048u /* of shares, 16 to each power of two, by whose masses the cut begins */
 
-/* "hr" numbers (KV head, row). A table is what a vector knows of a pair: [parts][16] entries, and
- * base + scale * (sum of entries) the estimate behind the root's centre. */
+/* "hr" numbers (KV head, row), a "lot" LOCI_CUDA_LOT vectors of a row. A table is what a vector
+ * knows of a pair: [parts][16] entries, and base + scale * (sum of entries) the estimate behind the
+ * root's centre. */
 typedef struct loci_cuda_choice {
     uint64_t roots_wanted, candidates_wanted, budget; /* for each head; budget 0 = none */
     float root_slack, reach, top_p;
-    bool tail;          /* for the figures */
+    bool tail;     /* for the figures */
+    uint4 *zeroed; /* what kernels count in, cleared first: zeroed_count times 16 bytes */
+    size_t zeroed_count;
     float *root_score;  /* of a head [vectors][roots], from root_at * vectors on */
     float *root_centre; /* the same of q.mean + q8.c alone */
     float *root_floor;  /* [kv_heads][vectors]: the least score that is kept */
     uint8_t *root_kept; /* of a head [rows][roots], from root_at * rows on */
     uint8_t *table; /* [pairs][rows][lots][dim / 4][16][LOCI_CUDA_LOT]: an entry of each vector of a
-                       lot of a row's heads stands side by side */
+                       lot stands side by side */
     float *table_base, *table_scale; /* [pairs][vectors] */
-    loci_cuda_kept *kept;            /* [*kept_count]: the roots that any row keeps, in any order */
-    uint32_t *kept_count;
-    uint32_t *leaf_count; /* [hr]: leaves of the roots that the row keeps */
+    uint16_t *kept; /* as root_kept: for each pair and row the roots that are kept, ascending */
+    uint32_t *kept_count; /* [pairs][rows] */
+    uint32_t *leaf_count; /* [hr]: leaves of the roots that the row keeps (zeroed) */
     uint32_t *leaf_place; /* as root_kept: where the leaves of a root begin among those */
     float *leaf_score;    /* of a head [vectors][leaves], from leaf_at * vectors on; the first
                              leaf_count of them are there */
+    uint4 *sums;          /* [hr][lots][words * 32]: sums of entries of the tokens of kept roots;
+                             NULL where that were too much: they are added up again */
     float *floor;         /* [kv_heads][vectors] */
-    uint32_t *candidates; /* a mask */
-    uint32_t *run_count;  /* [hr][LOCI_CUDA_RUN words]: candidates of the run */
+    uint32_t *candidates; /* a mask (zeroed) */
+    uint32_t *run_count;  /* [hr][runs]: candidates of the run (zeroed) */
     uint32_t *rank;       /* [hr][words]: candidates before the word */
-    uint32_t *count;      /* [hr] */
+    uint32_t *count;      /* [hr] (zeroed) */
     uint64_t room;        /* of one row in the next three */
     uint32_t *slots;      /* [hr][room]: place in the mask of each candidate, ascending */
     float *score;         /* [hr][group][room] */
     float *share;         /* [hr][room] */
+    uint32_t *top;        /* [kv_heads][vectors]: bits, ordered, of the greatest score (zeroed) */
     float *total;         /* [kv_heads][vectors][2]: the greatest score, and what a share is of
                              exp(score - that) */
-    loci_cuda_cut *cut;   /* [hr] */
-    int8_t *folded;       /* [pairs][vectors][dim], as in loci_cuda_rank */
+    unsigned long long *step_mass; /* [hr][LOCI_CUDA_STEPS]: shares of a step together (zeroed) */
+    uint32_t *step_count;          /* the same: how many (zeroed) */
+    loci_cuda_cut *cut;            /* [hr] */
+    int8_t *folded;                /* [pairs][vectors][dim], as in loci_cuda_rank */
     float *folded_scale;
     int32_t *folded_sum;
 } loci_cuda_choice;
 
+LOCI_CUDA_BOTH uint32_t loci_cuda_lots(const loci_cuda_look *look) {
+    return (look->group + LOCI_CUDA_LOT - 1) / LOCI_CUDA_LOT;
+}
+
+/* sketches.cu: clears what is zeroed, fills table and folded. */
+cudaError_t loci_cuda_k_prepare(cudaStream_t stream, const loci_cuda_look *look,
+                                const loci_cuda_choice *choice);
 /* nodes.cu: root_score, root_centre, root_floor, then what says which roots are kept. */
 cudaError_t loci_cuda_k_roots(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
-/* sketches.cu: table, leaf_score; then floor; then candidates. */
+/* sketches.cu: leaf_score and sums, then floor; candidates and run_count. */
 cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                    const loci_cuda_choice *choice);
-/* codes.cu: run_count; then rank, count, slots and score. */
-cudaError_t loci_cuda_k_count_candidates(cudaStream_t stream, const loci_cuda_look *look,
-                                         const loci_cuda_choice *choice);
+/* codes.cu: rank, count, slots, score and top. */
 cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
-/* choose.cu: share, token_mask, which has been zeroed. */
+/* choose.cu: share and cut; then token_mask, which has been zeroed. */
 cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci_cuda_look *look,
                                       const loci_cuda_choice *choice);
+cudaError_t loci_cuda_k_mask_chosen(cudaStream_t stream, const loci_cuda_look *look,
+                                    const loci_cuda_choice *choice);
+/* sparse.cu: loci_cuda_k_attend_sparse for one row and one tile of vectors, from the list. */
+cudaError_t loci_cuda_k_attend_listed(cudaStream_t stream, const loci_cuda_look *look,
+                                      const loci_cuda_choice *choice, const loci_cuda_attend *args);
 /* tail.cu: the last part of each pair's partial results. */
 cudaError_t loci_cuda_k_attend_tail(cudaStream_t stream, const loci_cuda_look *look,
                                     const loci_cuda_choice *choice, const loci_cuda_attend *args);

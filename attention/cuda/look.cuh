@@ -6,6 +6,7 @@
 #define LOCI_ATTENTION_CUDA_LOOK_CUH
 
 #include "attention/cuda/device.cuh"
+#include "attention/cuda/launch.cuh"
 
 #define MAX_DIM 256u
 #define MAX_LEAF 32u /* tokens */
@@ -64,6 +65,71 @@ static __device__ __forceinline__ uint32_t extent_at(const loci_cuda_look &look,
 static __device__ __forceinline__ uint32_t slot_word(const loci_cuda_pair *pair, uint32_t slot,
                                                      uint32_t dim) {
     return *(const uint32_t *)(pair->records + (size_t)slot * pair->record_stride + dim / 2);
+}
+
+/* Whether candidate i of a list is selected. */
+static __device__ __forceinline__ bool is_chosen(const loci_cuda_cut &cut, float share,
+                                                 uint32_t i) {
+    uint32_t key = __float_as_uint(share);
+    return key > cut.key || (key == cut.key && i < cut.ties);
+}
+
+/* int8(x) of attention/README.md for the vector x(0) to x(dim - 1), by one warp. */
+template <typename VALUE>
+static __device__ __forceinline__ void round_vector(int8_t *out, float *scale, int32_t *sum,
+                                                    uint32_t dim, VALUE x) {
+    uint32_t lane = threadIdx.x % 32;
+    float top = 0.0f;
+    for (uint32_t i = lane; i < dim; i += 32) top = fmaxf(top, fabsf(x(i)));
+    top = warp_max(top);
+    bool usable = top > 0.0f && isfinite(top);
+    float inverse = usable ? 127.0f / top : 0.0f;
+    int32_t total = 0;
+    for (uint32_t i = lane; i < dim; i += 32) {
+        int32_t value = usable ? (int32_t)((x(i) * inverse + 12582912.0f) - 12582912.0f) : 0;
+        value = value > 127 ? 127 : value < -127 ? -127 : value;
+        out[i] = (int8_t)value;
+        total += value;
+    }
+    for (int offset = 16; offset > 0; offset /= 2)
+        total += __shfl_xor_sync(FULL_WARP, total, offset);
+    if (lane == 0) {
+        *scale = usable ? top / 127.0f : 0.0f;
+        *sum = total;
+    }
+}
+
+/* q times the code scales of a pair, rounded, by one warp. */
+static __device__ __forceinline__ void fold_vector(const loci_cuda_look &look, uint32_t index,
+                                                   uint32_t v, int8_t *folded, float *scale,
+                                                   int32_t *sum) {
+    const loci_cuda_pair *pair = &look.pairs[index];
+    const float *q = look.q + ((size_t)pair->kv_head * look.vectors + v) * look.dim;
+    const float *code_scale = pair->code_scale;
+    size_t at = (size_t)index * look.vectors + v;
+    round_vector(folded + at * look.dim, &scale[at], &sum[at], look.dim,
+                 [&](uint32_t i) { return q[i] * code_scale[i]; });
+}
+
+/* The sum of what threads before this one have; *all: of all THREADS of the block. */
+template <uint32_t THREADS>
+static __device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t *all) {
+    __shared__ uint32_t warps[THREADS / 32];
+    uint32_t sum = own, lane = threadIdx.x % 32;
+    for (int offset = 1; offset < 32; offset *= 2) {
+        uint32_t before = __shfl_up_sync(FULL_WARP, sum, offset);
+        if (lane >= (uint32_t)offset) sum += before;
+    }
+    __syncthreads(); /* all have read the sums of a call before */
+    if (lane == 31) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum -= own;
+    *all = 0;
+    for (uint32_t i = 0; i < THREADS / 32; i++) {
+        if (i < threadIdx.x / 32) sum += warps[i];
+        *all += warps[i];
+    }
+    return sum;
 }
 
 #endif

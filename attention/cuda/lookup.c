@@ -168,6 +168,7 @@ static bool open_pair(loci_stream *stream, loci_lookup *lookup, uint32_t e, uint
         lookup->spread += sqrt((double)tokens);
     }
     if (live) {
+        lookup->deletions = true;
         /* A kernel may read one word more than there are. */
         size_t bytes = (pair->tokens + 63) / 64 * sizeof *live;
         uint64_t *copy = look_alloc(stream, lookup, bytes + sizeof *live);
@@ -205,10 +206,29 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
     return look->pairs && look->heads;
 }
 
+static size_t mask_bytes(const loci_cuda_look *look) {
+    return (size_t)look->kv_heads * look->mask_rows * look->words * sizeof(uint32_t);
+}
+
+static bool clear_mask(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    return look_launched(stream, lookup,
+                         cudaMemsetAsync(look->token_mask, 0, mask_bytes(look), stream->stream),
+                         "cudaMemset");
+}
+
+bool look_mask(loci_stream *stream, loci_lookup *lookup) {
+    if (lookup->masked || lookup->mode != LOCI_MODE_HIERARCHICAL) return lookup->ready;
+    lookup->masked = true;
+    return clear_mask(stream, lookup) &&
+           look_launched(stream, lookup,
+                         loci_cuda_k_mask_chosen(stream->stream, &lookup->look, &lookup->choice),
+                         "select");
+}
+
 static bool alloc_look(loci_stream *stream, loci_lookup *lookup) {
     loci_cuda_look *look = &lookup->look;
     size_t vectors = (size_t)look->kv_heads * look->vectors, values = vectors * look->dim;
-    size_t mask = (size_t)look->kv_heads * look->mask_rows * look->words * sizeof(uint32_t);
     size_t pairs = (size_t)look->extents * look->kv_heads;
     look->q = look_alloc(stream, lookup, values * sizeof(float));
     look->q8 = look_alloc(stream, lookup, values);
@@ -218,11 +238,8 @@ static bool alloc_look(loci_stream *stream, loci_lookup *lookup) {
     look->q_sum = look_alloc(stream, lookup, vectors * sizeof(int32_t));
     look->steady = look_alloc(stream, lookup, vectors * sizeof(float));
     look->mean_terms = look_alloc(stream, lookup, pairs * look->vectors * sizeof(float));
-    look->token_mask = look_alloc(stream, lookup, mask);
-    return look->q && look->q8 && look->qq8 && look->q_scale && look->qq_scale && look->q_sum &&
-           look->steady && look->mean_terms && look->token_mask &&
-           look_launched(stream, lookup, cudaMemsetAsync(look->token_mask, 0, mask, stream->stream),
-                         "cudaMemset");
+    look->token_mask = look_alloc(stream, lookup, mask_bytes(look));
+    return lookup->ready;
 }
 
 /* False, with a failure of the stream, for what no look-up can be made of. */
@@ -257,6 +274,7 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
     lookup->layer = retrieval_layer;
     lookup->ready = true;
     lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
+    lookup->masked = lookup->counted = lookup->deletions = false;
     lookup->live_tokens = 0;
     lookup->spread = 0.0;
     lookup->look = (loci_cuda_look){
@@ -280,6 +298,8 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
         query.steady = loci_cuda_ptr(stream, steady_lse, (size_t)rows * q_heads * sizeof(float));
     lookup->ready = check_call(stream, lookup) && query.q && open_pairs(stream, lookup) &&
                     alloc_look(stream, lookup);
+    /* In mode hierarchical the mask is what look_mask makes. */
+    if (lookup->ready && lookup->mode != LOCI_MODE_HIERARCHICAL) (void)clear_mask(stream, lookup);
     if (lookup->ready)
         (void)look_launched(stream, lookup,
                             loci_cuda_k_queries(stream->stream, &lookup->look, &query),
@@ -288,14 +308,38 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
 
 /* --- stages ---------------------------------------------------------------------------- */
 
+/* Room for sums of all tokens' sketches; where that were more, they are added up twice. */
+#define SUMS_BYTES ((size_t)256 << 20)
+
+/* What kernels count in, one piece of memory that the first one clears. */
+static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    loci_cuda_choice *c = &lookup->choice;
+    size_t hr = (size_t)look->kv_heads * look->rows, vectors = look->kv_heads * look->vectors;
+    size_t masses = hr * LOCI_CUDA_STEPS * sizeof *c->step_mass;
+    size_t words = hr * (LOCI_CUDA_STEPS + look->words + loci_cuda_runs(look) + 2) + vectors;
+    size_t bytes = (masses + words * sizeof(uint32_t) + 15) / 16 * 16;
+    c->zeroed_count = bytes / 16;
+    c->zeroed = look_alloc(stream, lookup, bytes);
+    if (!c->zeroed) return false;
+    c->step_mass = (unsigned long long *)c->zeroed;
+    c->step_count = (uint32_t *)(c->step_mass + hr * LOCI_CUDA_STEPS);
+    c->candidates = c->step_count + hr * LOCI_CUDA_STEPS;
+    c->run_count = c->candidates + hr * look->words;
+    c->leaf_count = c->run_count + hr * loci_cuda_runs(look);
+    c->count = c->leaf_count + hr;
+    c->top = c->count + hr;
+    return true;
+}
+
 static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     const loci_select_params *params = &lookup->params;
     float slack = 1.0f - params->top_p;
     loci_cuda_choice *c = &lookup->choice;
     size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
-    size_t lots = (look->group + LOCI_CUDA_LOT - 1) / LOCI_CUDA_LOT * LOCI_CUDA_LOT; /* bytes */
-    size_t hr = (size_t)look->kv_heads * look->rows, mask = hr * look->words * sizeof(uint32_t);
+    size_t lots = loci_cuda_lots(look), hr = (size_t)look->kv_heads * look->rows;
+    size_t sums = hr * lots * look->words * 32 * sizeof *c->sums;
     *c = (loci_cuda_choice){
         .roots_wanted = loci_select_count(params->roots, lookup->spread, lookup->live_tokens,
                                           params->roots_min),
@@ -311,37 +355,38 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
         .root_centre = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
         .root_floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
         .root_kept = look_alloc(stream, lookup, look->roots_all * look->rows),
-        .kept = look_alloc(stream, lookup, look->roots_all * sizeof *c->kept),
-        .kept_count = look_alloc(stream, lookup, sizeof *c->kept_count),
-        .leaf_count = look_alloc(stream, lookup, hr * sizeof *c->leaf_count),
+        .kept = look_alloc(stream, lookup, look->roots_all * look->rows * sizeof *c->kept),
+        .kept_count = look_alloc(stream, lookup, pairs * look->rows * sizeof *c->kept_count),
         .leaf_place = look_alloc(stream, lookup, look->roots_all * look->rows * sizeof(uint32_t)),
-        .run_count =
-            look_alloc(stream, lookup, hr * loci_cuda_runs(look->words) * sizeof(uint32_t)),
-        .table = look_alloc(stream, lookup, pairs * look->rows * lots * look->dim * 4),
+        .table =
+            look_alloc(stream, lookup, pairs * look->rows * lots * LOCI_CUDA_LOT * look->dim * 4),
         .table_base = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
         .table_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
         .leaf_score = look_alloc(stream, lookup, look->leaves_all * vectors * sizeof(float)),
+        .sums = sums <= SUMS_BYTES ? look_alloc(stream, lookup, sums) : NULL,
         .floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
-        .candidates = look_alloc(stream, lookup, mask),
-        .rank = look_alloc(stream, lookup, mask),
-        .count = look_alloc(stream, lookup, hr * sizeof(uint32_t)),
+        .rank = look_alloc(stream, lookup, hr * look->words * sizeof(uint32_t)),
         .total = look_alloc(stream, lookup, 2 * look->kv_heads * vectors * sizeof(float)),
         .cut = look_alloc(stream, lookup, hr * sizeof *c->cut),
         .folded = look_alloc(stream, lookup, pairs * vectors * look->dim),
         .folded_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
         .folded_sum = look_alloc(stream, lookup, pairs * vectors * sizeof(int32_t)),
     };
-    return lookup->ready &&
-           look_launched(stream, lookup, cudaMemsetAsync(c->candidates, 0, mask, stream->stream),
-                         "cudaMemset");
+    return alloc_zeroed(stream, lookup) && lookup->ready;
 }
 
+/* Room for the live tokens of nodes. */
 static bool alloc_live(loci_stream *stream, loci_lookup *lookup) {
     loci_cuda_look *look = &lookup->look;
     look->root_live = look_alloc(stream, lookup, look->roots_all * sizeof(uint32_t));
     look->leaf_live = look_alloc(stream, lookup, look->leaves_all);
-    return look->root_live && look->leaf_live &&
-           look_launched(stream, lookup, loci_cuda_k_count_live(stream->stream, look),
+    return lookup->ready;
+}
+
+bool look_count(loci_stream *stream, loci_lookup *lookup) {
+    if (lookup->counted) return lookup->ready;
+    lookup->counted = true;
+    return look_launched(stream, lookup, loci_cuda_k_count_live(stream->stream, &lookup->look),
                          "score_nodes");
 }
 
@@ -365,18 +410,19 @@ void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
     if (!lookup->ready || lookup->mode == LOCI_MODE_DENSE || !alloc_live(stream, lookup)) return;
     const loci_cuda_look *look = &lookup->look;
     if (lookup->mode == LOCI_MODE_SQUEEZED) {
-        if (alloc_squeeze(stream, lookup))
+        if (look_count(stream, lookup) && alloc_squeeze(stream, lookup))
             (void)look_launched(stream, lookup,
                                 loci_cuda_k_squeeze(stream->stream, look, &lookup->squeeze),
                                 "score_nodes");
         return;
     }
+    const loci_cuda_choice *c = &lookup->choice;
+    if (lookup->deletions && !look_count(stream, lookup)) return;
     if (!alloc_choice(stream, lookup) ||
-        !look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, &lookup->choice),
-                       "roots"))
+        !look_launched(stream, lookup, loci_cuda_k_prepare(stream->stream, look, c), "tables") ||
+        !look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, c), "roots"))
         return;
-    (void)look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, &lookup->choice),
-                        "leaves");
+    (void)look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, c), "leaves");
 }
 
 /* Room for the candidates of each row: for all tokens, or, where that is much, for as many as there
@@ -388,7 +434,7 @@ static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     uint64_t rows = (uint64_t)look->kv_heads * look->rows, each = (look->group + 2) * 4;
     c->room = (uint64_t)look->words * 32;
     if (rows * c->room * each > ROOM_BYTES) {
-        uint32_t runs = loci_cuda_runs(look->words);
+        uint32_t runs = loci_cuda_runs(look);
         uint32_t *counts = malloc(rows * runs * sizeof *counts);
         bool ok = counts && look_read(stream, counts, c->run_count, rows * runs * sizeof *counts);
         c->room = 1;
@@ -415,8 +461,6 @@ void loci_cuda_score_codes(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     const loci_cuda_choice *c = &lookup->choice;
     if (!look_launched(stream, lookup, loci_cuda_k_candidates(stream->stream, look, c),
-                       "candidates") ||
-        !look_launched(stream, lookup, loci_cuda_k_count_candidates(stream->stream, look, c),
                        "candidates") ||
         !reserve_candidates(stream, lookup))
         return;
@@ -455,10 +499,9 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
     };
     args.chunks = loci_cuda_chunks(look->tokens_max, args.chunk);
     args.parts = args.chunks + (tail ? 1 : 0);
-    if (lookup->tokens_scored && !tail && look->rows == 1 && loci_cuda_tiles(look->vectors) == 1) {
-        args.slots = lookup->choice.slots;
-        args.count = lookup->choice.count;
-        args.room = lookup->choice.room;
+    bool listed = lookup->tokens_scored && !tail && look->rows == 1 && look->extents > 0 &&
+                  loci_cuda_tiles(look->vectors) == 1;
+    if (listed) {
         args.extents = 1;
         args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;
     }
@@ -466,9 +509,14 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
                       loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
     args.partial = look_alloc(stream, lookup, partials * (look->dim + 2) * sizeof(float));
     if (!args.partial || !args.out || !args.lse) return;
-    if (!look_launched(stream, lookup, loci_cuda_k_attend_sparse(stream->stream, look, &args),
+    if (!listed && !look_mask(stream, lookup)) return;
+    if (!look_launched(stream, lookup,
+                       listed
+                           ? loci_cuda_k_attend_listed(stream->stream, look, &lookup->choice, &args)
+                           : loci_cuda_k_attend_sparse(stream->stream, look, &args),
                        "attend_sparse"))
         return;
+    if (tail && !look_count(stream, lookup)) return;
     if (tail && !look_launched(
                     stream, lookup,
                     loci_cuda_k_attend_tail(stream->stream, look, &lookup->choice, &args), "tail"))
@@ -479,7 +527,7 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
 
 void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                          uint32_t row_begin, loci_ref mass) {
-    if (!lookup->ready || !lookup->attended) return;
+    if (!lookup->ready || !lookup->attended || !look_mask(stream, lookup)) return;
     const loci_corpus_view *corpus = lookup->corpus;
     const loci_cuda_look *look = &lookup->look;
     uint32_t segments = corpus->flat_segment_base + corpus->flat_segments;

@@ -27,6 +27,8 @@ struct loci_lookup {
     loci_mode mode; /* dense where hierarchical would read everything */
     bool ready;     /* the last stage was enqueued */
     bool tokens_scored, tokens_selected, attended;
+    bool masked, counted; /* by look_mask, by look_count */
+    bool deletions;       /* tokens of a pair are not live */
     uint32_t layer;
     uint64_t live_tokens;
     double spread; /* sum over extents of the square root of their live tokens */
@@ -47,6 +49,10 @@ void *look_alloc(loci_stream *stream, loci_lookup *lookup, size_t bytes);
 void *look_put(loci_stream *stream, loci_lookup *lookup, const void *data, size_t bytes);
 /* After a launcher: not ready any more on failure. */
 bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result, const char *what);
+/* The mask of selected tokens in mode hierarchical, for those who read it. */
+bool look_mask(loci_stream *stream, loci_lookup *lookup);
+/* root_live and leaf_live. */
+bool look_count(loci_stream *stream, loci_lookup *lookup);
 bool look_shared(const loci_lookup *lookup);
 /* Waits for the stream and reads device memory; false on failure. */
 bool look_read(loci_stream *stream, void *to, const void *from, size_t bytes);

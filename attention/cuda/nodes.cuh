@@ -19,14 +19,4 @@ static __device__ __forceinline__ float centre_score(const uint8_t *node, const 
     return mean_term + (float)dot * (*(const float *)node * q_scale);
 }
 
-/* (q * q).var / 2 of one node; qq8 has no negative element. */
-static __device__ __forceinline__ float variance_score(const uint8_t *node, const int8_t *qq8,
-                                                       float qq_scale, uint32_t dim) {
-    const unsigned *variance = (const unsigned *)(node + 8 + dim), *q = (const unsigned *)qq8;
-    unsigned dot = 0;
-#pragma unroll 8
-    for (uint32_t i = 0; i < dim / 4; i++) dot = __dp4a(variance[i], q[i], dot);
-    return (float)(int)dot * (((const float *)node)[1] * qq_scale);
-}
-
 #endif

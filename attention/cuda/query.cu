@@ -5,30 +5,6 @@
  */
 #include "attention/cuda/look.cuh"
 
-/* int8(x) of attention/README.md for one vector, by one warp; returns scale and sum. */
-static __device__ __forceinline__ void round_vector(int8_t *out, float *scale, int32_t *sum,
-                                                    const float *x, uint32_t dim) {
-    uint32_t lane = threadIdx.x % 32;
-    float top = 0.0f;
-    for (uint32_t i = lane; i < dim; i += 32) top = fmaxf(top, fabsf(x[i]));
-    top = warp_max(top);
-    bool usable = top > 0.0f && isfinite(top);
-    float inverse = usable ? 127.0f / top : 0.0f;
-    int32_t total = 0;
-    for (uint32_t i = lane; i < dim; i += 32) {
-        int32_t value = usable ? (int32_t)((x[i] * inverse + 12582912.0f) - 12582912.0f) : 0;
-        value = value > 127 ? 127 : value < -127 ? -127 : value;
-        out[i] = (int8_t)value;
-        total += value;
-    }
-    for (int offset = 16; offset > 0; offset /= 2)
-        total += __shfl_xor_sync(FULL_WARP, total, offset);
-    if (lane == 0) {
-        *scale = usable ? top / 127.0f : 0.0f;
-        *sum = total;
-    }
-}
-
 /* One warp for each vector and pair; the first extent's also leave the query's forms. */
 static __global__ void k_queries(const loci_cuda_look look, const loci_cuda_look_query query) {
     __shared__ float scaled[MAX_DIM], other[MAX_DIM];
@@ -53,9 +29,10 @@ static __global__ void k_queries(const loci_cuda_look look, const loci_cuda_look
     }
     __syncwarp();
     int32_t unused;
-    round_vector(look.q8 + (size_t)at * look.dim, &look.q_scale[at], &look.q_sum[at], scaled,
-                 look.dim);
-    round_vector(look.qq8 + (size_t)at * look.dim, &look.qq_scale[at], &unused, other, look.dim);
+    round_vector(look.q8 + (size_t)at * look.dim, &look.q_scale[at], &look.q_sum[at], look.dim,
+                 [&](uint32_t i) { return scaled[i]; });
+    round_vector(look.qq8 + (size_t)at * look.dim, &look.qq_scale[at], &unused, look.dim,
+                 [&](uint32_t i) { return other[i]; });
     if (threadIdx.x == 0)
         look.steady[at] =
             query.steady ? query.steady[(size_t)row * look.q_heads + head] : -INFINITY;

@@ -111,10 +111,12 @@ static __device__ __forceinline__ void add_mass(mass_t *to, mass_t mass) {
 #define RADIX_ALL 21
 #define RADIX_SHARES 19
 
-/* visit(add) calls add(key, mass) for each key of this thread; three times the same ones. All
- * RADIX_THREADS threads get the result. None are taken if target is 0 or most is 0. */
+/* visit(add) calls add(key, mass) for each key of this thread; three times the same ones, twice
+ * where `filled`: m has the first pass's histogram. All RADIX_THREADS threads get the result. None
+ * are taken if target is 0 or most is 0. */
 template <int FIRST = RADIX_ALL, typename VISIT>
-static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t most, VISIT visit) {
+static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t most, bool filled,
+                                         VISIT visit) {
     radix_cut cut = {0xffffffffu, 0, 0, 0, 0};
     if (radix_enough(0, 0, target, most)) return cut;
     uint32_t fixed = 0;
@@ -122,17 +124,19 @@ static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t 
     for (int level = 0; level < 3; level++) {
         int shift = level == 0 ? FIRST : level == 1 ? FIRST - 11 : 0;
         __syncthreads();
-        for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += RADIX_THREADS) {
+        for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS && !(filled && level == 0);
+             i += RADIX_THREADS) {
             m->mass[i] = 0;
             m->count[i] = 0;
         }
         __syncthreads();
-        visit([&](uint32_t key, mass_t mass) {
-            if ((key & fixed) != cut.key) return;
-            uint32_t at = (key & ~fixed) >> shift;
-            if (mass) add_mass(&m->mass[at], mass);
-            atomicAdd(&m->count[at], 1u);
-        });
+        if (!(filled && level == 0))
+            visit([&](uint32_t key, mass_t mass) {
+                if ((key & fixed) != cut.key) return;
+                uint32_t at = (key & ~fixed) >> shift;
+                if (mass) add_mass(&m->mass[at], mass);
+                atomicAdd(&m->count[at], 1u);
+            });
         __syncthreads();
         find_bucket(m, cut, target, most);
         if (m->found == RADIX_BUCKETS) { /* at the first level only: all are taken */
@@ -157,26 +161,63 @@ static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t 
     return cut;
 }
 
-/* --- the k-th highest value ------------------------------------------------------------ */
+/* --- values of a block ----------------------------------------------------------------- */
 
-#define KTH_EACH 8u    /* loads of a thread that are under way together */
-#define KTH_LIST 1024u /* values of one bucket that are ranked by comparing them all */
+#define SWEEP_EACH 8u /* loads of a thread that are under way together */
 
 /* visit(value) for the values of this thread, -INFINITY and NaN left out. */
 template <typename VISIT>
 static __device__ __forceinline__ void sweep(const float *value, uint32_t n, VISIT visit) {
-    for (uint32_t begin = threadIdx.x; begin < n; begin += KTH_EACH * RADIX_THREADS) {
-        float x[KTH_EACH];
+    for (uint32_t begin = threadIdx.x; begin < n; begin += SWEEP_EACH * RADIX_THREADS) {
+        float x[SWEEP_EACH];
 #pragma unroll
-        for (uint32_t j = 0; j < KTH_EACH; j++) {
+        for (uint32_t j = 0; j < SWEEP_EACH; j++) {
             uint32_t i = begin + j * RADIX_THREADS;
             x[j] = i < n ? value[i] : -INFINITY;
         }
 #pragma unroll
-        for (uint32_t j = 0; j < KTH_EACH; j++)
+        for (uint32_t j = 0; j < SWEEP_EACH; j++)
             if (x[j] > -INFINITY) visit(x[j]);
     }
 }
+
+/* Values that a block visits several times: in registers where no thread has more than EACH. */
+template <uint32_t EACH> struct block_values {
+    const float *value;
+    uint32_t n;
+    float own[EACH];
+};
+
+template <uint32_t EACH>
+static __device__ __forceinline__ void load_values(block_values<EACH> &b, const float *value,
+                                                   uint32_t n) {
+    b.value = value;
+    b.n = n;
+#pragma unroll
+    for (uint32_t j = 0; j < EACH; j++) {
+        uint32_t i = j * RADIX_THREADS + threadIdx.x;
+        b.own[j] = i < n && n <= EACH * RADIX_THREADS ? value[i] : -INFINITY;
+    }
+}
+
+/* As sweep. */
+template <uint32_t EACH, typename VISIT>
+static __device__ __forceinline__ void visit_values(const block_values<EACH> &b, VISIT visit) {
+    if (b.n > EACH * RADIX_THREADS) {
+        sweep(b.value, b.n, visit);
+        return;
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < EACH; j++) {
+        if (j * RADIX_THREADS >= b.n) break;
+        if (b.own[j] > -INFINITY) visit(b.own[j]);
+    }
+}
+
+/* --- the k-th highest value ------------------------------------------------------------ */
+
+#define KTH_EACH 24u   /* values of a thread in registers */
+#define KTH_LIST 1024u /* values of one bucket that are ranked by comparing them all */
 
 /* The r-th highest of the `count` values listed in m->mass. */
 static __device__ float kth_listed(radix_memory *m, uint32_t count, uint32_t r) {
@@ -221,7 +262,9 @@ static __device__ void kth_bucket(radix_memory *m, mass_t k) {
 static __device__ float radix_kth(radix_memory *m, const float *value, uint32_t n, mass_t k,
                                   float *top) {
     float high = -INFINITY, low = INFINITY;
-    sweep(value, n, [&](float x) {
+    block_values<KTH_EACH> all;
+    load_values(all, value, n);
+    visit_values(all, [&](float x) {
         high = fmaxf(high, x);
         low = fminf(low, x);
     });
@@ -237,22 +280,23 @@ static __device__ float radix_kth(radix_memory *m, const float *value, uint32_t 
         };
         for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += RADIX_THREADS) m->count[i] = 0;
         __syncthreads();
-        sweep(value, n, [&](float x) { atomicAdd(&m->count[bucket(x)], 1u); });
+        visit_values(all, [&](float x) { atomicAdd(&m->count[bucket(x)], 1u); });
         __syncthreads();
         kth_bucket(m, k);
         if (m->found == RADIX_BUCKETS) return -FLT_MAX;
         uint32_t found = m->found, count = m->count[found], before = m->found_count;
         if (count <= KTH_LIST) {
             float *list = (float *)m->mass;
-            sweep(value, n, [&](float x) {
+            visit_values(all, [&](float x) {
                 if (bucket(x) == found) list[atomicAdd(&m->listed, 1u)] = x;
             });
             __syncthreads();
             return kth_listed(m, count, (uint32_t)k - before);
         }
     }
-    radix_cut cut = radix_select(
-        m, ~(mass_t)0, k, [&](auto add) { sweep(value, n, [&](float x) { add(ordered(x), 0); }); });
+    radix_cut cut = radix_select(m, ~(mass_t)0, k, false, [&](auto add) {
+        sweep(value, n, [&](float x) { add(ordered(x), 0); });
+    });
     return cut.ties == 0xffffffffu ? -FLT_MAX : unordered(cut.key);
 }
 

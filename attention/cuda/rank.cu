@@ -11,28 +11,7 @@
 /* One warp for each (pair, vector): q times the pair's code scales as int8. */
 static __global__ void k_fold(const loci_cuda_look look, int8_t *folded, float *scale,
                               int32_t *sum) {
-    const loci_cuda_pair *pair = &look.pairs[blockIdx.y];
-    const float *q = look.q + ((size_t)pair->kv_head * look.vectors + blockIdx.x) * look.dim;
-    size_t at = (size_t)blockIdx.y * look.vectors + blockIdx.x;
-    float top = 0.0f;
-    for (uint32_t i = threadIdx.x; i < look.dim; i += 32)
-        top = fmaxf(top, fabsf(q[i] * pair->code_scale[i]));
-    top = warp_max(top);
-    bool usable = top > 0.0f && isfinite(top);
-    float inverse = usable ? 127.0f / top : 0.0f;
-    int32_t total = 0;
-    for (uint32_t i = threadIdx.x; i < look.dim; i += 32) {
-        float x = q[i] * pair->code_scale[i];
-        int32_t value = usable ? (int32_t)((x * inverse + 12582912.0f) - 12582912.0f) : 0;
-        value = value > 127 ? 127 : value < -127 ? -127 : value;
-        folded[at * look.dim + i] = (int8_t)value;
-        total += value;
-    }
-    for (int offset = 16; offset > 0; offset /= 2)
-        total += __shfl_xor_sync(FULL_WARP, total, offset);
-    if (threadIdx.x != 0) return;
-    scale[at] = usable ? top / 127.0f : 0.0f;
-    sum[at] = total;
+    fold_vector(look, blockIdx.y, blockIdx.x, folded, scale, sum);
 }
 
 extern "C" cudaError_t loci_cuda_k_fold(cudaStream_t stream, const loci_cuda_look *look,

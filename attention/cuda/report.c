@@ -17,7 +17,7 @@ _Static_assert(sizeof(loci_cuda_stats) == sizeof(loci_lookup_stats) &&
 
 void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats) {
     *stats = (loci_lookup_stats){0};
-    if (!lookup->ready || !lookup->tokens_selected) return;
+    if (!lookup->ready || !lookup->tokens_selected || !look_mask(stream, lookup)) return;
     const loci_cuda_look *look = &lookup->look;
     loci_cuda_stats first = {0};
     for (uint32_t h = 0; h < look->kv_heads && lookup->mode == LOCI_MODE_SQUEEZED; h++) {
@@ -58,7 +58,7 @@ static void add_words(selection *s, const uint32_t *words, uint32_t tokens, loci
 void loci_cuda_lookup_selected(loci_stream *stream, loci_lookup *lookup, loci_selected *selected,
                                size_t capacity, size_t *count) {
     *count = 0;
-    if (!lookup->ready || !lookup->tokens_selected) return;
+    if (!lookup->ready || !lookup->tokens_selected || !look_mask(stream, lookup)) return;
     const loci_cuda_look *look = &lookup->look;
     size_t bytes = (size_t)look->kv_heads * look->mask_rows * look->words * sizeof(uint32_t);
     uint32_t *masks = malloc(bytes ? bytes : 1);
@@ -309,7 +309,7 @@ static void take_gained(loci_stream *stream, loci_lookup *lookup, uint32_t limit
     const loci_cuda_look *look = &lookup->look;
     uint32_t all = lookup->corpus->flat_segment_base;
     size_t sums = (size_t)look->kv_heads * look->rows * all;
-    if (all == 0) return;
+    if (all == 0 || !look_count(stream, lookup)) return;
     loci_cuda_gain gain = {
         .sink_k = sink_of(stream, lookup),
         .segments = all,

@@ -96,7 +96,7 @@ static __device__ uint32_t token_at(radix_memory *memory, const float *adjusted,
             if (weight > 0.0f) add(__float_as_uint(weight), (mass_t)((double)weight * UNIT));
         }
     };
-    radix_cut cut = radix_select(memory, target, ~(mass_t)0, visit);
+    radix_cut cut = radix_select(memory, target, ~(mass_t)0, false, visit);
     if (threadIdx.x == 0) {
         chosen = vocab;
         passed = 0;
@@ -138,7 +138,7 @@ static __device__ mass_t nucleus_mass(radix_memory *memory, const float *adjuste
     __syncthreads();
     if (!(args.top_p > 0.0f && args.top_p < 1.0f)) return total;
     mass_t target = (mass_t)ceil((double)args.top_p * (double)total);
-    radix_cut cut = radix_select(memory, target ? target : 1, ~(mass_t)0, visit);
+    radix_cut cut = radix_select(memory, target ? target : 1, ~(mass_t)0, false, visit);
     if (cut.ties == 0xffffffffu) return total;
     return cut.mass + (mass_t)((double)__uint_as_float(cut.key) * UNIT) * cut.ties;
 }

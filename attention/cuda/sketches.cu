@@ -3,184 +3,253 @@
  * Step 2 of mode hierarchical: the leaves of kept roots by the highest of their tokens' sketches,
  * the floors, and the candidates that reach one.
  *
- * A block takes one root: its sketches (dim / 8 bytes a token) come to shared memory once, then the
- * rows that keep the root pass, a token a thread. Sums of table entries are integers of 16 bits,
- * those of a lot of LOCI_CUDA_LOT vectors side by side: one look-up and four additions serve them
- * all.
+ * A block has the table of one lot of LOCI_CUDA_LOT vectors in shared memory, a warp takes one root
+ * after another: the codewords of 64 tokens come to it transposed, so that a lane has those of two
+ * tokens. Sums of table entries are integers of 16 bits, those of a lot side by side: one look-up
+ * and a few additions serve all its vectors. They are kept for the candidates: 16 bytes a token,
+ * which mostly stay in the L2.
  */
 #include "attention/cuda/nodes.cuh"
 #include "attention/cuda/radix.cuh"
 
-#define THREADS 256u
+#define WARPS 8u
+#define THREADS (32 * WARPS)
 #define PARTS_MAX (MAX_DIM / 4)
 #define GROUP 32u /* tokens whose sketches are interleaved */
 #define LOT LOCI_CUDA_LOT
-#define BLOCKS 1024u /* that share the kept roots */
+#define STEP (2 * GROUP) /* tokens that a warp sums at a time */
+#define RING (4 * GROUP) /* tokens whose sums it remembers: of a step, and of a leaf before it */
+#define BLOCKS 800u      /* that share the kept roots, about */
+#define PART_BYTES 128u  /* of a table */
+#define SUMS_ALIGN 128u
 
-/* --- tables ---------------------------------------------------------------------------- */
-
-static __device__ __forceinline__ uint32_t lots_of(const loci_cuda_look &look) {
-    return (look.group + LOT - 1) / LOT;
-}
+/* --- what a vector knows of a pair ------------------------------------------------------- */
 
 /* The entries of one lot of a row: 4 dim of LOT bytes. */
 static __device__ __forceinline__ uint4 *table_of(const loci_cuda_look &look,
                                                   const loci_cuda_choice &c, uint32_t pair,
                                                   uint32_t row, uint32_t lot) {
-    size_t at = ((size_t)pair * look.rows + row) * lots_of(look) + lot;
+    size_t at = ((size_t)pair * look.rows + row) * loci_cuda_lots(&look) + lot;
     return (uint4 *)(c.table + at * look.dim * 4 * LOT);
 }
 
-/* A lane has parts lane and lane + 32. Sums run in the CPU's order. */
-static __global__ void k_tables(const loci_cuda_look look, const loci_cuda_choice c) {
-    __shared__ float value[PARTS_MAX][16], low[PARTS_MAX], high[PARTS_MAX];
+/* Products of codewords with the query, and the least and greatest of each part. Sums run in the
+ * CPU's order. */
+static __device__ void multiply_book(const float *book, const float *q, uint32_t parts,
+                                     float *value, float *low, float *high) {
+    for (uint32_t i = threadIdx.x; i < parts * 16; i += THREADS) { /* whole warps */
+        uint32_t p = i / 16, w = i % 16;
+        float sum = 0.0f;
+        for (uint32_t j = 0; j < 4; j++) sum += q[p * 4 + j] * book[p * 64 + j * 16 + w];
+        value[i] = sum;
+        float least = sum, most = sum;
+        for (int offset = 8; offset > 0; offset /= 2) {
+            least = fminf(least, __shfl_xor_sync(FULL_WARP, least, offset));
+            most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
+        }
+        if (w != 0) continue;
+        low[p] = least;
+        high[p] = most;
+    }
+}
+
+/* A block for each (vector, pair); those behind the last pair clear memory. */
+static __global__ void __launch_bounds__(THREADS)
+    k_prepare(const loci_cuda_look look, const loci_cuda_choice c) {
+    __shared__ float value[PARTS_MAX * 16], low[PARTS_MAX], high[PARTS_MAX];
+    await_previous();
+    if (blockIdx.y == look.extents * look.kv_heads) {
+        for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < c.zeroed_count;
+             i += (size_t)gridDim.x * THREADS)
+            c.zeroed[i] = uint4{0, 0, 0, 0};
+        return;
+    }
     const loci_cuda_pair *pair = &look.pairs[blockIdx.y];
     size_t at = (size_t)blockIdx.y * look.vectors + blockIdx.x;
     const float *q = look.q + ((size_t)pair->kv_head * look.vectors + blockIdx.x) * look.dim;
     uint32_t parts = look.dim / 4;
-    for (uint32_t p = threadIdx.x; p < parts; p += 32) {
-        const float *book = pair->codebook + (size_t)p * 64;
-        float least = 0.0f, most = 0.0f;
-        for (uint32_t w = 0; w < 16; w++) {
-            float sum = 0.0f;
-            for (uint32_t i = 0; i < 4; i++) sum += q[p * 4 + i] * book[i * 16 + w];
-            value[p][w] = sum;
-            least = w == 0 || sum < least ? sum : least;
-            most = w == 0 || sum > most ? sum : most;
-        }
-        low[p] = least;
-        high[p] = most;
-    }
-    __syncwarp();
+    multiply_book(pair->codebook, q, parts, value, low, high);
+    __syncthreads();
     float base = 0.0f, widest = 0.0f;
     for (uint32_t p = 0; p < parts; p++) {
-        widest = high[p] - low[p] > widest ? high[p] - low[p] : widest;
+        widest = fmaxf(widest, high[p] - low[p]);
         base += low[p];
     }
     bool usable = widest > 1e-30f && widest < 1e30f;
     float inverse = usable ? 255.0f / widest : 0.0f;
     uint32_t row = blockIdx.x / look.group, g = blockIdx.x % look.group;
     uint8_t *table = (uint8_t *)table_of(look, c, blockIdx.y, row, g / LOT) + g % LOT;
-    for (uint32_t i = threadIdx.x; i < parts * 16; i += 32) {
-        float step = (value[i / 16][i % 16] - low[i / 16]) * inverse + 0.5f;
+    for (uint32_t i = threadIdx.x; i < parts * 16; i += THREADS) {
+        float step = (value[i] - low[i / 16]) * inverse + 0.5f;
         step = step < 256.0f ? step : 0.0f; /* products of a hostile codebook may be NaN */
         table[i * LOT] = (uint8_t)(int32_t)step;
     }
-    if (threadIdx.x != 0) return;
-    c.table_base[at] = base;
-    c.table_scale[at] = usable ? widest / 255.0f : 0.0f;
+    if (threadIdx.x == 0) {
+        c.table_base[at] = base;
+        c.table_scale[at] = usable ? widest / 255.0f : 0.0f;
+    }
+    if (threadIdx.x / 32 == WARPS - 1)
+        fold_vector(look, blockIdx.y, blockIdx.x, c.folded, c.folded_scale, c.folded_sum);
 }
 
-/* --- sums of a root's tokens ----------------------------------------------------------- */
+extern "C" cudaError_t loci_cuda_k_prepare(cudaStream_t stream, const loci_cuda_look *look,
+                                           const loci_cuda_choice *choice) {
+    if (look->extents == 0) return cudaSuccess;
+    dim3 grid(look->vectors, look->extents * look->kv_heads + 1);
+    return launch_behind(stream, k_prepare, grid, THREADS, 0, *look, *choice);
+}
 
-/* Behind it: sums, sketches and listed tokens of a root, each as long as the largest root needs. */
-struct root_memory {
-    uint4 table[MAX_DIM * 4 * LOT / 16];
-    float centre[LOT], base[LOT], scale[LOT], floor[LOT];
-    alignas(16) uint32_t near[MAX_ROOT / 32], before[MAX_ROOT / 32 + 1];
-    uint4 *sum; /* see vector_of */
-    uint2 *sketches;
-    uint16_t *list;
+/* --- a warp's share ---------------------------------------------------------------------- */
+
+/* The lot, and the kept roots, that a block works on; blockIdx: pair and row, share, lot. */
+struct lot_work {
+    const loci_cuda_pair *pair;
+    const loci_cuda_head *head;
+    uint32_t index, row, lot, kept;
+    uint32_t first, count; /* vectors of the lot */
+    size_t kept_at;        /* of the pair's first root, as in root_kept */
+    size_t sums_at;        /* of the pair's first slot */
 };
 
-static __host__ __device__ __forceinline__ uint32_t tokens_room(const loci_cuda_look &look) {
-    return (look.root_tokens_max + GROUP - 1) / GROUP * GROUP;
+static __device__ __forceinline__ lot_work work_of(const loci_cuda_look &look,
+                                                   const loci_cuda_choice &c) {
+    lot_work w;
+    w.index = blockIdx.x / look.rows;
+    w.row = blockIdx.x % look.rows;
+    w.lot = blockIdx.z;
+    w.pair = &look.pairs[w.index];
+    w.head = &look.heads[w.pair->kv_head];
+    w.kept = c.kept_count[blockIdx.x];
+    w.first = w.row * look.group + w.lot * LOT;
+    uint32_t left = look.group - w.lot * LOT;
+    w.count = left < LOT ? left : LOT;
+    w.kept_at = w.head->root_at * look.rows + (size_t)w.row * w.head->roots + w.pair->root_base;
+    size_t hr = (size_t)w.pair->kv_head * look.rows + w.row;
+    w.sums_at = ((hr * gridDim.z + w.lot) * look.words + w.pair->word_base) * 32;
+    return w;
 }
 
-static size_t memory_bytes(const loci_cuda_look &look) {
-    return sizeof(root_memory) +
-           (size_t)tokens_room(look) * (sizeof(uint4) + look.dim / 8 + sizeof(uint16_t));
+static __device__ __forceinline__ float centre_of(const loci_cuda_look &look,
+                                                  const loci_cuda_choice &c, const lot_work &w,
+                                                  uint32_t root, uint32_t g) {
+    if (g >= w.count) return 0.0f;
+    return c.root_centre[w.head->root_at * look.vectors + (size_t)(w.first + g) * w.head->roots +
+                         w.pair->root_base + root];
 }
 
-/* The memory of this block. */
-static __device__ __forceinline__ root_memory *lay_out(const loci_cuda_look &look, float4 *shared) {
-    root_memory *m = (root_memory *)shared;
-    if (threadIdx.x == 0) {
-        m->sum = (uint4 *)(m + 1);
-        m->sketches = (uint2 *)(m->sum + tokens_room(look));
-        m->list = (uint16_t *)(m->sketches + (size_t)tokens_room(look) * look.dim / 64);
-    }
-    __syncthreads();
+/* Shared memory of a block: the table, then for each warp sums of RING tokens and the codewords of
+ * a step, a column for each two tokens. */
+static __host__ __device__ __forceinline__ uint32_t column_words(uint32_t dim) {
+    return dim / 16 | 1u; /* an odd number: no two columns share banks */
+}
+
+static __host__ __device__ __forceinline__ uint32_t warp_words(uint32_t dim) {
+    return RING * 4 + 32 * column_words(dim);
+}
+
+static size_t memory_bytes(uint32_t dim) {
+    return SUMS_ALIGN + (size_t)dim * 4 * LOT + WARPS * warp_words(dim) * sizeof(uint32_t);
+}
+
+struct warp_memory {
+    uint32_t table; /* address */
+    uint4 *ring;
+    uint32_t *columns;
+};
+
+/* Brings the table of the block's lot; a barrier is the caller's. */
+static __device__ __forceinline__ warp_memory open_memory(const loci_cuda_look &look,
+                                                          const loci_cuda_choice &c,
+                                                          const lot_work &w, float4 *shared) {
+    warp_memory m;
+    uint32_t start = (uint32_t)__cvta_generic_to_shared(shared);
+    uint32_t skip = (SUMS_ALIGN - start % SUMS_ALIGN) % SUMS_ALIGN;
+    uint4 *table = (uint4 *)((uint8_t *)shared + skip), *from;
+    uint32_t entries = look.dim * 4 * LOT / 16;
+    from = table_of(look, c, w.index, w.row, w.lot);
+    for (uint32_t i = threadIdx.x; i < entries; i += THREADS) table[i] = from[i];
+    m.table = start + skip;
+    m.ring = (uint4 *)((uint32_t *)(table + entries) + threadIdx.x / 32 * warp_words(look.dim));
+    m.columns = (uint32_t *)(m.ring + RING);
     return m;
 }
 
-struct root_place {
-    const loci_cuda_pair *pair;
-    const loci_cuda_head *head;
-    const loci_cuda_root *root;
-    uint32_t index, number; /* of the pair; of the root among the head's */
-};
-
-static __device__ __forceinline__ root_place place_of(const loci_cuda_look &look,
-                                                      const loci_cuda_choice &c, uint32_t i) {
-    root_place p;
-    uint32_t root = c.kept[i].root;
-    p.index = c.kept[i].pair;
-    p.pair = &look.pairs[p.index];
-    p.head = &look.heads[p.pair->kv_head];
-    p.root = &p.pair->root_table[root];
-    p.number = p.pair->root_base + root;
-    return p;
-}
-
-static __device__ __forceinline__ size_t root_score_at(const loci_cuda_look &look,
-                                                       const root_place &p, uint32_t v) {
-    return p.head->root_at * look.vectors + (size_t)v * p.head->roots + p.number;
-}
-
-/* Of a row, in root_kept and leaf_place. */
-static __device__ __forceinline__ size_t kept_at(const loci_cuda_look &look, const root_place &p,
-                                                 uint32_t row) {
-    return p.head->root_at * look.rows + (size_t)row * p.head->roots + p.number;
-}
-
-/* Of the leaves of the root for vector 0; the next vector's stand head->leaves further. */
-static __device__ __forceinline__ float *leaf_scores(const loci_cuda_look &look,
-                                                     const loci_cuda_choice &c, const root_place &p,
-                                                     uint32_t row) {
-    return c.leaf_score + p.head->leaf_at * look.vectors + c.leaf_place[kept_at(look, p, row)];
-}
-
-static __device__ void load_sketches(const loci_cuda_look &look, const root_place &p,
-                                     root_memory *m) {
-    uint32_t count = (p.root->tokens + GROUP - 1) / GROUP * (look.dim / 2);
-    const uint2 *from = (const uint2 *)(p.pair->blob + p.root->sketches_at);
-    for (uint32_t i = threadIdx.x; i < count; i += THREADS) m->sketches[i] = from[i];
-}
-
-/* The table of a lot, and what turns its sums into estimates. */
-static __device__ void load_lot(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                const root_place &p, uint32_t row, uint32_t lot, root_memory *m) {
-    const uint4 *from = table_of(look, c, p.index, row, lot);
-    for (uint32_t i = threadIdx.x; i < look.dim * 4 * LOT / 16; i += THREADS) m->table[i] = from[i];
-    uint32_t g = lot * LOT + threadIdx.x, v = row * look.group + g;
-    if (threadIdx.x >= LOT || g >= look.group) return;
-    size_t at = (size_t)p.index * look.vectors + v;
-    m->centre[threadIdx.x] = c.root_centre[root_score_at(look, p, v)];
-    m->base[threadIdx.x] = c.table_base[at];
-    m->scale[threadIdx.x] = c.table_scale[at];
-    m->floor[threadIdx.x] = c.floor[(size_t)p.pair->kv_head * look.vectors + v];
-}
-
-/* The sums of token t of the root for all vectors of a lot. Of a word of entries the first sum has
- * bytes 0 and 2, into which 1 and 3 carry, the second has bytes 1 and 3. */
-static __device__ __forceinline__ uint4 token_sums(const root_memory *m, uint32_t t, uint32_t dim) {
-    uint32_t parts = dim / 4, within = t % GROUP, shift = within < 16 ? 0 : 4;
-    const uint8_t *bytes =
-        (const uint8_t *)m->sketches + (size_t)(t / GROUP) * parts * 16 + within % 16;
-    const uint2 *table = (const uint2 *)m->table;
-    uint4 sum = {0, 0, 0, 0};
-#pragma unroll 8
-    for (uint32_t i = 0; i < parts; i++) {
-        uint2 entry = table[i * 16 + (bytes[i * 16] >> shift & 15u)];
-        sum.x += entry.x;
-        sum.y += __byte_perm(entry.x, 0, 0x4341);
-        sum.z += entry.y;
-        sum.w += __byte_perm(entry.y, 0, 0x4341);
+/* The codewords of up to two groups, from `sketches` on. Column i has those of tokens
+ * i / 16 * 32 + i % 16 and 16 more, in the low and high nibbles of its bytes. A lane transposes
+ * four parts' bytes of four columns at a time. */
+static __device__ __forceinline__ void load_columns(uint32_t *columns, const uint32_t *sketches,
+                                                    uint32_t groups, uint32_t dim) {
+    uint32_t words = dim / 16, width = column_words(dim);
+#pragma unroll 2
+    for (uint32_t i = threadIdx.x % 32; i < groups * words * 4; i += 32) {
+        uint32_t q = i % 4, part = i / 4, group = part >= words, r = part - (group ? words : 0);
+        const uint32_t *from = sketches + group * dim + 16 * r + q;
+        uint32_t a = __ldg(from), b = __ldg(from + 4), x = __ldg(from + 8), y = __ldg(from + 12);
+        uint32_t ab = __byte_perm(a, b, 0x5140), cd = __byte_perm(x, y, 0x5140);
+        uint32_t *to = columns + (group * 16 + 4 * q) * width + r;
+        to[0] = __byte_perm(ab, cd, 0x5410);
+        to[width] = __byte_perm(ab, cd, 0x7632);
+        ab = __byte_perm(a, b, 0x7362);
+        cd = __byte_perm(x, y, 0x7362);
+        to[2 * width] = __byte_perm(ab, cd, 0x5410);
+        to[3 * width] = __byte_perm(ab, cd, 0x7632);
     }
-    sum.x -= sum.y << 8;
-    sum.z -= sum.w << 8;
-    return sum;
+}
+
+/* Adds the entry of the codeword at bit BIT of a column's word, of PART in that word. Of a word of
+ * entries the first sum has bytes 0 and 2, into which 1 and 3 carry, the second has bytes 1 and 3.
+ */
+template <int BIT, int PART>
+static __device__ __forceinline__ void add_entry(uint4 &sum, uint32_t word, uint32_t table) {
+    uint32_t x, y, at = ((BIT < 3 ? word << (3 - BIT) : word >> (BIT - 3)) & 0x78u) | table;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];"
+                 : "=r"(x), "=r"(y)
+                 : "r"(at), "n"(PART * (int)PART_BYTES));
+    sum.x += x;
+    sum.y += __byte_perm(x, 0, 0x4341);
+    sum.z += y;
+    sum.w += __byte_perm(y, 0, 0x4341);
+}
+
+/* Sums of this lane's two tokens for all vectors of the lot. */
+static __device__ __forceinline__ void add_columns(const warp_memory &m, uint32_t dim,
+                                                   uint4 (&sum)[2]) {
+    uint32_t words = dim / 16;
+    const uint32_t *column = m.columns + threadIdx.x % 32 * column_words(dim);
+    sum[0] = sum[1] = uint4{0, 0, 0, 0};
+#pragma unroll 2
+    for (uint32_t r = 0; r < words; r++) {
+        uint32_t word = column[r], table = m.table + r * 4 * PART_BYTES;
+        add_entry<0, 0>(sum[0], word, table);
+        add_entry<4, 0>(sum[1], word, table);
+        add_entry<8, 1>(sum[0], word, table);
+        add_entry<12, 1>(sum[1], word, table);
+        add_entry<16, 2>(sum[0], word, table);
+        add_entry<20, 2>(sum[1], word, table);
+        add_entry<24, 3>(sum[0], word, table);
+        add_entry<28, 3>(sum[1], word, table);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        sum[i].x -= sum[i].y << 8;
+        sum[i].z -= sum[i].w << 8;
+    }
+}
+
+/* The sums of a root's tokens from `base` on, two for each lane: token_of(0), and 16 further. */
+static __device__ __forceinline__ void sum_step(const loci_cuda_look &look, const lot_work &w,
+                                                const loci_cuda_root &root, uint32_t base,
+                                                const warp_memory &m, uint4 (&sum)[2]) {
+    const uint32_t *sketches = (const uint32_t *)(w.pair->blob + root.sketches_at);
+    load_columns(m.columns, sketches + base / GROUP * look.dim, root.tokens - base > GROUP ? 2 : 1,
+                 look.dim);
+    __syncwarp();
+    add_columns(m, look.dim, sum);
+}
+
+static __device__ __forceinline__ uint32_t lane_token(uint32_t base) {
+    uint32_t lane = threadIdx.x % 32;
+    return base + lane / 16 * GROUP + lane % 16;
 }
 
 /* Word w of sums, and its half, belong to vector (w / 2) * 4 + w % 2 + 2 * half of the lot. */
@@ -188,64 +257,120 @@ static __device__ __forceinline__ uint32_t vector_of(uint32_t w, uint32_t half) 
     return w / 2 * 4 + w % 2 + 2 * half;
 }
 
-static __device__ __forceinline__ float value_of(const root_memory *m, uint32_t g, uint32_t sum) {
-    return m->centre[g] + m->base[g] + m->scale[g] * (float)sum;
+/* --- leaves ------------------------------------------------------------------------------ */
+
+/* What turns sums of a lot into estimates; shared memory of a block. */
+struct lot_terms {
+    float base[LOT], scale[LOT];
+};
+
+static __device__ __forceinline__ void load_terms(const loci_cuda_look &look,
+                                                  const loci_cuda_choice &c, const lot_work &w,
+                                                  lot_terms *terms) {
+    if (threadIdx.x >= LOT) return;
+    size_t at = (size_t)w.index * look.vectors + w.first + threadIdx.x;
+    bool there = threadIdx.x < w.count;
+    terms->base[threadIdx.x] = there ? c.table_base[at] : 0.0f;
+    terms->scale[threadIdx.x] = there ? c.table_scale[at] : 0.0f;
 }
 
-/* --- leaves ---------------------------------------------------------------------------- */
+/* A root as the lanes of a warp have it: its leaf `lane`, slots counted from the root's first, and
+ * its centre for vector `lane` of the lot. */
+struct root_lane {
+    uint32_t begin, end;
+    float centre;
+    float *out; /* leaf 0, vector 0 of the lot */
+};
 
-/* A thread for a leaf and two vectors of the lot. */
-static __device__ void put_leaves(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                  const root_place &p, uint32_t row, uint32_t lot,
-                                  const root_memory *m) {
-    float *out = leaf_scores(look, c, p, row);
-    for (uint32_t i = threadIdx.x; i < p.root->leaves * 4; i += THREADS) {
-        uint32_t l = i / 4, w = i % 4, top = 0;
-        uint32_t begin = p.pair->leaf_begin[p.root->first_leaf + l];
-        uint32_t count = p.pair->leaf_begin[p.root->first_leaf + l + 1] - begin;
-        uint32_t live = live_bits(p.pair, begin, count);
-        const uint32_t *sums = (const uint32_t *)(m->sum + (begin - p.root->first_slot)) + w;
-        for (uint32_t left = live; left; left &= left - 1)
-            top = __vmaxu2(top, sums[4 * (__ffs((int)left) - 1)]);
+/* Scores of leaves [first, last) of the root, which are summed: a lane for a leaf and a word of
+ * sums. */
+static __device__ __forceinline__ void put_leaves(const lot_work &w, const loci_cuda_root &root,
+                                                  const root_lane &own, const lot_terms &terms,
+                                                  const uint4 *ring, uint32_t first,
+                                                  uint32_t last) {
+    uint32_t lane = threadIdx.x % 32;
+    for (uint32_t i = lane; i - lane < (last - first) * 4; i += 32) { /* whole warps */
+        uint32_t l = first + i / 4, word = i % 4, top = 0;
+        bool there = l < last;
+        uint32_t begin = __shfl_sync(FULL_WARP, own.begin, (int)(l % 32));
+        uint32_t end = __shfl_sync(FULL_WARP, own.end, (int)(l % 32));
+        uint32_t live = there ? live_bits(w.pair, root.first_slot + begin, end - begin) : 0;
+        for (uint32_t left = live; left; left &= left - 1) {
+            uint32_t t = begin + __ffs((int)left) - 1;
+            top = __vmaxu2(top, ((const uint32_t *)&ring[t % RING])[word]);
+        }
+#pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
-            uint32_t g = vector_of(w, half), in_row = lot * LOT + g;
-            if (in_row >= look.group) continue;
-            float value = value_of(m, g, half ? top >> 16 : top & 0xffffu);
-            out[(size_t)(row * look.group + in_row) * p.head->leaves + l] =
-                live ? value : -INFINITY;
+            uint32_t g = vector_of(word, half);
+            float centre = __shfl_sync(FULL_WARP, own.centre, (int)g);
+            float sum = (float)(half ? top >> 16 : top & 0xffffu);
+            if (there && g < w.count)
+                own.out[(size_t)g * w.head->leaves + l] =
+                    live ? centre + terms.base[g] + terms.scale[g] * sum : -INFINITY;
         }
     }
+}
+
+static __device__ __forceinline__ root_lane open_root(const loci_cuda_look &look,
+                                                      const loci_cuda_choice &c, const lot_work &w,
+                                                      uint32_t number, const loci_cuda_root &root) {
+    root_lane own;
+    uint32_t lane = threadIdx.x % 32;
+    own.begin = root.tokens;
+    if (lane < root.leaves)
+        own.begin = w.pair->leaf_begin[root.first_leaf + lane] - root.first_slot;
+    own.end = __shfl_down_sync(FULL_WARP, own.begin, 1);
+    if (lane + 1 >= root.leaves) own.end = root.tokens;
+    own.centre = centre_of(look, c, w, number, lane);
+    own.out = c.leaf_score + w.head->leaf_at * look.vectors + (size_t)w.first * w.head->leaves +
+              c.leaf_place[w.kept_at + number];
+    return own;
 }
 
 static __global__ void __launch_bounds__(THREADS)
     k_score_leaves(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
-    root_memory *m = lay_out(look, shared);
-    for (uint32_t i = blockIdx.x; i < *c.kept_count; i += gridDim.x) {
-        root_place p = place_of(look, c, i);
-        load_sketches(look, p, m);
-        for (uint32_t row = 0; row < look.rows; row++) {
-            if (!c.root_kept[kept_at(look, p, row)]) continue;
-            for (uint32_t lot = 0; lot < lots_of(look); lot++) {
-                load_lot(look, c, p, row, lot, m);
-                __syncthreads();
-                for (uint32_t t = threadIdx.x; t < p.root->tokens; t += THREADS)
-                    m->sum[t] = token_sums(m, t, look.dim);
-                __syncthreads();
-                put_leaves(look, c, p, row, lot, m);
-                __syncthreads();
+    __shared__ lot_terms terms;
+    await_previous();
+    const lot_work w = work_of(look, c);
+    if (blockIdx.y * WARPS >= w.kept) return;
+    const warp_memory m = open_memory(look, c, w, shared);
+    load_terms(look, c, w, &terms);
+    __syncthreads();
+    uint32_t lane = threadIdx.x % 32;
+    for (uint32_t i = blockIdx.y * WARPS + threadIdx.x / 32; i < w.kept; i += gridDim.y * WARPS) {
+        uint32_t number = c.kept[w.kept_at + i], ready = 0;
+        const loci_cuda_root root = w.pair->root_table[number];
+        const root_lane own = open_root(look, c, w, number, root);
+        for (uint32_t base = 0; base < root.tokens; base += STEP) {
+            uint32_t t = lane_token(base), done = base + STEP;
+            uint4 sum[2];
+            sum_step(look, w, root, base, m, sum);
+            m.ring[t % RING] = sum[0];
+            m.ring[(t + 16) % RING] = sum[1];
+            if (c.sums) {
+                uint4 *to = c.sums + w.sums_at + root.first_slot;
+                if (t < root.tokens) to[t] = sum[0];
+                if (t + 16 < root.tokens) to[t + 16] = sum[1];
             }
+            __syncwarp();
+            if (done > root.tokens) done = root.tokens;
+            uint32_t now = __popc(__ballot_sync(FULL_WARP, lane < root.leaves && own.end <= done));
+            put_leaves(w, root, own, terms, m.ring, ready, now);
+            ready = now;
+            __syncwarp();
         }
     }
 }
 
-/* --- floors ---------------------------------------------------------------------------- */
+/* --- floors ------------------------------------------------------------------------------ */
 
 /* One block for each (KV head, vector). */
-static __global__ void __launch_bounds__(RADIX_THREADS)
+static __global__ void __launch_bounds__(RADIX_THREADS, 1)
     k_floors(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
     radix_memory *memory = (radix_memory *)shared;
+    await_previous();
     uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors;
     const loci_cuda_head *head = &look.heads[h];
     const float *score = c.leaf_score + head->leaf_at * look.vectors + (size_t)v * head->leaves;
@@ -255,71 +380,33 @@ static __global__ void __launch_bounds__(RADIX_THREADS)
     if (threadIdx.x == 0) c.floor[blockIdx.x] = fmaxf(fmaxf(kth, top - c.reach), -FLT_MAX);
 }
 
-template <typename KERNEL>
-static cudaError_t launch_roots(cudaStream_t stream, const loci_cuda_look *look,
-                                const loci_cuda_choice *choice, KERNEL kernel) {
-    uint64_t roots = look->roots_all < BLOCKS ? look->roots_all : BLOCKS;
-    size_t bytes = memory_bytes(*look);
-    cudaError_t result =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (result != cudaSuccess) return result;
-    kernel<<<(uint32_t)roots, THREADS, bytes, stream>>>(*look, *choice);
-    return cudaGetLastError();
+/* As many blocks for each lot of a row and pair as they all together leave. */
+static dim3 share_roots(const loci_cuda_look *look) {
+    uint32_t rows = look->extents * look->kv_heads * look->rows, lots = loci_cuda_lots(look);
+    uint32_t most = (look->roots_max + WARPS - 1) / WARPS, each = BLOCKS / rows / lots;
+    if (each > most) each = most;
+    return dim3(rows, each ? each : 1, lots);
 }
 
 extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                           const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
-    dim3 tables(look->vectors, look->extents * look->kv_heads);
-    k_tables<<<tables, 32, 0, stream>>>(*look, *choice);
-    cudaError_t result = launch_roots(stream, look, choice, k_score_leaves);
+    cudaError_t result = launch_behind(stream, k_score_leaves, share_roots(look), THREADS,
+                                       memory_bytes(look->dim), *look, *choice);
     if (result != cudaSuccess) return result;
-    k_floors<<<look->kv_heads * look->vectors, RADIX_THREADS, sizeof(radix_memory), stream>>>(
-        *look, *choice);
-    return cudaGetLastError();
+    return launch_behind(stream, k_floors, look->kv_heads * look->vectors, RADIX_THREADS,
+                         sizeof(radix_memory), *look, *choice);
 }
 
-/* --- candidates ------------------------------------------------------------------------ */
+/* --- candidates -------------------------------------------------------------------------- */
 
-/* Into m->list the live tokens of leaves that reach the floor of any vector of the row: only there
- * can a token reach one. Returns how many; all threads agree. */
-static __device__ uint32_t list_near(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                     const root_place &p, uint32_t row, root_memory *m) {
-    const float *score = leaf_scores(look, c, p, row);
-    uint32_t t = threadIdx.x;
-    __syncthreads();
-    if (t < MAX_ROOT / 32) m->near[t] = 0;
-    __syncthreads();
-    for (uint32_t i = t; i < p.root->leaves * look.group; i += THREADS) {
-        uint32_t l = i % p.root->leaves, v = row * look.group + i / p.root->leaves;
-        float floor = c.floor[(size_t)p.pair->kv_head * look.vectors + v];
-        if (!(score[(size_t)v * p.head->leaves + l] >= floor)) continue;
-        uint32_t begin = p.pair->leaf_begin[p.root->first_leaf + l];
-        uint32_t count = p.pair->leaf_begin[p.root->first_leaf + l + 1] - begin;
-        or_bits(m->near, begin - p.root->first_slot, live_bits(p.pair, begin, count));
-    }
-    __syncthreads();
-    if (t < 32) { /* MAX_ROOT / 32 words */
-        uint32_t own = __popc(m->near[t]), sum = own;
-        for (int offset = 1; offset < 32; offset *= 2) {
-            uint32_t before = __shfl_up_sync(FULL_WARP, sum, offset);
-            if (t >= (uint32_t)offset) sum += before;
-        }
-        m->before[t] = sum - own;
-        if (t == 31) m->before[32] = sum;
-    }
-    __syncthreads();
-    for (uint32_t i = t; i < p.root->tokens; i += THREADS) {
-        uint32_t bits = m->near[i / 32];
-        if (bits >> (i % 32) & 1)
-            m->list[m->before[i / 32] + __popc(bits & ((1u << (i % 32)) - 1))] = (uint16_t)i;
-    }
-    __syncthreads();
-    return m->before[32];
-}
+/* A lot's estimates and floors, the same in every lane. */
+struct lot_floors {
+    float centre[LOT], scale[LOT], floor[LOT]; /* centre: with the base */
+};
 
-/* Whether any vector of the lot, of which `count` are there, reaches its floor. */
-static __device__ __forceinline__ bool reaches(const root_memory *m, uint4 sum, uint32_t count) {
+/* Whether any vector of the lot reaches its floor. */
+static __device__ __forceinline__ bool reaches(const lot_floors &f, uint4 sum) {
     uint32_t words[4] = {sum.x, sum.y, sum.z, sum.w};
     bool hit = false;
 #pragma unroll
@@ -327,51 +414,95 @@ static __device__ __forceinline__ bool reaches(const root_memory *m, uint4 sum, 
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
             uint32_t g = vector_of(w, half);
-            if (g < count)
-                hit = hit ||
-                      value_of(m, g, half ? words[w] >> 16 : words[w] & 0xffffu) >= m->floor[g];
+            float value = (float)(half ? words[w] >> 16 : words[w] & 0xffffu);
+            hit |= f.centre[g] + f.scale[g] * value >= f.floor[g];
         }
     return hit;
 }
 
-/* Candidates of one row below the root. */
-static __device__ void mark_row(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                const root_place &p, uint32_t row, uint32_t count, root_memory *m) {
-    uint32_t *words = c.candidates + mask_at(look, p.pair, row);
-    for (uint32_t lot = 0; lot < lots_of(look); lot++) {
-        uint32_t left = look.group - lot * LOT;
-        __syncthreads();
-        load_lot(look, c, p, row, lot, m);
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
-            uint32_t t = m->list[i], slot = p.root->first_slot + t;
-            if (reaches(m, token_sums(m, t, look.dim), left < LOT ? left : LOT))
-                atomicOr(&words[slot / 32], 1u << (slot % 32));
-        }
+/* Candidates among slots [slot, slot + 32) of the pair, by one lane. Other lots may have found the
+ * same ones. */
+static __device__ __forceinline__ void mark_slots(const loci_cuda_look &look,
+                                                  const loci_cuda_choice &c, const lot_work &w,
+                                                  uint32_t slot, uint32_t bits) {
+    uint32_t *words = c.candidates + mask_at(look, w.pair, w.row);
+    size_t hr = (size_t)w.pair->kv_head * look.rows + w.row;
+    uint32_t *runs = c.run_count + hr * loci_cuda_runs(&look) + w.pair->word_base / LOCI_CUDA_RUN +
+                     w.index / look.kv_heads;
+    uint32_t shift = slot % 32, part[2] = {bits << shift, shift ? bits >> (32 - shift) : 0};
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        if (!part[i]) continue;
+        uint32_t at = slot / 32 + i, fresh = part[i] & ~atomicOr(&words[at], part[i]);
+        if (fresh) atomicAdd(&runs[at / LOCI_CUDA_RUN], (uint32_t)__popc(fresh));
     }
 }
 
+/* The candidates of a root. STORED: sums are there. */
+template <bool STORED>
+static __device__ __forceinline__ void
+mark_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work &w,
+          const loci_cuda_root &root, const warp_memory &m, const lot_floors &floors) {
+    uint32_t lane = threadIdx.x % 32;
+    const uint4 *from = c.sums + w.sums_at + root.first_slot;
+#pragma unroll 2
+    for (uint32_t base = 0; base < root.tokens; base += STEP) {
+        uint32_t t = lane_token(base);
+        uint4 sum[2];
+        if (STORED) {
+            sum[0] = from[t < root.tokens ? t : 0];
+            sum[1] = from[t + 16 < root.tokens ? t + 16 : 0];
+        } else {
+            __syncwarp(); /* all have read the step before */
+            sum_step(look, w, root, base, m, sum);
+        }
+        uint32_t low = __ballot_sync(FULL_WARP, t < root.tokens && reaches(floors, sum[0]));
+        uint32_t high = __ballot_sync(FULL_WARP, t + 16 < root.tokens && reaches(floors, sum[1]));
+        uint32_t bits = lane == 0 ? (low & 0xffffu) | high << 16 : low >> 16 | (high & ~0xffffu);
+        if (lane > 1 || !bits) continue;
+        uint32_t first = root.first_slot + base + lane * GROUP;
+        uint32_t left = root.tokens - base - lane * GROUP;
+        bits &= live_bits(w.pair, first, left < GROUP ? left : GROUP);
+        mark_slots(look, c, w, first, bits);
+    }
+}
+
+template <bool STORED>
 static __global__ void __launch_bounds__(THREADS)
     k_mark_candidates(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
-    root_memory *m = lay_out(look, shared);
-    for (uint32_t i = blockIdx.x; i < *c.kept_count; i += gridDim.x) {
-        root_place p = place_of(look, c, i);
-        bool loaded = false;
-        for (uint32_t row = 0; row < look.rows; row++) {
-            if (!c.root_kept[kept_at(look, p, row)]) continue;
-            uint32_t count = list_near(look, c, p, row, m);
-            if (count == 0) continue;
-            if (!loaded) load_sketches(look, p, m);
-            loaded = true;
-            mark_row(look, c, p, row, count, m);
-        }
-        __syncthreads();
+    __shared__ lot_terms terms;
+    await_previous();
+    const lot_work w = work_of(look, c);
+    if (blockIdx.y * WARPS >= w.kept) return;
+    warp_memory m = {};
+    if (!STORED) m = open_memory(look, c, w, shared);
+    load_terms(look, c, w, &terms);
+    __syncthreads();
+    lot_floors floors;
+#pragma unroll
+    for (uint32_t g = 0; g < LOT; g++) {
+        floors.scale[g] = terms.scale[g];
+        floors.floor[g] = INFINITY;
+        if (g < w.count)
+            floors.floor[g] = c.floor[(size_t)w.pair->kv_head * look.vectors + w.first + g];
+    }
+    for (uint32_t i = blockIdx.y * WARPS + threadIdx.x / 32; i < w.kept; i += gridDim.y * WARPS) {
+        uint32_t number = c.kept[w.kept_at + i];
+        float centre = centre_of(look, c, w, number, threadIdx.x % 32);
+#pragma unroll
+        for (uint32_t g = 0; g < LOT; g++)
+            floors.centre[g] = __shfl_sync(FULL_WARP, centre, (int)g) + terms.base[g];
+        mark_root<STORED>(look, c, w, w.pair->root_table[number], m, floors);
     }
 }
 
 extern "C" cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                               const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
-    return launch_roots(stream, look, choice, k_mark_candidates);
+    if (choice->sums)
+        return launch_behind(stream, k_mark_candidates<true>, share_roots(look), THREADS, 0, *look,
+                             *choice);
+    return launch_behind(stream, k_mark_candidates<false>, share_roots(look), THREADS,
+                         memory_bytes(look->dim), *look, *choice);
 }

@@ -42,27 +42,6 @@ static __device__ __forceinline__ bool chunk_of(const loci_cuda_look &look, uint
     return true;
 }
 
-/* The sum of what threads before this one have; *all: of all THREADS of the block. */
-template <uint32_t THREADS>
-static __device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t *all) {
-    __shared__ uint32_t warps[THREADS / 32];
-    uint32_t sum = own, lane = threadIdx.x % 32;
-    for (int offset = 1; offset < 32; offset *= 2) {
-        uint32_t before = __shfl_up_sync(FULL_WARP, sum, offset);
-        if (lane >= (uint32_t)offset) sum += before;
-    }
-    __syncthreads(); /* all have read the sums of a call before */
-    if (lane == 31) warps[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum -= own;
-    *all = 0;
-    for (uint32_t i = 0; i < THREADS / 32; i++) {
-        if (i < threadIdx.x / 32) sum += warps[i];
-        *all += warps[i];
-    }
-    return sum;
-}
-
 /* The slots of the chunk that any row of the tile selected, in their order; returns their number.
  * list: LOCI_CUDA_CHUNK_MAX entries of shared memory. THREADS: of the block. */
 template <uint32_t THREADS>
@@ -223,10 +202,10 @@ static __device__ __forceinline__ void run_values(warp_state<DIM> &s, const uint
     }
 }
 
-/* The states of all warps, in their order, become one partial result. memory: floats for each warp
- * [ROWS][DIM + 4]. */
+/* The states of all warps, in their order, become one partial result of the first `rows` rows.
+ * memory: floats for each warp [ROWS][DIM + 4]. */
 template <int DIM>
-static __device__ void merge_warps(warp_state<DIM> &s, uint32_t dim, float *memory,
+static __device__ void merge_warps(warp_state<DIM> &s, uint32_t dim, uint32_t rows, float *memory,
                                    float *partial) {
     __shared__ float factor[SPARSE_WARPS][ROWS];
     const uint32_t width = DIM + 4;
@@ -261,7 +240,7 @@ static __device__ void merge_warps(warp_state<DIM> &s, uint32_t dim, float *memo
         partial[(size_t)threadIdx.x * (dim + 2) + dim + 1] = sum;
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < ROWS * dim; i += SPARSE_THREADS) {
+    for (uint32_t i = threadIdx.x; i < (rows < ROWS ? rows : ROWS) * dim; i += SPARSE_THREADS) {
         uint32_t row = i / dim, d = i % dim;
         float value = 0.0f;
         for (uint32_t j = 0; j < SPARSE_WARPS; j++)
@@ -332,19 +311,21 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
             return alone || selected(look, w, row, w.first + list[i]);
         });
     __syncthreads();
-    merge_warps<DIM>(s, look.dim, (float *)stages, partial);
+    merge_warps<DIM>(s, look.dim, look.vectors - w.tile * ROWS, (float *)stages, partial);
 }
 
-#define LIST_EACH 8u /* candidates of a thread */
+#define LIST_EACH 4u /* candidates of a thread */
 
-/* The same for one row over a share of a head's candidates, of which masks say what is selected: as
- * many keys for each block, wherever they stand. */
+/* The same for one row over a share of a head's candidates, of which the cut says what is selected:
+ * as many candidates for each block, wherever they stand. */
 template <int DIM>
 static __global__ void __launch_bounds__(SPARSE_THREADS)
-    k_attend_listed(const loci_cuda_look look, const loci_cuda_attend args) {
+    k_attend_listed(const loci_cuda_look look, const loci_cuda_choice c,
+                    const loci_cuda_attend args) {
     extern __shared__ float4 shared[];
     __shared__ const uint16_t *list[LIST_EACH * SPARSE_THREADS];
-    uint32_t h = blockIdx.x / args.parts, part = blockIdx.x % args.parts, n = args.count[h];
+    await_previous();
+    uint32_t h = blockIdx.x / args.parts, part = blockIdx.x % args.parts, n = c.count[h];
     uint32_t share = (n + args.parts - 1) / args.parts, begin = part * share;
     uint32_t end = begin + share < n ? begin + share : n;
     float *partial = args.partial + (size_t)blockIdx.x * ROWS * (look.dim + 2);
@@ -353,17 +334,19 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
         return;
     }
     uint16_t *q = (uint16_t *)shared, *stages = q + 2 * ROWS * WIDTH_OF(DIM);
-    const uint32_t *slots = args.slots + (size_t)h * args.room;
-    const uint32_t *words = look.token_mask + (size_t)h * look.words;
+    const uint32_t *slots = c.slots + (size_t)h * c.room;
+    const float *shares = c.share + (size_t)h * c.room;
+    const loci_cuda_cut cut = c.cut[h];
     split_vectors<DIM>(look, h, 0, q);
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
     for (; begin < end; begin += LIST_EACH * SPARSE_THREADS) {
-        uint32_t place[LIST_EACH], taken = 0, first = begin + threadIdx.x * LIST_EACH, count;
+        uint32_t place[LIST_EACH], taken = 0, count;
 #pragma unroll
-        for (uint32_t j = 0; j < LIST_EACH; j++) place[j] = first + j < end ? slots[first + j] : 0;
-#pragma unroll
-        for (uint32_t j = 0; j < LIST_EACH; j++)
-            if (first + j < end) taken |= (words[place[j] / 32] >> (place[j] % 32) & 1u) << j;
+        for (uint32_t j = 0; j < LIST_EACH; j++) {
+            uint32_t i = begin + j * SPARSE_THREADS + threadIdx.x;
+            place[j] = i < end ? slots[i] : 0;
+            if (i < end && is_chosen(cut, shares[i], i)) taken |= 1u << j;
+        }
         uint32_t at = sum_before<SPARSE_THREADS>(__popc(taken), &count);
 #pragma unroll
         for (uint32_t j = 0; j < LIST_EACH; j++) {
@@ -378,21 +361,35 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
             [&](uint32_t i) { return list[i]; }, [](uint32_t, uint32_t) { return true; });
         __syncthreads();
     }
-    merge_warps<DIM>(s, look.dim, (float *)stages, partial);
+    merge_warps<DIM>(s, look.dim, look.vectors, (float *)stages, partial);
 }
 
 template <int DIM>
 static cudaError_t launch_attend(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_attend *args) {
     size_t bytes = sparse_halves<DIM>() * sizeof(uint16_t);
-    auto kernel = args->slots ? k_attend_listed<DIM> : k_attend_sparse<DIM>;
-    cudaError_t result =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    cudaError_t result = cudaFuncSetAttribute(
+        k_attend_sparse<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result != cudaSuccess) return result;
     dim3 grid(look->extents * look->kv_heads * args->chunks, loci_cuda_tiles(look->vectors));
-    if (args->slots) grid = dim3(look->kv_heads * args->parts);
-    kernel<<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *args);
+    k_attend_sparse<DIM><<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *args);
     return cudaGetLastError();
+}
+
+template <int DIM>
+static cudaError_t launch_listed(cudaStream_t stream, const loci_cuda_look *look,
+                                 const loci_cuda_choice *choice, const loci_cuda_attend *args) {
+    return launch_behind(stream, k_attend_listed<DIM>, look->kv_heads * args->parts, SPARSE_THREADS,
+                         sparse_halves<DIM>() * sizeof(uint16_t), *look, *choice, *args);
+}
+
+extern "C" cudaError_t loci_cuda_k_attend_listed(cudaStream_t stream, const loci_cuda_look *look,
+                                                 const loci_cuda_choice *choice,
+                                                 const loci_cuda_attend *args) {
+    if (look->dim <= 32) return launch_listed<32>(stream, look, choice, args);
+    if (look->dim <= 64) return launch_listed<64>(stream, look, choice, args);
+    if (look->dim <= 128) return launch_listed<128>(stream, look, choice, args);
+    return launch_listed<256>(stream, look, choice, args);
 }
 
 extern "C" cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci_cuda_look *look,
@@ -415,6 +412,7 @@ extern "C" cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci
 static __global__ void __launch_bounds__(JOIN_THREADS)
     k_join(const loci_cuda_look look, const loci_cuda_attend args) {
     __shared__ float buffer[WARPS_MAX], weight[JOIN_THREADS], sums[JOIN_THREADS];
+    await_previous();
     uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors, t = threadIdx.x;
     uint32_t tiles = loci_cuda_tiles(look.vectors), parts = args.extents * args.parts;
     size_t row = look.dim + 2, stride = (size_t)tiles * ROWS * row;
@@ -461,8 +459,7 @@ static __global__ void __launch_bounds__(JOIN_THREADS)
 extern "C" cudaError_t loci_cuda_k_join(cudaStream_t stream, const loci_cuda_look *look,
                                         const loci_cuda_attend *args) {
     dim3 grid(look->kv_heads * look->vectors, (look->dim + JOIN_WIDE - 1) / JOIN_WIDE);
-    k_join<<<grid, JOIN_THREADS, 0, stream>>>(*look, *args);
-    return cudaGetLastError();
+    return launch_behind(stream, k_join, grid, JOIN_THREADS, 0, *look, *args);
 }
 
 static __global__ void k_mask_live(const loci_cuda_look look) {
