@@ -13,37 +13,40 @@ static __device__ __forceinline__ mass_t mass_of(float share) {
     return (mass_t)((double)share * SHARE_UNIT);
 }
 
-/* One block for each (KV head, vector): its greatest score, and 1 / (its sum of exp(score - that)
- * times the heads of the group). */
-static __global__ void __launch_bounds__(RADIX_THREADS, 1)
-    k_totals(const loci_cuda_look look, const loci_cuda_choice c) {
-    __shared__ float buffer[WARPS_MAX];
-    await_previous();
-    uint32_t h = blockIdx.x / look.vectors, v = blockIdx.x % look.vectors;
-    size_t hr = (size_t)h * look.rows + v / look.group;
-    const float *score = c.score + (hr * look.group + v % look.group) * c.room;
-    float steady = look.steady[blockIdx.x], max = steady, sum = 0.0f;
-    uint32_t top = c.top[blockIdx.x];
-    if (top) max = fmaxf(max, unordered(top));
-    if (max > -INFINITY) {
-        sweep(score, c.count[hr], [&](float x) { sum += expf(x - max); });
-        sum = block_sum(sum, buffer) + expf(steady - max);
+/* Of each of the row's vectors what its shares are relative to: total[2 g] the greatest score,
+ * total[2 g + 1] 1 / (the sum of exp(score - that) times the heads of the group). */
+static __device__ void merge_totals(const loci_cuda_look &look, const loci_cuda_choice &c,
+                                    uint32_t hr, float *total) {
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (uint32_t g = warp; g < look.group; g += blockDim.x / 32) {
+        size_t v = (size_t)hr * look.group + g;
+        const float *from = c.totals + 2 * v * c.slices;
+        float steady = look.steady[v], top = steady, sum = 0.0f;
+        for (uint32_t i = lane; i < c.slices; i += 32) top = fmaxf(top, from[2 * i]);
+        top = warp_max(top);
+        float base = top > -INFINITY ? top : 0.0f;
+        for (uint32_t i = lane; i < c.slices; i += 32)
+            sum += from[2 * i + 1] * expf(from[2 * i] - base);
+        sum = warp_sum(sum) + expf(steady - base);
+        if (lane != 0) continue;
+        total[2 * g] = top;
+        total[2 * g + 1] = top > -INFINITY ? 1.0f / (sum * (float)look.group) : 0.0f;
     }
-    if (threadIdx.x != 0) return;
-    c.total[2 * blockIdx.x] = max;
-    c.total[2 * blockIdx.x + 1] = max > -INFINITY ? 1.0f / (sum * (float)look.group) : 0.0f;
+    __syncthreads();
 }
 
 /* share[i] = mean over heads of exp(score - log of all mass), and the masses of all steps. */
 static __global__ void k_shares(const loci_cuda_look look, const loci_cuda_choice c) {
+    extern __shared__ float4 shared[];
+    float *total = (float *)shared;
     await_previous();
-    uint32_t h = blockIdx.y / look.rows, row = blockIdx.y % look.rows;
-    const float *total = c.total + 2 * ((size_t)h * look.vectors + row * look.group);
     const float *score = c.score + (size_t)blockIdx.y * look.group * c.room;
     unsigned long long *mass = c.step_mass + (size_t)blockIdx.y * LOCI_CUDA_STEPS;
     uint32_t *count = c.step_count + (size_t)blockIdx.y * LOCI_CUDA_STEPS;
-    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < c.count[blockIdx.y];
-         i += gridDim.x * blockDim.x) {
+    uint32_t n = c.count[blockIdx.y];
+    if (blockIdx.x * blockDim.x >= n) return;
+    merge_totals(look, c, blockIdx.y, total);
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
         float share = 0.0f;
 #pragma unroll 8
         for (uint32_t g = 0; g < look.group; g++)
@@ -54,7 +57,7 @@ static __global__ void k_shares(const loci_cuda_look look, const loci_cuda_choic
         uint32_t step = __float_as_uint(share) >> RADIX_SHARES;
         if (step >= LOCI_CUDA_STEPS) step = LOCI_CUDA_STEPS - 1;
         if (mass_of(share)) atomicAdd(&mass[step], mass_of(share));
-        atomicAdd(&count[step], 1u);
+        if (c.budget) atomicAdd(&count[step], 1u);
     }
 }
 
@@ -94,27 +97,47 @@ static __device__ uint32_t place_of_ties(radix_memory *memory, const radix_cut &
     return memory->found;
 }
 
-#define SHARES_EACH 20u /* of a thread, in registers */
+#define STEP_LIST 4096u /* shares of one step that stand in shared memory */
+
+/* The shares among which the cut is found: all of them, then those of its step. */
+struct step_list {
+    const float *share;
+    uint32_t n, *listed; /* listed: how many, more than STEP_LIST if they do not fit */
+    float *list;
+    bool filled;
+
+    template <typename ADD> __device__ __forceinline__ void operator()(ADD add) {
+        if (filled && *listed <= STEP_LIST) {
+            for (uint32_t i = threadIdx.x; i < *listed; i += RADIX_THREADS)
+                (void)add(__float_as_uint(list[i]), mass_of(list[i]));
+            return;
+        }
+        sweep(share, n, [&](float x) {
+            if (!add(__float_as_uint(x), mass_of(x)) || filled) return;
+            uint32_t at = atomicAdd(listed, 1u);
+            if (at < STEP_LIST) list[at] = x;
+        });
+        filled = true; /* a barrier follows */
+    }
+};
 
 /* One block for each hr. */
 static __global__ void __launch_bounds__(RADIX_THREADS, 1)
     k_cut(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
+    __shared__ float list[STEP_LIST];
     radix_memory *memory = (radix_memory *)shared;
     await_previous();
-    uint32_t n = c.count[blockIdx.x];
-    const float *share = c.share + (size_t)blockIdx.x * c.room;
-    block_values<SHARES_EACH> all;
-    load_values(all, share, n);
+    step_list steps = {c.share + (size_t)blockIdx.x * c.room, c.count[blockIdx.x], &memory->listed,
+                       list, false};
+    if (threadIdx.x == 0) memory->listed = 0;
     mass_t total = load_steps(c, memory);
     mass_t slack = (mass_t)((1.0 - (double)c.top_p) * SHARE_UNIT);
     mass_t target = total > slack ? total - slack : 0, most = c.budget ? c.budget : ~(mass_t)0;
-    radix_cut cut = radix_select<RADIX_SHARES>(memory, target, most, true, [&](auto add) {
-        visit_values(all, [&](float x) { add(__float_as_uint(x), mass_of(x)); });
-    });
+    radix_cut cut = radix_select<RADIX_SHARES>(memory, target, most, true, steps);
     __syncthreads();
     uint32_t ties = 0xffffffffu;
-    if (cut.ties < cut.equal) ties = place_of_ties(memory, cut, share, n);
+    if (cut.ties < cut.equal) ties = place_of_ties(memory, cut, steps.share, steps.n);
     if (threadIdx.x == 0) c.cut[blockIdx.x] = loci_cuda_cut{cut.key, ties};
 }
 
@@ -124,10 +147,8 @@ extern "C" cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci
                                                  const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
     uint32_t rows = look->kv_heads * look->rows;
-    cudaError_t result = launch_behind(stream, k_totals, look->kv_heads * look->vectors,
-                                       RADIX_THREADS, 0, *look, *choice);
-    if (result != cudaSuccess) return result;
-    result = launch_behind(stream, k_shares, dim3(SPREAD, rows), 256, 0, *look, *choice);
+    cudaError_t result = launch_behind(stream, k_shares, dim3(SPREAD, rows), 256,
+                                       2 * look->group * sizeof(float), *look, *choice);
     if (result != cudaSuccess) return result;
     return launch_behind(stream, k_cut, rows, RADIX_THREADS, sizeof(radix_memory), *look, *choice);
 }

@@ -267,8 +267,8 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_runs(const loci_cuda_look *look) {
     return look->words / LOCI_CUDA_RUN + look->extents + 1;
 }
 
-#define LOCI_CUDA_STEPS \
-    2048u /* of shares, 16 to each power of two, by whose masses the cut begins */
+#define LOCI_CUDA_SLICES 800u /* of all lists, each scored by a block, about */
+#define LOCI_CUDA_STEPS 2048u /* of shares, 16 to each power of two: the cut begins with them */
 
 /* "hr" numbers (KV head, row), a "lot" LOCI_CUDA_LOT vectors of a row. A table is what a vector
  * knows of a pair: [parts][16] entries, and base + scale * (sum of entries) the estimate behind the
@@ -286,8 +286,8 @@ typedef struct loci_cuda_choice {
     uint8_t *table; /* [pairs][rows][lots][dim / 4][16][LOCI_CUDA_LOT]: an entry of each vector of a
                        lot stands side by side */
     float *table_base, *table_scale; /* [pairs][vectors] */
-    uint16_t *kept; /* as root_kept: for each pair and row the roots that are kept, ascending */
-    uint32_t *kept_count; /* [pairs][rows] */
+    uint16_t *kept;       /* as root_kept: for each pair and row the roots that are kept */
+    uint32_t *kept_count; /* [pairs][rows] (zeroed) */
     uint32_t *leaf_count; /* [hr]: leaves of the roots that the row keeps (zeroed) */
     uint32_t *leaf_place; /* as root_kept: where the leaves of a root begin among those */
     float *leaf_score;    /* of a head [vectors][leaves], from leaf_at * vectors on; the first
@@ -303,11 +303,11 @@ typedef struct loci_cuda_choice {
     uint32_t *slots;      /* [hr][room]: place in the mask of each candidate, ascending */
     float *score;         /* [hr][group][room] */
     float *share;         /* [hr][room] */
-    uint32_t *top;        /* [kv_heads][vectors]: bits, ordered, of the greatest score (zeroed) */
-    float *total;         /* [kv_heads][vectors][2]: the greatest score, and what a share is of
-                             exp(score - that) */
+    uint32_t slices;      /* of a list */
+    float *totals; /* [kv_heads][vectors][slices][2]: of a slice of the list the greatest score,
+                      and the sum of exp(score - that) */
     unsigned long long *step_mass; /* [hr][LOCI_CUDA_STEPS]: shares of a step together (zeroed) */
-    uint32_t *step_count;          /* the same: how many (zeroed) */
+    uint32_t *step_count;          /* the same: how many, where there is a budget (zeroed) */
     loci_cuda_cut *cut;            /* [hr] */
     int8_t *folded;                /* [pairs][vectors][dim], as in loci_cuda_rank */
     float *folded_scale;
@@ -318,9 +318,9 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_lots(const loci_cuda_look *look) {
     return (look->group + LOCI_CUDA_LOT - 1) / LOCI_CUDA_LOT;
 }
 
-/* sketches.cu: clears what is zeroed, fills table and folded. */
+/* sketches.cu: what loci_cuda_k_queries does; clears what is zeroed, fills table and folded. */
 cudaError_t loci_cuda_k_prepare(cudaStream_t stream, const loci_cuda_look *look,
-                                const loci_cuda_choice *choice);
+                                const loci_cuda_choice *choice, const loci_cuda_look_query *query);
 /* nodes.cu: root_score, root_centre, root_floor, then what says which roots are kept. */
 cudaError_t loci_cuda_k_roots(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
@@ -329,7 +329,7 @@ cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                    const loci_cuda_choice *choice);
-/* codes.cu: rank, count, slots, score and top. */
+/* codes.cu: rank, count, slots, score and totals. */
 cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
 /* choose.cu: share and cut; then token_mask, which has been zeroed. */

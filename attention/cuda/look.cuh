@@ -74,43 +74,6 @@ static __device__ __forceinline__ bool is_chosen(const loci_cuda_cut &cut, float
     return key > cut.key || (key == cut.key && i < cut.ties);
 }
 
-/* int8(x) of attention/README.md for the vector x(0) to x(dim - 1), by one warp. */
-template <typename VALUE>
-static __device__ __forceinline__ void round_vector(int8_t *out, float *scale, int32_t *sum,
-                                                    uint32_t dim, VALUE x) {
-    uint32_t lane = threadIdx.x % 32;
-    float top = 0.0f;
-    for (uint32_t i = lane; i < dim; i += 32) top = fmaxf(top, fabsf(x(i)));
-    top = warp_max(top);
-    bool usable = top > 0.0f && isfinite(top);
-    float inverse = usable ? 127.0f / top : 0.0f;
-    int32_t total = 0;
-    for (uint32_t i = lane; i < dim; i += 32) {
-        int32_t value = usable ? (int32_t)((x(i) * inverse + 12582912.0f) - 12582912.0f) : 0;
-        value = value > 127 ? 127 : value < -127 ? -127 : value;
-        out[i] = (int8_t)value;
-        total += value;
-    }
-    for (int offset = 16; offset > 0; offset /= 2)
-        total += __shfl_xor_sync(FULL_WARP, total, offset);
-    if (lane == 0) {
-        *scale = usable ? top / 127.0f : 0.0f;
-        *sum = total;
-    }
-}
-
-/* q times the code scales of a pair, rounded, by one warp. */
-static __device__ __forceinline__ void fold_vector(const loci_cuda_look &look, uint32_t index,
-                                                   uint32_t v, int8_t *folded, float *scale,
-                                                   int32_t *sum) {
-    const loci_cuda_pair *pair = &look.pairs[index];
-    const float *q = look.q + ((size_t)pair->kv_head * look.vectors + v) * look.dim;
-    const float *code_scale = pair->code_scale;
-    size_t at = (size_t)index * look.vectors + v;
-    round_vector(folded + at * look.dim, &scale[at], &sum[at], look.dim,
-                 [&](uint32_t i) { return q[i] * code_scale[i]; });
-}
-
 /* The sum of what threads before this one have; *all: of all THREADS of the block. */
 template <uint32_t THREADS>
 static __device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t *all) {

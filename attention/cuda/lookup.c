@@ -105,27 +105,31 @@ void loci_cuda_lookup_free(loci_backend *self, loci_lookup *lookup) {
     free(lookup->arena.chunks);
     free(lookup->pinned);
     free(lookup->pairs);
-    free(lookup->heads);
     free(lookup);
 }
 
 /* --- begin ----------------------------------------------------------------------------- */
 
+/* Room for the pairs, and for the heads behind them: they are sent together. */
 static bool reserve_tables(loci_stream *stream, loci_lookup *lookup, size_t pairs,
                            uint32_t kv_heads) {
-    loci_cuda_head *heads = realloc(lookup->heads, kv_heads * sizeof *heads);
-    if (heads) lookup->heads = heads;
-    bool ok = heads != NULL;
+    loci_cuda_pair *table =
+        realloc(lookup->pairs, pairs * sizeof *table + kv_heads * sizeof *lookup->heads);
+    if (table) lookup->pairs = table;
+    bool ok = table != NULL;
     if (pairs > lookup->pinned_room) {
         loci_cuda_pair_entry **pinned = realloc(lookup->pinned, pairs * sizeof *pinned);
         if (pinned) lookup->pinned = pinned;
-        loci_cuda_pair *table = realloc(lookup->pairs, pairs * sizeof *table);
-        if (table) lookup->pairs = table;
-        ok = ok && pinned && table;
+        ok = ok && pinned;
         if (ok) lookup->pinned_room = pairs;
     }
-    if (!ok) loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
-    return ok;
+    if (!ok) {
+        loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
+        return false;
+    }
+    lookup->heads = (void *)(lookup->pairs + pairs);
+    memset(lookup->heads, 0, kv_heads * sizeof *lookup->heads);
+    return true;
 }
 
 /* Tokens of an extent that are not deleted; all its pairs have the same. */
@@ -188,7 +192,6 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
     loci_cuda_look *look = &lookup->look;
     size_t pairs = (size_t)corpus->extent_count * corpus->kv_heads;
     if (!reserve_tables(stream, lookup, pairs, corpus->kv_heads)) return false;
-    memset(lookup->heads, 0, corpus->kv_heads * sizeof *lookup->heads);
     for (uint32_t e = 0; e < corpus->extent_count; e++) {
         for (uint32_t h = 0; h < corpus->kv_heads; h++)
             if (!open_pair(stream, lookup, e, h)) return false;
@@ -201,9 +204,10 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
         look->roots_all += lookup->heads[h].roots;
         look->leaves_all += lookup->heads[h].leaves;
     }
-    look->pairs = look_put(stream, lookup, lookup->pairs, pairs * sizeof *lookup->pairs);
-    look->heads = look_put(stream, lookup, lookup->heads, corpus->kv_heads * sizeof *lookup->heads);
-    return look->pairs && look->heads;
+    size_t heads = corpus->kv_heads * sizeof *lookup->heads;
+    look->pairs = look_put(stream, lookup, lookup->pairs, pairs * sizeof *lookup->pairs + heads);
+    look->heads = look->pairs ? (const void *)(look->pairs + pairs) : NULL;
+    return look->pairs != NULL;
 }
 
 static size_t mask_bytes(const loci_cuda_look *look) {
@@ -242,6 +246,78 @@ static bool alloc_look(loci_stream *stream, loci_lookup *lookup) {
     return lookup->ready;
 }
 
+/* Sums of all tokens' sketches are kept for so many lots of vectors and in so much room, which the
+ * L2 mostly holds; else they are added up twice. */
+#define SUMS_LOTS 4u
+#define SUMS_BYTES ((size_t)256 << 20)
+
+/* What kernels count in, one piece of memory that the first one clears. */
+static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    loci_cuda_choice *c = &lookup->choice;
+    size_t hr = (size_t)look->kv_heads * look->rows, pairs = (size_t)look->extents * look->kv_heads;
+    size_t masses = hr * LOCI_CUDA_STEPS * sizeof *c->step_mass;
+    size_t words =
+        hr * (LOCI_CUDA_STEPS + look->words + loci_cuda_runs(look) + 2) + pairs * look->rows;
+    size_t bytes = (masses + words * sizeof(uint32_t) + 15) / 16 * 16;
+    c->zeroed_count = bytes / 16;
+    c->zeroed = look_alloc(stream, lookup, bytes);
+    if (!c->zeroed) return false;
+    c->step_mass = (unsigned long long *)c->zeroed;
+    c->step_count = (uint32_t *)(c->step_mass + hr * LOCI_CUDA_STEPS);
+    c->candidates = c->step_count + hr * LOCI_CUDA_STEPS;
+    c->run_count = c->candidates + hr * look->words;
+    c->leaf_count = c->run_count + hr * loci_cuda_runs(look);
+    c->count = c->leaf_count + hr;
+    c->kept_count = c->count + hr;
+    return true;
+}
+
+static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    const loci_select_params *params = &lookup->params;
+    float slack = 1.0f - params->top_p;
+    loci_cuda_choice *c = &lookup->choice;
+    size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
+    size_t lots = loci_cuda_lots(look), hr = (size_t)look->kv_heads * look->rows;
+    size_t sums = hr * lots * look->words * 32 * sizeof *c->sums;
+    bool keeps = look->rows * lots <= SUMS_LOTS && sums <= SUMS_BYTES;
+    uint32_t slices = hr < LOCI_CUDA_SLICES ? (uint32_t)(LOCI_CUDA_SLICES / hr) : 1;
+    *c = (loci_cuda_choice){
+        .roots_wanted = loci_select_count(params->roots, lookup->spread, lookup->live_tokens,
+                                          params->roots_min),
+        .candidates_wanted =
+            loci_select_count(params->candidates, sqrt((double)lookup->live_tokens),
+                              lookup->live_tokens, params->candidates_min),
+        .budget = params->budget,
+        .root_slack = loci_select_root_slack(params->top_p),
+        .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
+        .top_p = params->top_p,
+        .tail = params->estimate_tail,
+        .root_score = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
+        .root_centre = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
+        .root_floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
+        .root_kept = look_alloc(stream, lookup, look->roots_all * look->rows),
+        .kept = look_alloc(stream, lookup, look->roots_all * look->rows * sizeof *c->kept),
+        .leaf_place = look_alloc(stream, lookup, look->roots_all * look->rows * sizeof(uint32_t)),
+        .table =
+            look_alloc(stream, lookup, pairs * look->rows * lots * LOCI_CUDA_LOT * look->dim * 4),
+        .table_base = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
+        .table_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
+        .leaf_score = look_alloc(stream, lookup, look->leaves_all * vectors * sizeof(float)),
+        .sums = keeps ? look_alloc(stream, lookup, sums) : NULL,
+        .floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
+        .rank = look_alloc(stream, lookup, hr * look->words * sizeof(uint32_t)),
+        .slices = slices,
+        .totals = look_alloc(stream, lookup, look->kv_heads * vectors * slices * 2 * sizeof(float)),
+        .cut = look_alloc(stream, lookup, hr * sizeof *c->cut),
+        .folded = look_alloc(stream, lookup, pairs * vectors * look->dim),
+        .folded_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
+        .folded_sum = look_alloc(stream, lookup, pairs * vectors * sizeof(int32_t)),
+    };
+    return alloc_zeroed(stream, lookup) && lookup->ready;
+}
+
 /* False, with a failure of the stream, for what no look-up can be made of. */
 static bool check_call(loci_stream *stream, const loci_lookup *lookup) {
     uint32_t dim = lookup->corpus->head_dim;
@@ -256,6 +332,21 @@ static bool check_call(loci_stream *stream, const loci_lookup *lookup) {
         return false;
     }
     return true;
+}
+
+/* The queries; in mode hierarchical also what they know of each pair. There the mask is what
+ * look_mask makes. */
+static void put_queries(loci_stream *stream, loci_lookup *lookup,
+                        const loci_cuda_look_query *query) {
+    const loci_cuda_look *look = &lookup->look;
+    if (lookup->mode != LOCI_MODE_HIERARCHICAL && !clear_mask(stream, lookup)) return;
+    if (lookup->mode != LOCI_MODE_HIERARCHICAL || look->extents == 0)
+        (void)look_launched(stream, lookup, loci_cuda_k_queries(stream->stream, look, query),
+                            "lookup_begin");
+    else if (alloc_choice(stream, lookup))
+        (void)look_launched(stream, lookup,
+                            loci_cuda_k_prepare(stream->stream, look, &lookup->choice, query),
+                            "lookup_begin");
 }
 
 void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
@@ -298,82 +389,10 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
         query.steady = loci_cuda_ptr(stream, steady_lse, (size_t)rows * q_heads * sizeof(float));
     lookup->ready = check_call(stream, lookup) && query.q && open_pairs(stream, lookup) &&
                     alloc_look(stream, lookup);
-    /* In mode hierarchical the mask is what look_mask makes. */
-    if (lookup->ready && lookup->mode != LOCI_MODE_HIERARCHICAL) (void)clear_mask(stream, lookup);
-    if (lookup->ready)
-        (void)look_launched(stream, lookup,
-                            loci_cuda_k_queries(stream->stream, &lookup->look, &query),
-                            "lookup_begin");
+    if (lookup->ready) put_queries(stream, lookup, &query);
 }
 
 /* --- stages ---------------------------------------------------------------------------- */
-
-/* Room for sums of all tokens' sketches; where that were more, they are added up twice. */
-#define SUMS_BYTES ((size_t)256 << 20)
-
-/* What kernels count in, one piece of memory that the first one clears. */
-static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
-    const loci_cuda_look *look = &lookup->look;
-    loci_cuda_choice *c = &lookup->choice;
-    size_t hr = (size_t)look->kv_heads * look->rows, vectors = look->kv_heads * look->vectors;
-    size_t masses = hr * LOCI_CUDA_STEPS * sizeof *c->step_mass;
-    size_t words = hr * (LOCI_CUDA_STEPS + look->words + loci_cuda_runs(look) + 2) + vectors;
-    size_t bytes = (masses + words * sizeof(uint32_t) + 15) / 16 * 16;
-    c->zeroed_count = bytes / 16;
-    c->zeroed = look_alloc(stream, lookup, bytes);
-    if (!c->zeroed) return false;
-    c->step_mass = (unsigned long long *)c->zeroed;
-    c->step_count = (uint32_t *)(c->step_mass + hr * LOCI_CUDA_STEPS);
-    c->candidates = c->step_count + hr * LOCI_CUDA_STEPS;
-    c->run_count = c->candidates + hr * look->words;
-    c->leaf_count = c->run_count + hr * loci_cuda_runs(look);
-    c->count = c->leaf_count + hr;
-    c->top = c->count + hr;
-    return true;
-}
-
-static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
-    const loci_cuda_look *look = &lookup->look;
-    const loci_select_params *params = &lookup->params;
-    float slack = 1.0f - params->top_p;
-    loci_cuda_choice *c = &lookup->choice;
-    size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
-    size_t lots = loci_cuda_lots(look), hr = (size_t)look->kv_heads * look->rows;
-    size_t sums = hr * lots * look->words * 32 * sizeof *c->sums;
-    *c = (loci_cuda_choice){
-        .roots_wanted = loci_select_count(params->roots, lookup->spread, lookup->live_tokens,
-                                          params->roots_min),
-        .candidates_wanted =
-            loci_select_count(params->candidates, sqrt((double)lookup->live_tokens),
-                              lookup->live_tokens, params->candidates_min),
-        .budget = params->budget,
-        .root_slack = loci_select_root_slack(params->top_p),
-        .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
-        .top_p = params->top_p,
-        .tail = params->estimate_tail,
-        .root_score = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
-        .root_centre = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
-        .root_floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
-        .root_kept = look_alloc(stream, lookup, look->roots_all * look->rows),
-        .kept = look_alloc(stream, lookup, look->roots_all * look->rows * sizeof *c->kept),
-        .kept_count = look_alloc(stream, lookup, pairs * look->rows * sizeof *c->kept_count),
-        .leaf_place = look_alloc(stream, lookup, look->roots_all * look->rows * sizeof(uint32_t)),
-        .table =
-            look_alloc(stream, lookup, pairs * look->rows * lots * LOCI_CUDA_LOT * look->dim * 4),
-        .table_base = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
-        .table_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
-        .leaf_score = look_alloc(stream, lookup, look->leaves_all * vectors * sizeof(float)),
-        .sums = sums <= SUMS_BYTES ? look_alloc(stream, lookup, sums) : NULL,
-        .floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
-        .rank = look_alloc(stream, lookup, hr * look->words * sizeof(uint32_t)),
-        .total = look_alloc(stream, lookup, 2 * look->kv_heads * vectors * sizeof(float)),
-        .cut = look_alloc(stream, lookup, hr * sizeof *c->cut),
-        .folded = look_alloc(stream, lookup, pairs * vectors * look->dim),
-        .folded_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
-        .folded_sum = look_alloc(stream, lookup, pairs * vectors * sizeof(int32_t)),
-    };
-    return alloc_zeroed(stream, lookup) && lookup->ready;
-}
 
 /* Room for the live tokens of nodes. */
 static bool alloc_live(loci_stream *stream, loci_lookup *lookup) {
@@ -418,11 +437,8 @@ void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
     }
     const loci_cuda_choice *c = &lookup->choice;
     if (lookup->deletions && !look_count(stream, lookup)) return;
-    if (!alloc_choice(stream, lookup) ||
-        !look_launched(stream, lookup, loci_cuda_k_prepare(stream->stream, look, c), "tables") ||
-        !look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, c), "roots"))
-        return;
-    (void)look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, c), "leaves");
+    if (look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, c), "roots"))
+        (void)look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, c), "leaves");
 }
 
 /* Room for the candidates of each row: for all tokens, or, where that is much, for as many as there

@@ -37,8 +37,8 @@ struct loci_lookup {
     loci_cuda_squeeze squeeze;
     loci_cuda_pair_entry **pinned; /* [pinned_count], room for pinned_room */
     size_t pinned_count, pinned_room;
-    loci_cuda_pair *pairs; /* host copy of look.pairs, room for pinned_room */
-    loci_cuda_head *heads; /* host copy of look.heads, [look.kv_heads] */
+    loci_cuda_pair *pairs; /* host copy of look.pairs */
+    loci_cuda_head *heads; /* host copy of look.heads, [look.kv_heads], behind pairs */
     lookup_arena arena;
 };
 

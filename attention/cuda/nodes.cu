@@ -102,43 +102,42 @@ static __global__ void __launch_bounds__(RADIX_THREADS, 1)
         c.root_floor[blockIdx.x] = fmaxf(least, look.steady[blockIdx.x] + c.root_slack);
 }
 
-#define LIST_THREADS 512u
+#define LIST_THREADS 128u
 
-/* A block for each pair and row: the roots that the row keeps, in their order, and where their
- * leaves get their places: behind those of other pairs in any order; nothing that is selected
- * depends on it. */
+/* A block for some roots of a pair, and a row: which of them the row keeps, and where their leaves
+ * get their places. Blocks' shares come in any order; nothing that is selected depends on it. */
 static __global__ void __launch_bounds__(LIST_THREADS)
     k_list_roots(const loci_cuda_look look, const loci_cuda_choice c) {
-    __shared__ uint32_t leaves_before;
+    __shared__ uint32_t first[2];
     await_previous();
-    uint32_t row = blockIdx.y, listed = 0;
+    uint32_t i = blockIdx.y * LIST_THREADS + threadIdx.x, row = blockIdx.z, all, leaves_all;
     const loci_cuda_pair *pair = &look.pairs[blockIdx.x];
     const loci_cuda_head *head = &look.heads[pair->kv_head];
+    if (blockIdx.y * LIST_THREADS >= pair->roots) return;
     size_t hr = (size_t)pair->kv_head * look.rows + row, q = hr * look.group;
     size_t at = head->root_at * look.rows + (size_t)row * head->roots + pair->root_base;
     const float *score = c.root_score + head->root_at * look.vectors +
                          (size_t)row * look.group * head->roots + pair->root_base;
-    for (uint32_t begin = 0; begin < pair->roots; begin += LIST_THREADS) {
-        uint32_t i = begin + threadIdx.x, all, leaves_all;
-        bool kept = false;
-        if (i < pair->roots) {
+    bool kept = false;
+    uint32_t leaves = 0;
+    if (i < pair->roots) {
+        leaves = pair->root_table[i].leaves;
 #pragma unroll 8
-            for (uint32_t g = 0; g < look.group; g++)
-                kept |= score[(size_t)g * head->roots + i] >= c.root_floor[q + g];
-            c.root_kept[at + i] = kept;
-        }
-        uint32_t leaves = kept ? pair->root_table[i].leaves : 0;
-        uint32_t place = listed + sum_before<LIST_THREADS>(kept, &all);
-        uint32_t leaf = sum_before<LIST_THREADS>(leaves, &leaves_all);
-        if (threadIdx.x == 0) leaves_before = atomicAdd(&c.leaf_count[hr], leaves_all);
-        __syncthreads();
-        if (kept) {
-            c.kept[at + place] = (uint16_t)i;
-            c.leaf_place[at + i] = leaves_before + leaf;
-        }
-        listed += all;
+        for (uint32_t g = 0; g < look.group; g++)
+            kept |= score[(size_t)g * head->roots + i] >= c.root_floor[q + g];
+        c.root_kept[at + i] = kept;
     }
-    if (threadIdx.x == 0) c.kept_count[(size_t)blockIdx.x * look.rows + row] = listed;
+    uint32_t place = sum_before<LIST_THREADS>(kept, &all);
+    uint32_t leaf = sum_before<LIST_THREADS>(kept ? leaves : 0, &leaves_all);
+    if (all == 0) return;
+    if (threadIdx.x == 0) {
+        first[0] = atomicAdd(&c.kept_count[(size_t)blockIdx.x * look.rows + row], all);
+        first[1] = atomicAdd(&c.leaf_count[hr], leaves_all);
+    }
+    __syncthreads();
+    if (!kept) return;
+    c.kept[at + first[0] + place] = (uint16_t)i;
+    c.leaf_place[at + i] = first[1] + leaf;
 }
 
 extern "C" cudaError_t loci_cuda_k_roots(cudaStream_t stream, const loci_cuda_look *look,
@@ -151,6 +150,6 @@ extern "C" cudaError_t loci_cuda_k_roots(cudaStream_t stream, const loci_cuda_lo
     result = launch_behind(stream, k_root_floors, look->kv_heads * look->vectors, RADIX_THREADS,
                            sizeof(radix_memory), *look, *choice);
     if (result != cudaSuccess) return result;
-    return launch_behind(stream, k_list_roots, dim3(pairs, look->rows), LIST_THREADS, 0, *look,
-                         *choice);
+    dim3 lists(pairs, (look->roots_max + LIST_THREADS - 1) / LIST_THREADS, look->rows);
+    return launch_behind(stream, k_list_roots, lists, LIST_THREADS, 0, *look, *choice);
 }

@@ -1,41 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The queries of a look-up in the forms that its stages read, and the live tokens of nodes. Built
- * without contraction of products and sums: estimates have the bits that the CPU has.
+ * The queries of a look-up, and the live tokens of nodes.
  */
-#include "attention/cuda/look.cuh"
+#include "attention/cuda/query.cuh"
 
 /* One warp for each vector and pair; the first extent's also leave the query's forms. */
 static __global__ void k_queries(const loci_cuda_look look, const loci_cuda_look_query query) {
-    __shared__ float scaled[MAX_DIM], other[MAX_DIM];
-    uint32_t h = blockIdx.y % look.kv_heads, v = blockIdx.x, at = h * look.vectors + v;
-    uint32_t row = v / look.group, head = h * look.group + v % look.group;
-    const float *from = query.q + (size_t)row * query.q_stride + (size_t)head * look.dim;
-    for (uint32_t i = threadIdx.x; i < look.dim; i += 32) scaled[i] = from[i] * query.scale;
-    if (look.extents > 0) {
-        const float *mean = look.pairs[blockIdx.y].mean;
-        for (uint32_t i = threadIdx.x; i < look.dim; i += 32) other[i] = scaled[i] * mean[i];
-        __syncwarp();
-        float sum = 0.0f; /* in the CPU's order */
-#pragma unroll 8
-        for (uint32_t i = 0; i < look.dim; i++) sum += other[i];
-        if (threadIdx.x == 0) look.mean_terms[(size_t)blockIdx.y * look.vectors + v] = sum;
-    }
-    if (blockIdx.y >= look.kv_heads) return;
-    __syncwarp();
-    for (uint32_t i = threadIdx.x; i < look.dim; i += 32) {
-        look.q[(size_t)at * look.dim + i] = scaled[i];
-        other[i] = scaled[i] * scaled[i] * 0.5f;
-    }
-    __syncwarp();
-    int32_t unused;
-    round_vector(look.q8 + (size_t)at * look.dim, &look.q_scale[at], &look.q_sum[at], look.dim,
-                 [&](uint32_t i) { return scaled[i]; });
-    round_vector(look.qq8 + (size_t)at * look.dim, &look.qq_scale[at], &unused, look.dim,
-                 [&](uint32_t i) { return other[i]; });
-    if (threadIdx.x == 0)
-        look.steady[at] =
-            query.steady ? query.steady[(size_t)row * look.q_heads + head] : -INFINITY;
+    __shared__ float scaled[MAX_DIM], products[MAX_DIM];
+    uint32_t h = blockIdx.y % look.kv_heads, v = blockIdx.x;
+    scale_vector(look, query, h, v, scaled);
+    if (look.extents > 0) put_mean_term(look, blockIdx.y, v, scaled, products);
+    if (blockIdx.y < look.kv_heads) put_vector(look, query, h, v, scaled);
 }
 
 extern "C" cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,

@@ -111,9 +111,9 @@ static __device__ __forceinline__ void add_mass(mass_t *to, mass_t mass) {
 #define RADIX_ALL 21
 #define RADIX_SHARES 19
 
-/* visit(add) calls add(key, mass) for each key of this thread; three times the same ones, twice
- * where `filled`: m has the first pass's histogram. All RADIX_THREADS threads get the result. None
- * are taken if target is 0 or most is 0. */
+/* visit(add) calls add(key, mass) for each key of this thread, which says whether later passes look
+ * at it; three times the same ones, twice where `filled`: m has the first pass's histogram. All
+ * RADIX_THREADS threads get the result. None are taken if target is 0 or most is 0. */
 template <int FIRST = RADIX_ALL, typename VISIT>
 static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t most, bool filled,
                                          VISIT visit) {
@@ -132,10 +132,11 @@ static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t 
         __syncthreads();
         if (!(filled && level == 0))
             visit([&](uint32_t key, mass_t mass) {
-                if ((key & fixed) != cut.key) return;
+                if ((key & fixed) != cut.key) return false;
                 uint32_t at = (key & ~fixed) >> shift;
                 if (mass) add_mass(&m->mass[at], mass);
                 atomicAdd(&m->count[at], 1u);
+                return true;
             });
         __syncthreads();
         find_bucket(m, cut, target, most);
@@ -163,7 +164,7 @@ static __device__ radix_cut radix_select(radix_memory *m, mass_t target, mass_t 
 
 /* --- values of a block ----------------------------------------------------------------- */
 
-#define SWEEP_EACH 8u /* loads of a thread that are under way together */
+#define SWEEP_EACH 16u /* loads of a thread that are under way together */
 
 /* visit(value) for the values of this thread, -INFINITY and NaN left out. */
 template <typename VISIT>

@@ -4,14 +4,16 @@
  * the keys: for each vector the log-sum-exp over a segment's tokens and the shared prefix. One
  * block for each segment and KV head, one warp for each vector, a token a lane.
  */
-#include "attention/cuda/look.cuh"
+#include "attention/cuda/query.cuh"
 
 #define THREADS 128u
 
 /* One warp for each (pair, vector): q times the pair's code scales as int8. */
 static __global__ void k_fold(const loci_cuda_look look, int8_t *folded, float *scale,
                               int32_t *sum) {
-    fold_vector(look, blockIdx.y, blockIdx.x, folded, scale, sum);
+    size_t h = look.pairs[blockIdx.y].kv_head;
+    const float *q = look.q + (h * look.vectors + blockIdx.x) * look.dim;
+    fold_vector(look, blockIdx.y, blockIdx.x, q, folded, scale, sum);
 }
 
 extern "C" cudaError_t loci_cuda_k_fold(cudaStream_t stream, const loci_cuda_look *look,

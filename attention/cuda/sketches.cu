@@ -10,16 +10,18 @@
  * which mostly stay in the L2.
  */
 #include "attention/cuda/nodes.cuh"
+#include "attention/cuda/query.cuh"
 #include "attention/cuda/radix.cuh"
 
-#define WARPS 8u
+#define WARPS 4u
 #define THREADS (32 * WARPS)
+#define PREPARE_THREADS 256u
 #define PARTS_MAX (MAX_DIM / 4)
 #define GROUP 32u /* tokens whose sketches are interleaved */
 #define LOT LOCI_CUDA_LOT
 #define STEP (2 * GROUP) /* tokens that a warp sums at a time */
 #define RING (4 * GROUP) /* tokens whose sums it remembers: of a step, and of a leaf before it */
-#define BLOCKS 800u      /* that share the kept roots, about */
+#define BLOCKS 1600u     /* that share the kept roots, about */
 #define PART_BYTES 128u  /* of a table */
 #define SUMS_ALIGN 128u
 
@@ -37,7 +39,7 @@ static __device__ __forceinline__ uint4 *table_of(const loci_cuda_look &look,
  * CPU's order. */
 static __device__ void multiply_book(const float *book, const float *q, uint32_t parts,
                                      float *value, float *low, float *high) {
-    for (uint32_t i = threadIdx.x; i < parts * 16; i += THREADS) { /* whole warps */
+    for (uint32_t i = threadIdx.x; i < parts * 16; i += PREPARE_THREADS) { /* whole warps */
         uint32_t p = i / 16, w = i % 16;
         float sum = 0.0f;
         for (uint32_t j = 0; j < 4; j++) sum += q[p * 4 + j] * book[p * 64 + j * 16 + w];
@@ -53,22 +55,28 @@ static __device__ void multiply_book(const float *book, const float *q, uint32_t
     }
 }
 
-/* A block for each (vector, pair); those behind the last pair clear memory. */
-static __global__ void __launch_bounds__(THREADS)
-    k_prepare(const loci_cuda_look look, const loci_cuda_choice c) {
+/* A block for each (vector, pair): the query's forms, what it knows of the pair. Blocks behind the
+ * last pair clear memory. */
+static __global__ void __launch_bounds__(PREPARE_THREADS)
+    k_prepare(const loci_cuda_look look, const loci_cuda_choice c,
+              const loci_cuda_look_query query) {
     __shared__ float value[PARTS_MAX * 16], low[PARTS_MAX], high[PARTS_MAX];
+    __shared__ float scaled[MAX_DIM], products[MAX_DIM];
     await_previous();
+    uint32_t v = blockIdx.x, warp = threadIdx.x / 32, parts = look.dim / 4;
     if (blockIdx.y == look.extents * look.kv_heads) {
-        for (size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x; i < c.zeroed_count;
-             i += (size_t)gridDim.x * THREADS)
+        for (size_t i = (size_t)v * PREPARE_THREADS + threadIdx.x; i < c.zeroed_count;
+             i += (size_t)gridDim.x * PREPARE_THREADS)
             c.zeroed[i] = uint4{0, 0, 0, 0};
         return;
     }
-    const loci_cuda_pair *pair = &look.pairs[blockIdx.y];
-    size_t at = (size_t)blockIdx.y * look.vectors + blockIdx.x;
-    const float *q = look.q + ((size_t)pair->kv_head * look.vectors + blockIdx.x) * look.dim;
-    uint32_t parts = look.dim / 4;
-    multiply_book(pair->codebook, q, parts, value, low, high);
+    uint32_t h = blockIdx.y % look.kv_heads;
+    size_t at = (size_t)blockIdx.y * look.vectors + v;
+    scale_vector(look, query, h, v, scaled);
+    multiply_book(look.pairs[blockIdx.y].codebook, scaled, parts, value, low, high);
+    if (warp == 0) put_mean_term(look, blockIdx.y, v, scaled, products);
+    if (warp == 1 && blockIdx.y < look.kv_heads) put_vector(look, query, h, v, scaled);
+    if (warp == 2) fold_vector(look, blockIdx.y, v, scaled, c.folded, c.folded_scale, c.folded_sum);
     __syncthreads();
     float base = 0.0f, widest = 0.0f;
     for (uint32_t p = 0; p < parts; p++) {
@@ -77,26 +85,25 @@ static __global__ void __launch_bounds__(THREADS)
     }
     bool usable = widest > 1e-30f && widest < 1e30f;
     float inverse = usable ? 255.0f / widest : 0.0f;
-    uint32_t row = blockIdx.x / look.group, g = blockIdx.x % look.group;
+    uint32_t row = v / look.group, g = v % look.group;
     uint8_t *table = (uint8_t *)table_of(look, c, blockIdx.y, row, g / LOT) + g % LOT;
-    for (uint32_t i = threadIdx.x; i < parts * 16; i += THREADS) {
+    for (uint32_t i = threadIdx.x; i < parts * 16; i += PREPARE_THREADS) {
         float step = (value[i] - low[i / 16]) * inverse + 0.5f;
         step = step < 256.0f ? step : 0.0f; /* products of a hostile codebook may be NaN */
         table[i * LOT] = (uint8_t)(int32_t)step;
     }
-    if (threadIdx.x == 0) {
-        c.table_base[at] = base;
-        c.table_scale[at] = usable ? widest / 255.0f : 0.0f;
-    }
-    if (threadIdx.x / 32 == WARPS - 1)
-        fold_vector(look, blockIdx.y, blockIdx.x, c.folded, c.folded_scale, c.folded_sum);
+    if (threadIdx.x != 0) return;
+    c.table_base[at] = base;
+    c.table_scale[at] = usable ? widest / 255.0f : 0.0f;
 }
 
 extern "C" cudaError_t loci_cuda_k_prepare(cudaStream_t stream, const loci_cuda_look *look,
-                                           const loci_cuda_choice *choice) {
+                                           const loci_cuda_choice *choice,
+                                           const loci_cuda_look_query *query) {
     if (look->extents == 0) return cudaSuccess;
     dim3 grid(look->vectors, look->extents * look->kv_heads + 1);
-    return launch_behind(stream, k_prepare, grid, THREADS, 0, *look, *choice);
+    k_prepare<<<grid, PREPARE_THREADS, 0, stream>>>(*look, *choice, *query);
+    return cudaGetLastError();
 }
 
 /* --- a warp's share ---------------------------------------------------------------------- */
@@ -174,25 +181,42 @@ static __device__ __forceinline__ warp_memory open_memory(const loci_cuda_look &
     return m;
 }
 
-/* The codewords of up to two groups, from `sketches` on. Column i has those of tokens
- * i / 16 * 32 + i % 16 and 16 more, in the low and high nibbles of its bytes. A lane transposes
- * four parts' bytes of four columns at a time. */
-static __device__ __forceinline__ void load_columns(uint32_t *columns, const uint32_t *sketches,
-                                                    uint32_t groups, uint32_t dim) {
-    uint32_t words = dim / 16, width = column_words(dim);
-#pragma unroll 2
-    for (uint32_t i = threadIdx.x % 32; i < groups * words * 4; i += 32) {
-        uint32_t q = i % 4, part = i / 4, group = part >= words, r = part - (group ? words : 0);
-        const uint32_t *from = sketches + group * dim + 16 * r + q;
-        uint32_t a = __ldg(from), b = __ldg(from + 4), x = __ldg(from + 8), y = __ldg(from + 12);
-        uint32_t ab = __byte_perm(a, b, 0x5140), cd = __byte_perm(x, y, 0x5140);
-        uint32_t *to = columns + (group * 16 + 4 * q) * width + r;
-        to[0] = __byte_perm(ab, cd, 0x5410);
-        to[width] = __byte_perm(ab, cd, 0x7632);
-        ab = __byte_perm(a, b, 0x7362);
-        cd = __byte_perm(x, y, 0x7362);
-        to[2 * width] = __byte_perm(ab, cd, 0x5410);
-        to[3 * width] = __byte_perm(ab, cd, 0x7632);
+/* What a lane copies of a step: WORDS times four parts' bytes of four tokens. */
+template <int WORDS> struct step_words { uint32_t word[WORDS][4]; };
+
+/* Begins to read the sketches of up to two groups. */
+template <int WORDS>
+static __device__ __forceinline__ void fetch_step(step_words<WORDS> &step, const uint32_t *sketches,
+                                                  uint32_t groups, uint32_t dim) {
+#pragma unroll
+    for (uint32_t k = 0; k < WORDS; k++) {
+        uint32_t i = threadIdx.x % 32 + 32 * k, part = i / 4, group = part >= dim / 16;
+        if (i >= groups * dim / 4) break;
+        const uint32_t *from = sketches + group * dim + 16 * (part - group * (dim / 16)) + i % 4;
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++) step.word[k][j] = __ldg(from + 4 * j);
+    }
+}
+
+/* Codewords to columns. Column i has those of tokens i / 16 * 32 + i % 16 and 16 more, in the low
+ * and high nibbles of its bytes. */
+template <int WORDS>
+static __device__ __forceinline__ void put_step(const step_words<WORDS> &step, uint32_t *columns,
+                                                uint32_t groups, uint32_t dim) {
+    uint32_t width = column_words(dim);
+#pragma unroll
+    for (uint32_t k = 0; k < WORDS; k++) {
+        uint32_t i = threadIdx.x % 32 + 32 * k, part = i / 4, group = part >= dim / 16;
+        if (i >= groups * dim / 4) break;
+        const uint32_t *w = step.word[k];
+        uint32_t low = __byte_perm(w[0], w[1], 0x5140), high = __byte_perm(w[2], w[3], 0x5140);
+        uint32_t *to = columns + (group * 16 + i % 4 * 4) * width + part - group * (dim / 16);
+        to[0] = __byte_perm(low, high, 0x5410);
+        to[width] = __byte_perm(low, high, 0x7632);
+        low = __byte_perm(w[0], w[1], 0x7362);
+        high = __byte_perm(w[2], w[3], 0x7362);
+        to[2 * width] = __byte_perm(low, high, 0x5410);
+        to[3 * width] = __byte_perm(low, high, 0x7632);
     }
 }
 
@@ -236,17 +260,18 @@ static __device__ __forceinline__ void add_columns(const warp_memory &m, uint32_
     }
 }
 
-/* The sums of a root's tokens from `base` on, two for each lane: token_of(0), and 16 further. */
-static __device__ __forceinline__ void sum_step(const loci_cuda_look &look, const lot_work &w,
-                                                const loci_cuda_root &root, uint32_t base,
-                                                const warp_memory &m, uint4 (&sum)[2]) {
-    const uint32_t *sketches = (const uint32_t *)(w.pair->blob + root.sketches_at);
-    load_columns(m.columns, sketches + base / GROUP * look.dim, root.tokens - base > GROUP ? 2 : 1,
-                 look.dim);
-    __syncwarp();
-    add_columns(m, look.dim, sum);
+static __device__ __forceinline__ const uint32_t *sketches_of(const loci_cuda_look &look,
+                                                              const lot_work &w,
+                                                              const loci_cuda_root &root,
+                                                              uint32_t base) {
+    return (const uint32_t *)(w.pair->blob + root.sketches_at) + base / GROUP * look.dim;
 }
 
+static __device__ __forceinline__ uint32_t groups_of(const loci_cuda_root &root, uint32_t base) {
+    return root.tokens - base > GROUP ? 2 : 1;
+}
+
+/* The first of this lane's two tokens of a step; the second stands 16 further. */
 static __device__ __forceinline__ uint32_t lane_token(uint32_t base) {
     uint32_t lane = threadIdx.x % 32;
     return base + lane / 16 * GROUP + lane % 16;
@@ -294,11 +319,11 @@ static __device__ __forceinline__ void put_leaves(const lot_work &w, const loci_
         bool there = l < last;
         uint32_t begin = __shfl_sync(FULL_WARP, own.begin, (int)(l % 32));
         uint32_t end = __shfl_sync(FULL_WARP, own.end, (int)(l % 32));
-        uint32_t live = there ? live_bits(w.pair, root.first_slot + begin, end - begin) : 0;
-        for (uint32_t left = live; left; left &= left - 1) {
-            uint32_t t = begin + __ffs((int)left) - 1;
-            top = __vmaxu2(top, ((const uint32_t *)&ring[t % RING])[word]);
-        }
+        if (!there) begin = end = 0;
+#pragma unroll 4
+        for (uint32_t t = begin; t < end; t++)
+            top = __vmaxu2(top, ((const uint32_t *)ring)[(t * 4 + word) % (RING * 4)]);
+        bool live = there && live_bits(w.pair, root.first_slot + begin, end - begin);
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
             uint32_t g = vector_of(word, half);
@@ -308,6 +333,20 @@ static __device__ __forceinline__ void put_leaves(const lot_work &w, const loci_
                 own.out[(size_t)g * w.head->leaves + l] =
                     live ? centre + terms.base[g] + terms.scale[g] * sum : -INFINITY;
         }
+    }
+}
+
+/* Sums of a lane's tokens t and 16 further: all of them for the candidates, those of live tokens
+ * for the leaves. */
+static __device__ __forceinline__ void keep_sums(const loci_cuda_choice &c, const lot_work &w,
+                                                 const loci_cuda_root &root, uint32_t t,
+                                                 const uint4 (&sum)[2], uint4 *ring) {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++, t += 16) {
+        if (t >= root.tokens) break;
+        bool live = live_bits(w.pair, root.first_slot + t, 1);
+        ring[t % RING] = live ? sum[i] : uint4{0, 0, 0, 0};
+        if (c.sums) c.sums[w.sums_at + root.first_slot + t] = sum[i];
     }
 }
 
@@ -327,6 +366,7 @@ static __device__ __forceinline__ root_lane open_root(const loci_cuda_look &look
     return own;
 }
 
+template <int WORDS>
 static __global__ void __launch_bounds__(THREADS)
     k_score_leaves(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
@@ -341,20 +381,21 @@ static __global__ void __launch_bounds__(THREADS)
     for (uint32_t i = blockIdx.y * WARPS + threadIdx.x / 32; i < w.kept; i += gridDim.y * WARPS) {
         uint32_t number = c.kept[w.kept_at + i], ready = 0;
         const loci_cuda_root root = w.pair->root_table[number];
+        step_words<WORDS> step;
+        fetch_step(step, sketches_of(look, w, root, 0), groups_of(root, 0), look.dim);
         const root_lane own = open_root(look, c, w, number, root);
         for (uint32_t base = 0; base < root.tokens; base += STEP) {
-            uint32_t t = lane_token(base), done = base + STEP;
+            uint32_t done = base + STEP;
             uint4 sum[2];
-            sum_step(look, w, root, base, m, sum);
-            m.ring[t % RING] = sum[0];
-            m.ring[(t + 16) % RING] = sum[1];
-            if (c.sums) {
-                uint4 *to = c.sums + w.sums_at + root.first_slot;
-                if (t < root.tokens) to[t] = sum[0];
-                if (t + 16 < root.tokens) to[t + 16] = sum[1];
-            }
+            put_step(step, m.columns, groups_of(root, base), look.dim);
             __syncwarp();
-            if (done > root.tokens) done = root.tokens;
+            if (done < root.tokens)
+                fetch_step(step, sketches_of(look, w, root, done), groups_of(root, done), look.dim);
+            else
+                done = root.tokens;
+            add_columns(m, look.dim, sum);
+            keep_sums(c, w, root, lane_token(base), sum, m.ring);
+            __syncwarp();
             uint32_t now = __popc(__ballot_sync(FULL_WARP, lane < root.leaves && own.end <= done));
             put_leaves(w, root, own, terms, m.ring, ready, now);
             ready = now;
@@ -391,7 +432,8 @@ static dim3 share_roots(const loci_cuda_look *look) {
 extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                           const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
-    cudaError_t result = launch_behind(stream, k_score_leaves, share_roots(look), THREADS,
+    auto kernel = look->dim <= 128 ? k_score_leaves<2> : k_score_leaves<4>;
+    cudaError_t result = launch_behind(stream, kernel, share_roots(look), THREADS,
                                        memory_bytes(look->dim), *look, *choice);
     if (result != cudaSuccess) return result;
     return launch_behind(stream, k_floors, look->kv_heads * look->vectors, RADIX_THREADS,
@@ -453,8 +495,12 @@ mark_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work 
             sum[0] = from[t < root.tokens ? t : 0];
             sum[1] = from[t + 16 < root.tokens ? t + 16 : 0];
         } else {
+            step_words<MAX_DIM / 64> step;
+            fetch_step(step, sketches_of(look, w, root, base), groups_of(root, base), look.dim);
             __syncwarp(); /* all have read the step before */
-            sum_step(look, w, root, base, m, sum);
+            put_step(step, m.columns, groups_of(root, base), look.dim);
+            __syncwarp();
+            add_columns(m, look.dim, sum);
         }
         uint32_t low = __ballot_sync(FULL_WARP, t < root.tokens && reaches(floors, sum[0]));
         uint32_t high = __ballot_sync(FULL_WARP, t + 16 < root.tokens && reaches(floors, sum[1]));
