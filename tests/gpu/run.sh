@@ -76,7 +76,7 @@ case " $wanted " in *" sanitize "*)
     if ! command -v compute-sanitizer >/dev/null; then
         rows+=("sanitizers                           skipped: compute-sanitizer is not installed")
     else
-        for topic in pointwise sample dense ranking; do
+        for topic in pointwise sample dense ranking lookup; do
             for tool in memcheck racecheck; do
                 check "$tool-$topic" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
                     "$bin/test_cuda_$topic"
