@@ -14,6 +14,12 @@
 #define ASSIGN_CHUNK 512u /* points of one task */
 #define GATHER 64u        /* rows copied together before one kernel call */
 #define WHOLE_ROUNDS 2u   /* over all points, after those over a sample */
+/* Of more groups than this, a point is compared with those in the PROBES bundles of similar groups
+ * that look nearest: about 4 sqrt(groups) of them instead of all. */
+#define BUNDLE_FROM 1024u
+#define BUNDLE_ROUNDS 4u
+#define BUNDLES_MAX 256u
+#define PROBES 4u
 
 typedef struct far_point {
     float cosine; /* to its centroid */
@@ -28,9 +34,15 @@ typedef struct kmeans_state {
     int32_t *best_dot; /* [n] */
     float *centroid;   /* [k][dim] */
     uint32_t *size;    /* [k] */
-    int8_t *lanes;     /* [blocks][dim / 4][16][4] */
-    int32_t *bias;     /* [blocks * 16] */
-    far_point *far;    /* [n], once some group is empty */
+    /* Centroids stand in lanes bundle by bundle, each from a block on. */
+    uint32_t bundles;
+    uint32_t *bundle_block; /* [bundles + 1] */
+    uint32_t *lane_group;   /* [lanes]; k: none */
+    int8_t *lanes;          /* [blocks][dim / 4][16][4] */
+    int32_t *bias;          /* [blocks * 16] */
+    int8_t *mean_lanes;     /* the bundles' means, behind lanes */
+    int32_t *mean_bias;     /* behind bias */
+    far_point *far;         /* [n], once some group is empty */
 } kmeans_state;
 
 void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t *code,
@@ -52,55 +64,183 @@ void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t 
     }
 }
 
+/* Rows of up to GATHER points one after another. */
+static void gather(const kmeans_state *state, const uint32_t *ids, uint32_t count, uint8_t *rows) {
+    size_t dim = state->points->dim;
+    for (uint32_t r = 0; r < count; r++)
+        memcpy(rows + r * dim, state->points->code + ids[r] * dim, dim);
+}
+
+/* The PROBES bundles whose means each of the points lies nearest to. */
+static void choose_bundles(const kmeans_state *state, const uint8_t *rows, uint32_t count,
+                           uint16_t (*probe)[PROBES]) {
+    uint32_t dim = state->points->dim;
+    int32_t best[GATHER][PROBES], dot[GATHER * LOCI_LANES];
+    for (uint32_t r = 0; r < count; r++)
+        for (uint32_t p = 0; p < PROBES; p++) best[r][p] = INT32_MIN;
+    for (uint32_t first = 0; first < state->bundles; first += LOCI_LANES) {
+        uint32_t last = state->bundles - first < LOCI_LANES ? state->bundles - first : LOCI_LANES;
+        state->points->kernels->dot_u8(dot, rows, count, dim,
+                                       state->mean_lanes + (size_t)first * dim);
+        for (uint32_t r = 0; r < count; r++) {
+            for (uint32_t lane = 0; lane < last; lane++) {
+                int32_t value = dot[r * LOCI_LANES + lane] + state->mean_bias[first + lane];
+                if (value <= best[r][PROBES - 1]) continue;
+                uint32_t p = PROBES - 1;
+                for (; p > 0 && value > best[r][p - 1]; p--) {
+                    best[r][p] = best[r][p - 1];
+                    probe[r][p] = probe[r][p - 1];
+                }
+                best[r][p] = value;
+                probe[r][p] = (uint16_t)(first + lane);
+            }
+        }
+    }
+}
+
+/* Compares points with the centroids of one bundle. */
+static void compare_bundle(kmeans_state *state, uint32_t bundle, const uint32_t *places,
+                           uint32_t count) {
+    uint32_t dim = state->points->dim, block = state->bundle_block[bundle];
+    uint8_t rows[GATHER * LOCI_HEAD_DIM_MAX];
+    uint32_t ids[GATHER], found[GATHER];
+    int32_t dot[GATHER];
+    if (state->bundle_block[bundle + 1] == block) return; /* where many groups coincide */
+    for (uint32_t at = 0; at < count; at += GATHER) {
+        uint32_t some = count - at < GATHER ? count - at : GATHER;
+        for (uint32_t r = 0; r < some; r++) ids[r] = state->ids[places[at + r]];
+        gather(state, ids, some, rows);
+        state->points->kernels->argmax_u8(
+            found, dot, rows, some, dim, state->lanes + (size_t)block * LOCI_LANES * dim,
+            state->bias + (size_t)block * LOCI_LANES, state->bundle_block[bundle + 1] - block);
+        for (uint32_t r = 0; r < some; r++) {
+            uint32_t place = places[at + r];
+            if (dot[r] <= state->best_dot[place]) continue;
+            state->best_dot[place] = dot[r];
+            state->group[place] = state->lane_group[block * LOCI_LANES + found[r]];
+        }
+    }
+}
+
+/* The places of the points [begin, begin + count) bundle by bundle; first: [bundles + 1]. */
+static void sort_by_bundle(const kmeans_state *state, uint32_t begin, uint32_t count,
+                           uint32_t *places, uint32_t *first) {
+    uint8_t rows[GATHER * LOCI_HEAD_DIM_MAX];
+    uint16_t probe[ASSIGN_CHUNK][PROBES];
+    memset(first, 0, (state->bundles + 1) * sizeof *first);
+    for (uint32_t at = 0; at < count; at += GATHER) {
+        uint32_t some = count - at < GATHER ? count - at : GATHER;
+        gather(state, state->ids + begin + at, some, rows);
+        choose_bundles(state, rows, some, probe + at);
+    }
+    for (uint32_t i = 0; i < count; i++)
+        for (uint32_t p = 0; p < PROBES; p++) first[probe[i][p] + 1]++;
+    for (uint32_t b = 0; b < state->bundles; b++) first[b + 1] += first[b];
+    for (uint32_t i = 0; i < count; i++)
+        for (uint32_t p = 0; p < PROBES; p++) places[first[probe[i][p]]++] = begin + i;
+    for (uint32_t b = state->bundles; b > 0; b--) first[b] = first[b - 1];
+    first[0] = 0;
+}
+
 static void assign_chunk(void *arg, size_t index, unsigned thread) {
     (void)thread;
     kmeans_state *state = arg;
     if (loci_cancel_check(state->points->cancel) != LOCI_OK) return;
-    uint32_t dim = state->points->dim;
-    uint8_t rows[GATHER * LOCI_HEAD_DIM_MAX];
     uint32_t begin = (uint32_t)index * ASSIGN_CHUNK;
-    uint32_t end = state->n - begin < ASSIGN_CHUNK ? state->n : begin + ASSIGN_CHUNK;
-    for (uint32_t at = begin; at < end; at += GATHER) {
-        uint32_t count = end - at < GATHER ? end - at : GATHER;
-        for (uint32_t r = 0; r < count; r++)
-            memcpy(rows + (size_t)r * dim, state->points->code + (size_t)state->ids[at + r] * dim,
-                   dim);
-        state->points->kernels->argmax_u8(state->group + at, state->best_dot + at, rows, count, dim,
-                                          state->lanes, state->bias, loci_lane_blocks(state->k));
+    uint32_t count = state->n - begin < ASSIGN_CHUNK ? state->n - begin : ASSIGN_CHUNK;
+    uint32_t places[ASSIGN_CHUNK * PROBES], first[BUNDLES_MAX + 1] = {0, count};
+    if (state->bundles > 1) {
+        sort_by_bundle(state, begin, count, places, first);
+    } else {
+        for (uint32_t i = 0; i < count; i++) places[i] = begin + i;
     }
+    for (uint32_t i = 0; i < count; i++) state->best_dot[begin + i] = INT32_MIN;
+    for (uint32_t b = 0; b < state->bundles; b++)
+        compare_bundle(state, b, places + first[b], first[b + 1] - first[b]);
 }
 
-/* Unit centroids as int8 with one common scale, so that dots compare. A zero centroid (an empty
- * group, or keys that cancel) keeps zero lanes and is never better than one that fits. */
-static void pack_centroids(kmeans_state *state) {
-    uint32_t dim = state->points->dim, lanes = loci_lane_blocks(state->k) * LOCI_LANES;
-    float top = 0.0f;
-    for (uint32_t c = 0; c < state->k; c++) {
-        float *row = state->centroid + (size_t)c * dim;
+static void make_unit(float *rows, uint32_t count, uint32_t dim) {
+    for (uint32_t c = 0; c < count; c++) {
+        float *row = rows + (size_t)c * dim;
         double squares = 0.0;
         for (uint32_t i = 0; i < dim; i++) squares += (double)row[i] * (double)row[i];
         float inverse = squares > 0.0 ? (float)(1.0 / sqrt(squares)) : 0.0f;
-        for (uint32_t i = 0; i < dim; i++) {
-            row[i] *= inverse;
-            top = fabsf(row[i]) > top ? fabsf(row[i]) : top;
-        }
+        for (uint32_t i = 0; i < dim; i++) row[i] *= inverse;
     }
+}
+
+/* Rows as int8 with one common scale, so that dots compare. lane_row: which row stands in a lane;
+ * from `count` on, or where `size` is 0: none, which is never better than one that fits. */
+static void pack_lanes(const float *rows, uint32_t count, const uint32_t *size, uint32_t dim,
+                       const uint32_t *lane_row, uint32_t lanes, int8_t *out, int32_t *bias) {
+    float top = 0.0f;
+    for (size_t i = 0; i < (size_t)count * dim; i++)
+        top = fabsf(rows[i]) > top ? fabsf(rows[i]) : top;
     float scale = top > 0.0f ? 127.0f / top : 0.0f;
-    memset(state->lanes, 0, (size_t)lanes * dim);
-    for (uint32_t c = 0; c < lanes; c++) {
-        state->bias[c] = INT32_MIN / 2;
-        if (c >= state->k || state->size[c] == 0) continue;
-        int8_t *lane =
-            state->lanes + (size_t)(c / LOCI_LANES) * LOCI_LANES * dim + c % LOCI_LANES * 4;
+    memset(out, 0, (size_t)lanes * dim);
+    for (uint32_t l = 0; l < lanes; l++) {
+        uint32_t row = lane_row ? lane_row[l] : l;
+        bias[l] = INT32_MIN / 2;
+        if (row >= count || (size && size[row] == 0)) continue;
+        int8_t *lane = out + (size_t)(l / LOCI_LANES) * LOCI_LANES * dim + l % LOCI_LANES * 4;
         int32_t sum = 0;
         for (uint32_t i = 0; i < dim; i++) {
-            float rounded = state->centroid[(size_t)c * dim + i] * scale + 12582912.0f;
+            float rounded = rows[(size_t)row * dim + i] * scale + 12582912.0f;
             int32_t value = (int32_t)(rounded - 12582912.0f);
             lane[(size_t)(i / 4) * 4 * LOCI_LANES + i % 4] = (int8_t)value;
             sum += value;
         }
-        state->bias[c] = -128 * sum;
+        bias[l] = -128 * sum;
     }
+}
+
+/* Puts groups whose unit centroids are alike into bundles, each from a block of lanes on. */
+static loci_status make_bundles(kmeans_state *state, loci_pool *pool) {
+    uint32_t dim = state->points->dim, k = state->k, bundles = state->bundles;
+    uint8_t *code = malloc((size_t)k * dim);
+    float *length = malloc(k * sizeof *length), *mean = calloc((size_t)bundles * dim, sizeof *mean);
+    uint32_t *ids = malloc(3 * (size_t)k * sizeof *ids), begin[BUNDLES_MAX + 1];
+    loci_status status = LOCI_E_NOMEM;
+    if (!code || !length || !mean || !ids) goto out;
+    uint32_t *bundle = ids + k, *scratch = bundle + k;
+    loci_points points = *state->points;
+    loci_points_quantise(state->centroid, k, dim, code, length);
+    points.x = state->centroid;
+    points.code = code;
+    points.length = length;
+    for (uint32_t c = 0; c < k; c++) ids[c] = c;
+    LOCI_TRY_GOTO(loci_kmeans(&points, ids, k, bundles, BUNDLE_ROUNDS, 0, pool, bundle, NULL), out);
+    loci_group(ids, bundle, k, bundles, begin, scratch);
+    uint32_t block = 0;
+    for (uint32_t b = 0; b < bundles; b++) {
+        uint32_t count = begin[b + 1] - begin[b];
+        state->bundle_block[b] = block;
+        for (uint32_t l = 0; l < loci_lane_blocks(count) * LOCI_LANES; l++)
+            state->lane_group[block * LOCI_LANES + l] = l < count ? ids[begin[b] + l] : k;
+        for (uint32_t l = 0; l < count; l++)
+            for (uint32_t i = 0; i < dim; i++)
+                mean[(size_t)b * dim + i] +=
+                    state->centroid[(size_t)ids[begin[b] + l] * dim + i] / (float)count;
+        block += loci_lane_blocks(count);
+    }
+    state->bundle_block[bundles] = block;
+    pack_lanes(mean, bundles, NULL, dim, NULL, loci_lane_blocks(bundles) * LOCI_LANES,
+               state->mean_lanes, state->mean_bias);
+    status = LOCI_OK;
+out:
+    free(code);
+    free(length);
+    free(mean);
+    free(ids);
+    return status;
+}
+
+static loci_status pack_centroids(kmeans_state *state, loci_pool *pool) {
+    make_unit(state->centroid, state->k, state->points->dim);
+    if (state->bundles > 1) LOCI_TRY(make_bundles(state, pool));
+    pack_lanes(state->centroid, state->k, state->size, state->points->dim, state->lane_group,
+               state->bundle_block[state->bundles] * LOCI_LANES, state->lanes, state->bias);
+    return LOCI_OK;
 }
 
 static void assign_all(kmeans_state *state, loci_pool *pool) {
@@ -186,22 +326,34 @@ static void seed_centroids(kmeans_state *state) {
 }
 
 static loci_status state_alloc(kmeans_state *state, loci_error *err) {
-    uint32_t dim = state->points->dim, lanes = loci_lane_blocks(state->k) * LOCI_LANES;
+    uint32_t dim = state->points->dim, k = state->k;
+    state->bundles = 1;
+    while (k >= BUNDLE_FROM && state->bundles < BUNDLES_MAX && state->bundles * state->bundles < k)
+        state->bundles *= 2;
+    uint32_t blocks = loci_lane_blocks(k) + state->bundles, lanes = blocks * LOCI_LANES;
+    uint32_t means = loci_lane_blocks(state->bundles) * LOCI_LANES;
     state->best_dot = malloc(state->n * sizeof *state->best_dot);
-    state->centroid = malloc((size_t)state->k * dim * sizeof *state->centroid);
-    state->size = malloc(state->k * sizeof *state->size);
-    state->lanes = malloc((size_t)lanes * dim);
-    state->bias = malloc(lanes * sizeof *state->bias);
-    if (state->best_dot && state->centroid && state->size && state->lanes && state->bias)
-        return LOCI_OK;
-    return loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", state->n);
+    state->centroid = malloc((size_t)k * dim * sizeof *state->centroid);
+    state->size = malloc(k * sizeof *state->size);
+    state->bundle_block = calloc(state->bundles + 1, sizeof *state->bundle_block);
+    state->lane_group = malloc(lanes * sizeof *state->lane_group);
+    state->lanes = malloc(((size_t)lanes + means) * dim);
+    state->bias = malloc(((size_t)lanes + means) * sizeof *state->bias);
+    if (!state->best_dot || !state->centroid || !state->size || !state->bundle_block ||
+        !state->lane_group || !state->lanes || !state->bias)
+        return loci_fail(err, LOCI_E_NOMEM, "no memory to cluster %u keys", state->n);
+    state->mean_lanes = state->lanes + (size_t)lanes * dim;
+    state->mean_bias = state->bias + lanes;
+    state->bundle_block[1] = loci_lane_blocks(k); /* of the only one */
+    for (uint32_t l = 0; l < lanes; l++) state->lane_group[l] = l < k ? l : k;
+    return LOCI_OK;
 }
 
 /* Rounds over state->ids until nothing changes; `before`: room for as many groups. */
 static loci_status run_rounds(kmeans_state *state, uint32_t rounds, uint32_t *before,
                               loci_pool *pool) {
     for (uint32_t round = 0; round < rounds; round++) {
-        pack_centroids(state);
+        LOCI_TRY(pack_centroids(state, pool));
         memcpy(before, state->group, state->n * sizeof *before);
         assign_all(state, pool);
         LOCI_TRY(loci_cancel_check(state->points->cancel));
@@ -247,6 +399,8 @@ out:
     free(state.best_dot);
     free(state.centroid);
     free(state.size);
+    free(state.bundle_block);
+    free(state.lane_group);
     free(state.lanes);
     free(state.bias);
     free(state.far);

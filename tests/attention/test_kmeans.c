@@ -55,12 +55,11 @@ static void free_points(points *p) {
     free(p->ids);
 }
 
-static void test_kmeans_same_groups_at_any_thread_count_and_isa(void **state) {
-    (void)state;
-    points p = make_points(3000, 40, 3);
+static void check_same_groups(uint32_t n, uint32_t k) {
+    points p = make_points(n, 40, 3);
     uint32_t *expected = malloc(p.n * sizeof *expected), *group = malloc(p.n * sizeof *group);
     loci_error err;
-    assert_int_equal(loci_kmeans(&p.view, p.ids, p.n, 50, 8, 0, NULL, expected, &err), LOCI_OK);
+    assert_int_equal(loci_kmeans(&p.view, p.ids, p.n, k, 8, 0, NULL, expected, &err), LOCI_OK);
     loci_cpu_isa best;
     assert_int_equal(loci_cpu_isa_detect(NULL, &best, &err), LOCI_OK);
     for (int isa = LOCI_ISA_PORTABLE; isa <= (int)best; isa++) {
@@ -69,8 +68,7 @@ static void test_kmeans_same_groups_at_any_thread_count_and_isa(void **state) {
             loci_pool *pool = NULL;
             assert_int_equal(loci_pool_create(threads, &pool, &err), LOCI_OK);
             memset(group, 0xff, p.n * sizeof *group);
-            assert_int_equal(loci_kmeans(&p.view, p.ids, p.n, 50, 8, 0, pool, group, &err),
-                             LOCI_OK);
+            assert_int_equal(loci_kmeans(&p.view, p.ids, p.n, k, 8, 0, pool, group, &err), LOCI_OK);
             assert_memory_equal(group, expected, p.n * sizeof *group);
             loci_pool_destroy(pool);
         }
@@ -78,6 +76,12 @@ static void test_kmeans_same_groups_at_any_thread_count_and_isa(void **state) {
     free(expected);
     free(group);
     free_points(&p);
+}
+
+static void test_kmeans_same_groups_at_any_thread_count_and_isa(void **state) {
+    (void)state;
+    check_same_groups(3000, 50);
+    check_same_groups(3000, 1100); /* in bundles */
 }
 
 /* The share of the points' squares that lies around the means of their groups, none of which is
@@ -135,6 +139,36 @@ static void test_kmeans_trains_on_a_sample(void **state) {
     free_points(&p);
 }
 
+/* Many groups are looked at by bundles: that costs little of what all of them together give. */
+static void test_kmeans_of_many_groups_is_as_tight(void **state) {
+    (void)state;
+    enum { N = 12000, TOPICS = 700, FEW = 1023, MANY = 1024 };
+    points p = make_points(N, TOPICS, 6);
+    static uint32_t few[N], many[N];
+    loci_error err;
+    assert_int_equal(loci_kmeans(&p.view, p.ids, N, FEW, 8, 0, NULL, few, &err), LOCI_OK);
+    assert_int_equal(loci_kmeans(&p.view, p.ids, N, MANY, 8, 0, NULL, many, &err), LOCI_OK);
+    double all = inside_share(&p, few, FEW), bundled = inside_share(&p, many, MANY);
+    if (bundled > 1.05 * all)
+        fail_msg("variance inside groups: %.4f, by bundles %.4f", all, bundled);
+    free_points(&p);
+}
+
+/* Groups that coincide leave bundles empty. */
+static void test_kmeans_of_many_groups_of_few_points(void **state) {
+    (void)state;
+    enum { N = 3000, K = 1200, KINDS = 5 };
+    points p = make_points(N, 7, 8);
+    static uint32_t group[N];
+    loci_error err;
+    for (uint32_t t = KINDS; t < N; t++)
+        memcpy(p.x + (size_t)t * DIM, p.x + (size_t)(t % KINDS) * DIM, DIM * sizeof *p.x);
+    loci_points_quantise(p.x, N, DIM, p.code, p.length);
+    assert_int_equal(loci_kmeans(&p.view, p.ids, N, K, 8, 0, NULL, group, &err), LOCI_OK);
+    for (uint32_t t = 0; t < N; t++) assert_true(group[t] < K);
+    free_points(&p);
+}
+
 static void check_cut(points *p, uint32_t cap) {
     uint32_t *ends = malloc(p->n * sizeof *ends), count = 0;
     uint8_t *seen = calloc(p->n, 1);
@@ -184,6 +218,8 @@ int main(void) {
         cmocka_unit_test(test_kmeans_same_groups_at_any_thread_count_and_isa),
         cmocka_unit_test(test_kmeans_finds_topics),
         cmocka_unit_test(test_kmeans_trains_on_a_sample),
+        cmocka_unit_test(test_kmeans_of_many_groups_is_as_tight),
+        cmocka_unit_test(test_kmeans_of_many_groups_of_few_points),
         cmocka_unit_test(test_cut_respects_cap_and_keeps_all),
         cmocka_unit_test(test_degenerate_points),
     };
