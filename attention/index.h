@@ -40,7 +40,7 @@
 #include "base/cancel.h"
 
 #define LOCI_BLOCK_ALIGN 128u
-#define LOCI_EXTENT_TOKENS_MAX (1u << 20)
+#define LOCI_EXTENT_TOKENS_MAX (1u << 22)
 #define LOCI_EXTENT_SEGMENTS_MAX 65535u /* so that a slot-map word holds them */
 #define LOCI_EXTENT_SEAL_TOKENS 32768u  /* most of an extent as registration first makes it */
 #define LOCI_LEAF_TOKENS 16u            /* mean size aimed at */

@@ -10,6 +10,10 @@
 #include "memory/ingest.h"
 #include "memory/internal.h"
 
+/* While documents come, extents of so many tokens are made of small ones, none larger: a long
+ * registration leaves few of them behind, and writes each token once for that. */
+#define AT_ONCE_TOKENS (1u << 20)
+
 static uint32_t partial_place(const loci_manifest *manifest) {
     uint32_t count = manifest->extent_count;
     return count > 0 && manifest->extents[count - 1].partial ? count - 1 : count;
@@ -120,7 +124,9 @@ bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
     uint32_t tokens_max =
         merge_tokens < LOCI_EXTENT_TOKENS_MAX ? merge_tokens : LOCI_EXTENT_TOKENS_MAX;
     uint64_t most = power_of_two_up_to(tokens_max / extent_tokens_max), left = 0, best = 0;
+    uint64_t at_once = power_of_two_up_to(AT_ONCE_TOKENS / extent_tokens_max);
     uint32_t end = partial_place(manifest);
+    if (!calm && most > at_once) most = at_once;
     if (most == 0) return false;
     for (uint32_t i = 0; i < end; i++) left += units_of(&manifest->extents[i], extent_tokens_max);
     for (uint32_t first = 0; first < end;) {
@@ -129,7 +135,7 @@ bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
         const loci_manifest_extent *one = &manifest->extents[first];
         bool due = chunk.last - first > 1 || (one->tokens > extent_tokens_max &&
                                               one->tokens <= tokens_max && quarter_dead(one));
-        /* One of the largest size stays as it is whatever is registered later. */
+        /* One of the size that is made at once is so whatever is registered later. */
         if (due && chunk.live > best && (calm || target == most)) {
             best = chunk.live;
             *out = (loci_rebuild_plan){.first = first, .last = chunk.last, .merge = true};

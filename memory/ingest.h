@@ -5,7 +5,7 @@
  *
  *   stored document -> split into segments -> encode (model) -> builder (<= 32k tokens)
  *     -> sealed extent file -> manifest (one atomic RocksDB write) -> SEARCHABLE
- *     -> merged extent files (<= 1M tokens)
+ *     -> merged extent files (<= 4M tokens)
  *
  * Rules (they make the final manifest a function of the documents' order alone):
  * - A full extent is sealed when the next segment would not fit in LOCI_EXTENT_SEAL_TOKENS.
@@ -25,9 +25,10 @@
  *   as far as all fit one.
  * - Full extents are merged: n of them become as many as n has ones in binary, each a power of two
  *   of them, at most merge_tokens. That begins when nothing has changed for merge_calm_ms, or at
- *   once for one of the largest size, and nobody waits for it: neither loci_ingest_settle nor a
- *   document. Merged ones that are a quarter dead are rewritten by the merger. (With so short
- *   segments that LOCI_EXTENT_SEGMENTS_MAX binds, which are merged may depend on when.)
+ *   once for one of a million tokens (or the largest size, if that is less), and nobody waits for
+ *   it: neither loci_ingest_settle nor a document. Merged ones that are a quarter dead are
+ *   rewritten by the merger. (With so short segments that LOCI_EXTENT_SEGMENTS_MAX binds, which are
+ *   merged may depend on when.)
  * - Work never holds more than the builder and one encode batch in memory.
  * - A causal corpus is committed batch by batch, none of which holds tokens of two documents: what
  * a batch is encoded after is all in the store. Where batches end changes how floating-point sums

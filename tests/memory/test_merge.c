@@ -145,6 +145,25 @@ static void test_waits_for_what_may_still_come(void **state) {
     assert_false(loci_merge_due(&m.manifest, SEALED, MERGED, false, &plan));
 }
 
+/* While documents come no extent is made larger than a million tokens; afterwards the end is the
+ * same as if all had come at once. */
+static void test_a_long_registration_is_merged_on_the_way(void **state) {
+    (void)state;
+    enum { SEAL = LOCI_EXTENT_SEAL_TOKENS, EACH = (1 << 20) / SEAL, MOST = 4 << 20 };
+    loci_rebuild_plan plan;
+    model m = {.seed = 1};
+    for (uint32_t i = 0; i < 4 * EACH + EACH / 2; i++) {
+        push(&m, SEAL, 16, 0);
+        bool due = loci_merge_due(&m.manifest, SEAL, MOST, false, &plan);
+        assert_int_equal(due, (i + 1) % EACH == 0);
+        if (due) carry_out(&m, &plan);
+    }
+    assert_int_equal(m.manifest.extent_count, 4 + EACH / 2);
+    while (loci_merge_due(&m.manifest, SEAL, MOST, true, &plan)) carry_out(&m, &plan);
+    assert_int_equal(m.manifest.extent_count, 2);
+    assert_int_equal(m.extents[0].tokens, MOST);
+}
+
 /* --- Corpora -------------------------------------------------------------------------------- */
 
 static int merge_setup(void **state) {
@@ -656,6 +675,7 @@ int main(void) {
         cmocka_unit_test(test_ends_in_the_binary_number),
         cmocka_unit_test(test_ends_whatever_there_is),
         cmocka_unit_test(test_waits_for_what_may_still_come),
+        cmocka_unit_test(test_a_long_registration_is_merged_on_the_way),
         TEST(test_extents_become_few),
         TEST(test_interruptions_do_not_matter),
         TEST(test_the_dead_are_left_out),
