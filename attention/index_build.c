@@ -40,12 +40,16 @@ typedef struct build {
     loci_pair_build_options options;
     loci_pool *pool;
     float *mean, *scale; /* [dim] */
-    float *x; /* [tokens][dim] keys less mean; in the end also less their root's centroid */
+    float *x;      /* [tokens][dim] keys less mean; in the end also less their root's centroid */
+    uint32_t *ids; /* [tokens] */
+    uint32_t *leaf_ends; /* [leaf_count]: ends of leaves among ids */
+    build_root *roots;   /* [root_count]; room for one a token */
+    /* While clustering. */
     loci_points points;
-    uint32_t *ids, *scratch;  /* [tokens] */
-    uint32_t *leaf_ends;      /* [leaf_count]: ends of leaves among ids */
-    uint32_t *group;          /* [tokens]: leaf of each of ids while clustering */
-    build_root *roots;        /* [root_count]; room for one a token */
+    uint8_t *code;            /* [tokens][dim] */
+    float *length;            /* [tokens] */
+    uint32_t *group;          /* [tokens]: root, then leaf of each of ids */
+    uint32_t *scratch;        /* [2 tokens + 2] */
     loci_status *root_status; /* [root_count] of first_leaves */
     uint32_t leaf_count, root_count;
     uint8_t *blob;
@@ -97,20 +101,33 @@ static loci_status check_input(const build *b, loci_error *err) {
     return LOCI_OK;
 }
 
-static loci_status alloc_all(build *b, uint8_t **code, float **length, loci_error *err) {
+static loci_status alloc_all(build *b, loci_error *err) {
     size_t n = b->tokens, values = n * b->dim;
     b->mean = calloc(2 * b->dim, sizeof *b->mean);
     b->scale = b->mean ? b->mean + b->dim : NULL;
     b->x = malloc(values * sizeof *b->x);
-    *code = malloc(values);
-    *length = malloc(n * sizeof **length);
-    b->ids = malloc(2 * n * sizeof *b->ids);
+    b->code = malloc(values);
+    b->length = malloc(n * sizeof *b->length);
+    b->ids = malloc(n * sizeof *b->ids);
+    b->group = malloc(n * sizeof *b->group);
     b->scratch = malloc((2 * n + 2) * sizeof *b->scratch);
     b->leaf_ends = malloc(n * sizeof *b->leaf_ends);
     b->roots = malloc(n * sizeof *b->roots);
-    if (b->mean && b->x && *code && *length && b->ids && b->scratch && b->leaf_ends && b->roots)
+    if (b->mean && b->x && b->code && b->length && b->ids && b->group && b->scratch &&
+        b->leaf_ends && b->roots)
         return LOCI_OK;
     return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
+}
+
+/* What only clustering needs: it is not there beside the blob. */
+static void free_clustering(build *b) {
+    free(b->code);
+    free(b->length);
+    free(b->group);
+    free(b->scratch);
+    b->code = NULL;
+    b->length = NULL;
+    b->group = b->scratch = NULL;
 }
 
 static int compare_ids(const void *a, const void *b) {
@@ -206,7 +223,6 @@ out:
 }
 
 static loci_status cluster(build *b, loci_error *err) {
-    b->group = b->ids + b->tokens;
     LOCI_TRY(make_roots(b, b->group, err));
     b->root_status = calloc(b->root_count, sizeof *b->root_status);
     if (!b->root_status)
@@ -456,26 +472,23 @@ loci_status loci_pair_build(const uint16_t *k, const uint16_t *v, const uint32_t
                .options = *options,
                .pool = pool};
     if (b.options.iterations == 0) b.options.iterations = ROUNDS_DEFAULT;
-    uint8_t *code = NULL;
-    float *length = NULL;
     loci_cpu_isa isa;
     loci_status status;
     LOCI_TRY(check_input(&b, err));
     LOCI_TRY(loci_cpu_isa_detect(options->isa, &isa, err));
-    LOCI_TRY_GOTO(alloc_all(&b, &code, &length, err), out);
+    LOCI_TRY_GOTO(alloc_all(&b, err), out);
     centre_keys(&b);
-    loci_points_quantise(b.x, tokens, head_dim, code, length);
-    b.points =
-        (loci_points){b.x, code, length, head_dim, loci_corpus_kernels_of(isa), options->cancel};
+    loci_points_quantise(b.x, tokens, head_dim, b.code, b.length);
+    b.points = (loci_points){
+        b.x, b.code, b.length, head_dim, loci_corpus_kernels_of(isa), options->cancel};
     LOCI_TRY_GOTO(cluster(&b, err), out);
+    free_clustering(&b);
     status = write_blob(&b, out, header_hash, err);
 out:
     free(b.mean);
     free(b.x);
-    free(code);
-    free(length);
+    free_clustering(&b);
     free(b.ids);
-    free(b.scratch);
     free(b.leaf_ends);
     free(b.roots);
     free(b.root_status);

@@ -24,15 +24,16 @@ static uint64_t power_of_two(uint64_t value) {
     return power;
 }
 
-/* Work of one pair's index (attention/index_build.c): keys as f32 and as bytes, lists of tokens,
- * centroids, then the blob. */
+/* Work of one pair's index (attention/index_build.c): keys as f32 and lists of tokens; beside them
+ * first what clustering needs, keys as bytes, more lists and centroids, then the blob. */
 static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
-    uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1;
+    uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1, groups = tokens / LOCI_LEAF_TOKENS + 1;
     uint64_t node = sizeof(loci_node) + sizeof(loci_root) + 4 * dim;
-    uint64_t work = tokens * (5 * dim + dim / 4 + 72) + leaves * (5 * dim + 16);
+    uint64_t clustering = tokens * (dim + 36) + groups * (dim + 16);
     uint64_t blob = tokens * (5 * dim + dim / 8 + 12) + leaves * (node + sizeof(loci_leaf)) +
                     72 * dim + LOCI_BLOCK_ALIGN * 16;
-    return work + blob;
+    uint64_t writing = tokens * (dim / 4) + blob;
+    return tokens * (4 * dim + 12) + (clustering > writing ? clustering : writing);
 }
 
 /* One pair: its K and V, its index. The list of segments and the slot map of all. */
