@@ -107,8 +107,11 @@ static void add_counts(loci_ingest *ingest, uint64_t uid, const loci_pipeline_co
 }
 
 /* Records the outcome of a turn; a failure is tried again with growing pauses. */
-static void set_outcome(loci_ingest *ingest, const loci_corpus *corpus, loci_status status,
+static void set_outcome(loci_ingest *ingest, loci_corpus *corpus, loci_status status,
                         const loci_error *err) {
+    pthread_mutex_lock(&corpus->lock);
+    corpus->stuck = status != LOCI_OK;
+    pthread_mutex_unlock(&corpus->lock);
     pthread_mutex_lock(&ingest->lock);
     corpus_slot *slot = slot_of(ingest, corpus->uid);
     if (slot && status == LOCI_OK) {

@@ -108,6 +108,7 @@ struct loci_corpus {
     /* Live documents to be indexed, ascending: pending[pending_first .. pending_end). */
     uint64_t *pending;
     size_t pending_first, pending_end, pending_capacity;
+    bool stuck; /* the last attempt to index them failed; tried again, but they may never be */
     loci_grave *graves;
     size_t grave_count, grave_capacity;
     loci_extent **opened; /* each holds one reference */

@@ -130,8 +130,9 @@ static bool is_due(loci_merger *merger, loci_corpus *corpus, loci_rebuild_plan *
     pthread_mutex_lock(&corpus->lock);
     bool calm =
         look_at(merger, corpus->uid, corpus->manifest->revision, corpus->last_sequence, &wait);
-    /* What the ingest thread is about to change would change the plan. */
-    calm = calm && corpus->pending_first == corpus->pending_end &&
+    /* What the ingest thread is about to change would change the plan; but it may never come to
+     * that. */
+    calm = calm && (corpus->pending_first == corpus->pending_end || corpus->stuck) &&
            !loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, LOCI_TAIL_KEEP, plan);
     bool due = !wait && !corpus->deleted && !corpus->successor &&
                loci_merge_due(corpus->manifest, corpus->extent_tokens_max,

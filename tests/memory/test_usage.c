@@ -223,6 +223,42 @@ static void test_a_document_too_large_waits(void **state) {
     check_snapshot(f, "c");
 }
 
+/* The extents of what came before such a document are merged meanwhile. */
+static void test_merges_do_not_wait_for_it(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_ingest_progress progress = {0};
+    uint64_t most = f->options.document_bytes_max;
+    f->options.extent_tokens = 512;
+    f->options.merge_tokens = 32 * 512; /* more than there is: nothing is merged at once */
+    f->options.merge_calm_ms = 1u << 30;
+    fixture_open(f);
+    fixture_create(f, "c");
+    fixture_start(f);
+    for (uint64_t i = 0; i < 30; i++) {
+        char id[8];
+        snprintf(id, sizeof id, "d%llu", (unsigned long long)i);
+        put_text(f, "c", id, i, 150);
+    }
+    wait_settled(f, "c");
+    fixture_close(f);
+    fixture_open(f);
+    put_text(f, "c", "large", 1, 3000);
+    uint64_t extents = info_of(f, "c").extents;
+    assert_true(extents >= 6);
+    fixture_close(f);
+    f->options.document_bytes_max = 2999;
+    f->options.merge_calm_ms = 20;
+    fixture_open(f);
+    fixture_start(f);
+    for (int i = 0; i < 400 && info_of(f, "c").extents > 3; i++) loci_sleep_ms(50);
+    assert_in_range(info_of(f, "c").extents, 1, 3);
+    assert_ok(loci_ingest_progress_of(f->ingest, "c", &progress, &err));
+    assert_int_equal(progress.failure.status, LOCI_E_LIMIT);
+    check_snapshot(f, "c");
+    f->options.document_bytes_max = most;
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_snapshots_reserve_and_give_back, fixture_setup,
@@ -233,6 +269,8 @@ int main(void) {
         cmocka_unit_test(test_registration_needs_what_it_is_given),
         cmocka_unit_test(test_merges_fit_into_what_they_are_given),
         cmocka_unit_test_setup_teardown(test_a_document_too_large_waits, fixture_setup,
+                                        fixture_teardown),
+        cmocka_unit_test_setup_teardown(test_merges_do_not_wait_for_it, fixture_setup,
                                         fixture_teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
