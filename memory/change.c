@@ -151,6 +151,12 @@ static bool add_id(loci_id_list *list, const uint8_t id[LOCI_EXTENT_ID_BYTES]) {
     return true;
 }
 
+void loci_corpus_set_apart(loci_corpus *corpus, const uint8_t id[LOCI_EXTENT_ID_BYTES]) {
+    pthread_mutex_lock(&corpus->lock);
+    (void)add_id(&corpus->apart, id); /* without memory: merges wait */
+    pthread_mutex_unlock(&corpus->lock);
+}
+
 static void path_of(const loci_corpus *corpus, const uint8_t *id, const char *end,
                     char path[LOCI_PATH_BYTES]) {
     char name[LOCI_EXTENT_NAME_BYTES];

@@ -45,6 +45,7 @@ void loci_corpus_free(loci_corpus *corpus) {
     pthread_mutex_destroy(&corpus->build_lock);
     free(corpus->opened);
     free(corpus->superseded.ids);
+    free(corpus->apart.ids);
     free(corpus->graves);
     free(corpus->pending);
     free(corpus->sinks);
@@ -209,10 +210,10 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
     out->tokens = manifest->live_tokens;
     out->extents = manifest->extent_count;
     loci_rebuild_plan plan;
-    out->merged = out->pending_documents == 0 &&
+    out->merged = out->pending_documents == 0 && corpus->apart.count == 0 &&
                   !loci_rebuild_due(manifest, corpus->extent_tokens_max, LOCI_TAIL_KEEP, &plan) &&
                   !loci_merge_due(manifest, corpus->extent_tokens_max,
-                                  loci_corpus_merge_tokens(corpus), true, &plan);
+                                  loci_corpus_merge_tokens(corpus), true, &corpus->apart, &plan);
     out->bytes_on_disk =
         manifest->file_bytes + manifest->flat_tokens * loci_geometry_kv_bytes(&corpus->geometry);
 }

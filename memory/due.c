@@ -7,6 +7,8 @@
  * size. Whatever was merged on the way there, the end is the same, since what is to be merged is
  * always taken from the first extent on.
  */
+#include <string.h>
+
 #include "memory/ingest.h"
 #include "memory/internal.h"
 
@@ -119,29 +121,60 @@ static merge_chunk take_chunk(const loci_manifest *manifest, uint32_t first, uin
     return chunk;
 }
 
-bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
-                    uint32_t merge_tokens, bool calm, loci_rebuild_plan *out) {
-    uint32_t tokens_max =
-        merge_tokens < LOCI_EXTENT_TOKENS_MAX ? merge_tokens : LOCI_EXTENT_TOKENS_MAX;
-    uint64_t most = power_of_two_up_to(tokens_max / extent_tokens_max), left = 0, best = 0;
-    uint64_t at_once = power_of_two_up_to(AT_ONCE_TOKENS / extent_tokens_max);
-    uint32_t end = partial_place(manifest);
-    if (!calm && most > at_once) most = at_once;
-    if (most == 0) return false;
-    for (uint32_t i = 0; i < end; i++) left += units_of(&manifest->extents[i], extent_tokens_max);
-    for (uint32_t first = 0; first < end;) {
-        uint64_t target = power_of_two_up_to(left < most ? left : most);
-        merge_chunk chunk = take_chunk(manifest, first, end, extent_tokens_max, target, tokens_max);
-        const loci_manifest_extent *one = &manifest->extents[first];
-        bool due = chunk.last - first > 1 || (one->tokens > extent_tokens_max &&
-                                              one->tokens <= tokens_max && quarter_dead(one));
+/* What is searched for the largest merge. */
+typedef struct merge_search {
+    const loci_manifest *manifest;
+    uint32_t extent_tokens_max, tokens_max;
+    uint64_t most; /* units of a merge */
+    bool calm;
+    uint64_t best; /* live tokens of *out; 0 = none yet */
+    loci_rebuild_plan *out;
+} merge_search;
+
+/* Looks at extents [first, end). */
+static void search_run(merge_search *s, uint32_t first, uint32_t end) {
+    uint64_t left = 0;
+    for (uint32_t i = first; i < end; i++)
+        left += units_of(&s->manifest->extents[i], s->extent_tokens_max);
+    while (first < end) {
+        uint64_t target = power_of_two_up_to(left < s->most ? left : s->most);
+        merge_chunk chunk =
+            take_chunk(s->manifest, first, end, s->extent_tokens_max, target, s->tokens_max);
+        const loci_manifest_extent *one = &s->manifest->extents[first];
+        bool due = chunk.last - first > 1 || (one->tokens > s->extent_tokens_max &&
+                                              one->tokens <= s->tokens_max && quarter_dead(one));
         /* One of the size that is made at once is so whatever is registered later. */
-        if (due && chunk.live > best && (calm || target == most)) {
-            best = chunk.live;
-            *out = (loci_rebuild_plan){.first = first, .last = chunk.last, .merge = true};
+        if (due && chunk.live > s->best && (s->calm || target == s->most)) {
+            s->best = chunk.live;
+            *s->out = (loci_rebuild_plan){.first = first, .last = chunk.last, .merge = true};
         }
         left -= chunk.units;
         first = chunk.last;
     }
-    return best > 0;
+}
+
+bool loci_id_listed(const loci_id_list *list, const uint8_t id[LOCI_EXTENT_ID_BYTES]) {
+    for (size_t i = 0; i < list->count; i++)
+        if (memcmp(id, list->ids[i], LOCI_EXTENT_ID_BYTES) == 0) return true;
+    return false;
+}
+
+bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
+                    uint32_t merge_tokens, bool calm, const loci_id_list *apart,
+                    loci_rebuild_plan *out) {
+    uint32_t tokens_max =
+        merge_tokens < LOCI_EXTENT_TOKENS_MAX ? merge_tokens : LOCI_EXTENT_TOKENS_MAX;
+    uint64_t most = power_of_two_up_to(tokens_max / extent_tokens_max);
+    uint64_t at_once = power_of_two_up_to(AT_ONCE_TOKENS / extent_tokens_max);
+    if (!calm && most > at_once) most = at_once;
+    if (most == 0) return false;
+    merge_search search = {manifest, extent_tokens_max, tokens_max, most, calm, 0, out};
+    uint32_t end = partial_place(manifest), first = 0;
+    for (uint32_t i = 0; i < end; i++) {
+        if (!apart || !loci_id_listed(apart, manifest->extents[i].id)) continue;
+        search_run(&search, first, i);
+        first = i + 1;
+    }
+    search_run(&search, first, end);
+    return search.best > 0;
 }

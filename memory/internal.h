@@ -114,6 +114,7 @@ struct loci_corpus {
     loci_extent **opened; /* each holds one reference */
     size_t opened_count;
     loci_id_list superseded; /* files to unlink when nobody needs them */
+    loci_id_list apart; /* extents that a merge could not read; others are merged around them */
     /* Being written, [0] by the ingest thread, [1] by the merger. */
     uint8_t building_id[2][LOCI_EXTENT_ID_BYTES];
     bool building[2];
@@ -269,6 +270,8 @@ void loci_corpus_end(loci_corpus *corpus);
 /* Caller holds the lock. The extent's file goes with the next purge that finds it unneeded; without
  * memory to remember it, at the next open. */
 void loci_corpus_supersede(loci_corpus *corpus, const uint8_t id[LOCI_EXTENT_ID_BYTES]);
+/* Merges leave the extent out until it can be read again. Takes the lock. */
+void loci_corpus_set_apart(loci_corpus *corpus, const uint8_t id[LOCI_EXTENT_ID_BYTES]);
 /* Removes files and dead documents that nobody needs any more. Takes the lock. */
 void loci_corpus_purge(loci_corpus *corpus);
 
@@ -342,11 +345,13 @@ typedef enum loci_tail_demand {
 /* What the ingest thread is to do. False when nothing is due. */
 bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
                       loci_tail_demand demand, loci_rebuild_plan *out);
-/* What the merger is to do, the largest merge first, extents of at most merge_tokens. Not calm:
- * only what will be the same whatever is registered yet. Each merge leaves fewer extents or no dead
- * tokens, so there is an end. */
+bool loci_id_listed(const loci_id_list *list, const uint8_t id[LOCI_EXTENT_ID_BYTES]);
+/* What the merger is to do, the largest merge first, extents of at most merge_tokens, those that
+ * stand apart (NULL = none) left as they are. Not calm: only what will be the same whatever is
+ * registered yet. Each merge leaves fewer extents or no dead tokens, so there is an end. */
 bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
-                    uint32_t merge_tokens, bool calm, loci_rebuild_plan *out);
+                    uint32_t merge_tokens, bool calm, const loci_id_list *apart,
+                    loci_rebuild_plan *out);
 /* The partial extent, if there is one, and all flat segments. */
 loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest);
 /* Tokens that the next full extent would already hold. */

@@ -30,7 +30,8 @@ typedef struct merge_slot {
     uint64_t uid, revision, sequence;
     uint64_t changed_ns; /* when one of these did, but for merges */
     loci_backoff backoff;
-    bool seen; /* in the present pass over the corpora */
+    loci_backoff damage; /* of what stands apart (corpus->apart), until it can be read */
+    bool seen;           /* in the present pass over the corpora */
 } merge_slot;
 
 struct loci_merger {
@@ -114,6 +115,13 @@ static bool look_at(loci_merger *merger, uint64_t uid, uint64_t revision, uint64
     return calm;
 }
 
+static bool stopping(loci_merger *merger) {
+    pthread_mutex_lock(&merger->lock);
+    bool stop = merger->stop;
+    pthread_mutex_unlock(&merger->lock);
+    return stop;
+}
+
 /* --- A corpus's turn -------------------------------------------------------------------- */
 
 uint32_t loci_corpus_merge_tokens(const loci_corpus *corpus) {
@@ -136,7 +144,7 @@ static bool is_due(loci_merger *merger, loci_corpus *corpus, loci_rebuild_plan *
            !loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, LOCI_TAIL_KEEP, plan);
     bool due = !wait && !corpus->deleted && !corpus->successor &&
                loci_merge_due(corpus->manifest, corpus->extent_tokens_max,
-                              loci_corpus_merge_tokens(corpus), calm, plan);
+                              loci_corpus_merge_tokens(corpus), calm, &corpus->apart, plan);
     if (due) *base = loci_manifest_ref(corpus->manifest);
     pthread_mutex_unlock(&corpus->lock);
     return due;
@@ -178,7 +186,8 @@ static void end(loci_merger *merger, loci_corpus *corpus, uint64_t made, loci_st
                 const loci_error *err) {
     pthread_mutex_lock(&corpus->lock);
     corpus->merging = NULL;
-    if (corpus->deleted) status = LOCI_E_CANCELLED; /* whatever came of that */
+    if (corpus->deleted) status = LOCI_E_CANCELLED;                    /* whatever came of that */
+    bool around = status == LOCI_E_CORRUPT && corpus->apart.count > 0; /* the next one goes */
     pthread_mutex_unlock(&corpus->lock);
     pthread_mutex_lock(&merger->lock);
     merger->merging = 0;
@@ -187,9 +196,58 @@ static void end(loci_merger *merger, loci_corpus *corpus, uint64_t made, loci_st
         loci_backoff_clear(&slot->backoff);
         if (slot->revision + 1 == made) slot->revision = made; /* no change to wait after */
     } else if (slot && status != LOCI_E_ABORTED && status != LOCI_E_CANCELLED &&
-               loci_backoff_add(&slot->backoff, status, err)) {
+               loci_backoff_add(around ? &slot->damage : &slot->backoff, status, err)) {
         loci_log_error("extents of corpus %s are not merged: %s", corpus->name, err->text);
     }
+    pthread_mutex_unlock(&merger->lock);
+}
+
+/* --- What stands apart ------------------------------------------------------------------ */
+
+static loci_status read_whole(loci_merger *merger, loci_corpus *corpus,
+                              const loci_manifest_extent *entry, loci_error *err) {
+    loci_extent *extent = NULL;
+    size_t values = (size_t)entry->tokens * corpus->geometry.head_dim;
+    uint16_t *k = malloc(values * sizeof *k), *v = malloc(values * sizeof *v);
+    loci_status status = LOCI_OK;
+    if (!k || !v) status = loci_fail(err, LOCI_E_NOMEM, "no memory to read an extent");
+    if (status == LOCI_OK) status = loci_corpus_extent(corpus, entry, &extent, err);
+    for (uint32_t p = 0; status == LOCI_OK && p < extent->pairs; p++) {
+        status = stopping(merger) ? loci_fail(err, LOCI_E_CANCELLED, "the process ends")
+                                  : loci_extent_read_pair(extent, p, k, v, err);
+    }
+    loci_extent_unref(extent);
+    free(k);
+    free(v);
+    return status;
+}
+
+/* Looks again, after a pause, at the extents that could not be read. Nobody but the merger changes
+ * the list. */
+static void look_again(loci_merger *merger, loci_corpus *corpus) {
+    loci_error err = {0};
+    loci_status status = LOCI_OK;
+    pthread_mutex_lock(&merger->lock);
+    merge_slot *slot = find_slot(merger, corpus->uid);
+    bool due = slot && slot->damage.failures > 0 && loci_now_ns() >= slot->damage.retry_ns;
+    pthread_mutex_unlock(&merger->lock);
+    if (!due) return;
+    loci_manifest *manifest = loci_corpus_manifest(corpus);
+    for (uint32_t i = 0; status == LOCI_OK && i < manifest->extent_count; i++)
+        if (loci_id_listed(&corpus->apart, manifest->extents[i].id))
+            status = read_whole(merger, corpus, &manifest->extents[i], &err);
+    loci_manifest_unref(manifest);
+    if (status == LOCI_OK) { /* or they are gone */
+        pthread_mutex_lock(&corpus->lock);
+        corpus->apart.count = 0;
+        pthread_mutex_unlock(&corpus->lock);
+    }
+    pthread_mutex_lock(&merger->lock);
+    slot = find_slot(merger, corpus->uid);
+    if (slot && status == LOCI_OK)
+        loci_backoff_clear(&slot->damage);
+    else if (slot && status != LOCI_E_CANCELLED)
+        (void)loci_backoff_add(&slot->damage, status, &err);
     pthread_mutex_unlock(&merger->lock);
 }
 
@@ -199,6 +257,7 @@ static bool take_turn(loci_merger *merger, loci_corpus *corpus) {
     loci_manifest *base = NULL;
     loci_pool *pool = NULL; /* NULL when there is no memory: it takes longer */
     loci_error err = {0};
+    look_again(merger, corpus);
     if (!is_due(merger, corpus, &plan, &base)) return false;
     if (!begin(merger, corpus)) {
         loci_manifest_unref(base);
@@ -219,13 +278,6 @@ static bool take_turn(loci_merger *merger, loci_corpus *corpus) {
 }
 
 /* --- The thread ------------------------------------------------------------------------- */
-
-static bool stopping(loci_merger *merger) {
-    pthread_mutex_lock(&merger->lock);
-    bool stop = merger->stop;
-    pthread_mutex_unlock(&merger->lock);
-    return stop;
-}
 
 static void pause_between(loci_merger *merger) {
     unsigned ms = merger->store->options.merge_calm_ms / 2 + 5;
@@ -297,6 +349,6 @@ void loci_merger_state(loci_merger *merger, uint64_t uid, bool *merging, loci_er
     const merge_slot *slot = find_slot(merger, uid);
     *merging = merger->merging == uid;
     memset(failure, 0, sizeof *failure);
-    if (slot) *failure = slot->backoff.failure;
+    if (slot) *failure = slot->backoff.failures ? slot->backoff.failure : slot->damage.failure;
     pthread_mutex_unlock(&merger->lock);
 }

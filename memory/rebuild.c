@@ -132,6 +132,13 @@ out:
     return status;
 }
 
+/* The other extents are merged without one that cannot be read. */
+static loci_status note_damage(const rebuild *r, const loci_manifest_extent *entry,
+                               loci_status status) {
+    if (status == LOCI_E_CORRUPT) loci_corpus_set_apart(r->corpus, entry->id);
+    return status;
+}
+
 /* The sources of a merge, and a list of their live segments. */
 static loci_status list_sources(rebuild *r, loci_error *err) {
     uint32_t count = r->plan->last - r->plan->first;
@@ -145,7 +152,7 @@ static loci_status list_sources(rebuild *r, loci_error *err) {
         const loci_manifest_extent *entry = &r->base->extents[r->plan->first + i];
         if (loci_extent_live_tokens(entry) == 0) continue;
         if (r->builder->tokens + entry->tokens > room) room = r->builder->tokens + entry->tokens;
-        LOCI_TRY(loci_corpus_extent(r->corpus, entry, &r->sources[i], err));
+        LOCI_TRY(note_damage(r, entry, loci_corpus_extent(r->corpus, entry, &r->sources[i], err)));
         LOCI_TRY(add_live_segments(r->sources[i], entry, r->builder, err));
     }
     size_t bytes = room * r->corpus->geometry.head_dim * sizeof *r->k;
@@ -208,7 +215,7 @@ static loci_status read_sources(void *ctx, uint32_t pair, const uint16_t **k, co
         const loci_manifest_extent *entry = &r->base->extents[i];
         const loci_extent *source = r->sources[i - r->plan->first];
         if (!source) continue;
-        LOCI_TRY(read_live(source, entry, pair, r->k + at, r->v + at, err));
+        LOCI_TRY(note_damage(r, entry, read_live(source, entry, pair, r->k + at, r->v + at, err)));
         at += (size_t)loci_extent_live_tokens(entry) * source->head_dim;
     }
     *k = r->k;
