@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Merging of extents: which are to be merged, what becomes of documents on the way, and that nobody
- * waits for it.
+ * Merging of extents: what becomes of documents on the way, and that nobody waits for it. Which are
+ * to be merged: test_due.c.
  */
 #include "support.h"
 
@@ -12,158 +12,11 @@
 #include <unistd.h>
 
 #include "base/clock.h"
-#include "base/rng.h"
 #include "memory/internal.h"
 #include "memory/snapshot.h"
 
 #define SEALED 512u
 #define MERGED 4096u
-#define EXTENTS_MAX 300u
-
-/* --- The rule ------------------------------------------------------------------------------- */
-
-/* A manifest without documents. */
-typedef struct model {
-    loci_manifest manifest;
-    loci_manifest_extent extents[EXTENTS_MAX];
-    uint64_t seed;
-} model;
-
-static uint32_t below(model *m, uint32_t n) {
-    return (uint32_t)(loci_rng_next(&m->seed) % n);
-}
-
-static void push(model *m, uint32_t tokens, uint32_t segments, uint32_t dead) {
-    assert_true(m->manifest.extent_count < EXTENTS_MAX);
-    m->manifest.extents = m->extents;
-    m->extents[m->manifest.extent_count++] =
-        (loci_manifest_extent){.tokens = tokens, .segments = segments, .dead_tokens = dead};
-}
-
-/* What the merger makes of the plan. */
-static void carry_out(model *m, const loci_rebuild_plan *plan) {
-    loci_manifest_extent sum = {0};
-    for (uint32_t i = plan->first; i < plan->last; i++) {
-        sum.tokens += loci_extent_live_tokens(&m->extents[i]);
-        sum.segments += m->extents[i].segments - m->extents[i].dead_segments;
-    }
-    uint32_t after = m->manifest.extent_count - plan->last;
-    m->extents[plan->first] = sum;
-    memmove(&m->extents[plan->first + 1], &m->extents[plan->last], after * sizeof sum);
-    m->manifest.extent_count = plan->first + 1 + after;
-}
-
-static uint32_t merge_all(model *m, bool calm) {
-    loci_rebuild_plan plan;
-    uint32_t merges = 0, dead = 0;
-    uint32_t most = m->manifest.extent_count;
-    for (uint32_t i = 0; i < most; i++) dead += m->extents[i].dead_tokens > 0;
-    while (loci_merge_due(&m->manifest, SEALED, MERGED, calm, NULL, &plan)) {
-        assert_true(plan.merge && !plan.tail && !plan.rewrite);
-        assert_true(plan.first < plan.last && plan.last <= m->manifest.extent_count);
-        uint64_t live = 0;
-        for (uint32_t i = plan.first; i < plan.last; i++) {
-            assert_false(m->extents[i].partial);
-            assert_in_range(m->extents[i].tokens, 1, MERGED); /* there is memory for so much */
-            live += loci_extent_live_tokens(&m->extents[i]);
-        }
-        assert_in_range(live, 1, MERGED);
-        carry_out(m, &plan);
-        assert_in_range(m->extents[plan.first].segments, 0, LOCI_EXTENT_SEGMENTS_MAX);
-        assert_true(++merges <= most + dead);
-    }
-    return merges;
-}
-
-/* n sealed extents, with what came in between: the ones of n in binary, none above the largest. */
-static void test_ends_in_the_binary_number(void **state) {
-    (void)state;
-    for (uint64_t seed = 1; seed <= 200; seed++) {
-        model direct = {.seed = seed}, torn = {.seed = seed + 1000};
-        uint32_t n = 1 + below(&direct, 60);
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t tokens = SEALED - below(&direct, 32);
-            push(&direct, tokens, 16, 0);
-            push(&torn, tokens, 16, 0);
-            if (below(&torn, 3) == 0) merge_all(&torn, below(&torn, 2) == 0);
-            loci_rebuild_plan plan;
-            if (below(&torn, 3) == 0 &&
-                loci_merge_due(&torn.manifest, SEALED, MERGED, true, NULL, &plan))
-                carry_out(&torn, &plan);
-        }
-        /* Each token of a bulk load is written once more at most. */
-        uint32_t ones = (uint32_t)__builtin_popcount(n % 8), chunks = n / 8 + ones;
-        assert_true(merge_all(&direct, true) <= chunks);
-        merge_all(&torn, true);
-        assert_int_equal(direct.manifest.extent_count, chunks);
-        assert_int_equal(torn.manifest.extent_count, chunks);
-        for (uint32_t i = 0; i < chunks; i++)
-            assert_int_equal(torn.extents[i].tokens, direct.extents[i].tokens);
-    }
-}
-
-/* Extents of any size with dead tokens, many short segments and a partial one come to an end. */
-static void test_ends_whatever_there_is(void **state) {
-    (void)state;
-    for (uint64_t seed = 1; seed <= 500; seed++) {
-        model m = {.seed = seed};
-        uint32_t n = below(&m, 40);
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t tokens = 1 + below(&m, below(&m, 4) == 0 ? 2 * MERGED : SEALED);
-            uint32_t segments = 1 + below(&m, below(&m, 4) == 0 ? 40000 : 40);
-            uint32_t dead = below(&m, 3) == 0 ? below(&m, tokens + 1) : 0;
-            push(&m, tokens, segments, dead);
-        }
-        if (n > 0) m.extents[n - 1].partial = below(&m, 2) == 0;
-        merge_all(&m, false);
-        merge_all(&m, true);
-        /* What is left and more than a quarter dead is too large, or small: the other thread's. */
-        for (uint32_t i = 0; i < m.manifest.extent_count; i++) {
-            const loci_manifest_extent *one = &m.extents[i];
-            if (4ull * one->dead_tokens < one->tokens || one->dead_tokens == one->tokens) continue;
-            assert_true(one->tokens <= SEALED || one->tokens > MERGED || one->partial);
-        }
-    }
-}
-
-static void test_waits_for_what_may_still_come(void **state) {
-    (void)state;
-    loci_rebuild_plan plan;
-    model m = {.seed = 1};
-    for (uint32_t i = 0; i < 7; i++) push(&m, SEALED, 16, 0);
-    assert_false(loci_merge_due(&m.manifest, SEALED, MERGED, false, NULL, &plan));
-    assert_true(loci_merge_due(&m.manifest, SEALED, MERGED, true, NULL, &plan));
-    assert_int_equal(plan.last - plan.first, 4);
-    push(&m, SEALED, 16, 0);
-    assert_true(loci_merge_due(&m.manifest, SEALED, MERGED, false, NULL, &plan));
-    assert_int_equal(plan.last - plan.first, 8);
-    /* No larger than allowed; none where none is. */
-    assert_true(loci_merge_due(&m.manifest, SEALED, 3 * SEALED, true, NULL, &plan));
-    assert_int_equal(plan.last - plan.first, 2);
-    assert_false(loci_merge_due(&m.manifest, SEALED, 2 * SEALED - 1, true, NULL, &plan));
-    assert_false(loci_merge_due(&m.manifest, SEALED, 0, true, NULL, &plan));
-    m.extents[7].partial = true;
-    assert_false(loci_merge_due(&m.manifest, SEALED, MERGED, false, NULL, &plan));
-}
-
-/* While documents come no extent is made larger than a million tokens; afterwards the end is the
- * same as if all had come at once. */
-static void test_a_long_registration_is_merged_on_the_way(void **state) {
-    (void)state;
-    enum { SEAL = LOCI_EXTENT_SEAL_TOKENS, EACH = (1 << 20) / SEAL, MOST = 4 << 20 };
-    loci_rebuild_plan plan;
-    model m = {.seed = 1};
-    for (uint32_t i = 1; i <= 4 * EACH + EACH / 2; i++) {
-        push(&m, SEAL, 16, 0);
-        while (loci_merge_due(&m.manifest, SEAL, MOST, false, NULL, &plan)) carry_out(&m, &plan);
-        assert_int_equal(m.manifest.extent_count, i / EACH + i % EACH);
-    }
-    while (loci_merge_due(&m.manifest, SEAL, MOST, true, NULL, &plan)) carry_out(&m, &plan);
-    assert_int_equal(m.manifest.extent_count, 2);
-    assert_int_equal(m.extents[0].tokens, MOST);
-}
-
-/* --- Corpora -------------------------------------------------------------------------------- */
 
 static int merge_setup(void **state) {
     fixture_setup(state);
@@ -532,7 +385,7 @@ static long kv_place(fixture *f, const char *corpus, char path[512]) {
     return place;
 }
 
-static void test_damage_is_named_and_merged_around(void **state) {
+static void test_damage_is_named_and_replaces_nothing(void **state) {
     fixture *f = *state;
     loci_error err;
     loci_ingest_progress progress = {0};
@@ -675,10 +528,6 @@ static void test_all_at_once(void **state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, merge_setup, fixture_teardown)
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_ends_in_the_binary_number),
-        cmocka_unit_test(test_ends_whatever_there_is),
-        cmocka_unit_test(test_waits_for_what_may_still_come),
-        cmocka_unit_test(test_a_long_registration_is_merged_on_the_way),
         TEST(test_extents_become_few),
         TEST(test_interruptions_do_not_matter),
         TEST(test_the_dead_are_left_out),
@@ -690,7 +539,7 @@ int main(void) {
         TEST(test_the_corpus_ends_meanwhile),
         TEST(test_the_process_ends_meanwhile),
         TEST(test_snapshots_read_the_old_files),
-        TEST(test_damage_is_named_and_merged_around),
+        TEST(test_damage_is_named_and_replaces_nothing),
         TEST(test_the_index_is_made_anew),
         TEST(test_a_full_disk_is_left_to_registration),
         TEST(test_other_models_wait_for_theirs),
