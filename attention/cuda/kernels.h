@@ -100,7 +100,7 @@ typedef struct loci_cuda_pair {
     const float *mean, *code_scale, *codebook;
     const loci_cuda_root *root_table;
     const uint32_t *leaf_begin; /* [leaves + 1] slots */
-    const uint16_t *leaf_root;  /* [leaves] */
+    const uint32_t *leaf_root;  /* [leaves] */
     uint32_t tokens, leaves, roots, node_stride, record_stride;
     uint32_t root_tokens; /* of the largest root */
     /* Added by a look-up: */

@@ -120,7 +120,7 @@ static loci_status check_pair(loci_cuda *cuda, const uint8_t *blob, uint64_t byt
 typedef struct extras {
     loci_cuda_root *roots;
     uint32_t *leaf_begin; /* leaves + 1 */
-    uint16_t *leaf_root;
+    uint32_t *leaf_root;
     size_t roots_bytes, begin_bytes, root_bytes;
 } extras;
 
@@ -151,7 +151,7 @@ static bool make_extras(const uint8_t *blob, extras *out, uint8_t **memory) {
             (loci_cuda_root){slot, root->tokens, root->begin, root->count, (uint32_t)at};
         for (uint32_t l = 0; l < root->count; l++) {
             out->leaf_begin[root->begin + l] = leaves[l].begin;
-            out->leaf_root[root->begin + l] = (uint16_t)i;
+            out->leaf_root[root->begin + l] = i;
         }
         slot += root->tokens;
     }

@@ -109,8 +109,8 @@ static bool read_level(loci_stream *stream, const loci_lookup *lookup, unsigned 
 }
 
 /* The roots of the leaves of a pair, from the device. */
-static uint16_t *read_leaf_roots(loci_stream *stream, const loci_cuda_pair *pair) {
-    uint16_t *roots = malloc((pair->leaves + 1u) * sizeof *roots);
+static uint32_t *read_leaf_roots(loci_stream *stream, const loci_cuda_pair *pair) {
+    uint32_t *roots = malloc((pair->leaves + 1u) * sizeof *roots);
     if (roots && look_read(stream, roots, pair->leaf_root, pair->leaves * sizeof *roots))
         return roots;
     if (!roots) loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for the scores of nodes");
@@ -131,7 +131,7 @@ void loci_cuda_lookup_squeezed(loci_stream *stream, loci_lookup *lookup, unsigne
         const loci_cuda_pair *pair =
             &lookup->pairs[i % look->extents * look->kv_heads + i / look->extents];
         const loci_cuda_head *head = &lookup->heads[pair->kv_head];
-        uint16_t *roots = level == 1 ? read_leaf_roots(stream, pair) : NULL;
+        uint32_t *roots = level == 1 ? read_leaf_roots(stream, pair) : NULL;
         ok = level == 0 || roots;
         uint64_t root_at = head->root_at + pair->root_base;
         uint64_t at = level == 0 ? root_at : head->leaf_at + pair->leaf_base;
