@@ -31,7 +31,13 @@ struct loci_corpus_view;
 #define LOCI_GEMM_STEADY_ROWS 32u
 #define LOCI_ATTEND_EXACT_QUERIES 8u
 
-typedef enum loci_dtype { LOCI_F32 = 0, LOCI_BF16 = 1, LOCI_F16 = 2, LOCI_I32 = 3 } loci_dtype;
+typedef enum loci_dtype {
+    LOCI_F32 = 0,
+    LOCI_BF16 = 1,
+    LOCI_F16 = 2,
+    LOCI_I32 = 3,
+    LOCI_I8 = 4
+} loci_dtype;
 
 typedef struct loci_buffer loci_buffer;
 typedef struct loci_stream loci_stream;

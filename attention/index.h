@@ -7,7 +7,7 @@
  * position order into one self-contained, relocatable byte string, the pair blob:
  *
  *   header | roots | root blocks | leaf nodes | value means | records | KV hashes | KV |
- *   position hashes | position codes
+ *   KV blocks | slot segments | position hashes | position codes
  *
  * Every section begins at a multiple of LOCI_BLOCK_ALIGN from the blob's start. Keys
  * are clustered into leaves of about 16 (at most LOCI_LEAF_TOKENS_MAX), leaves into
@@ -49,7 +49,8 @@
 #define LOCI_ROOT_LEAVES_MAX 32u
 #define LOCI_ROOT_TOKENS_MAX (LOCI_ROOT_LEAVES_MAX * LOCI_LEAF_TOKENS_MAX)
 #define LOCI_PAIR_MAGIC 0x5250434cu /* "LCPR" */
-#define LOCI_PAIR_VERSION 3u
+#define LOCI_PAIR_VERSION 4u
+#define LOCI_PAIR_OLDEST 3u     /* is read; has neither KV blocks nor slot segments */
 #define LOCI_SKETCH_CHANNELS 4u /* of one codeword */
 #define LOCI_SKETCH_WORDS 16u
 #define LOCI_SKETCH_GROUP 32u /* tokens whose sketches are interleaved */
@@ -86,7 +87,7 @@ typedef struct loci_leaf {
 typedef struct loci_pair_header {
     uint32_t magic, version;
     uint32_t head_dim, tokens, leaves, roots;
-    uint32_t kv_dtype; /* loci_dtype: BF16 */
+    uint32_t kv_dtype; /* loci_dtype: BF16 or I8 */
     uint32_t order;    /* 0 = cluster order; 1 = position order (landmark blocks) */
     uint64_t blob_bytes;
     uint64_t roots_at, blocks_at, leaf_nodes_at, value_means_at, records_at, kv_hashes_at, kv_at;
@@ -110,9 +111,24 @@ typedef struct loci_pair_header {
 #define LOCI_SLOT_SEGMENT(slot) ((slot) >> 16)
 #define LOCI_SLOT_OFFSET(slot) ((slot)&0xffffu)
 
-/* KV: slot s holds, at kv_at + s * 4 * head_dim, its K row and then its V row, each of
- * head_dim bf16 values. KV hashes: uint64_t for each slot, (hash of those 4 * head_dim bytes) +
- * hash_roots + s. */
+/* KV: slot s holds, at kv_at + s * stride, its K row and then its V row, each of head_dim values.
+ * bf16: stride 4 * head_dim. int8: behind the rows two bf16, the greatest |value| of each; a value
+ * is about its int8 times a 127th of that; stride 2 * head_dim + 4. KV hashes: uint64_t for each
+ * slot, (hash of those stride bytes) + hash_roots + s.
+ *
+ * Quantised, a row depends on nothing but itself, and rounding what is read back from it (as bf16)
+ * gives the same int8 values again. The index of an int8 pair is made of the keys and values that
+ * are read back. So its bytes are the same whether it is built of the original rows or of those of
+ * other int8 pairs, however often. */
+
+/* What mode dense reads in place of single tokens' hashes and records, for each LOCI_KV_BLOCK
+ * slots: the hash of their K and V, all rows, and that of their slot segments, each + hash_roots +
+ * the block's number. Slot segments: uint16_t for each slot, the segment of its slot-map word.
+ * Where they stand follows from the header: behind KV, the one behind the other. */
+#define LOCI_KV_BLOCK 256u
+typedef struct loci_kv_block {
+    uint64_t hash_kv, hash_segments;
+} loci_kv_block;
 
 /* Position codes: the codes once more, position after position, head_dim / 2 bytes each.
  * Position hashes: uint64_t for each block of LOCI_POSITION_BLOCK positions, of its codes. */
@@ -158,6 +174,7 @@ typedef struct loci_corpus_view {
 typedef struct loci_pair_build_options {
     uint32_t iterations; /* K-means rounds of the leaves of a root; 0 = default (6) */
     bool position_codes; /* store the codes once more in position order (ranking layer) */
+    bool kv_int8;        /* K and V are kept as int8 */
     const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */
     const loci_cancel *cancel; /* NULL = none; LOCI_E_CANCELLED soon after it is requested */
 } loci_pair_build_options;
@@ -180,7 +197,8 @@ LOCI_MUST_CHECK loci_status loci_pair_build(const uint16_t *k, const uint16_t *v
 LOCI_MUST_CHECK loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes,
                                                  uint64_t header_hash, loci_error *err);
 
-/* Reads K and V back in position order (bf16 [tokens][head_dim]), verifying every record and row.
+/* Reads K and V back in position order (bf16 [tokens][head_dim], int8 ones rounded to that),
+ * verifying every record and row.
  * segment_begin: position of the first token of each of `segments`. */
 LOCI_MUST_CHECK loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
                                                      const uint32_t *segment_begin,

@@ -5,7 +5,7 @@
  * Keys are clustered into roots and the keys of each root into leaves. (Rounds of every key against
  * every leaf would tighten the leaves, by an eighth of their variance, but loosen the roots, of
  * which a third more must then be read.) Groups that are too large are cut in two. Bytes depend on
- * the arguments only.
+ * the arguments only. Rows that are kept as int8 are taken as they will be read back (index.h).
  */
 #include <math.h>
 #include <stdlib.h>
@@ -135,17 +135,33 @@ static int compare_ids(const void *a, const void *b) {
     return x < y ? -1 : x > y;
 }
 
+/* Row `id` of K or V as it will be read from the blob. */
+static void read_row(const build *b, const uint16_t *rows, size_t id, float *out) {
+    const uint16_t *row = rows + id * b->dim;
+    uint16_t restored[LOCI_HEAD_DIM_MAX];
+    int8_t quantised[LOCI_HEAD_DIM_MAX];
+    if (b->options.kv_int8) {
+        uint16_t most = loci_kv_quantise(quantised, row, b->dim);
+        loci_kv_restore(restored, quantised, most, b->dim);
+        row = restored;
+    }
+    for (uint32_t i = 0; i < b->dim; i++) out[i] = loci_bf16_to_f32(row[i]);
+}
+
 /* Mean and code scale of each channel, in double and in position order. */
 static void centre_keys(build *b) {
     double sum[LOCI_HEAD_DIM_MAX] = {0}, squares[LOCI_HEAD_DIM_MAX] = {0};
     float top[LOCI_HEAD_DIM_MAX] = {0};
     size_t dim = b->dim;
-    for (size_t t = 0; t < b->tokens; t++)
-        for (size_t i = 0; i < dim; i++) sum[i] += (double)loci_bf16_to_f32(b->k[t * dim + i]);
+    for (size_t t = 0; t < b->tokens; t++) {
+        float *row = b->x + t * dim;
+        read_row(b, b->k, t, row);
+        for (size_t i = 0; i < dim; i++) sum[i] += (double)row[i];
+    }
     for (size_t i = 0; i < dim; i++) b->mean[i] = (float)(sum[i] / b->tokens);
     for (size_t t = 0; t < b->tokens; t++) {
         for (size_t i = 0; i < dim; i++) {
-            float x = loci_bf16_to_f32(b->k[t * dim + i]) - b->mean[i];
+            float x = b->x[t * dim + i] - b->mean[i];
             b->x[t * dim + i] = x;
             squares[i] += (double)x * (double)x;
             top[i] = fabsf(x) > top[i] ? fabsf(x) : top[i];
@@ -246,11 +262,12 @@ static void write_node(const build *b, const uint32_t *ids, uint32_t count, loci
                        uint16_t *value_mean) {
     uint32_t dim = b->dim;
     float centroid[LOCI_HEAD_DIM_MAX] = {0}, variance[LOCI_HEAD_DIM_MAX] = {0};
-    float value[LOCI_HEAD_DIM_MAX] = {0};
+    float value[LOCI_HEAD_DIM_MAX] = {0}, row[LOCI_HEAD_DIM_MAX];
     for (uint32_t t = 0; t < count; t++) {
+        read_row(b, b->v, ids[t], row);
         for (uint32_t i = 0; i < dim; i++) {
             centroid[i] += b->x[(size_t)ids[t] * dim + i];
-            value[i] += loci_bf16_to_f32(b->v[(size_t)ids[t] * dim + i]);
+            value[i] += row[i];
         }
     }
     float share = 1.0f / (float)count, centroid_top = 0.0f, variance_top = 0.0f;
@@ -293,6 +310,20 @@ static void write_code(const build *b, uint32_t id, uint8_t *code) {
     }
 }
 
+static void write_kv(const build *b, uint32_t id, uint8_t *to) {
+    size_t dim = b->dim;
+    const uint16_t *k = b->k + id * dim, *v = b->v + id * dim;
+    if (b->options.kv_int8) {
+        int8_t *row = (int8_t *)to;
+        uint16_t *most = (void *)(to + 2 * dim);
+        most[0] = loci_kv_quantise(row, k, b->dim);
+        most[1] = loci_kv_quantise(row + dim, v, b->dim);
+    } else {
+        memcpy(to, k, dim * sizeof *k);
+        memcpy(to + dim * sizeof *k, v, dim * sizeof *v);
+    }
+}
+
 /* Node, records and KV of one leaf; ids are its tokens. Their hashes come last. */
 static void write_leaf(const build *b, uint32_t leaf_index, uint32_t first_slot,
                        const uint32_t *ids, uint32_t count, loci_leaf *leaf) {
@@ -304,14 +335,15 @@ static void write_leaf(const build *b, uint32_t leaf_index, uint32_t first_slot,
     write_node(b, ids, count, node, mean);
     leaf->begin = first_slot;
     leaf->count = count;
+    size_t stride = loci_pair_kv_stride(b->blob);
+    uint16_t *segments = (uint16_t *)(uintptr_t)loci_slot_segments(b->blob);
     for (uint32_t t = 0; t < count; t++) {
         uint8_t *record =
             b->blob + header->records_at + (size_t)(first_slot + t) * loci_record_stride(b->dim);
         write_code(b, ids[t], record);
         memcpy(record + b->dim / 2, &b->slots[ids[t]], sizeof b->slots[ids[t]]);
-        uint16_t *row = (void *)(b->blob + header->kv_at + (size_t)(first_slot + t) * 4 * b->dim);
-        memcpy(row, b->k + (size_t)ids[t] * b->dim, b->dim * sizeof *row);
-        memcpy(row + b->dim, b->v + (size_t)ids[t] * b->dim, b->dim * sizeof *row);
+        segments[first_slot + t] = (uint16_t)LOCI_SLOT_SEGMENT(b->slots[ids[t]]);
+        write_kv(b, ids[t], b->blob + header->kv_at + (first_slot + t) * stride);
     }
 }
 
@@ -388,6 +420,14 @@ static void write_checks(void *arg, size_t index, unsigned thread) {
     }
 }
 
+static void write_kv_block(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    const build *b = arg;
+    loci_kv_block *blocks = (loci_kv_block *)(uintptr_t)loci_pair_kv_block(b->blob, 0);
+    blocks[index].hash_kv = loci_kv_block_hash(b->blob, (uint32_t)index);
+    blocks[index].hash_segments = loci_kv_block_segments_hash(b->blob, (uint32_t)index);
+}
+
 static void write_positions(void *arg, size_t index, unsigned thread) {
     (void)thread;
     build *b = arg;
@@ -432,12 +472,21 @@ static loci_status write_sections(build *b, loci_pair_header *header, loci_error
         loci_hash_bytes(b->blob + header->value_means_at, (size_t)header->roots * 2 * b->dim);
     memcpy(b->blob, header, sizeof *header);
     for_each(b, b->root_count, write_checks);
+    for_each(b, loci_kv_blocks(b->tokens), write_kv_block);
     return check_stop(b, err); /* what was left out is nobody's to read */
 }
 
 static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {
-    loci_pair_shape shape = {b->dim,        b->tokens,       b->leaf_count,
-                             b->root_count, place_blocks(b), b->options.position_codes};
+    loci_pair_shape shape = {
+        .head_dim = b->dim,
+        .tokens = b->tokens,
+        .leaves = b->leaf_count,
+        .roots = b->root_count,
+        .block_bytes = place_blocks(b),
+        .position_codes = b->options.position_codes,
+        .kv = b->options.kv_int8 ? LOCI_I8 : LOCI_BF16,
+        .version = LOCI_PAIR_VERSION,
+    };
     loci_pair_header header;
     loci_pair_layout(&shape, &header);
     /* Built apart: the place in *out need not be aligned. */

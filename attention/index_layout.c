@@ -9,6 +9,8 @@
 #define XXH_INLINE_ALL /* for records, where a call costs more than the hash */
 #include <xxhash.h>
 
+#define KV_LEAST 0x1p-100f /* so that a 127th of it has its full precision */
+
 _Static_assert(sizeof(loci_node) == 8 && sizeof(loci_root) == 40 && sizeof(loci_leaf) == 8,
                "nodes, roots and leaves are a format");
 _Static_assert(sizeof(loci_pair_header) == 144, "the header is a format");
@@ -23,7 +25,7 @@ uint64_t loci_pair_header_hash(const uint8_t *blob, uint32_t head_dim) {
 }
 
 static uint64_t place(uint64_t *end, uint64_t bytes) {
-    uint64_t at = (*end + LOCI_BLOCK_ALIGN - 1) / LOCI_BLOCK_ALIGN * LOCI_BLOCK_ALIGN;
+    uint64_t at = loci_block_aligned(*end);
     *end = at + bytes;
     return at;
 }
@@ -38,12 +40,12 @@ void loci_pair_layout(const loci_pair_shape *shape, loci_pair_header *out) {
     uint64_t end = header_bytes(shape->head_dim);
     *out = (loci_pair_header){
         .magic = LOCI_PAIR_MAGIC,
-        .version = LOCI_PAIR_VERSION,
+        .version = shape->version,
         .head_dim = shape->head_dim,
         .tokens = shape->tokens,
         .leaves = shape->leaves,
         .roots = shape->roots,
-        .kv_dtype = LOCI_BF16,
+        .kv_dtype = shape->kv,
         .order = 0,
         .block_bytes = shape->block_bytes,
     };
@@ -53,12 +55,16 @@ void loci_pair_layout(const loci_pair_shape *shape, loci_pair_header *out) {
     out->value_means_at = place(&end, ((uint64_t)shape->roots + shape->leaves) * 2u * dim);
     out->records_at = place(&end, tokens * loci_record_stride(shape->head_dim));
     out->kv_hashes_at = place(&end, tokens * sizeof(uint64_t));
-    out->kv_at = place(&end, tokens * 4u * dim);
+    out->kv_at = place(&end, tokens * loci_kv_stride(shape->head_dim, shape->kv));
+    if (shape->version > LOCI_PAIR_OLDEST) {
+        (void)place(&end, loci_kv_blocks(shape->tokens) * sizeof(loci_kv_block));
+        (void)place(&end, tokens * sizeof(uint16_t));
+    }
     if (shape->position_codes) {
         out->position_hashes_at = place(&end, position_blocks(shape->tokens) * sizeof(uint64_t));
         out->position_codes_at = place(&end, tokens * (dim / 2u));
     }
-    out->blob_bytes = (end + LOCI_BLOCK_ALIGN - 1) / LOCI_BLOCK_ALIGN * LOCI_BLOCK_ALIGN;
+    out->blob_bytes = loci_block_aligned(end);
 }
 
 loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes, uint64_t header_hash,
@@ -66,10 +72,10 @@ loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes, uint64_t
     const loci_pair_header *header = loci_pair_header_of(blob);
     if (bytes < sizeof *header || header->magic != LOCI_PAIR_MAGIC)
         return loci_fail(err, LOCI_E_CORRUPT, "header: not a pair blob");
-    if (header->version != LOCI_PAIR_VERSION)
+    if (header->version < LOCI_PAIR_OLDEST || header->version > LOCI_PAIR_VERSION)
         return loci_fail(err, LOCI_E_CORRUPT,
-                         "header: version %u where this build reads version %u; register again",
-                         header->version, LOCI_PAIR_VERSION);
+                         "header: version %u where this build reads %u to %u; register again",
+                         header->version, LOCI_PAIR_OLDEST, LOCI_PAIR_VERSION);
     uint32_t dim = header->head_dim;
     if (dim == 0 || dim > LOCI_HEAD_DIM_MAX || dim % 16 != 0 || bytes < header_bytes(dim))
         return loci_fail(err, LOCI_E_CORRUPT, "header: head_dim %u", dim);
@@ -81,8 +87,19 @@ loci_status loci_pair_check_header(const uint8_t *blob, uint64_t bytes, uint64_t
                          header->tokens, header->leaves, header->roots);
     if (header->block_bytes > bytes)
         return loci_fail(err, LOCI_E_CORRUPT, "header: root blocks larger than their blob");
-    loci_pair_shape shape = {dim,           header->tokens,      header->leaves,
-                             header->roots, header->block_bytes, header->position_codes_at != 0};
+    if (header->kv_dtype != LOCI_BF16 && header->kv_dtype != LOCI_I8)
+        return loci_fail(err, LOCI_E_CORRUPT, "header: K and V of unknown type %u",
+                         header->kv_dtype);
+    loci_pair_shape shape = {
+        .head_dim = dim,
+        .tokens = header->tokens,
+        .leaves = header->leaves,
+        .roots = header->roots,
+        .block_bytes = header->block_bytes,
+        .position_codes = header->position_codes_at != 0,
+        .kv = (loci_dtype)header->kv_dtype,
+        .version = header->version,
+    };
     loci_pair_header expected;
     loci_pair_layout(&shape, &expected);
     expected.hash_roots = header->hash_roots;
@@ -186,8 +203,7 @@ uint32_t loci_record_check(const uint8_t *blob, uint32_t slot) {
 }
 
 uint64_t loci_kv_hash(const uint8_t *blob, uint32_t slot) {
-    size_t bytes = 4u * (size_t)loci_pair_header_of(blob)->head_dim;
-    return slot_hash(blob, slot, loci_slot_kv(blob, slot), bytes);
+    return slot_hash(blob, slot, loci_slot_kv(blob, slot), loci_pair_kv_stride(blob));
 }
 
 bool loci_slot_check_record(const uint8_t *blob, uint32_t slot) {
@@ -198,6 +214,21 @@ bool loci_slot_check_record(const uint8_t *blob, uint32_t slot) {
 
 bool loci_slot_check_kv(const uint8_t *blob, uint32_t slot) {
     return loci_kv_hash(blob, slot) == *loci_slot_kv_hash(blob, slot);
+}
+
+static uint32_t block_slots(const uint8_t *blob, uint32_t block) {
+    uint32_t left = loci_pair_header_of(blob)->tokens - block * LOCI_KV_BLOCK;
+    return left < LOCI_KV_BLOCK ? left : LOCI_KV_BLOCK;
+}
+
+uint64_t loci_kv_block_hash(const uint8_t *blob, uint32_t block) {
+    const void *rows = loci_slot_kv(blob, block * LOCI_KV_BLOCK);
+    return slot_hash(blob, block, rows, block_slots(blob, block) * loci_pair_kv_stride(blob));
+}
+
+uint64_t loci_kv_block_segments_hash(const uint8_t *blob, uint32_t block) {
+    const uint16_t *segments = loci_slot_segments(blob) + (size_t)block * LOCI_KV_BLOCK;
+    return slot_hash(blob, block, segments, block_slots(blob, block) * sizeof *segments);
 }
 
 loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes, uint64_t header_hash,
@@ -211,6 +242,44 @@ loci_status loci_pair_open_check(const uint8_t *blob, uint64_t bytes, uint64_t h
         slot += loci_pair_root(blob, i)->tokens;
     }
     return LOCI_OK;
+}
+
+uint16_t loci_kv_quantise(int8_t *out, const uint16_t *row, uint32_t head_dim) {
+    uint16_t most = 0;
+    for (uint32_t i = 0; i < head_dim; i++) {
+        uint16_t size = row[i] & 0x7fffu; /* finite ones are in the order of their bits */
+        most = size > most ? size : most;
+    }
+    float top = loci_bf16_to_f32(most);
+    if (!(top >= KV_LEAST)) {
+        memset(out, 0, head_dim);
+        return 0;
+    }
+    float inverse = 127.0f / top;
+    for (uint32_t i = 0; i < head_dim; i++) {
+        float shifted = loci_bf16_to_f32(row[i]) * inverse + 12582912.0f; /* rounds to nearest */
+        out[i] = (int8_t)(shifted - 12582912.0f);
+    }
+    return most;
+}
+
+void loci_kv_restore(uint16_t *out, const int8_t *row, uint16_t most, uint32_t head_dim) {
+    float scale = loci_kv_scale(most);
+    for (uint32_t i = 0; i < head_dim; i++) out[i] = loci_f32_to_bf16((float)row[i] * scale);
+}
+
+void loci_slot_read(const uint8_t *blob, uint32_t slot, uint16_t *k, uint16_t *v) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    size_t dim = header->head_dim;
+    const int8_t *row = loci_slot_kv(blob, slot);
+    if (header->kv_dtype == LOCI_I8) {
+        const uint16_t *most = (const void *)(row + 2 * dim);
+        loci_kv_restore(k, row, most[0], header->head_dim);
+        loci_kv_restore(v, row + dim, most[1], header->head_dim);
+    } else {
+        memcpy(k, row, dim * sizeof *k);
+        memcpy(v, row + dim * sizeof *k, dim * sizeof *v);
+    }
 }
 
 /* For readers that are given no header hash: the header vouches for itself, everything below
@@ -240,9 +309,7 @@ loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
                              (unsigned long long)at, header->tokens);
         if (!loci_slot_check_kv(blob, slot))
             return loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", slot);
-        const uint16_t *row = loci_slot_kv(blob, slot);
-        memcpy(k + at * dim, row, dim * sizeof *k);
-        memcpy(v + at * dim, row + dim, dim * sizeof *v);
+        loci_slot_read(blob, slot, k + at * dim, v + at * dim);
     }
     return LOCI_OK;
 }

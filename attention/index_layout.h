@@ -12,6 +12,7 @@
 #define LOCI_ATTENTION_INDEX_LAYOUT_H
 
 #include "attention/index.h"
+#include "base/half.h"
 
 #define LOCI_HEAD_DIM_MAX 256u /* and a multiple of 16 */
 
@@ -19,6 +20,8 @@ typedef struct loci_pair_shape {
     uint32_t head_dim, tokens, leaves, roots;
     uint64_t block_bytes; /* of all root blocks */
     bool position_codes;
+    loci_dtype kv;    /* LOCI_BF16 or LOCI_I8 */
+    uint32_t version; /* LOCI_PAIR_OLDEST to LOCI_PAIR_VERSION */
 } loci_pair_shape;
 
 /* A header of that shape: magic, version and all offsets set, hashes zero. */
@@ -29,6 +32,11 @@ uint64_t loci_pair_header_hash(const uint8_t *blob, uint32_t head_dim);
 
 static inline size_t loci_node_stride(uint32_t head_dim) {
     return sizeof(loci_node) + 2u * (size_t)head_dim;
+}
+
+/* Bytes of K and V of a token. */
+static inline size_t loci_kv_stride(uint32_t head_dim, loci_dtype kv) {
+    return kv == LOCI_I8 ? 2 * (size_t)head_dim + 2 * sizeof(uint16_t) : 4 * (size_t)head_dim;
 }
 
 static inline size_t loci_record_stride(uint32_t head_dim) {
@@ -121,10 +129,59 @@ static inline const uint64_t *loci_slot_kv_hash(const uint8_t *blob, uint32_t sl
     return (const uint64_t *)(const void *)(blob + loci_pair_header_of(blob)->kv_hashes_at) + slot;
 }
 
-/* K row of a slot; its V row follows. */
-static inline const uint16_t *loci_slot_kv(const uint8_t *blob, uint32_t slot) {
+static inline size_t loci_pair_kv_stride(const uint8_t *blob) {
     const loci_pair_header *header = loci_pair_header_of(blob);
-    return (const void *)(blob + header->kv_at + (size_t)slot * 4u * header->head_dim);
+    return loci_kv_stride(header->head_dim, (loci_dtype)header->kv_dtype);
+}
+
+/* K row of a slot, uint16_t or int8_t; its V row follows. */
+static inline const void *loci_slot_kv(const uint8_t *blob, uint32_t slot) {
+    return blob + loci_pair_header_of(blob)->kv_at + slot * loci_pair_kv_stride(blob);
+}
+
+#define LOCI_KV_STEP (1.0f / 127.0f)
+/* By what the int8 values of a slot's K and V row are multiplied; row: loci_slot_kv. */
+static inline float loci_kv_scale(uint16_t most) {
+    return loci_bf16_to_f32(most) * LOCI_KV_STEP;
+}
+
+static inline void loci_kv_scales(const void *row, uint32_t head_dim, float *k, float *v) {
+    const uint16_t *most = (const void *)((const uint8_t *)row + 2 * (size_t)head_dim);
+    *k = loci_kv_scale(most[0]);
+    *v = loci_kv_scale(most[1]);
+}
+
+/* A row of bf16 as int8, rounded to nearest even; returns its greatest |value| as bf16. Rows of
+ * values below 2^-100 become zero. */
+uint16_t loci_kv_quantise(int8_t *out, const uint16_t *row, uint32_t head_dim);
+/* The row back, rounded to bf16: quantised, it is the same again. */
+void loci_kv_restore(uint16_t *out, const int8_t *row, uint16_t most, uint32_t head_dim);
+/* K and V of a slot as bf16, int8 ones restored; not verified. */
+void loci_slot_read(const uint8_t *blob, uint32_t slot, uint16_t *k, uint16_t *v);
+
+static inline uint64_t loci_block_aligned(uint64_t at) {
+    return (at + LOCI_BLOCK_ALIGN - 1) / LOCI_BLOCK_ALIGN * LOCI_BLOCK_ALIGN;
+}
+
+static inline bool loci_pair_has_kv_blocks(const uint8_t *blob) {
+    return loci_pair_header_of(blob)->version > LOCI_PAIR_OLDEST;
+}
+
+static inline uint32_t loci_kv_blocks(uint32_t tokens) {
+    return (tokens + LOCI_KV_BLOCK - 1) / LOCI_KV_BLOCK;
+}
+
+/* Both only where there are KV blocks. */
+static inline const loci_kv_block *loci_pair_kv_block(const uint8_t *blob, uint32_t block) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    uint64_t end = header->kv_at + header->tokens * loci_pair_kv_stride(blob);
+    return (const loci_kv_block *)(const void *)(blob + loci_block_aligned(end)) + block;
+}
+
+static inline const uint16_t *loci_slot_segments(const uint8_t *blob) {
+    uint32_t blocks = loci_kv_blocks(loci_pair_header_of(blob)->tokens);
+    const uint8_t *end = (const uint8_t *)loci_pair_kv_block(blob, blocks);
+    return (const void *)(blob + loci_block_aligned((uint64_t)(end - blob)));
 }
 
 /* index < roots: a root's value mean; else of leaf index - roots. */
@@ -152,5 +209,8 @@ uint64_t loci_kv_hash(const uint8_t *blob, uint32_t slot);
 /* False = damaged. */
 bool loci_slot_check_record(const uint8_t *blob, uint32_t slot);
 bool loci_slot_check_kv(const uint8_t *blob, uint32_t slot);
+/* What must stand as the hashes of a KV block. After check_header. */
+uint64_t loci_kv_block_hash(const uint8_t *blob, uint32_t block);
+uint64_t loci_kv_block_segments_hash(const uint8_t *blob, uint32_t block);
 
 #endif

@@ -82,6 +82,7 @@ typedef struct loci_corpus_kernels {
     /* y[i] += x[i] * factor */
     void (*axpy)(float *y, const float *x, size_t n, float factor);
     void (*widen)(float *out, const uint16_t *bf16, size_t n);
+    void (*widen_i8)(float *out, const int8_t *x, size_t n, float scale);
     /* out[r * LOCI_LANES + lane] = sum over i of x[r * dim + i] * q[i * LOCI_LANES + lane] */
     void (*dot_f32)(float *out, const float *x, uint32_t n, uint32_t dim, const float *q);
     /* o[i] = o[i] * keep + sum over r < n of weight[r * LOCI_LANES] * v[r * dim + i] */

@@ -116,6 +116,10 @@ static void body_widen(float *out, const uint16_t *bf16, size_t n) {
     for (size_t i = 0; i < n; i++) out[i] = loci_bf16_to_f32(bf16[i]);
 }
 
+static void body_widen_i8(float *out, const int8_t *x, size_t n, float scale) {
+    for (size_t i = 0; i < n; i++) out[i] = (float)x[i] * scale;
+}
+
 /* False where all entries are alike, or the codebook is hostile: then all entries are 0. */
 static inline bool body_table_scale(loci_sketch_table *table, float widest) {
     bool usable = widest > 1e-30f && widest < 1e30f;

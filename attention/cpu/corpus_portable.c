@@ -88,6 +88,7 @@ const loci_corpus_kernels loci_corpus_kernels_portable = {
     .max = body_max,
     .axpy = body_axpy,
     .widen = body_widen,
+    .widen_i8 = body_widen_i8,
     .dot_f32 = dot_f32,
     .add_values = add_values,
 };

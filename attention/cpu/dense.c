@@ -146,7 +146,7 @@ static void dense_run_task(void *arg, size_t index, unsigned thread) {
         .k = run->k + kv_at,
         .v = run->v + kv_at,
         .kv_stride = args->kv_stride,
-        .kv_bf16 = args->kv_dtype == LOCI_BF16,
+        .kv_dtype = args->kv_dtype,
         .key_begin = UINT32_MAX,
         .sink = args->first_key_is_sink,
         .first_bias = args->first_key_is_sink ? args->first_key_bias : 0.0f,

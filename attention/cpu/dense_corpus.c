@@ -5,9 +5,9 @@
  * All live tokens are read, so they are taken as they lie: a pair's slots are K and V side by side,
  * which the kernels of dense attention read in place (tokens of a pair with dead ones are gathered
  * first). A task is a chunk of slots of one pair; it verifies the hashes of what it then reads from
- * the cache. Chunks are joined in their order, so that results do not depend on threads. The logits
- * of a few query vectors are kept, where there is memory: attribution then need not read the keys
- * again.
+ * the cache. Chunks are joined in their order, so that results do not depend on threads. The
+ * weights of a few query vectors are kept, where there is memory: attribution then need not read
+ * the keys again.
  */
 #include <math.h>
 #include <string.h>
@@ -19,8 +19,8 @@
 /* Up to here chunks are small, for threads and caches; many vectors have long ones, since each
  * chunk has a result of its own for every vector. */
 #define FEW_VECTORS 16u
-#define PREFETCH_SLOTS 16u             /* ahead of the hash, which waits for memory else */
-#define LOGITS_MOST ((size_t)64 << 20) /* bytes of logits that are kept */
+#define PREFETCH_SLOTS 16u           /* ahead of the hash, which waits for memory else */
+#define KEPT_MOST ((size_t)64 << 20) /* bytes of weights that are kept */
 #define CHUNK_FEW 512u
 #define CHUNK_MANY 4096u
 
@@ -29,8 +29,10 @@ typedef struct dense_chunk {
     uint32_t begin, end; /* slots */
     uint32_t live;
     uint32_t bad;           /* first slot with a wrong hash, else UINT32_MAX */
+    const char *bad_part;   /* of it */
     float *max, *sum, *out; /* [vectors], [vectors], [vectors][dim] */
-    float *logits;          /* [vectors][live], or NULL */
+    float *weights;         /* [vectors][live] as the kernel keeps them, or NULL */
+    float *weight_max;      /* [vectors][tiles] */
 } dense_chunk;
 
 struct corpus_job {
@@ -43,7 +45,7 @@ struct corpus_job {
     const float *total_lse;
     uint32_t row_begin;
     double **mass; /* [pairs][segments of the extent] */
-    bool kept;     /* the chunks have their logits */
+    bool kept;     /* the chunks have their weights */
     _Atomic bool failed;
 };
 typedef struct corpus_job corpus_job;
@@ -61,23 +63,57 @@ static uint32_t count_live(const lookup_part *part, uint32_t begin, uint32_t end
 
 /* --- attention ------------------------------------------------------------------------- */
 
-/* K and V of the chunk's live slots, verified, one after another: in place when all are live. */
-static const uint16_t *take_kv(dense_chunk *chunk, uint32_t dim, uint16_t *gathered) {
+static bool fault(dense_chunk *chunk, const char *what, uint32_t slot) {
+    chunk->bad_part = what;
+    chunk->bad = slot;
+    return false;
+}
+
+/* K and V of the live slots from first on, one by one. */
+static bool check_slots(dense_chunk *chunk, uint32_t first, uint32_t end) {
     const uint8_t *blob = chunk->part->blob;
-    bool whole = chunk->live == chunk->end - chunk->begin;
-    size_t at = 0;
-    for (uint32_t slot = chunk->begin; slot < chunk->end; slot++) {
-        if (!whole && !is_live(chunk->part, slot)) continue;
-        const uint8_t *ahead = (const uint8_t *)loci_slot_kv(blob, slot + PREFETCH_SLOTS);
-        for (uint32_t i = 0; slot + PREFETCH_SLOTS < chunk->end && i < 4 * dim; i += 64)
+    size_t stride = loci_pair_kv_stride(blob);
+    for (uint32_t slot = first; slot < end; slot++) {
+        const uint8_t *ahead = loci_slot_kv(blob, slot + PREFETCH_SLOTS);
+        for (size_t i = 0; slot + PREFETCH_SLOTS < end && i < stride; i += 64)
             __builtin_prefetch(ahead + i);
-        if (!loci_slot_check_kv(blob, slot)) {
-            chunk->bad = slot;
-            return NULL;
-        }
-        if (!whole) memcpy(gathered + 2 * dim * at++, loci_slot_kv(blob, slot), 4 * (size_t)dim);
+        if (is_live(chunk->part, slot) && !loci_slot_check_kv(blob, slot))
+            return fault(chunk, "KV of slot", slot);
     }
-    return whole ? loci_slot_kv(blob, chunk->begin) : gathered;
+    return true;
+}
+
+/* The same by the hash of their block. Where that is wrong, some slot is damaged, and it is an
+ * error unless it is a dead one; else it is that hash. */
+static bool check_block(dense_chunk *chunk, uint32_t block, uint32_t first, uint32_t end) {
+    const uint8_t *blob = chunk->part->blob;
+    if (loci_kv_block_hash(blob, block) == loci_pair_kv_block(blob, block)->hash_kv) return true;
+    if (!check_slots(chunk, first, end)) return false;
+    for (uint32_t slot = first; slot < end; slot++)
+        if (!is_live(chunk->part, slot) && !loci_slot_check_kv(blob, slot)) return true;
+    return fault(chunk, "hash of the KV block of slot", first);
+}
+
+/* K and V of the chunk's live slots, verified, one after another: in place when all are live. */
+static const uint8_t *take_kv(dense_chunk *chunk, uint8_t *gathered) {
+    const uint8_t *blob = chunk->part->blob;
+    bool blocks = loci_pair_has_kv_blocks(blob);
+    for (uint32_t first = chunk->begin; first < chunk->end; first += LOCI_KV_BLOCK) {
+        uint32_t left = chunk->end - first;
+        uint32_t end = left < LOCI_KV_BLOCK ? chunk->end : first + LOCI_KV_BLOCK;
+        if (!(blocks ? check_block(chunk, first / LOCI_KV_BLOCK, first, end)
+                     : check_slots(chunk, first, end)))
+            return NULL;
+    }
+    if (chunk->live == chunk->end - chunk->begin) return loci_slot_kv(blob, chunk->begin);
+    size_t stride = loci_pair_kv_stride(blob);
+    uint8_t *to = gathered;
+    for (uint32_t slot = chunk->begin; slot < chunk->end; slot++) {
+        if (!is_live(chunk->part, slot)) continue;
+        memcpy(to, loci_slot_kv(blob, slot), stride);
+        to += stride;
+    }
+    return gathered;
 }
 
 static void attend_chunk(void *arg, size_t index, unsigned thread) {
@@ -86,15 +122,16 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
     dense_chunk *chunk = &job->chunks[index];
     uint32_t dim = lookup->dim, slots = chunk->end - chunk->begin;
     size_t tile = (size_t)LOCI_DENSE_KEYS * dim, logits = (size_t)ROWS_MAX * LOCI_DENSE_KEYS;
-    size_t floats = 2 * tile + logits + 2 * ROWS_MAX + (size_t)slots * dim;
-    float *scratch =
-        loci_cpu_scratch_get(&lookup->cpu->thread_scratch[thread], floats * sizeof(float));
+    loci_dtype type = (loci_dtype)loci_pair_header_of(chunk->part->blob)->kv_dtype;
+    size_t stride = loci_kv_stride(dim, type), row = type == LOCI_I8 ? dim : 2 * (size_t)dim;
+    size_t bytes = (2 * tile + logits + 2 * ROWS_MAX) * sizeof(float) + slots * stride;
+    float *scratch = loci_cpu_scratch_get(&lookup->cpu->thread_scratch[thread], bytes);
     if (!scratch) {
         job->failed = true;
         return;
     }
     uint32_t *first = (uint32_t *)(void *)(scratch + 2 * tile + logits), *last = first + ROWS_MAX;
-    const uint16_t *kv = take_kv(chunk, dim, (uint16_t *)(void *)(last + ROWS_MAX));
+    const uint8_t *kv = take_kv(chunk, (uint8_t *)(last + ROWS_MAX));
     if (!kv) return;
     for (uint32_t i = 0; i < ROWS_MAX; i++) {
         first[i] = 0;
@@ -107,16 +144,17 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
             .rows = lookup->vectors - v < ROWS_MAX ? lookup->vectors - v : ROWS_MAX,
             .head_dim = dim,
             .k = kv,
-            .v = kv + dim,
-            .kv_stride = 2 * (size_t)dim,
-            .kv_bf16 = true,
+            .v = kv + row,
+            .kv_stride = type == LOCI_I8 ? stride : stride / sizeof(uint16_t),
+            .kv_dtype = type,
             .key_end = chunk->live,
             .first = first,
             .last = last,
             .k_tile = scratch,
             .v_tile = scratch + tile,
             .logits = scratch + 2 * tile,
-            .keep = chunk->logits ? chunk->logits + (size_t)v * chunk->live : NULL,
+            .keep = chunk->weights, /* of so few vectors that there is one turn */
+            .keep_max = chunk->weight_max,
             .out = chunk->out + (size_t)v * dim,
             .max = chunk->max + v,
             .sum = chunk->sum + v,
@@ -151,23 +189,39 @@ static void join_vector(void *arg, size_t index, unsigned thread) {
     job->lse[(size_t)row * lookup->q_heads + head] = sum > 0.0f ? max + logf(sum) : -INFINITY;
 }
 
-/* For so many tokens; NULL where they are not kept: of many vectors, or where memory is short. */
-static float *alloc_logits(loci_lookup *lookup, size_t tokens) {
-    size_t bytes = tokens * lookup->vectors * sizeof(float);
-    if (lookup->vectors > FEW_VECTORS || bytes > LOGITS_MOST) return NULL;
+static uint32_t tiles_of(const dense_chunk *chunk) {
+    return (chunk->live + LOCI_DENSE_KEYS - 1) / LOCI_DENSE_KEYS;
+}
+
+/* Room for the weights of all chunks; none where they are not kept: of many vectors, or where
+ * memory is short. */
+static void place_weights(corpus_job *job) {
+    loci_lookup *lookup = job->lookup;
+    size_t floats = 0, vectors = lookup->vectors;
+    for (size_t c = 0; c < job->chunk_count; c++)
+        floats += vectors * (job->chunks[c].live + tiles_of(&job->chunks[c]));
+    if (vectors > FEW_VECTORS || floats * sizeof(float) > KEPT_MOST) return;
     const lookup_arena before = lookup->arena;
-    float *logits = lookup_alloc(lookup, bytes);
-    if (logits) return logits;
-    lookup->arena.refusal.status = LOCI_OK; /* it can do without */
-    lookup->arena.current = before.current;
-    lookup->arena.used = before.used;
-    return NULL;
+    float *at = lookup_alloc(lookup, floats * sizeof *at);
+    if (!at) { /* it can do without */
+        lookup->arena.refusal.status = LOCI_OK;
+        lookup->arena.current = before.current;
+        lookup->arena.used = before.used;
+        return;
+    }
+    job->kept = true;
+    for (size_t c = 0; c < job->chunk_count; c++) {
+        dense_chunk *chunk = &job->chunks[c];
+        chunk->weights = at;
+        chunk->weight_max = at + vectors * chunk->live;
+        at = chunk->weight_max + vectors * tiles_of(chunk);
+    }
 }
 
 /* Cuts the pairs; chunks without a live slot are left out. False when memory is short. */
 static bool cut_chunks(corpus_job *job) {
     loci_lookup *lookup = job->lookup;
-    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads, most = 0, live = 0;
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads, most = 0;
     uint32_t step = lookup->vectors <= FEW_VECTORS ? CHUNK_FEW : CHUNK_MANY;
     for (size_t p = 0; p < pairs; p++)
         most += loci_pair_header_of(lookup_first_part(lookup, p)->blob)->tokens / step + 1;
@@ -183,15 +237,12 @@ static bool cut_chunks(corpus_job *job) {
             chunk.end = tokens - slot < step ? tokens : slot + step;
             chunk.live = count_live(part, chunk.begin, chunk.end);
             if (chunk.live > 0) job->chunks[job->chunk_count++] = chunk;
-            live += chunk.live;
         }
     }
     job->pair_chunk[pairs] = job->chunk_count;
     size_t vectors = lookup->vectors, result = vectors * (lookup->dim + 2);
     float *at = lookup_alloc(lookup, job->chunk_count * result * sizeof *at);
     if (!at) return false;
-    float *logits = alloc_logits(lookup, live);
-    job->kept = logits != NULL;
     memset(at, 0, job->chunk_count * result * sizeof *at);
     for (size_t c = 0; c < job->chunk_count; c++, at += result) {
         dense_chunk *chunk = &job->chunks[c];
@@ -199,27 +250,32 @@ static bool cut_chunks(corpus_job *job) {
         chunk->sum = at + vectors;
         chunk->out = at + 2 * vectors;
         for (size_t v = 0; v < vectors; v++) chunk->max[v] = -INFINITY;
-        if (!logits) continue;
-        chunk->logits = logits;
-        logits += chunk->live * vectors;
     }
+    place_weights(job);
     return true;
+}
+
+/* Hashes that were read to verify the chunk. */
+static uint32_t hashes_of(const dense_chunk *chunk) {
+    return loci_pair_has_kv_blocks(chunk->part->blob) ? loci_kv_blocks(chunk->end - chunk->begin)
+                                                      : chunk->live;
 }
 
 /* Bytes read, and the first damage of each pair. */
 static void count_bytes(const corpus_job *job) {
-    size_t token = 4 * (size_t)job->lookup->dim;
     for (size_t c = 0; c < job->chunk_count; c++) {
         const dense_chunk *chunk = &job->chunks[c];
         loci_lookup_stats *stats = &chunk->part->stats;
-        if (chunk->bad != UINT32_MAX) lookup_fault(chunk->part, "KV of slot", chunk->bad);
-        stats->hash_bytes += chunk->live * sizeof(uint64_t);
-        stats->kv_bytes += chunk->live * token;
+        if (chunk->bad != UINT32_MAX) lookup_fault(chunk->part, chunk->bad_part, chunk->bad);
+        stats->hash_bytes += hashes_of(chunk) * sizeof(uint64_t);
+        stats->kv_bytes += chunk->live * loci_pair_kv_stride(chunk->part->blob);
     }
     size_t pairs = (size_t)job->lookup->corpus->extent_count * job->lookup->kv_heads;
     for (size_t p = 0; p < pairs; p++) {
         lookup_part *part = lookup_first_part(job->lookup, p);
-        for (uint32_t r = 0; r < loci_pair_header_of(part->blob)->roots; r++) {
+        size_t token = loci_pair_kv_stride(part->blob);
+        if (!part->live) part->stats.kv_leaf_bytes += part->stats.kv_bytes;
+        for (uint32_t r = 0; part->live && r < loci_pair_header_of(part->blob)->roots; r++) {
             const loci_root *root = loci_pair_root(part->blob, r);
             const loci_leaf *leaf = loci_root_leaves(part->blob, root);
             for (uint32_t l = 0; l < root->count; l++)
@@ -272,38 +328,63 @@ void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref o
 /* --- attribution ----------------------------------------------------------------------- */
 
 /* weights [live]: of the chunk's tokens, summed over rows from row_begin on and query heads. */
-static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weights, float *some) {
+static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weights) {
     const loci_lookup *lookup = job->lookup;
+    uint32_t tiles = tiles_of(chunk);
     memset(weights, 0, chunk->live * sizeof *weights);
     for (uint32_t v = job->row_begin * lookup->group; v < lookup->vectors; v++) {
         uint32_t head = chunk->part->kv_head * lookup->group + v % lookup->group;
         float total = job->total_lse[(size_t)(v / lookup->group) * lookup->q_heads + head];
-        const float *logits = chunk->logits + (size_t)v * chunk->live;
-        lookup->kernels->exp_sub(some, logits, chunk->live, total);
-        for (uint32_t i = 0; i < chunk->live; i++) weights[i] += some[i];
+        for (uint32_t t = 0; t < tiles; t++) {
+            uint32_t at = t * LOCI_DENSE_KEYS, left = chunk->live - at;
+            float factor = expf(chunk->weight_max[v * tiles + t] - total);
+            lookup->kernels->axpy(weights + at, chunk->weights + (size_t)v * chunk->live + at,
+                                  left < LOCI_DENSE_KEYS ? left : LOCI_DENSE_KEYS, factor);
+        }
     }
 }
 
-/* One pair; its records name the segments. */
+/* The segment of each live slot of the chunk, from the list of them or, into `room`, its records.
+ * NULL when one is damaged. */
+static const uint16_t *find_segments(dense_chunk *chunk, uint16_t *room) {
+    const uint8_t *blob = chunk->part->blob;
+    const uint16_t *listed = loci_pair_has_kv_blocks(blob) ? loci_slot_segments(blob) : NULL;
+    for (uint32_t slot = chunk->begin; listed && slot < chunk->end; slot += LOCI_KV_BLOCK) {
+        uint32_t block = slot / LOCI_KV_BLOCK;
+        if (loci_kv_block_segments_hash(blob, block) ==
+            loci_pair_kv_block(blob, block)->hash_segments)
+            continue;
+        (void)fault(chunk, "segments from slot", slot);
+        return NULL;
+    }
+    if (listed && chunk->live == chunk->end - chunk->begin) return listed + chunk->begin;
+    uint16_t *to = room;
+    for (uint32_t slot = chunk->begin; slot < chunk->end; slot++) {
+        if (!is_live(chunk->part, slot)) continue;
+        if (!listed && !loci_slot_check_record(blob, slot)) {
+            (void)fault(chunk, "record of slot", slot);
+            return NULL;
+        }
+        *to++ = listed ? listed[slot] : (uint16_t)LOCI_SLOT_SEGMENT(loci_slot_word(blob, slot));
+    }
+    return room;
+}
+
+/* One pair. */
 static void attribute_pair(void *arg, size_t index, unsigned thread) {
     (void)thread;
     corpus_job *job = arg;
     const lookup_part *part = lookup_first_part(job->lookup, index);
-    float weights[CHUNK_FEW], some[CHUNK_FEW];
+    double *mass = job->mass[index];
+    float weights[CHUNK_FEW];
+    uint16_t room[CHUNK_FEW];
     for (size_t c = job->pair_chunk[index]; c < job->pair_chunk[index + 1]; c++) {
         dense_chunk *chunk = &job->chunks[c];
-        const float *at = weights;
-        weigh(job, chunk, weights, some);
-        for (uint32_t slot = chunk->begin; slot < chunk->end; slot++) {
-            if (!is_live(part, slot)) continue;
-            if (!loci_slot_check_record(part->blob, slot)) {
-                chunk->bad = slot;
-                return;
-            }
-            uint32_t segment = LOCI_SLOT_SEGMENT(loci_slot_word(part->blob, slot));
-            if (segment < part->extent->segments) job->mass[index][segment] += (double)*at;
-            at++;
-        }
+        const uint16_t *segments = find_segments(chunk, room);
+        if (!segments) return;
+        weigh(job, chunk, weights);
+        for (uint32_t i = 0; i < chunk->live; i++)
+            if (segments[i] < part->extent->segments) mass[segments[i]] += (double)weights[i];
     }
 }
 
@@ -329,7 +410,7 @@ static void attribute_whole(loci_stream *stream, corpus_job *job, float *mass) {
     loci_pool_run(lookup->cpu->pool, pairs, attribute_pair, job);
     for (size_t c = 0; c < job->chunk_count; c++)
         if (job->chunks[c].bad != UINT32_MAX)
-            lookup_fault(job->chunks[c].part, "record of slot", job->chunks[c].bad);
+            lookup_fault(job->chunks[c].part, job->chunks[c].bad_part, job->chunks[c].bad);
     if (!lookup_report(stream, lookup)) return;
     for (size_t p = 0; p < pairs; p++) {
         const loci_extent_view *extent = lookup_first_part(lookup, p)->extent;

@@ -139,8 +139,8 @@ static void dp_put_out(const loci_dense_job *job, const float *from) {
 }
 
 VINLINE vf dp_load(const loci_dense_job *job, const void *from, size_t at) {
-    return job->kv_bf16 ? v_load_bf16((const uint16_t *)from + at)
-                        : v_load((const float *)from + at);
+    return job->kv_dtype == LOCI_BF16 ? v_load_bf16((const uint16_t *)from + at)
+                                      : v_load((const float *)from + at);
 }
 
 /* The tile's values in pairs of keys; a last key without neighbour gets a zero. */
@@ -159,8 +159,8 @@ static void dp_pack_values(const loci_dense_job *job, uint32_t begin, uint32_t c
 static const uint8_t *dp_keys(const loci_dense_job *job, uint32_t begin, uint32_t count,
                               uint16_t *to, size_t *stride) {
     size_t at = begin * job->kv_stride, dim = job->head_dim;
-    *stride = (job->kv_bf16 ? job->kv_stride : dim) * sizeof(uint16_t);
-    if (job->kv_bf16) return (const uint8_t *)((const uint16_t *)job->k + at);
+    *stride = (job->kv_dtype == LOCI_BF16 ? job->kv_stride : dim) * sizeof(uint16_t);
+    if (job->kv_dtype == LOCI_BF16) return (const uint8_t *)((const uint16_t *)job->k + at);
     for (uint32_t j = 0; j < count; j++, at += job->kv_stride)
         for (size_t d = 0; d < dim; d += VW)
             _mm256_storeu_si256(

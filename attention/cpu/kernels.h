@@ -12,6 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "attention/backend.h"
+
 /* Output columns of one packed block of a weight; see gemm.c. */
 #define LOCI_GEMM_COLUMNS 64u
 /* Keys that a dense attention kernel takes at once. */
@@ -55,7 +57,9 @@ typedef struct loci_dense_job {
     uint32_t rows, head_dim;
     const void *k, *v; /* row 0 of the span, this head */
     size_t kv_stride;  /* elements */
-    bool kv_bf16;
+    /* LOCI_F32, LOCI_BF16, or LOCI_I8 (`dense` only): the rows of a token side by side with their
+     * scales behind, as in a pair (loci_kv_scales). */
+    loci_dtype kv_dtype;
     uint32_t key_begin, key_end;
     const uint32_t *first, *last;
     bool sink;
@@ -63,7 +67,9 @@ typedef struct loci_dense_job {
     /* Working memory: k_tile, v_tile [LOCI_DENSE_KEYS][head_dim], logits
      * [rows][LOCI_DENSE_KEYS]. */
     float *k_tile, *v_tile, *logits;
-    float *keep; /* (optional) the logits, [rows][key_end]; `dense` only, key_begin 0 */
+    /* (optional) exp(logit - keep_max) of all keys, [rows][key_end], and [rows][tiles] the maximum
+     * when the tile was taken; `dense` only, key_begin 0. */
+    float *keep, *keep_max;
     /* State and result: out [rows][head_dim] unnormalised, running maximum and sum of each row.
      * The caller starts them at 0, -INFINITY and 0. */
     float *out, *max, *sum;

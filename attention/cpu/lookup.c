@@ -620,6 +620,7 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
     (void)stream;
     *stats = (loci_lookup_stats){0};
     if (!lookup->ready) return;
+    size_t token = lookup->part_count ? loci_pair_kv_stride(lookup->parts[0].blob) : 0;
     for (size_t i = 0; i < lookup->part_count; i++) {
         const lookup_part *part = &lookup->parts[i];
         stats->root_bytes += part->stats.root_bytes;
@@ -633,7 +634,7 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];
         uint64_t sharers = lookup_shared(lookup) ? lookup->rows : 1;
-        stats->dense_kv_bytes += head->live_tokens * 4u * lookup->dim;
+        stats->dense_kv_bytes += head->live_tokens * token;
         if (lookup->tokens_scored)
             stats->candidate_tokens += head->token_at[lookup_entries(head)] / lookup->group;
         for (size_t i = 0; lookup->tokens_selected && i < head->mask_at[lookup_entries(head)]; i++)

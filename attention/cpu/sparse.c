@@ -51,6 +51,23 @@ static uint32_t mask_of(const lookup_head *head, size_t entry, uint32_t bit) {
     return head->token_mask[head->mask_at[entry] + lookup_count_bits(below)];
 }
 
+/* v may be NULL. */
+static void widen_token(const loci_lookup *lookup, const uint8_t *blob, uint32_t slot, float *k,
+                        float *v) {
+    const loci_corpus_kernels *kernels = lookup->kernels;
+    const void *row = loci_slot_kv(blob, slot);
+    uint32_t dim = lookup->dim;
+    if (loci_pair_header_of(blob)->kv_dtype == LOCI_I8) {
+        float k_scale, v_scale;
+        loci_kv_scales(row, dim, &k_scale, &v_scale);
+        kernels->widen_i8(k, row, dim, k_scale);
+        if (v) kernels->widen_i8(v, (const int8_t *)row + dim, dim, v_scale);
+    } else {
+        kernels->widen(k, row, dim);
+        if (v) kernels->widen(v, (const uint16_t *)row + dim, dim);
+    }
+}
+
 /* Gathers, verifies and widens the tokens of `all`, a bit each. False when one is damaged. Without
  * values nothing is verified: attend_sparse has done it. */
 static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
@@ -63,9 +80,8 @@ static bool load_tokens(leaf_work *w, uint32_t all, bool values) {
             lookup_fault(w->part, "KV of slot", w->leaf->begin + t);
             return false;
         }
-        const uint16_t *row = loci_slot_kv(blob, w->leaf->begin + t);
-        w->lookup->kernels->widen(w->k + (size_t)w->n * dim, row, dim);
-        if (values) w->lookup->kernels->widen(w->v + (size_t)w->n * dim, row + dim, dim);
+        float *v = values ? w->v + (size_t)w->n * dim : NULL;
+        widen_token(w->lookup, blob, w->leaf->begin + t, w->k + (size_t)w->n * dim, v);
         w->index[w->n++] = (uint8_t)t;
     }
     return true;
@@ -143,8 +159,8 @@ static void prefetch_token(const leaf_work *w, uint32_t slot, bool read) {
         return;
     }
     __builtin_prefetch(loci_slot_kv_hash(blob, slot));
-    const uint16_t *row = loci_slot_kv(blob, slot);
-    for (uint32_t i = 0; i < 2 * w->lookup->dim; i += 32) __builtin_prefetch(row + i);
+    const uint8_t *row = loci_slot_kv(blob, slot);
+    for (size_t i = 0; i < loci_pair_kv_stride(blob); i += 64) __builtin_prefetch(row + i);
 }
 
 /* The next root of the part, from `local` on, with leaves that some row keeps; false if there is
@@ -174,8 +190,9 @@ static bool walk_leaf(attend_job *job, leaf_work *w, uint32_t all, size_t token,
     if (!read) list_tokens(w, all);
     if (values) {
         w->part->stats.hash_bytes += w->n * sizeof(uint64_t);
-        w->part->stats.kv_bytes += w->n * 4u * lookup->dim;
-        w->part->stats.kv_leaf_bytes += w->leaf->count * 4u * lookup->dim;
+        size_t token_bytes = loci_pair_kv_stride(w->part->blob);
+        w->part->stats.kv_bytes += w->n * token_bytes;
+        w->part->stats.kv_leaf_bytes += w->leaf->count * token_bytes;
     }
     for (uint32_t b = 0; b < lookup->blocks; b++) {
         if (!set_allowed(w, b, all)) continue;

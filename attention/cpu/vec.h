@@ -63,6 +63,10 @@ VINLINE vf v_load_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+VINLINE vf v_load_i8(const int8_t *p) {
+    __m128i narrow = _mm_loadu_si128((const __m128i *)(const void *)p);
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow));
+}
 /* The even and the odd elements of VW pairs of bf16. */
 VINLINE vf v_pairs_even(const uint32_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
@@ -156,6 +160,10 @@ VINLINE vf v_load_bf16(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
+VINLINE vf v_load_i8(const int8_t *p) {
+    __m128i narrow = _mm_loadl_epi64((const __m128i *)(const void *)p);
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(narrow));
+}
 VINLINE vf v_pairs_even(const uint32_t *p) {
     __m256i pairs = _mm256_loadu_si256((const __m256i *)(const void *)p);
     return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
@@ -231,6 +239,9 @@ VINLINE float v_of_bits(uint32_t bits) {
 }
 VINLINE vf v_load_bf16(const uint16_t *p) {
     return v_of_bits((uint32_t)*p << 16);
+}
+VINLINE vf v_load_i8(const int8_t *p) {
+    return (float)*p;
 }
 VINLINE vf v_pairs_even(const uint32_t *p) {
     return v_of_bits(*p << 16);

@@ -116,6 +116,19 @@ static loci_status check_pair(loci_cuda *cuda, const uint8_t *blob, uint64_t byt
 
 /* --- layout on the device -------------------------------------------------------------- */
 
+/* K and V are bf16 on the device, as they are read back from an int8 pair; what follows them in the
+ * blob then stands so much further on. */
+static size_t widening(const uint8_t *blob) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    size_t tokens = header->tokens, wide = tokens * loci_kv_stride(header->head_dim, LOCI_BF16);
+    return loci_block_aligned(header->kv_at + wide) -
+           loci_block_aligned(header->kv_at + tokens * loci_pair_kv_stride(blob));
+}
+
+static size_t device_bytes(const uint8_t *blob) {
+    return loci_pair_header_of(blob)->blob_bytes + widening(blob);
+}
+
 /* Behind the blob: what a look-up would have to add up from roots and leaves. */
 typedef struct extras {
     loci_cuda_root *roots;
@@ -162,7 +175,7 @@ static bool make_extras(const uint8_t *blob, extras *out, uint8_t **memory) {
 static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const extras *x) {
     const loci_pair_header *header = loci_pair_header_of(blob);
     uint32_t dim = header->head_dim;
-    const uint8_t *behind = device + rounded(header->blob_bytes);
+    const uint8_t *behind = device + rounded(device_bytes(blob));
     uint32_t root_tokens = 0;
     for (uint32_t i = 0; i < header->roots; i++)
         if (x->roots[i].tokens > root_tokens) root_tokens = x->roots[i].tokens;
@@ -177,7 +190,8 @@ static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const
         .mean = (const void *)AT(loci_pair_mean(blob)),
         .code_scale = (const void *)AT(loci_pair_code_scale(blob)),
         .codebook = (const void *)AT(loci_pair_codebook(blob)),
-        .position_codes = header->position_codes_at ? device + header->position_codes_at : NULL,
+        .position_codes =
+            header->position_codes_at ? device + header->position_codes_at + widening(blob) : NULL,
         .root_table = (const void *)behind,
         .leaf_begin = (const void *)(behind + x->roots_bytes),
         .leaf_root = (const void *)(behind + x->roots_bytes + x->begin_bytes),
@@ -194,20 +208,59 @@ static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const
 
 /* --- copying --------------------------------------------------------------------------- */
 
+/* Waits until the staging is free again. */
+static loci_status take_staging(loci_cuda_pairs *pairs, size_t turn, loci_error *err) {
+    return loci_cuda_try(cudaEventSynchronize(pairs->copied[turn]), "cudaEvent", err);
+}
+
+static loci_status send_staging(loci_cuda_pairs *pairs, size_t turn, uint8_t *to, size_t bytes,
+                                loci_error *err) {
+    cudaStream_t stream = pairs->cuda->copies;
+    LOCI_TRY(loci_cuda_try(
+        cudaMemcpyAsync(to, pairs->staging[turn], bytes, cudaMemcpyHostToDevice, stream),
+        "cudaMemcpy", err));
+    return loci_cuda_try(cudaEventRecord(pairs->copied[turn], stream), "cudaEvent", err);
+}
+
 static loci_status copy_bytes(loci_cuda_pairs *pairs, uint8_t *to, const uint8_t *from,
                               size_t bytes, loci_error *err) {
-    cudaStream_t stream = pairs->cuda->copies;
     for (size_t at = 0, turn = 0; at < bytes; turn = 1 - turn) {
         size_t count = bytes - at < STAGING_BYTES ? bytes - at : STAGING_BYTES;
-        LOCI_TRY(loci_cuda_try(cudaEventSynchronize(pairs->copied[turn]), "cudaEvent", err));
+        LOCI_TRY(take_staging(pairs, turn, err));
         memcpy(pairs->staging[turn], from + at, count);
-        LOCI_TRY(loci_cuda_try(
-            cudaMemcpyAsync(to + at, pairs->staging[turn], count, cudaMemcpyHostToDevice, stream),
-            "cudaMemcpy", err));
-        LOCI_TRY(loci_cuda_try(cudaEventRecord(pairs->copied[turn], stream), "cudaEvent", err));
+        LOCI_TRY(send_staging(pairs, turn, to + at, count, err));
         at += count;
     }
-    return loci_cuda_try(cudaStreamSynchronize(stream), "cudaMemcpy", err);
+    return loci_cuda_try(cudaStreamSynchronize(pairs->cuda->copies), "cudaMemcpy", err);
+}
+
+/* K and V of an int8 pair, as bf16. */
+static loci_status copy_widened(loci_cuda_pairs *pairs, uint8_t *to, const uint8_t *blob,
+                                loci_error *err) {
+    uint32_t tokens = loci_pair_header_of(blob)->tokens, dim = loci_pair_header_of(blob)->head_dim;
+    size_t row = loci_kv_stride(dim, LOCI_BF16), turn = 0;
+    for (uint32_t slot = 0; slot < tokens; turn = 1 - turn) {
+        uint32_t most = (uint32_t)(STAGING_BYTES / row), left = tokens - slot;
+        uint32_t count = left < most ? left : most;
+        LOCI_TRY(take_staging(pairs, turn, err));
+        for (uint32_t i = 0; i < count; i++) {
+            uint16_t *k = (void *)(pairs->staging[turn] + i * row);
+            loci_slot_read(blob, slot + i, k, k + dim);
+        }
+        LOCI_TRY(send_staging(pairs, turn, to + slot * row, count * row, err));
+        slot += count;
+    }
+    return loci_cuda_try(cudaStreamSynchronize(pairs->cuda->copies), "cudaMemcpy", err);
+}
+
+static loci_status copy_blob(loci_cuda_pairs *pairs, uint8_t *to, const uint8_t *blob,
+                             loci_error *err) {
+    const loci_pair_header *header = loci_pair_header_of(blob);
+    if (header->kv_dtype != LOCI_I8) return copy_bytes(pairs, to, blob, header->blob_bytes, err);
+    size_t end = loci_block_aligned(header->kv_at + header->tokens * loci_pair_kv_stride(blob));
+    LOCI_TRY(copy_bytes(pairs, to, blob, header->kv_at, err));
+    LOCI_TRY(copy_widened(pairs, to + header->kv_at, blob, err));
+    return copy_bytes(pairs, to + end + widening(blob), blob + end, header->blob_bytes - end, err);
 }
 
 static void release(loci_cuda_pairs *pairs, loci_cuda_pair_entry **link) {
@@ -259,10 +312,10 @@ static loci_status load(loci_cuda_pairs *pairs, const uint8_t *blob, uint64_t by
     uint8_t *memory = NULL;
     if (!make_extras(blob, &x, &memory))
         return loci_fail(err, LOCI_E_NOMEM, "no memory to copy an extent");
-    size_t whole = loci_pair_header_of(blob)->blob_bytes;
+    size_t whole = device_bytes(blob);
     entry->bytes = rounded(whole) + extras_bytes(&x);
     loci_status status = take_memory(pairs, entry->bytes, &entry->device, err);
-    if (status == LOCI_OK) status = copy_bytes(pairs, entry->device, blob, whole, err);
+    if (status == LOCI_OK) status = copy_blob(pairs, entry->device, blob, err);
     if (status == LOCI_OK)
         status = copy_bytes(pairs, entry->device + rounded(whole), memory, extras_bytes(&x), err);
     if (status == LOCI_OK) entry->pair = describe(blob, entry->device, &x);

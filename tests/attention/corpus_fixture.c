@@ -262,6 +262,56 @@ loci_status fixture_kill(fixture *f, const uint8_t *dead, loci_error *err) {
     return LOCI_OK;
 }
 
+/* Appends the pair of version 3 that one of the present version would have been. */
+static uint64_t append_old(loci_buf *out, const uint8_t *blob) {
+    const loci_pair_header *now = loci_pair_header_of(blob);
+    loci_pair_shape shape = {
+        .head_dim = now->head_dim,
+        .tokens = now->tokens,
+        .leaves = now->leaves,
+        .roots = now->roots,
+        .block_bytes = now->block_bytes,
+        .position_codes = now->position_codes_at != 0,
+        .kv = (loci_dtype)now->kv_dtype,
+        .version = LOCI_PAIR_OLDEST,
+    };
+    loci_pair_header header;
+    loci_pair_layout(&shape, &header);
+    header.hash_roots = now->hash_roots;
+    header.hash_root_values = now->hash_root_values;
+    header.hash_position_hashes = now->hash_position_hashes;
+    uint8_t *old = need(calloc(1, header.blob_bytes));
+    memcpy(old, blob, now->kv_at + now->tokens * loci_pair_kv_stride(blob));
+    memcpy(old, &header, sizeof header);
+    if (now->position_codes_at) {
+        memcpy(old + header.position_hashes_at, blob + now->position_hashes_at,
+               now->blob_bytes - now->position_hashes_at);
+    }
+    uint64_t hash = loci_pair_header_hash(old, now->head_dim);
+    loci_buf_append(out, old, header.blob_bytes);
+    free(old);
+    return hash;
+}
+
+loci_status fixture_age(fixture *f, loci_error *err) {
+    for (uint32_t e = 0; e < f->extents; e++) {
+        loci_buf out = LOCI_BUF_INIT;
+        uint64_t *at = (uint64_t *)(uintptr_t)f->views[e].pair_at;
+        uint64_t *hash = (uint64_t *)(uintptr_t)f->views[e].pair_hash;
+        for (size_t p = 0; p < (size_t)f->layers * f->kv_heads; p++) {
+            const uint8_t *blob = f->memory[e] + at[p];
+            at[p] = out.len;
+            hash[p] = append_old(&out, blob);
+        }
+        if (loci_buf_status(&out) != LOCI_OK) return loci_fail(err, LOCI_E_NOMEM, "no memory");
+        LOCI_ASSERT(out.len <= f->memory_bytes[e]);
+        memcpy(f->memory[e], out.data, out.len);
+        f->memory_bytes[e] = out.len;
+        loci_buf_fini(&out);
+    }
+    return fixture_rewrap(f, err);
+}
+
 loci_status fixture_rewrap(fixture *f, loci_error *err) {
     for (uint32_t e = 0; e < f->extents; e++) {
         f->backend->ops->free(f->backend, f->views[e].buffer);

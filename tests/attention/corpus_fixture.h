@@ -61,6 +61,8 @@ loci_status fixture_build(fixture *f, const char *isa, unsigned threads, uint32_
                           loci_error *err);
 /* Marks segments (of extents) dead and makes the bitmaps. dead: one byte a segment. */
 loci_status fixture_kill(fixture *f, const uint8_t *dead, loci_error *err);
+/* Makes pairs of version 3 of all pairs: without KV blocks and slot segments. */
+loci_status fixture_age(fixture *f, loci_error *err);
 /* Lets the backend forget what it copied of the extents. */
 loci_status fixture_rewrap(fixture *f, loci_error *err);
 void fixture_close(fixture *f);

@@ -390,6 +390,27 @@ void reference_select(const fixture *f, uint32_t layer, uint32_t rows, const flo
     }
 }
 
+/* As the backend takes it: on the GPU int8 rows are rounded to bf16. */
+static void read_slot(const uint8_t *blob, uint32_t slot, float *k, float *v) {
+    uint32_t dim = loci_pair_header_of(blob)->head_dim;
+    uint16_t wide_k[LOCI_HEAD_DIM_MAX], wide_v[LOCI_HEAD_DIM_MAX];
+    loci_slot_read(blob, slot, wide_k, wide_v);
+    for (uint32_t d = 0; d < dim; d++) {
+        k[d] = loci_bf16_to_f32(wide_k[d]);
+        v[d] = loci_bf16_to_f32(wide_v[d]);
+    }
+#ifdef LOCI_TEST_CPU
+    const int8_t *row = loci_slot_kv(blob, slot);
+    float k_scale, v_scale;
+    if (loci_pair_header_of(blob)->kv_dtype != LOCI_I8) return;
+    loci_kv_scales(row, dim, &k_scale, &v_scale);
+    for (uint32_t d = 0; d < dim; d++) {
+        k[d] = (float)row[d] * k_scale;
+        v[d] = (float)row[dim + d] * v_scale;
+    }
+#endif
+}
+
 void reference_attend(const fixture *f, uint32_t layer, uint32_t rows, const float *q,
                       const uint8_t *chosen, double *out, double *lse) {
     uint32_t tokens = reference_tokens(f), g = f->q_heads / f->kv_heads;
@@ -408,18 +429,18 @@ void reference_attend(const fixture *f, uint32_t layer, uint32_t rows, const flo
                     uint32_t at = reference_index(f, e, t);
                     size_t place = ((size_t)h * rows + row) * tokens + at;
                     if (chosen ? !chosen[place] : !is_live(f, layer, e, h, t)) continue;
-                    const uint16_t *kv = loci_slot_kv(blob, t);
+                    float k[LOCI_HEAD_DIM_MAX], v[LOCI_HEAD_DIM_MAX];
+                    read_slot(blob, t, k, v);
                     if (pass == 0) {
                         logit[at] = 0.0;
                         for (uint32_t d = 0; d < f->dim; d++)
-                            logit[at] += (double)x[d] * (double)loci_bf16_to_f32(kv[d]);
+                            logit[at] += (double)x[d] * (double)k[d];
                         top = fmax(top, logit[at]);
                         continue;
                     }
                     double w = exp(logit[at] - top);
                     sum += w;
-                    for (uint32_t d = 0; d < f->dim; d++)
-                        o[d] += w * (double)loci_bf16_to_f32(kv[f->dim + d]);
+                    for (uint32_t d = 0; d < f->dim; d++) o[d] += w * (double)v[d];
                 }
             }
         }

@@ -43,7 +43,7 @@ scene open_scene(setting c) {
                            .clusters = 40,
                            .spread = c.spread,
                            .seed = c.seed};
-    loci_pair_build_options options = {.position_codes = true};
+    loci_pair_build_options options = {.position_codes = true, .kv_int8 = c.kv_int8};
     fixture_generate(&s.f, &shape);
     if (fixture_build(&s.f, c.isa, c.threads, c.extent_tokens, c.flat_segments, &options, &err))
         fail_msg("%s", err.text);

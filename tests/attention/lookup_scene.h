@@ -25,6 +25,7 @@ typedef struct setting {
     uint64_t seed;
     const char *isa;
     unsigned threads;
+    bool kv_int8;
 } setting;
 
 extern const setting usual;

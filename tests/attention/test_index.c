@@ -21,7 +21,8 @@
 
 static const loci_pair_build_options options = {.position_codes = true};
 
-static fixture make(uint32_t tokens, uint32_t dim, const char *isa, unsigned threads) {
+static fixture make_with(const loci_pair_build_options *build, uint32_t tokens, uint32_t dim,
+                         const char *isa, unsigned threads) {
     fixture f;
     loci_error err = {0};
     fixture_shape shape = {.layers = 1,
@@ -34,9 +35,13 @@ static fixture make(uint32_t tokens, uint32_t dim, const char *isa, unsigned thr
                            .spread = 0.5f,
                            .seed = 11};
     fixture_generate(&f, &shape);
-    if (fixture_build(&f, isa, threads, LOCI_EXTENT_TOKENS_MAX, 0, &options, &err) != LOCI_OK)
+    if (fixture_build(&f, isa, threads, LOCI_EXTENT_TOKENS_MAX, 0, build, &err) != LOCI_OK)
         fail_msg("%s", err.text);
     return f;
+}
+
+static fixture make(uint32_t tokens, uint32_t dim, const char *isa, unsigned threads) {
+    return make_with(&options, tokens, dim, isa, threads);
 }
 
 static void test_build_reads_back_at_odd_sizes(void **state) {
@@ -61,6 +66,37 @@ static void test_build_reads_back_at_odd_sizes(void **state) {
         assert_memory_equal(v, f.v[0], (size_t)n * dim * 2);
         free(k);
         free(v);
+        fixture_close(&f);
+    }
+}
+
+/* Stores written before there were KV blocks. */
+static void test_pairs_of_version_3_are_read(void **state) {
+    (void)state;
+    for (int int8 = 0; int8 < 2; int8++) {
+        loci_pair_build_options build = {.position_codes = true, .kv_int8 = int8};
+        fixture f = make_with(&build, 700, 32, NULL, 1);
+        uint16_t *k = malloc(4 * 700 * 32 * sizeof *k), *v = k + 700 * 32;
+        uint16_t *old_k = v + 700 * 32, *old_v = old_k + 700 * 32;
+        loci_error err = {0};
+        assert_non_null(k);
+        const loci_extent_view *view = &f.views[0];
+        assert_int_equal(loci_pair_read_positions(f.memory[0], f.memory_bytes[0],
+                                                  view->segment_begin, view->segments, k, v, &err),
+                         LOCI_OK);
+        size_t bytes = f.memory_bytes[0];
+        assert_int_equal(fixture_age(&f, &err), LOCI_OK);
+        assert_int_equal(loci_pair_header_of(f.memory[0])->version, 3);
+        assert_true(f.memory_bytes[0] < bytes);
+        assert_int_equal(
+            loci_pair_open_check(f.memory[0], f.memory_bytes[0], view->pair_hash[0], &err),
+            LOCI_OK);
+        assert_int_equal(loci_pair_read_positions(f.memory[0], f.memory_bytes[0],
+                                                  view->segment_begin, view->segments, old_k, old_v,
+                                                  &err),
+                         LOCI_OK);
+        assert_memory_equal(k, old_k, 2 * 700 * 32 * sizeof *k);
+        free(k);
         fixture_close(&f);
     }
 }
@@ -251,7 +287,8 @@ static void test_nodes_and_codes_describe_keys(void **state) {
         for (uint32_t i = 0; i < 32; i++) {
             double sum = 0.0, squares = 0.0;
             for (uint32_t t = 0; t < leaf->count; t++) {
-                double key = (double)loci_bf16_to_f32(loci_slot_kv(blob, leaf->begin + t)[i]);
+                double key = (double)loci_bf16_to_f32(
+                    ((const uint16_t *)loci_slot_kv(blob, leaf->begin + t))[i]);
                 uint8_t byte = loci_slot_record(blob, leaf->begin + t)[i / 2];
                 double code = i % 2 ? byte >> 4 : byte & 15;
                 double decoded = (double)loci_pair_mean(blob)[i] +
@@ -294,7 +331,8 @@ static void test_sketches_are_the_nearest_codewords(void **state) {
             double distance[16] = {0}, best = INFINITY;
             for (uint32_t c = 0; c < 4; c++) {
                 uint32_t channel = p * 4 + c;
-                double x = (double)loci_bf16_to_f32(loci_slot_kv(blob, first + t)[channel]) -
+                double x = (double)loci_bf16_to_f32(
+                               ((const uint16_t *)loci_slot_kv(blob, first + t))[channel]) -
                            (double)loci_pair_mean(blob)[channel] -
                            (double)node->centroid_scale * loci_node_centroid(node)[channel];
                 total += x * x;
@@ -336,6 +374,8 @@ static void test_every_section_detects_flipped_bits(void **state) {
         {header.records_at, 700 * loci_record_stride(16), true, false},
         {header.kv_hashes_at, 700 * 8, true, false},
         {header.kv_at, 700 * 64, true, false},
+        {(uint64_t)((const uint8_t *)loci_pair_kv_block(blob, 0) - blob), 3 * 16, true, true},
+        {(uint64_t)((const uint8_t *)loci_slot_segments(blob) - blob), 700 * 2, true, true},
         {header.position_hashes_at, 3 * 8, true, true},
         {header.position_codes_at, 700 * 8, true, true},
     };
@@ -398,7 +438,7 @@ static void test_hostile_ranges_are_refused(void **state) {
     memcpy(copy, blob, bytes);
     const loci_pair_header header = *loci_pair_header_of(blob);
     loci_error err;
-    for (int part = 0; part < 14; part++) {
+    for (int part = 0; part < 17; part++) {
         loci_root *root = (loci_root *)(uintptr_t)loci_pair_root(blob, header.roots - 1);
         loci_leaf *leaf = (loci_leaf *)(uintptr_t)fixture_leaf(blob, header.leaves - 1, NULL);
         loci_node *node = (loci_node *)(uintptr_t)loci_pair_leaf_node(blob, header.leaves - 1);
@@ -417,6 +457,9 @@ static void test_hostile_ranges_are_refused(void **state) {
         case 10: head->kv_at += 128; break;
         case 11: head->tokens = 32768; break;
         case 12: head->head_dim = 128; break;
+        case 13: head->kv_dtype = LOCI_F32; break;
+        case 14: head->kv_dtype = LOCI_I8; break;
+        case 15: head->version = LOCI_PAIR_OLDEST; break;
         default: head->roots = 0; break;
         }
         uint64_t hash = part < 10 ? reseal(blob) : loci_pair_header_hash(blob, 16);
@@ -431,6 +474,7 @@ static void test_hostile_ranges_are_refused(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_build_reads_back_at_odd_sizes),
+        cmocka_unit_test(test_pairs_of_version_3_are_read),
         cmocka_unit_test(test_build_is_deterministic),
         cmocka_unit_test(test_degenerate_keys),
         cmocka_unit_test(test_build_refuses_bad_input),

@@ -171,7 +171,7 @@ static const uint8_t *node_kv(const uint8_t *blob, bool root, uint32_t index, si
     const loci_leaf *leaf = root ? loci_root_leaves(blob, node) : leaf_of(blob, index);
     uint32_t tokens = root ? node->tokens : leaf->count;
     *bytes = (size_t)tokens * 4 * DIM;
-    return (const uint8_t *)loci_slot_kv(blob, leaf->begin);
+    return loci_slot_kv(blob, leaf->begin);
 }
 
 static void write_ssts(bench *b, bool root) {
