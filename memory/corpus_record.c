@@ -9,7 +9,7 @@
 #include "memory/internal.h"
 
 /* What is behind the sinks. */
-enum { TAIL_CAUSAL = 1, TAIL_SETTINGS = 2 };
+enum { TAIL_CAUSAL = 1, TAIL_SETTINGS = 2, TAIL_INT8 = 3 };
 
 /* Far beyond what helped anywhere (published: 0.2 to 1), and far from infinite logits. */
 #define TEMPERATURE_LEAST 0.05f
@@ -31,7 +31,7 @@ void loci_corpus_encode(const loci_corpus *corpus, loci_corpus_stage stage, loci
     loci_buf_u8(out, geometry->has_sink);
     loci_buf_u32(out, (uint32_t)(corpus->sink_floats / 2));
     loci_buf_append(out, corpus->sinks, corpus->sink_floats * sizeof(float));
-    loci_buf_u8(out, TAIL_SETTINGS);
+    loci_buf_u8(out, geometry->kv_int8 ? TAIL_INT8 : TAIL_SETTINGS);
     loci_buf_u8(out, geometry->causal);
     loci_buf_u64(out, geometry->tokens_max);
     loci_buf_u32(out, corpus->settings.dense_layers);
@@ -90,7 +90,7 @@ size_t loci_sink_floats(const loci_geometry *geometry) {
 }
 
 /* What stands behind the sinks: nothing (an independent corpus of before there were settings), a
- * causal one's bound (likewise), or all of it. */
+ * causal one's bound (likewise), or all of it; its kind says what K and V are, too. */
 static bool read_tail(loci_slice tail, loci_geometry *geometry, loci_corpus_settings *settings) {
     loci_reader reader = loci_reader_of(tail);
     loci_corpus_settings_default(settings);
@@ -104,7 +104,8 @@ static bool read_tail(loci_slice tail, loci_geometry *geometry, loci_corpus_sett
     settings->dense_layers = bits[0];
     memcpy(&settings->attn_temperature, &bits[1], sizeof(float));
     memcpy(&settings->attn_scale, &bits[2], sizeof(float));
-    return kind == TAIL_SETTINGS && loci_reader_done(&reader) &&
+    geometry->kv_int8 = kind == TAIL_INT8;
+    return (kind == TAIL_SETTINGS || kind == TAIL_INT8) && loci_reader_done(&reader) &&
            loci_corpus_settings_check(settings, geometry, NULL) == LOCI_OK;
 }
 

@@ -40,7 +40,7 @@ static uint32_t header_bytes_of(uint32_t pairs) {
 void loci_extent_identify(const loci_builder *builder, uint8_t id[LOCI_EXTENT_ID_BYTES]) {
     XXH3_state_t state;
     XXH3_128bits_reset(&state);
-    uint8_t head[4] = {LOCI_LAYOUT_VERSION & 0xff, 0, 0, 0};
+    uint8_t head[4] = {LOCI_LAYOUT_VERSION & 0xff, 0, 0, builder->geometry.kv_int8};
     XXH3_128bits_update(&state, head, sizeof head);
     XXH3_128bits_update(&state, builder->geometry.fingerprint, LOCI_FINGERPRINT_LEN);
     for (uint32_t i = 0; i < builder->segment_count; i++) {
@@ -133,6 +133,7 @@ static loci_status write_pairs(int fd, const char *path, const extent_parts *par
         }
         loci_pair_build_options options = {
             .position_codes = pair / builder->geometry.kv_heads == builder->geometry.ranking_layer,
+            .kv_int8 = builder->geometry.kv_int8,
             .cancel = parts->cancel,
         };
         uint64_t hash;
@@ -380,7 +381,8 @@ static loci_status check_pairs(loci_extent *extent, const char *path, loci_error
         if (status != LOCI_OK)
             return loci_fail_prefix(err, status, "pair %u of extent %s", p, path);
         const loci_pair_header *header = (const void *)(extent->map + at);
-        if (header->tokens != extent->tokens || header->head_dim != extent->head_dim)
+        if (header->tokens != extent->tokens || header->head_dim != extent->head_dim ||
+            (header->kv_dtype == LOCI_I8) != extent->kv_int8)
             return loci_fail(err, LOCI_E_CORRUPT, "pair %u of extent %s has another shape", p,
                              path);
     }
@@ -428,6 +430,7 @@ loci_status loci_extent_open(const char *dir, const loci_geometry *geometry,
     extent->segments = expected->segments;
     extent->pairs = geometry->retrieval_layers * geometry->kv_heads;
     extent->head_dim = geometry->head_dim;
+    extent->kv_int8 = geometry->kv_int8;
     char path[PATH_BYTES];
     int len = snprintf(path, sizeof path, "%s/%s", dir, extent->name);
     loci_status status = LOCI_E_INVAL;

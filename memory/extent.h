@@ -32,6 +32,7 @@ typedef struct loci_extent {
     uint64_t bytes, header_hash;
     loci_buffer *buffer; /* map, as the backend sees it */
     uint32_t tokens, segments, pairs, head_dim;
+    bool kv_int8;
     const uint8_t *table;    /* the segment table */
     uint64_t *pair_at;       /* [pairs] */
     uint64_t *pair_bytes;    /* [pairs] */

@@ -45,6 +45,7 @@ typedef struct loci_geometry {
      * be deleted or replaced then, since what follows was encoded knowing it. */
     bool causal;
     uint64_t tokens_max; /* most tokens of a causal corpus, 0 = no limit */
+    bool kv_int8;        /* K and V in extents are int8 (attention/index.h), else bf16 */
 } loci_geometry;
 
 /* How questions look at a corpus; nothing that is stored depends on them. The formulas stand in

@@ -30,7 +30,7 @@ static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
     uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1, groups = tokens / LOCI_LEAF_TOKENS + 1;
     uint64_t node = sizeof(loci_node) + sizeof(loci_root) + 4 * dim;
     uint64_t clustering = tokens * (dim + 36) + groups * (dim + 16);
-    uint64_t blob = tokens * (5 * dim + dim / 8 + 12) + leaves * (node + sizeof(loci_leaf)) +
+    uint64_t blob = tokens * (5 * dim + dim / 8 + 15) + leaves * (node + sizeof(loci_leaf)) +
                     72 * dim + LOCI_BLOCK_ALIGN * 16;
     uint64_t writing = tokens * (dim / 4) + blob;
     return tokens * (4 * dim + 12) + (clustering > writing ? clustering : writing);

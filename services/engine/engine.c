@@ -434,22 +434,23 @@ static uint64_t trained_tokens(const loci_engine *engine) {
            1; /* the shared prefix */
 }
 
-loci_status loci_engine_create_corpus(loci_engine *engine, const char *name, loci_encoding encoding,
-                                      bool beyond_trained_length,
-                                      const loci_settings_change *settings, loci_corpus_info *out,
+loci_status loci_engine_create_corpus(loci_engine *engine, const char *name,
+                                      const loci_corpus_options *options, loci_corpus_info *out,
                                       loci_error *err) {
     loci_geometry geometry = engine->geometry;
     loci_corpus_settings own;
     loci_corpus_settings_default(&own);
     own.dense_layers = default_dense_layers(engine);
-    if (settings) loci_corpus_settings_apply(settings, &own);
-    geometry.causal = encoding == LOCI_ENCODING_CAUSAL;
-    if (encoding == LOCI_ENCODING_DEFAULT)
+    if (options->settings) loci_corpus_settings_apply(options->settings, &own);
+    geometry.kv_int8 = options->kv_int8;
+    geometry.causal = options->encoding == LOCI_ENCODING_CAUSAL;
+    if (options->encoding == LOCI_ENCODING_DEFAULT)
         geometry.causal =
             engine->question_start > 0 && loci_causal_check(engine->model, NULL) == LOCI_OK;
     if (geometry.causal) LOCI_TRY(loci_causal_check(engine->model, err));
-    if (geometry.causal && !beyond_trained_length) geometry.tokens_max = trained_tokens(engine);
-    if (beyond_trained_length && !geometry.causal)
+    if (geometry.causal && !options->beyond_trained_length)
+        geometry.tokens_max = trained_tokens(engine);
+    if (options->beyond_trained_length && !geometry.causal)
         return loci_fail_reason(err, LOCI_E_INVAL, "ENCODING",
                                 "an independent corpus may be of any length: beyond_trained_length "
                                 "is for causal ones");
@@ -474,6 +475,7 @@ loci_status loci_engine_reindex(loci_engine *engine, const char *name, bool forc
                                 name, info.reindex_fingerprint, name);
     if (!*begun) return LOCI_OK;
     geometry.causal = info.geometry.causal;
+    geometry.kv_int8 = info.geometry.kv_int8;
     if (geometry.causal) LOCI_TRY(loci_causal_check(engine->model, err));
     if (geometry.causal && info.geometry.tokens_max > 0)
         geometry.tokens_max = trained_tokens(engine);

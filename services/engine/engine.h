@@ -62,15 +62,20 @@ typedef enum loci_encoding {
     LOCI_ENCODING_CAUSAL
 } loci_encoding;
 
-/* Creates a corpus for the engine's model. beyond_trained_length: a causal corpus may grow longer
- * than the sequences that its model was trained on. settings: NULL = none is named. By default the
- * first two layers are dense where every layer of a stock model reaches the corpus, but at most a
- * quarter of them. LOCI_E_UNSUPPORTED, reason ENCODING, where the model cannot; LOCI_E_INVAL,
- * reason INVALID_SETTINGS. */
+/* What is chosen for a corpus once and for all, and its first settings. */
+typedef struct loci_corpus_options {
+    loci_encoding encoding;
+    bool beyond_trained_length; /* a causal one may grow longer than the sequences that its model
+                                   was trained on */
+    bool kv_int8;               /* K and V of its extents are kept as int8 rather than bf16 */
+    const loci_settings_change *settings; /* NULL = none is named */
+} loci_corpus_options;
+
+/* Creates a corpus for the engine's model. By default the first two layers are dense where every
+ * layer of a stock model reaches the corpus, but at most a quarter of them. LOCI_E_UNSUPPORTED,
+ * reason ENCODING, where the model cannot; LOCI_E_INVAL, reason INVALID_SETTINGS. */
 LOCI_MUST_CHECK loci_status loci_engine_create_corpus(loci_engine *engine, const char *name,
-                                                      loci_encoding encoding,
-                                                      bool beyond_trained_length,
-                                                      const loci_settings_change *settings,
+                                                      const loci_corpus_options *options,
                                                       loci_corpus_info *out, loci_error *err);
 
 /* --- Calibration ---------------------------------------------------------------------------- */

@@ -33,6 +33,7 @@ static json_t *corpus_json(const Loci__V1__Corpus *c) {
                   (json_int_t)c->bytes_on_disk, "extents", (json_int_t)c->extents, "revision",
                   (json_int_t)c->revision, "encoding", c->encoding, "model_fingerprint",
                   c->model_fingerprint, "create_time", (json_int_t)c->create_time, "name", c->name);
+    json_object_set_new(object, "kv", json_string(c->kv));
     json_object_set_new(object, "dense_layers", json_integer((json_int_t)c->dense_layers));
     json_object_set_new(object, "attn_temperature", setting_json(c->attn_temperature));
     json_object_set_new(object, "attn_scale", setting_json(c->attn_scale));
@@ -85,7 +86,7 @@ static void print_corpus(const Loci__V1__Corpus *c) {
            "tokens     %s in %s segments, %llu extents%s\n"
            "size       %s of text, %s on disk\n"
            "revision   %llu\n"
-           "encoding   %s%s, model %s\n"
+           "encoding   %s%s, K and V in %s, model %s\n"
            "attention  first %u layers dense, temperature %g, scale %g\n"
            "created    %s\n",
            corpus_id(c), loci_format_count(documents, c->documents),
@@ -93,7 +94,7 @@ static void print_corpus(const Loci__V1__Corpus *c) {
            loci_format_count(segments, c->segments), (unsigned long long)c->extents,
            c->merged ? "" : " (to be merged)", loci_format_size(bytes, c->bytes),
            loci_format_size(disk, c->bytes_on_disk), (unsigned long long)c->revision, c->encoding,
-           limit, c->model_fingerprint, c->dense_layers, c->attn_temperature, c->attn_scale,
+           limit, c->kv, c->model_fingerprint, c->dense_layers, c->attn_temperature, c->attn_scale,
            created);
     if (c->merge_failure[0]) printf("note       not merged: %s\n", c->merge_failure);
     print_model_note(c);
@@ -169,16 +170,18 @@ static void fill_settings(const settings_flags *flags, Loci__V1__CorpusSettings 
 static loci_status run_create(loci_cli *cli, const loci_command *command, int argc, char **argv,
                               loci_error *err) {
     char id[LOCI_NAME_MAX + 1], name[LOCI_RESOURCE_MAX];
-    const char *encoding = NULL;
+    const char *encoding = NULL, *kv = NULL;
     bool beyond = false;
     settings_flags flags = no_settings;
-    loci_option options[SETTINGS_OPTIONS + 2] = {
+    loci_option options[SETTINGS_OPTIONS + 3] = {
         {"encoding", 0, LOCI_OPTION_STRING, &encoding, 0, 0, "ENCODING",
          "independent or causal (default: what suits the model)"},
         {"beyond-trained-length", 0, LOCI_OPTION_FLAG, &beyond, 0, 0, NULL,
          "causal: may be longer than what the model was trained on"},
+        {"kv", 0, LOCI_OPTION_STRING, &kv, 0, 0, "TYPE",
+         "keep keys and values as bf16 (default) or int8, half the size"},
     };
-    settings_options(&flags, options + 2);
+    settings_options(&flags, options + 3);
     LOCI_TRY(open_named(cli, command, options, sizeof options / sizeof options[0], argc, argv, id,
                         name, err));
     if (cli->help) return LOCI_OK;
@@ -186,6 +189,7 @@ static loci_status run_create(loci_cli *cli, const loci_command *command, int ar
     request.parent = (char *)LOCI_PARENT;
     request.corpus_id = id;
     if (encoding) request.encoding = (char *)(uintptr_t)encoding;
+    if (kv) request.kv = (char *)(uintptr_t)kv;
     request.beyond_trained_length = beyond;
     Loci__V1__CorpusSettings settings;
     fill_settings(&flags, &settings);

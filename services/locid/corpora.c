@@ -49,6 +49,7 @@ static void fill_corpus(Loci__V1__Corpus *out, char name[LOCI_RESOURCE_MAX],
     out->name = name;
     out->model_fingerprint = (char *)(uintptr_t)info->geometry.fingerprint;
     out->encoding = (char *)(uintptr_t)(info->geometry.causal ? "causal" : "independent");
+    out->kv = (char *)(uintptr_t)(info->geometry.kv_int8 ? "int8" : "bf16");
     out->tokens_max = info->geometry.tokens_max;
     out->create_time = info->created;
     out->revision = info->revision;
@@ -111,6 +112,13 @@ static loci_status read_encoding(const char *name, loci_encoding *out, loci_erro
                             "field encoding: \"%.40s\" is neither independent nor causal", name);
 }
 
+static loci_status read_kv(const char *name, bool *int8, loci_error *err) {
+    *int8 = strcmp(name, "int8") == 0;
+    if (*int8 || name[0] == '\0' || strcmp(name, "bf16") == 0) return LOCI_OK;
+    return loci_fail_reason(err, LOCI_E_INVAL, "INVALID_KV",
+                            "field kv: \"%.40s\" is neither bf16 nor int8", name);
+}
+
 static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err) {
     loci_daemon *node = ctx;
     ProtobufCMessage *message = NULL;
@@ -126,12 +134,13 @@ static loci_status create_corpus(loci_rpc_call *call, void *ctx, loci_error *err
                                 "field request_id: longer than %d bytes", REQUEST_ID_MAX);
     loci_rpc_error_metadata(call, "corpus", request->corpus_id);
     loci_corpus_info info;
-    loci_encoding encoding;
-    LOCI_TRY(read_encoding(request->encoding, &encoding, err));
     const loci_settings_change settings = read_settings(request->settings);
+    loci_corpus_options options = {.beyond_trained_length = request->beyond_trained_length,
+                                   .settings = &settings};
+    LOCI_TRY(read_encoding(request->encoding, &options.encoding, err));
+    LOCI_TRY(read_kv(request->kv, &options.kv_int8, err));
     loci_status status =
-        loci_engine_create_corpus(node->engine, request->corpus_id, encoding,
-                                  request->beyond_trained_length, &settings, &info, err);
+        loci_engine_create_corpus(node->engine, request->corpus_id, &options, &info, err);
     bool named = request->request_id[0] != '\0';
     if (status == LOCI_E_EXISTS && named && remembered(request->request_id, info.uid))
         status = LOCI_OK;

@@ -336,6 +336,23 @@ class Journey(Case):
         self.assertEqual(self.result("corpus", "show", "notes"), before)
         self.assertEqual(self.result("ask", "notes", QUESTION)["answer"], ANSWER)
 
+    def test_23_keys_and_values_in_int8(self):
+        self.refused("corpus", "create", "narrow", "--kv", "int4", says="neither bf16 nor int8")
+        self.assertEqual(self.result("corpus", "create", "narrow", "--kv", "int8")["kv"], "int8")
+        self.assertEqual(self.result("corpus", "show", "notes")["kv"], "bf16")
+        self.result("register", "narrow", HANDBOOK)
+        for again in range(2):
+            self.assertIn("K and V in int8", self.ok("corpus", "show", "narrow"))
+            dense = {}
+            for mode in ("dense", "squeezed", "hierarchical"):
+                for corpus in ("notes", "narrow"):
+                    done = self.result("ask", corpus, QUESTION, "--mode", mode, "--no-read-twice")
+                    self.assertEqual(done["answer"], ANSWER)
+                    dense[corpus] = done["usage"]["kv_dense_bytes"]
+            self.assertLess(dense["narrow"], 0.6 * dense["notes"])
+            if not again:
+                self.ok("corpus", "reindex", "narrow", "--force")
+
     # --- Mistakes --------------------------------------------------------------------------
     def test_30_unknown_corpus_or_document(self):
         for command in (("corpus", "show", "missing"), ("corpus", "delete", "missing"),

@@ -42,6 +42,7 @@ typedef struct fixture {
     loci_ingest *ingest;
     loci_encoder encoder;
     loci_store_options options;
+    bool kv_int8; /* of corpora that fixture_create makes */
     /* Settings of the encoder. */
     atomic_uint fail_encodes; /* so many encodes fail first */
     atomic_uint encode_ms;    /* each takes so long */

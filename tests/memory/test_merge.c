@@ -26,6 +26,13 @@ static int merge_setup(void **state) {
     return 0;
 }
 
+static int merge_setup_int8(void **state) {
+    merge_setup(state);
+    fixture *f = *state;
+    f->kv_int8 = true;
+    return 0;
+}
+
 /* A corpus of n sealed extents and more that is not merged yet; nothing runs afterwards, and what
  * is started next merges at once. */
 static void fill(fixture *f, const char *corpus, uint64_t documents) {
@@ -423,6 +430,7 @@ static void test_the_index_is_made_anew(void **state) {
     fixture *f = *state;
     loci_error err;
     loci_geometry geometry = test_geometry();
+    geometry.kv_int8 = f->kv_int8;
     float sink[2 * 2 * 16] = {0};
     char before[33], after[33];
     fill(f, "a", 30);
@@ -527,6 +535,8 @@ static void test_all_at_once(void **state) {
 
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, merge_setup, fixture_teardown)
+#define TEST_INT8(name) \
+    { #name "_int8", name, merge_setup_int8, fixture_teardown, NULL }
     const struct CMUnitTest tests[] = {
         TEST(test_extents_become_few),
         TEST(test_interruptions_do_not_matter),
@@ -544,6 +554,12 @@ int main(void) {
         TEST(test_a_full_disk_is_left_to_registration),
         TEST(test_other_models_wait_for_theirs),
         TEST(test_all_at_once),
+        TEST_INT8(test_extents_become_few),
+        TEST_INT8(test_interruptions_do_not_matter),
+        TEST_INT8(test_the_dead_are_left_out),
+        TEST_INT8(test_damage_is_named_and_replaces_nothing),
+        TEST_INT8(test_the_index_is_made_anew),
+        TEST_INT8(test_all_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

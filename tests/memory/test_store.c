@@ -305,6 +305,7 @@ static void test_settings(void **state) {
     geometry.has_sink = false;
     geometry.causal = true;
     geometry.tokens_max = 1234;
+    geometry.kv_int8 = true;
     loci_corpus_info info;
     loci_snapshot *snapshot;
     loci_corpus_settings settings = {.dense_layers = 1, .attn_temperature = 0.9f, .attn_scale = 1};
@@ -351,7 +352,7 @@ static void test_settings(void **state) {
     fixture_open(f);
     assert_ok(loci_corpus_get(f->store, "own", &info, &err));
     assert_memory_equal(&info.settings, &other, sizeof other);
-    assert_true(info.geometry.causal && info.geometry.tokens_max == 1234);
+    assert_true(info.geometry.causal && info.geometry.tokens_max == 1234 && info.geometry.kv_int8);
     fixture_close(f);
 }
 

@@ -41,8 +41,8 @@ loci_engine *engine_in(const char *folder, const char *name) {
 void create_corpus(loci_engine *engine, const char *corpus, loci_encoding encoding, bool beyond,
                    loci_corpus_info *info) {
     loci_error err = {0};
-    if (loci_engine_create_corpus(engine, corpus, encoding, beyond, NULL, info, &err))
-        fail_msg("%s", err.text);
+    loci_corpus_options options = {.encoding = encoding, .beyond_trained_length = beyond};
+    if (loci_engine_create_corpus(engine, corpus, &options, info, &err)) fail_msg("%s", err.text);
 }
 
 void put_text(loci_engine *engine, const char *corpus, const char *id, loci_slice text) {

@@ -41,20 +41,24 @@ int set_up_modes(void **state) {
     char dir[300];
     loci_error err = {0};
     loci_corpus_info info;
-    static const char *const corpora[] = {"books", "text", "note"};
+    static const char *const corpora[] = {"books", "text", "note", "narrow"};
     make_folder("modes", modes_folder);
     snprintf(dir, sizeof dir, "%s/model", modes_folder);
     stock_model_make(&model, dir);
     snprintf(dir, sizeof dir, "%s/placeless", modes_folder);
     stock_model_make(&placeless, dir);
     loci_engine *engine = open_engine();
-    for (size_t i = 0; i < 3; i++) {
-        loci_encoding encoding = i == 1 ? LOCI_ENCODING_CAUSAL : LOCI_ENCODING_INDEPENDENT;
-        create_corpus(engine, corpora[i], encoding, false, &info);
+    for (size_t i = 0; i < 4; i++) {
+        loci_corpus_options options = {.encoding = i == 1 ? LOCI_ENCODING_CAUSAL
+                                                          : LOCI_ENCODING_INDEPENDENT,
+                                       .kv_int8 = i == 3};
+        assert_int_equal(loci_engine_create_corpus(engine, corpora[i], &options, &info, &err),
+                         LOCI_OK);
         assert_int_equal(info.settings.dense_layers, 0); /* a quarter of three */
     }
     for (size_t i = 0; i < 3; i++) add_file(engine, "books", modes_files[i], SIZE_MAX);
     for (size_t i = 0; i < 3; i++) add_file(engine, "text", modes_files[i], SIZE_MAX);
+    for (size_t i = 0; i < 3; i++) add_file(engine, "narrow", modes_files[i], SIZE_MAX);
     add_file(engine, "note", modes_files[0], 700);
     assert_int_equal(loci_corpus_get(loci_engine_store(engine), "books", &info, &err), LOCI_OK);
     assert_true(info.extents >= 1);

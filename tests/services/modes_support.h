@@ -18,7 +18,8 @@
 extern char modes_folder[FOLDER_BYTES];  /* of the models "model" and "placeless" */
 extern const char *const modes_files[3]; /* of the handbook */
 
-/* For cmocka groups. "books": extents; "text": causal; "note": flat segments only. */
+/* For cmocka groups. "books": extents; "text": causal; "note": flat segments only; "narrow": as
+ * "books", K and V in int8. */
 int set_up_modes(void **state);
 int tear_down_modes(void **state);
 

@@ -43,14 +43,19 @@ static void add_handbook(const char *corpus) {
     settle(engine, corpus);
 }
 
+static bool kv_int8; /* of all corpora */
+
 static int set_up(void **state) {
     (void)state;
     make_folder("engine", folder);
     open_engine();
     loci_corpus_info info;
+    loci_error err = {0};
+    loci_corpus_options options = {.encoding = LOCI_ENCODING_INDEPENDENT, .kv_int8 = kv_int8};
     static const char *const corpora[] = {"handbook", "both", "flat", "empty", "copies"};
     for (size_t i = 0; i < 5; i++)
-        create_corpus(engine, corpora[i], LOCI_ENCODING_INDEPENDENT, false, &info);
+        if (loci_engine_create_corpus(engine, corpora[i], &options, &info, &err) != LOCI_OK)
+            fail_msg("%s", err.text);
     add_handbook("handbook");
     add_text("both", "orchid", loci_slice_text(ORCHID));
     add_handbook("both");
@@ -520,7 +525,9 @@ static void test_every_end_of_text_ends_an_answer(void **state) {
     assert_string_equal(other.answer, usual.answer);
 }
 
-int main(void) {
+/* test_engine [int8] */
+int main(int argc, char **argv) {
+    kv_int8 = argc > 1 && strcmp(argv[1], "int8") == 0;
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_every_mode_answers_with_evidence),
         cmocka_unit_test(test_shares_add_up),

@@ -180,12 +180,13 @@ static double difference(const attended *a, const attended *b) {
 /* Reading all is dense mode, and so are the first layers, however little the others read. */
 static void test_dense_layers_and_reading_all(void **state) {
     (void)state;
-    static const char *const corpora[] = {"books", "text"};
+    static const char *const corpora[] = {"books", "text", "narrow"};
     loci_engine *engine = open_engine();
-    for (int c = 0; c < 4; c++) {
-        change_settings(engine, corpora[c % 2], 2, c < 2 ? 1 : 0.8, c < 2 ? 1 : 0.9);
+    for (int c = 0; c < 6; c++) {
+        bool int8 = c % 3 == 2;
+        change_settings(engine, corpora[c % 3], 2, c < 3 ? 1 : 0.8, c < 3 ? 1 : 0.9);
         loci_query query;
-        begin_query(&query, engine, corpora[c % 2]);
+        begin_query(&query, engine, corpora[c % 3]);
         for (uint32_t layer = 0; layer < LAYERS; layer++) {
             attended dense, full, little, squeezed;
             draw(&dense, 7 + layer);
@@ -207,10 +208,13 @@ static void test_dense_layers_and_reading_all(void **state) {
             bool all = layer < 2;
             assert_true((difference(&dense, &little) < 1e-5) == all);
             assert_true((difference(&dense, &squeezed) < 1e-5) == all);
-            assert_true((read >= query.view->tokens * KV_HEADS * 4 * DIM) == all);
+            size_t token = loci_kv_stride(DIM, int8 ? LOCI_I8 : LOCI_BF16);
+            size_t flat = (size_t)query.view->flat_tokens * KV_HEADS * 4 * DIM;
+            size_t most = (query.view->tokens - query.view->flat_tokens) * KV_HEADS * token + flat;
+            assert_true((read >= most) == all);
         }
         loci_query_fini(&query);
-        change_settings(engine, corpora[c % 2], 0, 1, 1);
+        change_settings(engine, corpora[c % 3], 0, 1, 1);
     }
     loci_engine_close(engine);
 }
@@ -246,11 +250,38 @@ static void test_masses_add_up(void **state) {
     loci_engine_close(engine);
 }
 
+/* Relative L2 error of what comes out of a layer, over int8 against over bf16. */
+static void test_int8_is_near_bf16(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        attended a[2];
+        for (int int8 = 0; int8 < 2; int8++) {
+            loci_query query;
+            begin_query(&query, engine, int8 ? "narrow" : "books");
+            query.params.mode = LOCI_MODE_DENSE;
+            draw(&a[int8], 19 + layer);
+            attend(&query, layer, &a[int8]);
+            loci_query_fini(&query);
+        }
+        double off = 0, norm = 0;
+        for (uint32_t i = 0; i < ROWS * WIDTH; i++) {
+            double delta = (double)a[1].out[i] - (double)a[0].out[i];
+            off += delta * delta;
+            norm += (double)a[0].out[i] * (double)a[0].out[i];
+        }
+        print_message("layer %u: %.5f\n", layer, sqrt(off / norm));
+        assert_true(off > 0 && sqrt(off / norm) < 0.01);
+    }
+    loci_engine_close(engine);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_temperature_and_scale_are_those_of_the_formula),
         cmocka_unit_test(test_dense_layers_and_reading_all),
         cmocka_unit_test(test_masses_add_up),
+        cmocka_unit_test(test_int8_is_near_bf16),
     };
     return cmocka_run_group_tests(tests, set_up_modes, tear_down_modes);
 }

@@ -508,14 +508,14 @@ static void test_models_with_windows_have_independent_corpora(void **state) {
     loci_error err = {0};
     create_corpus(engine, "usual", LOCI_ENCODING_DEFAULT, false, &info);
     assert_false(info.geometry.causal);
-    assert_int_equal(
-        loci_engine_create_corpus(engine, "other", LOCI_ENCODING_CAUSAL, false, NULL, &info, &err),
-        LOCI_E_UNSUPPORTED);
+    loci_corpus_options causal = {.encoding = LOCI_ENCODING_CAUSAL};
+    loci_corpus_options beyond = {.beyond_trained_length = true};
+    assert_int_equal(loci_engine_create_corpus(engine, "other", &causal, &info, &err),
+                     LOCI_E_UNSUPPORTED);
     assert_string_equal(err.reason, "ENCODING");
     assert_non_null(strstr(err.text, "layer 1 sees a sliding window only"));
-    assert_int_equal(
-        loci_engine_create_corpus(engine, "other", LOCI_ENCODING_DEFAULT, true, NULL, &info, &err),
-        LOCI_E_INVAL);
+    assert_int_equal(loci_engine_create_corpus(engine, "other", &beyond, &info, &err),
+                     LOCI_E_INVAL);
     loci_engine_close(engine);
 }
 
