@@ -4,6 +4,7 @@
 
   bench_llama.py --llama SOURCE --llama-build BUILD --models FOLDER [--shapes 30m 500m]
                  [--prefill 512 4096] [--depths 0 4096 16384 65536 131072] [--rounds 3]
+                 [--kv bf16 int8]
 
 SOURCE is a llama.cpp checkout (the source distribution of llama-cpp-python has one in
 vendor/llama.cpp), BUILD its build folder with static libraries: tests/README.md has the commands.
@@ -13,14 +14,15 @@ prefill  Loci: the model's own forward (bench_sequence). llama.cpp: decoding a p
          llama-bench does (peer_llama.c).
 decode   depth 0 without a corpus. Deeper: answers of `loci ask` over a corpus of so many tokens of
          random text, in mode dense and in mode hierarchical with --budget 2048 and --top-p 1, no
-         dense layers; the whole step, with sampling and evidence. llama.cpp: peer_llama.c says how
-         its cache is filled. The corpus is encoded in independent segments, which takes linear
-         time; a step reads the same keys and values as over a causal one.
+         dense layers; the whole step, with sampling and evidence. With --kv int8 the corpus keeps
+         keys and values as int8; the names of these rates end in _int8. llama.cpp: peer_llama.c
+         says how its cache is filled. The corpus is encoded in independent segments, which takes
+         linear time; a step reads the same keys and values as over a causal one.
 
 Both run on --threads threads in turns: Loci, then llama.cpp with flash attention off and on, f16
-and bf16 cache; after the first round only the settings that were within 15% of the best. Each
-figure is the best of its rounds, and llama.cpp's that of its best settings; ..._all has every
-round. llama.cpp's threads spin for one another, so another busy process costs it far more than
+and bf16 cache, and on with q8_0; after the first round only the settings that were within 15% of
+the best. Each figure is the best of its rounds, and llama.cpp's that of its best settings; ..._all
+has every round. llama.cpp's threads spin for one another, so another busy process costs it far more than
 its share: a run waits until the machine has been idle for a moment (--wait seconds at most), and
 one during which others took more than --others percent of the machine is repeated, --retries
 times at most; disturbed_percent is the most that was accepted. On a machine that is never idle,
@@ -40,9 +42,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, os.path.join(ROOT, "tests", "quality"))
 import quality  # noqa: E402
 
-CORPUS = "bench"
 BUDGET = 2048
-SETTINGS = list(itertools.product(("0", "1"), ("f16", "bf16")))  # flash attention, KV
+# Flash attention, KV; llama.cpp wants the first for a quantised cache.
+SETTINGS = [*itertools.product(("0", "1"), ("f16", "bf16")), ("1", "q8_0")]
 NEAR_BEST = 0.85
 
 
@@ -147,7 +149,8 @@ class Row:
         theirs = max(self.rates[best])
         row = {"bench": "llama", **more, "threads": self.machine.options.threads,
                "clock": self.machine.options.clock, "llama_tokens_per_s": theirs,
-               "llama_settings": f"flash {best[0]}, KV {best[1]}", "llama_all": self.rates[best]}
+               "llama_settings": f"flash {best[0]}, KV {best[1]}", "llama_all": self.rates[best],
+               "llama_by_settings": {" ".join(s): max(self.rates[s]) for s in SETTINGS}}
         for name in own:
             rate = max(self.rates[name])
             row.update({f"{name}_tokens_per_s": rate, f"{name}_all": self.rates[name],
@@ -161,7 +164,9 @@ class Node(quality.Daemon):
     def __init__(self, options, model):
         self.model, self.options, self.words = model, options, random.Random(3)
         super().__init__(options.build)
-        self.run("corpus", "create", CORPUS, "--encoding", "independent", "--dense-layers", "0")
+        for kv in options.kv:
+            self.run("corpus", "create", kv, "--kv", kv, "--encoding", "independent",
+                     "--dense-layers", "0")
         self.tokens = self.documents = 0
 
     def start(self):
@@ -192,24 +197,25 @@ class Node(quality.Daemon):
         with open(path, "w") as file:
             for at in range(0, len(text), 30):
                 file.write(" ".join(text[at:at + 30]) + ".\n\n")
-        self.last("register", CORPUS, path)
+        for kv in self.options.kv:
+            self.last("register", kv, path)
         self.tokens, self.documents = count, self.documents + 1
 
-    def rate(self, mode, seed, tokens):
+    def rate(self, kv, mode, seed, tokens):
         """Decoded tokens a second of one answer."""
         if self.options.clock == "wall":
-            usage, steps = self.ask(mode, seed, tokens)
+            usage, steps = self.ask(kv, mode, seed, tokens)
             return usage["decode_tokens_per_s"] * steps / usage["answer_tokens"]
         marks = [processor_seconds(self.process.pid)]
         for count in (2, tokens):  # what both have but for the steps goes out
-            _, steps = self.ask(mode, seed, count)
+            _, steps = self.ask(kv, mode, seed, count)
             marks.append(processor_seconds(self.process.pid))
         return (steps - 1) / (marks[2] - 2 * marks[1] + marks[0])
 
-    def ask(self, mode, seed, tokens):
+    def ask(self, kv, mode, seed, tokens):
         """(usage, steps) of an answer of so many tokens."""
         reach = ["--budget", str(BUDGET), "--top-p", "1"] if mode == "hierarchical" else []
-        answer = self.last("ask", CORPUS, "which word is it?", "--mode", mode, "--no-read-twice",
+        answer = self.last("ask", kv, "which word is it?", "--mode", mode, "--no-read-twice",
                            *reach, "--temperature", "3", "--seed", str(seed), "--max-tokens",
                            str(tokens))
         usage = answer["usage"]
@@ -245,12 +251,15 @@ def measure(shape, options):
 def measure_depth(shape, depth, node, peer, machine, options):
     node.grow(depth)
     seeds = itertools.count(1)
-    node.ask("dense", 0, 4)  # extents are opened and checked
-    deep = 17 if depth > 32768 else 65
-    own = {"dense": lambda: node.rate("dense", next(seeds), deep),
-           "hierarchical": lambda: node.rate("hierarchical", next(seeds), 65)}
+    own = {}
+    for kv in options.kv:
+        node.ask(kv, "dense", 0, 4)  # extents are opened and checked
+        for mode in ("dense", "hierarchical"):
+            count = 17 if depth > 32768 and mode == "dense" else 65
+            own[mode + ("_int8" if kv == "int8" else "")] = (
+                lambda kv=kv, mode=mode, count=count: node.rate(kv, mode, next(seeds), count))
     row = Row(machine).rounds(options.rounds, own, peer, f"tg:{depth}")
-    shown = node.last("corpus", "show", CORPUS)
+    shown = node.last("corpus", "show", options.kv[0])
     row.emit(own, model=shape, what="decode", depth=depth, corpus_tokens=shown.get("tokens"))
 
 
@@ -263,6 +272,7 @@ def main():
     parser.add_argument("--shapes", nargs="+", default=["30m", "500m"])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512, 4096])
     parser.add_argument("--depths", type=int, nargs="*", default=[0, 4096, 16384, 65536, 131072])
+    parser.add_argument("--kv", nargs="+", choices=["bf16", "int8"], default=["bf16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", default="4G", help="of locid")

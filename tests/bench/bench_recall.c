@@ -4,12 +4,15 @@
  * exact attention, in every retrieval layer, over the tokens of real questions and their answers.
  *
  *   bench_recall --data DIR --corpus NAME --questions FILE [--model DIR] [--steps N]
- *                [--set name=value,...]...
+ *                [--set name=value,...]... [--against NAME]
  *
  * FILE holds a question a line. Prints one JSON line for each setting and kind of step (question,
  * decode): over rows with less than half of their mass on the sink, recall of the mass outside the
  * sink and relative error of the layer's attention output, mean over rows, for the worst (layer, KV
  * head) and over all; bytes by part against dense. The answer is generated from exact attention.
+ * --against: exact attention is that over another corpus of the same documents, registered in the
+ * same order; dense=1 is mode dense. So what int8 costs: --corpus INT8 --against BF16 --set
+ * dense=1.
  */
 #include <math.h>
 #include <stdio.h>
@@ -30,6 +33,7 @@ typedef struct tally {
 
 typedef struct bench {
     loci_query *query;
+    const loci_corpus_view *exact;        /* NULL: the query's own */
     loci_select_params sets[SETS_MAX][2]; /* for a question, for a decoding step */
     uint32_t set_count;
     tally tallies[SETS_MAX][2];
@@ -52,15 +56,16 @@ static void merge_rows(float *out, float *lse, const float *b, float b_lse, uint
 }
 
 /* Runs one look-up; out and lse to the host. */
-static void run_lookup(bench *self, const loci_attend_call *call, const loci_select_params *params,
-                       float *out, float *lse, loci_lookup_stats *stats, double *nanoseconds) {
+static void run_lookup(bench *self, const loci_attend_call *call, const loci_corpus_view *view,
+                       const loci_select_params *params, float *out, float *lse,
+                       loci_lookup_stats *stats, double *nanoseconds) {
     const loci_backend_ops *ops = self->query->engine->backend->ops;
     loci_error err = {0};
     size_t count = (size_t)call->rows * call->q_heads, dim = call->head_dim;
     loci_ref out_at = loci_ref_at(self->parts, 0);
     loci_ref lse_at = loci_ref_at(self->parts, count * dim * sizeof(float));
     uint64_t begun = loci_now_ns();
-    ops->lookup_begin(call->stream, self->lookup, self->query->view, call->retrieval_index, call->q,
+    ops->lookup_begin(call->stream, self->lookup, view, call->retrieval_index, call->q,
                       call->q_stride, call->rows, call->q_heads, call->scale, call->lse, params);
     ops->score_nodes(call->stream, self->lookup);
     ops->score_codes(call->stream, self->lookup);
@@ -165,9 +170,10 @@ static loci_status bench_hook(void *ctx, const loci_attend_call *call, loci_erro
     uint32_t kind = call->row_position == 0 ? 0 : 1;
     loci_select_params dense = self->sets[0][0];
     dense.mode = LOCI_MODE_DENSE;
-    run_lookup(self, call, &dense, host.dense, host.dense_lse, &stats, &nanoseconds);
+    run_lookup(self, call, self->exact ? self->exact : whole, &dense, host.dense, host.dense_lse,
+               &stats, &nanoseconds);
     for (uint32_t s = 0; s < self->set_count; s++) {
-        run_lookup(self, call, &self->sets[s][kind], host.sparse, host.sparse_lse, &stats,
+        run_lookup(self, call, whole, &self->sets[s][kind], host.sparse, host.sparse_lse, &stats,
                    &nanoseconds);
         add_bytes(&self->tallies[s][kind], &stats, nanoseconds);
         compare(call, whole, &host, &self->tallies[s][kind]);
@@ -262,6 +268,8 @@ static void parse_set(const char *text, loci_select_params *set) {
             set->candidates = (float)value;
         else if (!strcmp(item, "candidates_min"))
             set->candidates_min = (uint32_t)value;
+        else if (!strcmp(item, "dense"))
+            set->mode = value != 0 ? LOCI_MODE_DENSE : set->mode;
         else if (!strcmp(item, "estimate_tail"))
             set->estimate_tail = value != 0;
         else
@@ -310,6 +318,7 @@ static void ask(loci_engine *engine, bench *self, const char *corpus, const char
 
 int main(int argc, char **argv) {
     const char *data = NULL, *corpus = NULL, *questions = NULL, *model = "model/default";
+    const char *against = NULL;
     uint32_t steps = 6;
     static bench self;
     for (int i = 1; i + 1 < argc; i += 2) {
@@ -319,6 +328,8 @@ int main(int argc, char **argv) {
             corpus = argv[i + 1];
         else if (!strcmp(argv[i], "--questions"))
             questions = argv[i + 1];
+        else if (!strcmp(argv[i], "--against"))
+            against = argv[i + 1];
         else if (!strcmp(argv[i], "--model"))
             model = argv[i + 1];
         else if (!strcmp(argv[i], "--steps"))
@@ -340,6 +351,10 @@ int main(int argc, char **argv) {
     if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_bench(data, &err);
     if (engine->backend->ops->lookup_create(engine->backend, &self.lookup, &err) != LOCI_OK)
         fail_bench("look-up", &err);
+    loci_snapshot *other = NULL;
+    if (against && loci_snapshot_acquire(engine->store, against, &other, &err) != LOCI_OK)
+        fail_bench(against, &err);
+    if (other) self.exact = loci_snapshot_view(other);
     char line[1024];
     while (fgets(line, sizeof line, file)) {
         line[strcspn(line, "\n")] = 0;
@@ -358,6 +373,7 @@ int main(int argc, char **argv) {
             print_tally(&last, &self.sets[s][1], s, "decode", &self.tallies[s][1]);
     }
     loci_snapshot_release(snapshot);
+    loci_snapshot_release(other);
     engine->backend->ops->lookup_free(engine->backend, self.lookup);
     engine->backend->ops->free(engine->backend, self.parts);
     loci_engine_close(engine);

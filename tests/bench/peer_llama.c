@@ -4,7 +4,7 @@
  * JSON line each. Not part of the build: bench_llama.py compiles it against a llama.cpp that was
  * built outside of the repository.
  *
- *   peer_llama FILE.gguf THREADS FLASH KV TEST...     FLASH: 0, 1; KV: f16, bf16
+ *   peer_llama FILE.gguf THREADS FLASH KV TEST...     FLASH: 0, 1; KV: f16, bf16, q8_0
  *
  * Batches are those of llama-bench (2048 tokens, 512 at once). Prefill is by decoding a prompt, as
  * there. For decoding at a depth beyond CHUNK tokens only the first CHUNK are a prompt: their state
@@ -105,7 +105,9 @@ static void run_test(struct llama_model *model, char **argv, const char *test) {
     long count = strlen(test) > 3 ? strtol(test + 3, NULL, 10) : -1;
     if (count < is_prefill) fail("a test is pp:N or tg:N");
     struct llama_context_params params = llama_context_default_params();
-    enum ggml_type type = strcmp(argv[4], "bf16") == 0 ? GGML_TYPE_BF16 : GGML_TYPE_F16;
+    enum ggml_type type = strcmp(argv[4], "bf16") == 0   ? GGML_TYPE_BF16
+                          : strcmp(argv[4], "q8_0") == 0 ? GGML_TYPE_Q8_0
+                                                         : GGML_TYPE_F16;
     params.n_ctx = (uint32_t)(count + 256);
     params.n_batch = BATCH;
     params.n_ubatch = 512;
