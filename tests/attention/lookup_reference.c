@@ -163,6 +163,7 @@ static int by_index(const void *a, const void *b) {
 
 static void choose(list *l, double target, double most) {
     double mass = 0.0, count = 0.0;
+    if (l->count == 0) return;
     qsort(l->items, l->count, sizeof *l->items, by_share);
     for (size_t i = 0; i < l->count; i++) {
         if (mass >= target || count >= most) break;
