@@ -9,6 +9,8 @@ A source is a folder of flat arrays that many processes map at once:
   text.bin            the passages' texts, UTF-8
   text_offsets.npy    int64, passages + 1, in bytes
   questions.json      a list a passage of [question, answer] (question sources only)
+  generated.json      the same, written by generate.py; both may have a third item, the numbers of
+                      passages that the service would read for it and that do not answer it
 """
 import json
 import os
@@ -56,11 +58,12 @@ class Corpus:
         self.text_offsets = np.array(load("text_offsets.npy"))
         self.text_bytes = np.asarray(np.memmap(os.path.join(folder, "text.bin"), np.uint8, "r"))
         self.document_of = np.repeat(np.arange(len(self.documents) - 1), np.diff(self.documents))
-        path = os.path.join(folder, "questions.json")
-        self.questions = None
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                self.questions = json.load(file)
+        self.questions, self.generated = None, None
+        for kind in ("questions", "generated"):
+            path = os.path.join(folder, kind + ".json")
+            if os.path.exists(path):
+                with open(path, encoding="utf-8") as file:
+                    setattr(self, kind, json.load(file))
 
     def __len__(self):
         """Number of passages."""

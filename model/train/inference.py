@@ -80,9 +80,10 @@ class Engine:
         return F.linear(h, self.weights[EMBEDDING]).float()
 
     @torch.no_grad()
-    def encode(self, passages):
-        """Context of passages (token lists without <doc>)."""
-        c, parts = self.c, [[] for _ in self.c.retrieval_layers]
+    def encode(self, passages, layers=None):
+        """Context of passages (token lists without <doc>); of the first `layers` retrieval layers."""
+        c, retrieval = self.c, self.c.retrieval_layers[:layers]
+        parts = [[] for _ in retrieval]
         lengths = [len(p) + 1 for p in passages]
         for begin in range(0, len(passages), ENCODE_BATCH):
             batch = passages[begin:begin + ENCODE_BATCH]
@@ -94,10 +95,10 @@ class Engine:
             there = torch.arange(longest, device=self.device)[None] < size[:, None]
             x = self.weights[EMBEDDING][torch.from_numpy(tokens).to(self.device)]
             causal = torch.ones(longest, longest, dtype=torch.bool, device=self.device).tril()
-            for layer in range(max(c.retrieval_layers) + 1):
+            for layer in range(max(retrieval) + 1):
                 q, k, v = self.project(layer, x)
-                if layer in c.retrieval_layers:
-                    parts[c.retrieval_layers.index(layer)].append(
+                if layer in retrieval:
+                    parts[retrieval.index(layer)].append(
                         [t.transpose(1, 2)[there].transpose(0, 1) for t in (k, v)])
                 else:
                     q, k = (rotate(t, self.cos[:longest], self.sin[:longest]) for t in (q, k))
@@ -183,19 +184,25 @@ class Engine:
             x = self.finish(layer, x, merge(parts) if len(parts) > 1 else parts[0][0])
         return x, seeking
 
+    def begin(self, prompts, tokens_max):
+        """Prompts side by side [prompts, longest], their lengths, and an empty cache for them and
+        `tokens_max` more."""
+        c, count = self.c, len(prompts)
+        length = torch.tensor([len(p) for p in prompts], device=self.device)
+        longest = max(map(len, prompts))
+        tokens = np.zeros((count, longest), np.int64)
+        for row, prompt in zip(tokens, prompts):
+            row[:len(prompt)] = prompt
+        shape = (count, c.key_heads, longest + tokens_max, c.head_width)
+        cache = [[torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
+                 for _ in range(c.layers)]
+        return torch.from_numpy(tokens).to(self.device), length, cache
+
     @torch.no_grad()
     def answer(self, prompts, context=None, extra=None, tokens_max=20, banned=(NONE,)):
         """Greedy answers. `extra`: (Context, seen [queries, its tokens])."""
         c, count = self.c, len(prompts)
-        length = torch.tensor([len(p) for p in prompts], device=self.device)
-        longest = int(length.max())
-        tokens = torch.zeros(count, longest, dtype=torch.long)
-        for row, prompt in zip(tokens, prompts):
-            row[:len(prompt)] = torch.as_tensor(np.asarray(prompt, np.int64))
-        tokens = tokens.to(self.device)
-        shape = (count, c.key_heads, longest + tokens_max, c.head_width)
-        cache = [[torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in range(2)]
-                 for _ in range(c.layers)]
+        tokens, length, cache = self.begin(prompts, tokens_max)
         visible = torch.full((count,), len(context) if context is not None else 0)
         if extra is not None:
             visible += extra[1].sum(1).cpu()

@@ -352,5 +352,6 @@ class Network:
         pointers = batch["pointers"].long()
         places = pointers.clamp(min=0)[:, None].expand(-1, z.shape[1], -1, -1, -1)
         seen = (batch["context_group"] >= 0).float().view(len(z), -1)
-        share = z.gather(-1, places) / torch.einsum("shqrt,st->shqr", z, seen)[..., None]
+        total = torch.einsum("shqrt,st->shqr", z, seen).clamp(min=1e-30)  # a slot may have none
+        share = z.gather(-1, places) / total[..., None]
         return (share * (pointers >= 0)[:, None]).sum(-1).amax(1)

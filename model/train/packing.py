@@ -8,6 +8,7 @@ Language segments (longer runs of text) and isolated query segments attend to th
   query     <question> question <answer>                                       -> answer <eos>
   isolated  <question> question (<evidence> passage)+ <question> question <answer>
                                                             -> answer <eos>, or <none> <eos>
+  generation <doc> passage <answer>              -> answer <question> question <eos>: isolated, too
 
 Of a query's answer, the rows that the auxiliary losses look at point at the tokens of the gold passage
 that they should copy.
@@ -25,9 +26,10 @@ from corpus import (ANSWER, DOC, EOS, EVIDENCE, NONE, PASSAGE_TOKENS_MAX, QUESTI
 from facts import FactMaker
 
 ANSWER_TYPES = ["none", "question", "cloze", "recurring", "fact", "read_question", "read_other",
-                "continuation", "refusal"]
+                "continuation", "refusal", "generated", "read_generated", "generation"]
 ANSWER_TOKENS_MAX = 48
 QUESTION_TOKENS_MAX = 60
+MINED_PASSAGES = 4  # wrong passages of a question that are read: as many as the service reads
 ANSWERING_ROWS = 3  # of a question that auxiliary losses look at: the first, and others
 POINTERS = 3  # places of a token to be copied
 REMOVED_CHARACTERS_MIN = 120  # of a passage without its answering sentences
@@ -87,7 +89,10 @@ class Packer:
         self.tokenizer, self.config, self.mix = tokenizer, config, config["mix"]
         self.sources = sources
         self.questions = sources["questions"]
-        self.asked = [i for i, pairs in enumerate(self.questions.questions) if pairs]
+        self.written = [(self.questions, i) for i, pairs in enumerate(self.questions.questions)
+                        if pairs]
+        self.generated = [(source, i) for source in sources.values() if source.generated
+                          for i, pairs in enumerate(source.generated) if pairs]
         self.index = LexicalIndex(self.questions)
         self.facts = FactMaker(words, self.mix["invented_keys"])
         self.replacer = q.AnswerReplacer(self.questions.questions, words["names"])
@@ -171,6 +176,30 @@ class Packer:
                 seen.add(made[1])
                 asked.append(Asked("cloze", *made, number))
 
+    def draw_generated(self):
+        """Whether generated questions come next, rather than those that people wrote."""
+        return bool(self.generated) and self.rng.random() < self.mix["generated"]
+
+    def written_pairs(self, source, index, generated):
+        """(text, [question, answer, ...]) of a passage. Answers that people asked for, a few
+        thousand passages' many times over, are mostly replaced."""
+        text = source.text(index)
+        if generated:
+            return text, source.generated[index]
+        pairs = source.questions[index]
+        if pairs and self.rng.random() < self.mix["augment"]:
+            return self.replacer.replace(self.rng, text, pairs)
+        return text, pairs
+
+    def ask_written(self, passage, number, generated, asked):
+        """Questions that stand with a passage."""
+        rng, kind = self.rng, "generated" if generated else "question"
+        text, pairs = self.written_pairs(passage.source, passage.index, generated)
+        if text != passage.content():
+            passage.text = text
+        asked += [Asked(kind, q.vary_question(rng, question), answer, number)
+                  for question, answer, *_ in pairs if rng.random() < self.mix["keep_question"]]
+
     def draw_passages(self, budget, question_share, facts, made):
         """Passages of about `budget` tokens with questions: (passages, asked). Shares: passages of
         the question source; filler passages with facts; passages with questions made from text."""
@@ -178,26 +207,24 @@ class Packer:
         passages, asked, fact_places, total = [], [], [], 0
         while total < budget:
             written = rng.random() < question_share
+            generated = written and self.draw_generated()
             if written:
-                source = self.questions
+                pool = self.generated if generated else self.written
+                source, start = rng.choice(pool)
                 count = rng.choice([6, 10, 16] if budget < 6000 else [8, 20, 40, 60])
             else:
                 source, count = self.draw_source(self.cloze_draw), rng.choice([1, 2, 4, 8])
-            for index in source.run(rng.randrange(len(source)), count):
+                start = rng.randrange(len(source))
+            for index in source.run(start, count):
                 if total >= budget:
                     break
                 number = len(passages)
-                passage = Passage(source, index, 0.2 if written else 1.0, source.passage(index))
+                weight = 1.0 if source is not self.questions else 0.2
+                passage = Passage(source, index, weight, source.passage(index))
                 passages.append(passage)
                 total += len(passage.tokens) + 1
                 if written:
-                    text, pairs = passage.content(), source.questions[index]
-                    if pairs and rng.random() < mix["augment"]:
-                        text, pairs = self.replacer.replace(rng, text, pairs)
-                        passage.text = text
-                    asked += [Asked("question", q.vary_question(rng, question), answer, number)
-                              for question, answer in pairs
-                              if rng.random() < mix["keep_question"]]
+                    self.ask_written(passage, number, generated, asked)
                 if rng.random() < facts * (0.4 if written else 1.0):
                     fact_places.append(number)
                 elif rng.random() < made * (0.7 if written else 1.0):
@@ -214,20 +241,27 @@ class Packer:
 
     # --- reading: passages repeated in an isolated query -------------------------------------
 
-    def wrong_passages(self, gold, question_tokens, answer, count):
-        """Token lists of passages of the question source without the answer."""
-        rng, mix, source = self.rng, self.mix, self.questions
-        if rng.random() < mix["hard"]:
+    def near_passages(self, source, gold, question_tokens, mined):
+        """Numbers of passages that a question might be thought to be about: those `mined` for it,
+        those that share rare words with it, or any."""
+        rng, mix = self.rng, self.mix
+        if mined and rng.random() < mix["mined"]:
+            near = mined[:MINED_PASSAGES]
+        elif source is self.questions and rng.random() < mix["hard"]:
             near = self.index.nearest(question_tokens, 60)
             if rng.random() >= mix["hard_everywhere"]:
                 first, last = source.document(gold)
                 near = [i for i in near if first <= i < last] or list(range(first, last))
             near = near[:rng.choice([3, 6, 12])]
-            rng.shuffle(near)
         else:
-            near = [rng.randrange(len(source)) for _ in range(2 * count)]
+            near = [rng.randrange(len(source)) for _ in range(8)]
+        rng.shuffle(near)
+        return near
+
+    def wrong_passages(self, source, gold, question_tokens, answer, mined, count):
+        """Token lists of passages of a source without the answer."""
         out = []
-        for index in near:
+        for index in self.near_passages(source, gold, question_tokens, mined):
             if index != gold and answer not in source.text(index):
                 out.append(source.passage(index))
                 if len(out) == count:
@@ -274,18 +308,17 @@ class Packer:
                        question_tokens=len(question_tokens))
 
     def read_written(self):
-        """Isolated queries on one passage with written questions."""
-        rng, source = self.rng, self.questions
-        gold = rng.choice(self.asked)
-        text, pairs = source.text(gold), source.questions[gold]
-        if rng.random() < self.mix["augment"]:
-            text, pairs = self.replacer.replace(rng, text, pairs)
-        for question, answer in rng.sample(pairs, min(3, len(pairs))):
-            def wrong(question_tokens, count, answer=answer):
-                return self.wrong_passages(gold, question_tokens, answer, count)
+        """Isolated queries on one passage with written or generated questions."""
+        rng, generated = self.rng, self.draw_generated()
+        source, gold = rng.choice(self.generated if generated else self.written)
+        text, pairs = self.written_pairs(source, gold, generated)
+        for question, answer, *mined in rng.sample(pairs, min(3, len(pairs))):
+            def wrong(question_tokens, count, answer=answer, mined=mined):
+                return self.wrong_passages(source, gold, question_tokens, answer,
+                                           mined and mined[0], count)
 
             yield self.reading_segment(q.vary_question(rng, question), answer, text, wrong,
-                                       "read_question")
+                                       "read_generated" if generated else "read_question")
 
     def read_made(self, facts):
         """Isolated queries on a few passages with questions made from text, or with facts."""
@@ -316,6 +349,26 @@ class Packer:
                 if segment is not None and len(segment) <= budget:
                     out.append(segment)
                     budget -= len(segment)
+        return out + self.language_segments(budget)
+
+    # --- generation: an answer and its question, of a passage --------------------------------
+
+    def generation_segments(self, budget):
+        """Isolated segments of at most `budget` tokens, and text for what is left."""
+        out, rng, tries = [], self.rng, 0
+        while budget > 120 and tries < 2000:
+            tries += 1
+            source, index = rng.choice(self.written)
+            question, answer, *_ = rng.choice(source.questions[index])
+            question, answer = self.tokenizer.encode_batch([question, answer])
+            if len(question) > QUESTION_TOKENS_MAX or len(answer) > ANSWER_TOKENS_MAX:
+                continue
+            segment = Segment("isolated", np.array(generation_prompt(source.passage(index))),
+                              answer=np.array([*answer, QUESTION, *question, EOS], np.uint16),
+                              answer_type="generation")
+            if len(segment) <= budget:
+                out.append(segment)
+                budget -= len(segment)
         return out + self.language_segments(budget)
 
     # --- slots -------------------------------------------------------------------------------
@@ -376,6 +429,8 @@ class Packer:
             return self.language_segments(slot_tokens)
         if kind == "reading":
             return self.reading_segments(slot_tokens)
+        if kind == "generation":
+            return self.generation_segments(slot_tokens)
         return self.corpus_slot(slot_tokens, phase)
 
     # --- packs -------------------------------------------------------------------------------
@@ -467,7 +522,7 @@ class PackWriter:
         if segment.kind == "query":
             a["query_group"][place] = slot
             a["scale"][place] = scale
-        weight = 0.1 if segment.answer_type == "question" else 0.05
+        weight = 0.1 if segment.answer_type in ("question", "generated") else 0.05
         a["language_weight"][place.start + 1:place.start + segment.question_tokens] = weight
         first = place.start + len(segment.tokens) - 1
         self.answer_rows += range(first, first + len(segment.answer))
@@ -497,6 +552,10 @@ class PackWriter:
     def finish(self):
         return {**self.arrays, "answer_rows": np.array(self.answer_rows, np.int32),
                 "answer_types": np.array(self.answer_types, np.uint8)}
+
+
+def generation_prompt(passage):
+    return [DOC, *passage, ANSWER]
 
 
 def places_of(answer, tokens):

@@ -174,7 +174,7 @@ class AnswerReplacer:
         self.names = names
         self.capitalised, self.lower = collections.defaultdict(list), collections.defaultdict(list)
         for pairs in questions:
-            for _, answer in pairs:
+            for _, answer, *_ in pairs:
                 words = answer.split(" ")
                 if len(words) <= 4 and not any(c.isdigit() for c in answer):
                     pools = self.capitalised if answer[0].isupper() else self.lower

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,17 +17,18 @@ import unittest
 import numpy as np
 import torch
 
+import generate
 from corpus import ANSWER, EOS, NONE, QUESTION, Corpus, Tokenizer
-from evaluate import draw_made_up
+from evaluate import draw_made_up, passage_scores
 from export import read_checkpoint, read_folder, write_folder
 from facts import ENDINGS, FactMaker, Invention
 from inference import Engine
-from loader import open_packer
+from loader import open_packer, open_sources
 from network import (EMBEDDING, FINAL_NORM, ModelConfig, Network, initial_parameters, rms_norm,
                      spread)
 from optimizer import Optimizer
 from packing import (ANSWER_TYPES, ANSWERING_ROWS, PackWriter, Segment, attention_scale,
-                     places_of)
+                     generation_prompt, places_of)
 from questions import without_sentences
 from train import to_device
 
@@ -89,6 +91,8 @@ def write_data(folder):
         "qa_train": [{"s": "made", "t": str(i // 10), "c": text, "q": [
             [f"Who came in {text.split(' ')[1]}?", text.split(" ")[6]]]}
             for i, text in enumerate(paragraphs)],
+        "qa_valid": [{"s": "made", "t": "held out", "c": made_text(rng, 4),
+                      "q": [["Who came?", "In"]]}],
     }
     for name, items in rows.items():
         with lzma.open(os.path.join(folder, name + ".jsonl.xz"), "wt", encoding="utf-8") as file:
@@ -191,6 +195,30 @@ class ModelTest(unittest.TestCase):
                 again = engine.answer([list(query)], None, (context, seen), 1, ())
                 self.assertAlmostEqual(float(again.log_probability),
                                        float(found.log_probability), places=4)
+
+    def test_drawn_questions_without_chance_are_greedy(self):
+        parameters = {n: p * 3 for n, p in initial_parameters(self.c, 7).items()}
+        engine, rng = Engine(self.c, parameters), np.random.default_rng(8)
+        passages = [rng.integers(100, 200, n).tolist() for n in (20, 33, 7)]
+        options = type("Options", (), {"samples": 2, "temperature": 1.0, "top_p": 1e-6})()
+        drawn = generate.draw_questions(engine, passages, options)
+        greedy = engine.answer([generation_prompt(p) for p in passages], tokens_max=12, banned=())
+        for rows, expected in zip(drawn.tolist(), greedy.tokens):
+            self.assertEqual(rows[0], rows[1])
+            self.assertEqual(rows[0][:len(expected)], expected)
+        self.assertGreater(len(set(map(tuple, greedy.tokens))), 1)
+
+    def test_candidates_are_ranked_as_all_passages_are(self):
+        parameters = {n: p * 3 for n, p in initial_parameters(self.c, 9).items()}
+        engine, rng = Engine(self.c, parameters), np.random.default_rng(10)
+        context = engine.encode([rng.integers(100, 200, n).tolist() for n in (9, 30, 17, 22)],
+                                layers=1)
+        questions = [rng.integers(100, 200, n).tolist() for n in (5, 8)]
+        seeking = engine.answer([[QUESTION, *q, ANSWER] for q in questions], tokens_max=1).seeking
+        scores = passage_scores(engine, context, seeking[0], torch.tensor([5, 8]))
+        ranked = generate.rank_candidates(engine, context, questions, [[0, 1, 2, 3], [3, 1]])
+        self.assertEqual(ranked[0], scores[0].argsort(descending=True).tolist())
+        self.assertEqual(ranked[1], sorted([3, 1], key=lambda i: -scores[1, i]))
 
     def test_exported_folder_loads_in_transformers(self):
         from transformers import AutoModelForCausalLM
@@ -306,6 +334,57 @@ class ProgramTest(unittest.TestCase):
             self.assertEqual(corpus.passage(i).tolist(), tokenizer.encode(corpus.text(i))[:255])
             for _, answer in corpus.questions[i]:
                 self.assertIn(answer, corpus.text(i))
+
+    def test_what_is_drawn_becomes_questions(self):
+        tokenizer, shared = Tokenizer(TOKENIZER), generate.Shared
+        shared.sources = {"questions": Corpus(os.path.join(self.prepared, "questions"))}
+        shared.tokenizer = tokenizer
+        shared.forbidden = generate.shingles(" ".join(f"word{i}" for i in range(13)))
+        source = shared.sources["questions"]
+        question, answer = source.questions[0][0]
+
+        def row(answer, question):
+            return np.array([*tokenizer.encode(answer), QUESTION, *tokenizer.encode(question), EOS,
+                             5], np.uint16)
+
+        good = row(answer, question + " Which of them?")
+        rows = [good, good, row("Nowhere", question), row(answer, "Is it " + answer + " who came?"),
+                row(answer, "Who?"), good[:-3],
+                row(answer, " ".join(f"word{i}" for i in range(14)))]
+        self.assertEqual(generate.parse(("questions", 0, rows)),
+                         [["questions", 0, question + " Which of them?", answer]])
+
+    def test_generates_and_mines(self):
+        prepared = os.path.join(self.path, "mined")
+        shutil.copytree(self.prepared, prepared)
+        with open(self.config, "rb") as file:
+            config = tomllib.load(file)
+        parameters = initial_parameters(ModelConfig(config["model"]), 3)
+        model = os.path.join(self.path, "model.pt")
+        torch.save({"config": config, "optimizer": {"average": None}, "parameters": parameters},
+                   model)
+        self.program("generate.py", "--generator", model, "--reader", model, "--prepared", prepared,
+                     "--config", self.config, "--passages", "6", "--processes", "2")
+        corpus, mined = Corpus(os.path.join(prepared, "questions")), 0
+        for gold, pairs in enumerate(corpus.questions):
+            for _, answer, wrong in pairs:
+                self.assertNotIn(gold, wrong)
+                self.assertTrue(all(answer.lower() not in corpus.text(i).lower() for i in wrong))
+                mined += len(wrong)
+        self.assertGreater(mined, 200)
+        corpus.generated = [[list(p) for p in pairs] for pairs in corpus.questions]
+        packer = open_packer(prepared, {**config, "mix": {**config["mix"], "mined": 1.0}},
+                             TOKENIZER, {**open_sources(prepared, config), "questions": corpus})
+        gold = next(i for i, pairs in enumerate(corpus.questions) if pairs and pairs[0][2])
+        question, answer, wrong = corpus.questions[gold][0]
+        near = packer.near_passages(corpus, gold, packer.tokenizer.encode(question), list(wrong))
+        self.assertEqual(sorted(near), sorted(wrong[:4]))
+        for slots, kinds in (({"reading": 1.0}, {"read_question", "read_generated", "refusal"}),
+                             ({"generation": 1.0}, {"generation"})):
+            phase = {**config["phases"][0], "slots": slots}
+            seen = {ANSWER_TYPES[t] for i in range(8)
+                    for t in packer.pack(f"test {i}", phase)["answer_types"]}
+            self.assertLessEqual(kinds, seen)
 
     def test_packs_point_at_what_is_copied_and_refuse(self):
         with open(self.config, "rb") as file:
