@@ -3,6 +3,9 @@
 """A training checkpoint -> a Hugging Face folder (SmolLM3ForCausalLM, bf16, shards of <= 16 MiB).
 
   export.py --checkpoint FILE --out FOLDER [--tokenizer FILE] [--weights average|last]
+
+Of several checkpoints (or folders) of one shape it writes the mean of the weights. Of runs that went
+on from the same weights that is better than each of them (Wortsman et al. 2022).
 """
 import argparse
 import json
@@ -98,10 +101,10 @@ def read_checkpoint(path, weights="average"):
     return chosen, ModelConfig(state["config"]["model"])
 
 
-def read_any(path, config_path=None):
+def read_any(path, config_path=None, weights="average"):
     """Parameters and configuration of a checkpoint file or a Hugging Face folder."""
     if not os.path.isdir(path):
-        return read_checkpoint(path)
+        return read_checkpoint(path, weights)
     with open(config_path or os.path.join(HERE, "default.toml"), "rb") as file:
         c = ModelConfig(tomllib.load(file)["model"])
     with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
@@ -110,15 +113,24 @@ def read_any(path, config_path=None):
     return read_folder(path, c), c
 
 
+def read_mean(paths, weights="average"):
+    """(mean of the parameters, configuration of the first) of checkpoints and folders."""
+    first, c = read_any(paths[0], weights=weights)
+    for path in paths[1:]:
+        other, _ = read_any(path, weights=weights)
+        first = {name: p + other[name] for name, p in first.items()}
+    return {name: p / len(paths) for name, p in first.items()}, c
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--checkpoint", required=True, nargs="+")
     parser.add_argument("--out", required=True)
     parser.add_argument("--tokenizer", help="tokenizer.json to put beside the weights")
     parser.add_argument("--weights", choices=["average", "last"], default="average")
     options = parser.parse_args()
-    parameters, c = read_checkpoint(options.checkpoint, options.weights)
+    parameters, c = read_mean(options.checkpoint, options.weights)
     write_folder(parameters, c, options.out, options.tokenizer)
     print(f"wrote {options.out}")
 

@@ -12,7 +12,8 @@ Runs on a GPU, over what prepare.py made, in three steps (--what):
           alone, must come to the same answer. What passes goes to SOURCE/generated.json.
   mine    For every question, written or generated, the passages that score best by late interaction
           and do not hold its answer, out of its document and of those that share its rare words: the
-          third item of a question in SOURCE/questions.json and SOURCE/generated.json.
+          third item of a question in SOURCE/questions.json and SOURCE/generated.json. Generated
+          questions whose own passage is not among the best are dropped: they could be about any.
 
 Passages and questions that share OVERLAP_WORDS words in a row with the validation paragraphs or their
 questions are left out.
@@ -35,16 +36,17 @@ from evaluate import f1, normalize, reading_prompt
 from export import read_any
 from inference import Engine
 from loader import open_sources
-from packing import ANSWER_TOKENS_MAX, QUESTION_TOKENS_MAX, generation_prompt
+from packing import MINED_PASSAGES, QUESTION_TOKENS_MAX, generation_prompt
 from prepare import write_json
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 OVERLAP_WORDS = 13
 PASSAGE_TOKENS_MIN = 60  # of a passage that is asked about
-DRAWN_TOKENS = 56  # of an answer and its question
+DRAWN_TOKENS = 48  # of an answer and its question
+DRAWN_OF = 256  # the most probable tokens
 ANSWER_CHARACTERS_MAX = 90
 QUESTION_WORDS_MIN = 4
-ASK_BATCH, CHECK_BATCH, RANK_BATCH = 1024, 1024, 128  # passages; questions; questions
+ASK_BATCH, CHECK_BATCH, RANK_BATCH = 1536, 1024, 128  # passages; questions; questions
 SORTED_BATCHES = 16  # batches whose members are put in the order of their lengths
 CHECKED_TOKENS = 16  # of a reader's answer
 AGREEMENT = 0.8  # F1 of the generator's answer and the reader's
@@ -120,7 +122,7 @@ def agree(item):
 
 
 def candidates_of(item):
-    """Passages of its source that might be read for a question, `gold` left out."""
+    """Passages of its source that might be read for a question, the one that holds the answer first."""
     name, gold, question = item
     source = Shared.sources[name]
     first, last = source.document(gold)
@@ -128,33 +130,34 @@ def candidates_of(item):
     near = list(range(begin, min(last, begin + NEIGHBOURS)))
     if name in Shared.lexical:
         near += Shared.lexical[name].nearest(Shared.tokenizer.encode(question), LEXICAL)
-    return [i for i in dict.fromkeys(near) if i != gold]
+    return list(dict.fromkeys([gold, *near]))
 
 
 def without_answer(item):
-    """The best of ranked passages that do not hold an answer."""
-    name, answer, ranked = item
+    """The best of ranked passages that do not hold an answer, and whether `gold` is among the best."""
+    name, gold, answer, ranked = item
     source, answer, out = Shared.sources[name], answer.lower(), []
     for index in ranked:
         if answer not in source.text(index).lower():
             out.append(index)
             if len(out) == MINED:
                 break
-    return out
+    return out, gold in ranked[:MINED_PASSAGES]
 
 
 # --- ask -------------------------------------------------------------------------------------
 
-def draw(logits, temperature, top_p):
+def draw(logits, temperatures, top_p):
     """One token a row, of the most probable ones that hold top_p together."""
-    share, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    share, order = (logits / temperatures[:, None]).softmax(-1).topk(DRAWN_OF)
     share = share.masked_fill(share.cumsum(-1) - share > top_p, 0.0)
     return order.gather(1, torch.multinomial(share, 1))[:, 0]
 
 
 @torch.no_grad()
 def draw_questions(engine, passages, options):
-    """Tokens [passages, options.samples, DRAWN_TOKENS] drawn after each passage."""
+    """Tokens [passages, options.samples, DRAWN_TOKENS] drawn after each passage: answers of all
+    kinds, and the likeliest questions for them, as the two temperatures say."""
     tokens, length, cache = engine.begin([generation_prompt(p) for p in passages], DRAWN_TOKENS)
     scale = torch.ones(len(passages), device=engine.device)
     x, _ = engine.forward(tokens, torch.zeros_like(length), cache, None, None, scale)
@@ -167,10 +170,12 @@ def draw_questions(engine, passages, options):
     for pair in cache:
         pair[:] = map(repeated, pair)
     done, drawn = torch.zeros_like(length, dtype=torch.bool), []
+    temperatures = torch.full_like(scale, options.answer_temperature)
     for step in range(DRAWN_TOKENS):
-        token = draw(engine.logits(x), options.temperature, options.top_p)
+        token = draw(engine.logits(x), temperatures, options.top_p)
         drawn.append(torch.where(done, EOS, token))
         done |= token == EOS
+        temperatures[token == QUESTION] = options.question_temperature
         if step % 8 == 7 and bool(done.all()):
             break
         x, _ = engine.forward(drawn[-1][:, None], length + step, cache, None, None, scale)
@@ -279,22 +284,27 @@ def mine_source(engine, pool, name, kind):
     candidates = pool.map(candidates_of, [(name, gold, pair[0]) for gold, pair in pairs], 500)
     context = engine.encode([source.passage(i) for i in range(len(source))], layers=1)
     results = []
-    items = [item for item in zip(pairs, questions, candidates) if item[2]]
+    items = list(zip(pairs, questions, candidates))
     for batch in batches_by_length(items, RANK_BATCH, lambda x: len(x[1])):
         ranked = rank_candidates(engine, context, [q for _, q, _ in batch],
                                  [near for _, _, near in batch])
-        work = [(name, pair[1], row) for ((_, pair), _, _), row in zip(batch, ranked)]
+        work = [(name, gold, pair[1], row) for ((gold, pair), _, _), row in zip(batch, ranked)]
         results.append((batch, pool.map_async(without_answer, work, 32)))
+    lost = 0
     for batch, result in results:
-        for ((_, pair), _, _), wrong in zip(batch, result.get()):
+        for ((gold, pair), _, _), (wrong, found) in zip(batch, result.get()):
             pair[2:] = [wrong]
-    print(f"{name}: mined for {len(items)} {kind}: {time.time() - begun:.1f} s", flush=True)
+            lost += not found
+            if kind == "generated" and not found:
+                of_passage[gold].remove(pair)
+    print(f"{name}: mined for {len(items)} {kind}, {lost} of them found elsewhere: "
+          f"{time.time() - begun:.1f} s", flush=True)
 
 
 def mine(engine, pool, options):
     for name, source in Shared.sources.items():
         for kind in ("questions", "generated"):
-            if getattr(source, kind):
+            if any(len(pair) < 3 for pairs in getattr(source, kind) or () for pair in pairs):
                 mine_source(engine, pool, name, kind)
                 write_json(os.path.join(options.prepared, name, kind + ".json"),
                            getattr(source, kind))
@@ -331,8 +341,9 @@ def main():
     parser.add_argument("--config", default=os.path.join(HERE, "default.toml"))
     parser.add_argument("--tokenizer", default=os.path.join(HERE, "../default/tokenizer.json"))
     parser.add_argument("--passages", type=int, default=200_000, help="to ask about, at most")
-    parser.add_argument("--samples", type=int, default=3, help="questions drawn for a passage")
-    parser.add_argument("--temperature", type=float, default=0.9)
+    parser.add_argument("--samples", type=int, default=5, help="questions drawn for a passage")
+    parser.add_argument("--answer-temperature", type=float, default=1.0)
+    parser.add_argument("--question-temperature", type=float, default=0.4)
     parser.add_argument("--top-p", type=float, default=0.92)
     parser.add_argument("--ask-seconds", type=float, default=90)
     parser.add_argument("--check-seconds", type=float, default=120)

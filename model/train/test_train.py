@@ -20,7 +20,7 @@ import torch
 import generate
 from corpus import ANSWER, EOS, NONE, QUESTION, Corpus, Tokenizer
 from evaluate import draw_made_up, passage_scores
-from export import read_checkpoint, read_folder, write_folder
+from export import read_checkpoint, read_folder, read_mean, write_folder
 from facts import ENDINGS, FactMaker, Invention
 from inference import Engine
 from loader import open_packer, open_sources
@@ -200,7 +200,8 @@ class ModelTest(unittest.TestCase):
         parameters = {n: p * 3 for n, p in initial_parameters(self.c, 7).items()}
         engine, rng = Engine(self.c, parameters), np.random.default_rng(8)
         passages = [rng.integers(100, 200, n).tolist() for n in (20, 33, 7)]
-        options = type("Options", (), {"samples": 2, "temperature": 1.0, "top_p": 1e-6})()
+        options = type("Options", (), {"samples": 2, "answer_temperature": 1.0,
+                                       "question_temperature": 1.0, "top_p": 1e-6})()
         drawn = generate.draw_questions(engine, passages, options)
         greedy = engine.answer([generation_prompt(p) for p in passages], tokens_max=12, banned=())
         for rows, expected in zip(drawn.tolist(), greedy.tokens):
@@ -219,6 +220,18 @@ class ModelTest(unittest.TestCase):
         ranked = generate.rank_candidates(engine, context, questions, [[0, 1, 2, 3], [3, 1]])
         self.assertEqual(ranked[0], scores[0].argsort(descending=True).tolist())
         self.assertEqual(ranked[1], sorted([3, 1], key=lambda i: -scores[1, i]))
+
+    def test_mean_of_checkpoints(self):
+        runs = [initial_parameters(self.c, seed) for seed in (1, 2)]
+        with tempfile.TemporaryDirectory() as folder:
+            paths = [os.path.join(folder, f"{i}.pt") for i in range(2)]
+            for parameters, path in zip(runs, paths):
+                torch.save({"config": self.config, "optimizer": {"average": None},
+                            "parameters": parameters}, path)
+            mean, _ = read_mean(paths)
+        for name, tensor in mean.items():
+            expected = (runs[0][name] + runs[1][name]) / 2
+            self.assertTrue(torch.allclose(tensor, expected), name)
 
     def test_exported_folder_loads_in_transformers(self):
         from transformers import AutoModelForCausalLM
