@@ -82,7 +82,7 @@ class Engine:
     @torch.no_grad()
     def encode(self, passages, layers=None):
         """Context of passages (token lists without <doc>); of the first `layers` retrieval layers."""
-        c, retrieval = self.c, self.c.retrieval_layers[:layers]
+        retrieval = self.c.retrieval_layers[:layers]
         parts = [[] for _ in retrieval]
         lengths = [len(p) + 1 for p in passages]
         for begin in range(0, len(passages), ENCODE_BATCH):

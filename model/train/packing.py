@@ -203,7 +203,7 @@ class Packer:
     def draw_passages(self, budget, question_share, facts, made):
         """Passages of about `budget` tokens with questions: (passages, asked). Shares: passages of
         the question source; filler passages with facts; passages with questions made from text."""
-        rng, mix = self.rng, self.mix
+        rng = self.rng
         passages, asked, fact_places, total = [], [], [], 0
         while total < budget:
             written = rng.random() < question_share
