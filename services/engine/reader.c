@@ -24,7 +24,7 @@
 /* Fitted on questions that are no part of the evaluated sample (attention/README.md, Segments). */
 #define LEAD_WEIGHT 0.1
 #define LEAD_OVER 3u /* passages */
-#define FOUND_LEAST 2.4
+#define FOUND_LEAST 1.6
 
 typedef struct reading {
     loci_generation answer;
