@@ -8,7 +8,7 @@
 #include <stdlib.h>
 
 void loci_select_reach(loci_select_params *params, loci_reach reach) {
-    static const float roots[] = {0.48f, 0.22f, 0.25f}, candidates[] = {2.4f, 1.85f, 2.0f};
+    static const float roots[] = {0.48f, 0.26f, 0.25f}, candidates[] = {2.4f, 1.9f, 2.0f};
     params->roots = roots[reach];
     params->candidates = candidates[reach];
     params->roots_min = 64;
