@@ -32,7 +32,8 @@
  * - Work never holds more than the builder and one encode batch in memory.
  * - A causal corpus is committed batch by batch, none of which holds tokens of two documents: what
  * a batch is encoded after is all in the store. Where batches end changes how floating-point sums
- *   are rounded, so after an interruption K and V may differ in their last bit.
+ *   are rounded, so after an interruption K and V may differ in their last bit; in int8 also by
+ *   what sealing rounds, since what is sealed when depends on time.
  */
 #ifndef LOCI_MEMORY_INGEST_H
 #define LOCI_MEMORY_INGEST_H

@@ -140,8 +140,9 @@ static bool is_due(loci_merger *merger, loci_corpus *corpus, loci_rebuild_plan *
         look_at(merger, corpus->uid, corpus->manifest->revision, corpus->last_sequence, &wait);
     /* What the ingest thread is about to change would change the plan; but it may never come to
      * that. */
-    calm = calm && (corpus->pending_first == corpus->pending_end || corpus->stuck) &&
-           !loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max, LOCI_TAIL_KEEP, plan);
+    calm = calm && (corpus->stuck || (corpus->pending_first == corpus->pending_end &&
+                                      !loci_rebuild_due(corpus->manifest, corpus->extent_tokens_max,
+                                                        LOCI_TAIL_KEEP, plan)));
     bool due = !wait && !corpus->deleted && !corpus->successor &&
                loci_merge_due(corpus->manifest, corpus->extent_tokens_max,
                               loci_corpus_merge_tokens(corpus), calm, &corpus->apart, plan);
@@ -182,12 +183,12 @@ static bool begin(loci_merger *merger, loci_corpus *corpus) {
     return true;
 }
 
-static void end(loci_merger *merger, loci_corpus *corpus, uint64_t made, loci_status status,
-                const loci_error *err) {
+static void end(loci_merger *merger, loci_corpus *corpus, uint64_t made, size_t apart,
+                loci_status status, const loci_error *err) {
     pthread_mutex_lock(&corpus->lock);
     corpus->merging = NULL;
-    if (corpus->deleted) status = LOCI_E_CANCELLED;                    /* whatever came of that */
-    bool around = status == LOCI_E_CORRUPT && corpus->apart.count > 0; /* the next one goes */
+    if (corpus->deleted) status = LOCI_E_CANCELLED; /* whatever came of that */
+    bool around = corpus->apart.count > apart;      /* the next one goes */
     pthread_mutex_unlock(&corpus->lock);
     pthread_mutex_lock(&merger->lock);
     merger->merging = 0;
@@ -229,7 +230,8 @@ static void look_again(loci_merger *merger, loci_corpus *corpus) {
     loci_status status = LOCI_OK;
     pthread_mutex_lock(&merger->lock);
     merge_slot *slot = find_slot(merger, corpus->uid);
-    bool due = slot && slot->damage.failures > 0 && loci_now_ns() >= slot->damage.retry_ns;
+    uint64_t begun = loci_now_ns();
+    bool due = slot && corpus->apart.count > 0 && begun >= slot->damage.retry_ns;
     pthread_mutex_unlock(&merger->lock);
     if (!due) return;
     loci_manifest *manifest = loci_corpus_manifest(corpus);
@@ -244,10 +246,12 @@ static void look_again(loci_merger *merger, loci_corpus *corpus) {
     }
     pthread_mutex_lock(&merger->lock);
     slot = find_slot(merger, corpus->uid);
-    if (slot && status == LOCI_OK)
-        loci_backoff_clear(&slot->damage);
-    else if (slot && status != LOCI_E_CANCELLED)
+    if (slot && status == LOCI_OK) loci_backoff_clear(&slot->damage);
+    if (slot && status != LOCI_OK && status != LOCI_E_CANCELLED) {
         (void)loci_backoff_add(&slot->damage, status, &err);
+        /* Reading a large extent takes a twentieth of the time at most. */
+        slot->damage.retry_ns += 20 * (loci_now_ns() - begun);
+    }
     pthread_mutex_unlock(&merger->lock);
 }
 
@@ -265,6 +269,7 @@ static bool take_turn(loci_merger *merger, loci_corpus *corpus) {
     }
     if (merger->threads > 1 && loci_pool_create(merger->threads, &pool, &err) != LOCI_OK)
         pool = NULL;
+    size_t apart = corpus->apart.count;
     loci_status status = check_disk(corpus, base, &plan, &err);
     if (status == LOCI_OK)
         status = loci_rebuild(corpus, base, &plan, NULL, false, pool, &merger->cancel, &err);
@@ -273,7 +278,7 @@ static bool take_turn(loci_merger *merger, loci_corpus *corpus) {
     base = loci_corpus_manifest(corpus);
     uint64_t made = base->revision;
     loci_manifest_unref(base);
-    end(merger, corpus, made, status, &err);
+    end(merger, corpus, made, apart, status, &err);
     return true;
 }
 

@@ -504,6 +504,8 @@ static loci_status seal(rebuild *r, bool partial, struct loci_pool *pool, const 
     if (!claim_extent(r, &extent))
         status =
             loci_extent_write(corpus->extents_dir, r->builder, source, pool, cancel, &extent, err);
+    else if (r->plan->merge && loci_id_listed(&corpus->apart, extent.id))
+        status = loci_fail(err, LOCI_E_CORRUPT, "an extent of the same segments is damaged");
     /* Read back and verified before anything that it replaces goes. */
     if (status == LOCI_OK) status = loci_corpus_extent(corpus, &extent, &opened, err);
     extent.partial = partial;

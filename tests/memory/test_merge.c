@@ -217,6 +217,32 @@ static void give_up(fixture *f, void (*when)(fixture *)) {
     assert_int_equal(progress.merge_failure.status, LOCI_OK); /* that was none */
 }
 
+static void rewrite_the_second(fixture *f) {
+    delete_document(f, "a", "d7");
+    delete_document(f, "a", "d8");
+    wait_settled(f, "a");
+}
+
+/* An extent that goes before the merge has opened it was not damaged. */
+static void test_what_is_gone_is_not_damaged(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_corpus *corpus;
+    fill(f, "a", 30);
+    fixture_open(f);
+    pthread_mutex_lock(&f->store->lock); /* until f->ingest is set */
+    f->on_wrap = rewrite_the_second;
+    fixture_start(f);
+    pthread_mutex_unlock(&f->store->lock);
+    uint64_t end = loci_now_ns() + 10000000000ull;
+    while (!info_of(f, "a").merged && loci_now_ns() < end) loci_sleep_ms(5);
+    assert_ok(loci_corpus_acquire(f->store, "a", &corpus, &err));
+    assert_int_equal(corpus->apart.count, 0);
+    loci_corpus_release(corpus);
+    assert_true(info_of(f, "a").merged);
+    check_snapshot(f, "a");
+}
+
 static void test_a_merge_gives_up(void **state) {
     give_up(*state, delete_and_rewrite);
 }
@@ -426,6 +452,24 @@ static void test_damage_is_named_and_replaces_nothing(void **state) {
     assert_int_equal(progress.merge_failure.status, LOCI_OK);
 }
 
+/* The same of one that is to be rewritten, which the ingest thread cannot. */
+static void test_damage_of_what_is_rewritten(void **state) {
+    fixture *f = *state;
+    char path[512];
+    fill(f, "a", 30);
+    fixture_open(f);
+    long place = kv_place(f, "a", path);
+    uint64_t extents = info_of(f, "a").extents;
+    flip_byte(path, place);
+    delete_document(f, "a", "d0");
+    delete_document(f, "a", "d1");
+    f->options.merge_calm_ms = 20;
+    fixture_start(f);
+    uint64_t end = loci_now_ns() + 10000000000ull;
+    while (info_of(f, "a").extents > extents / 2 + 1 && loci_now_ns() < end) loci_sleep_ms(2);
+    assert_in_range(info_of(f, "a").extents, 2, extents / 2 + 1);
+}
+
 static void test_the_index_is_made_anew(void **state) {
     fixture *f = *state;
     loci_error err;
@@ -542,6 +586,8 @@ int main(void) {
         TEST(test_interruptions_do_not_matter),
         TEST(test_the_dead_are_left_out),
         TEST(test_a_document_dies_meanwhile),
+        TEST(test_what_is_gone_is_not_damaged),
+        TEST(test_damage_of_what_is_rewritten),
         TEST(test_a_merge_gives_up),
         TEST(test_a_merge_gives_up_in_the_end),
         TEST(test_the_dead_come_back_meanwhile),
