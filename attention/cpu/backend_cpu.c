@@ -15,7 +15,7 @@
 #define KEPT_BYTES ((size_t)2 << 20) /* what a core's cache has, or little more */
 #define PART_ROOTS 512u /* 131,072 tokens, a fraction of a large extent: enough for all threads */
 
-static const loci_cpu_kernels *kernels_of(loci_cpu_isa isa) {
+const loci_cpu_kernels *loci_cpu_kernels_of(loci_cpu_isa isa) {
 #if defined(__x86_64__)
     if (isa == LOCI_ISA_AVX512_BF16) return &loci_cpu_kernels_avx512_bf16;
     if (isa == LOCI_ISA_AVX512) return &loci_cpu_kernels_avx512;
@@ -49,7 +49,7 @@ static loci_status cpu_open(const loci_backend_options *options, loci_backend *s
     LOCI_TRY_GOTO(loci_cpu_isa_detect(options->isa, &cpu->isa, err), out);
     LOCI_TRY_GOTO(loci_pool_create(options->threads, &cpu->pool, err), out);
     unsigned threads = loci_pool_threads(cpu->pool);
-    cpu->kernels = kernels_of(cpu->isa);
+    cpu->kernels = loci_cpu_kernels_of(cpu->isa);
     cpu->thread_scratch = calloc(threads, sizeof *cpu->thread_scratch);
     if (!cpu->thread_scratch) {
         status = loci_fail(err, LOCI_E_NOMEM, "no memory for the cpu backend");

@@ -55,6 +55,7 @@ struct loci_stream {
 /* The best instruction set of this machine, capped by `isa` (NULL = no cap). */
 loci_status loci_cpu_isa_detect(const char *isa, loci_cpu_isa *out, loci_error *err);
 const char *loci_cpu_isa_name(loci_cpu_isa isa);
+const struct loci_cpu_kernels *loci_cpu_kernels_of(loci_cpu_isa isa);
 
 /* Host pointer of a ref; asserts that [offset, offset + bytes) lies in the buffer. */
 void *loci_cpu_ptr(loci_ref ref, size_t bytes);

@@ -283,12 +283,12 @@ static void add_tokens(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
     for (size_t i = head->row_begin[row]; i < head->row_begin[row + 1]; i++) {
         lookup_kept at = head->row_kept[i];
         while (part->kv_head != kv_head || at.root >= part->root_base + part->end) part++;
-        const loci_root *root = loci_pair_root(part->blob, at.root - part->root_base);
+        const loci_leaf *leaves = lookup_leaves(head, at.root);
         const float *score = head->token_score + head->token_at[at.entry] +
                              j * lookup_candidates(lookup, head, at.entry);
         const uint32_t *mask = head->candidates + head->mask_at[at.entry];
         for (uint64_t left = head->leaf_mask[at.entry]; left; left &= left - 1, mask++) {
-            const loci_leaf *leaf = &loci_root_leaves(part->blob, root)[__builtin_ctzll(left)];
+            const loci_leaf *leaf = &leaves[__builtin_ctzll(left)];
             float weight[LOCI_LEAF_TOKENS_MAX];
             uint32_t n = lookup_count_bits(*mask), bits = *mask;
             lookup->kernels->exp_sub(weight, score, n, max);

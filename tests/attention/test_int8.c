@@ -118,16 +118,6 @@ static void test_pairs_are_the_same_however_they_came_about(void **state) {
 
 /* --- kernels --------------------------------------------------------------------------- */
 
-static const loci_cpu_kernels *kernels_of(loci_cpu_isa isa) {
-#if defined(__x86_64__)
-    if (isa == LOCI_ISA_AVX512_BF16) return &loci_cpu_kernels_avx512_bf16;
-    if (isa == LOCI_ISA_AVX512) return &loci_cpu_kernels_avx512;
-    if (isa == LOCI_ISA_AVX2) return &loci_cpu_kernels_avx2;
-#endif
-    (void)isa;
-    return &loci_cpu_kernels_portable;
-}
-
 typedef struct problem {
     uint32_t rows, dim, keys;
     size_t stride;
@@ -253,7 +243,7 @@ static void test_dense_kernels_equal_a_softmax_in_double(void **state) {
         problem p = make_problem(&rng);
         solve(&p);
         for (int isa = 0; isa <= (int)best; isa++)
-            check_kernel(&p, kernels_of((loci_cpu_isa)isa), names[isa]);
+            check_kernel(&p, loci_cpu_kernels_of((loci_cpu_isa)isa), names[isa]);
         free(p.kv);
         free(p.q);
         free(p.out);

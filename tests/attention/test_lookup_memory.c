@@ -30,20 +30,28 @@ static loci_status count(void *ctx, int64_t bytes, loci_error *err) {
     return LOCI_OK;
 }
 
-/* One look-up of the first `rows` rows of layer 0. */
-static loci_status look_up(scene *s, loci_lookup *lookup, loci_buffer *q, loci_buffer *out,
-                           uint32_t rows, loci_error *err) {
+/* All stages for the first `rows` rows of layer 0. */
+static void attend(scene *s, loci_lookup *lookup, loci_buffer *q, loci_buffer *out, uint32_t rows,
+                   const loci_select_params *params, loci_ref lse) {
     const loci_backend_ops *ops = s->f.backend->ops;
     uint32_t heads = s->f.q_heads, width = heads * s->f.dim;
-    loci_select_params params = narrow(0.9f, 100);
-    loci_ref lse = loci_ref_at(out, (size_t)s->rows * width * sizeof(float));
     ops->upload(s->f.stream, loci_ref_at(q, 0), s->q, (size_t)rows * width * sizeof(float));
     ops->lookup_begin(s->f.stream, lookup, &s->f.view, 0, loci_ref_at(q, 0), width, rows, heads,
-                      0.2f, loci_ref_at(NULL, 0), &params);
+                      0.2f, loci_ref_at(NULL, 0), params);
     ops->score_nodes(s->f.stream, lookup);
     ops->score_codes(s->f.stream, lookup);
     ops->select(s->f.stream, lookup);
     ops->attend_sparse(s->f.stream, lookup, loci_ref_at(out, 0), width, lse);
+}
+
+/* One look-up in mode hierarchical. */
+static loci_status look_up(scene *s, loci_lookup *lookup, loci_buffer *q, loci_buffer *out,
+                           uint32_t rows, loci_error *err) {
+    const loci_backend_ops *ops = s->f.backend->ops;
+    uint32_t width = s->f.q_heads * s->f.dim;
+    loci_select_params params = narrow(0.9f, 100);
+    loci_ref lse = loci_ref_at(out, (size_t)s->rows * width * sizeof(float));
+    attend(s, lookup, q, out, rows, &params, lse);
     ops->download(s->f.stream, s->out, loci_ref_at(out, 0), (size_t)rows * width * sizeof(float));
     return ops->sync(s->f.stream, err);
 }
@@ -108,14 +116,8 @@ static loci_status look_everywhere(scene *s, loci_lookup *lookup, loci_buffer *q
     loci_ref lse = loci_ref_at(out, width * sizeof(float));
     loci_ref to = loci_ref_at(out, (width + heads) * sizeof(float));
     memset(mass, 0, segments * sizeof *mass);
-    ops->upload(s->f.stream, loci_ref_at(q, 0), s->q, width * sizeof(float));
     ops->upload(s->f.stream, to, mass, segments * sizeof *mass);
-    ops->lookup_begin(s->f.stream, lookup, &s->f.view, 0, loci_ref_at(q, 0), width, 1, heads, 0.2f,
-                      loci_ref_at(NULL, 0), &params);
-    ops->score_nodes(s->f.stream, lookup);
-    ops->score_codes(s->f.stream, lookup);
-    ops->select(s->f.stream, lookup);
-    ops->attend_sparse(s->f.stream, lookup, loci_ref_at(out, 0), width, lse);
+    attend(s, lookup, q, out, 1, &params, lse);
     ops->attribute(s->f.stream, lookup, lse, 0, to);
     ops->download(s->f.stream, s->out, loci_ref_at(out, 0), width * sizeof(float));
     ops->download(s->f.stream, mass, to, segments * sizeof *mass);

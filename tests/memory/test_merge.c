@@ -196,17 +196,22 @@ static void delete_and_rewrite_late(fixture *f) {
         f->on_wrap = delete_and_rewrite_late;
 }
 
-/* Extents are written anew by the other thread while they are merged: that merge comes to nothing,
- * its file goes, and another one is made. */
-static void give_up(fixture *f, void (*when)(fixture *)) {
-    loci_error err;
-    loci_ingest_progress progress;
+/* A corpus that is merged from the start; `when` runs as the first merge opens its extents. */
+static void start_with(fixture *f, void (*when)(fixture *)) {
     fill(f, "a", 30);
     fixture_open(f);
     pthread_mutex_lock(&f->store->lock); /* until f->ingest is set */
     f->on_wrap = when;
     fixture_start(f);
     pthread_mutex_unlock(&f->store->lock);
+}
+
+/* Extents are written anew by the other thread while they are merged: that merge comes to nothing,
+ * its file goes, and another one is made. */
+static void give_up(fixture *f, void (*when)(fixture *)) {
+    loci_error err;
+    loci_ingest_progress progress;
+    start_with(f, when);
     wait_merged(f, "a");
     assert_null(f->on_wrap);
     assert_int_equal(info_of(f, "a").documents, 24);
@@ -228,12 +233,7 @@ static void test_what_is_gone_is_not_damaged(void **state) {
     fixture *f = *state;
     loci_error err;
     loci_corpus *corpus;
-    fill(f, "a", 30);
-    fixture_open(f);
-    pthread_mutex_lock(&f->store->lock); /* until f->ingest is set */
-    f->on_wrap = rewrite_the_second;
-    fixture_start(f);
-    pthread_mutex_unlock(&f->store->lock);
+    start_with(f, rewrite_the_second);
     uint64_t end = loci_now_ns() + 10000000000ull;
     while (!info_of(f, "a").merged && loci_now_ns() < end) loci_sleep_ms(5);
     assert_ok(loci_corpus_acquire(f->store, "a", &corpus, &err));
