@@ -4,21 +4,28 @@
 
 Drives the `loci` command line against a daemon of its own, prints one JSON line a row.
 
-  quality.py qa --data FOLDER        1,000 questions of qa_valid.jsonl.xz, all paragraphs registered
+  quality.py qa --data FOLDER        1,000 questions of qa_valid.jsonl.xz, all paragraphs registered,
+                                     in each of --modes
   quality.py among --data FOLDER     questions of qa_valid with their paragraph among 16, among 256 and
                                      among all: answers, passages found (beside BM25, where the
                                      package bm25s is there), and questions that nothing answers
-  quality.py needles --data FOLDER   needles in public-domain books, at given sizes and modes;
+  quality.py needles --data FOLDER   needles in public-domain books, at given sizes and modes; --kind
+                                     says what stands beside them: the others in one wording
+                                     (crowd), nothing like them (single), four keys of the same
+                                     wording that differ in one part (five);
                                      --compare-dense: how many hierarchical and dense mode find
   quality.py same --data FOLDER      share of hierarchical mode's answers that equal dense mode's to
                                      the letter: half needles, half questions of qa_valid
   quality.py handbook                the handbook's questions, answerable or not
 
-FOLDER holds the data files (they are not part of the repository). needles and same ask without
-reading twice and at temperature 0.
+FOLDER holds the data files (they are not part of the repository). qa and among take other
+questions with --questions FILE: JSON lines as those of qa_valid, compressed or not, or one JSON of
+SQuAD's form, whose contexts may be long. needles and same ask without reading twice and at
+temperature 0.
 """
 import argparse
 import collections
+import itertools
 import json
 import lzma
 import os
@@ -135,10 +142,21 @@ def squash(text):
 
 # --- questions on paragraphs -----------------------------------------------------------------
 
+def squad_rows(squad):
+    """The rows of qa_valid's form in a JSON of SQuAD's; questions without an answer are left out."""
+    return [{"c": paragraph["context"],
+             "q": [(qa["question"], qa["answers"][0]["text"]) for qa in paragraph["qas"]
+                   if qa["answers"]]}
+            for article in squad["data"] for paragraph in article["paragraphs"]]
+
+
 def load_qa(options):
-    """Paragraphs and shuffled (paragraph, question, answer) of qa_valid."""
-    with lzma.open(os.path.join(options.data, "qa_valid.jsonl.xz"), "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
+    """Paragraphs and shuffled (paragraph, question, answer) of qa_valid or options.questions."""
+    path = options.questions or os.path.join(options.data, "qa_valid.jsonl.xz")
+    opened = lzma.open if path.endswith(".xz") else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        rows = squad_rows(json.load(file)) if path.endswith(".json") else [json.loads(line)
+                                                                          for line in file]
     questions = [(i, squash(q), squash(a)) for i, row in enumerate(rows) for q, a in row["q"]]
     random.Random(options.seed).shuffle(questions)
     return [squash(row["c"]) for row in rows], questions
@@ -161,8 +179,8 @@ def run_qa(options):
         done = daemon.last("register", "qa", write_qa(daemon, enumerate(paragraphs)))
         emit(row="register", **{k: done[k] for k in ("documents", "tokens", "segments", "seconds")})
         search_qa(daemon, questions, options.seed)
-        if not options.search_only:
-            answer_qa(daemon, questions)
+        for mode in [] if options.search_only else options.modes:
+            answer_qa(daemon, questions, mode)
 
 
 def search_qa(daemon, questions, seed):
@@ -175,10 +193,10 @@ def search_qa(daemon, questions, seed):
          **{f"recall@{k}": percent(sum(r < k for r in ranks), len(ranks), 1) for k in (1, 4, 8)})
 
 
-def answer_qa(daemon, questions):
+def answer_qa(daemon, questions, mode):
     scores, forced, exact, found, times = [], [], [], [], []
     for _, question, gold in questions:
-        lines = daemon.run("ask", "qa", question, "--json").stdout.splitlines()
+        lines = daemon.run("ask", "qa", question, "--mode", mode, "--json").stdout.splitlines()
         events = [json.loads(line) for line in lines]
         answer = events[-1]
         readings = [e for e in events[:-1] if "score" in e]
@@ -189,7 +207,7 @@ def answer_qa(daemon, questions):
         found.append(answer["found"])
         times.append(answer["usage"]["total_ms"])
     count = len(scores)
-    emit(row="read_twice", questions=count, f1=percent(sum(scores), count),
+    emit(row="read_twice", mode=mode, questions=count, f1=percent(sum(scores), count),
          f1_forced=percent(sum(forced), count), exact=percent(sum(exact), count),
          found=percent(sum(found), count, 1), median_ms=round(median(times)))
 
@@ -286,8 +304,10 @@ def ask_among(daemon, paragraphs, questions, blocks, options):
 
 # --- needles ---------------------------------------------------------------------------------
 
-NEEDLE = "One of the special magic numbers for {} is: {}."
-QUESTION = "What is the special magic number for {} mentioned in the provided text?"
+KINDS = ("crowd", "single", "five")
+# Statements and questions; the first form is the crowd's. Training has none of these wordings.
+with open(os.path.join(ROOT, "tests/quality/needles.jsonl"), encoding="utf-8") as forms:
+    FORMS = [(form["statement"], form["question"]) for form in map(json.loads, forms)]
 BYTES_A_TOKEN = 4.05  # of English text under the built-in tokenizer
 
 
@@ -310,28 +330,56 @@ def book_paragraphs(source, characters, seed):
     return out
 
 
-def plant(paragraphs, words, rng):
-    """Puts one needle for each word into a paragraph of its own; returns word -> number. Words
-    that find no paragraph are left out."""
-    words = words[:len(paragraphs)]
-    places = rng.sample(range(len(paragraphs)), len(words))
+PARTS = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we", "zy"]
+ENDS = ["n", "l", "rk", "st"]
+
+
+def make_keys(count, rng):
+    """Made-up words of three syllables and an end, as tuples."""
+    keys = set()
+    while len(keys) < count:
+        keys.add((*(rng.choice(PARTS) for _ in range(3)), rng.choice(ENDS)))
+    return sorted(keys, key="".join)
+
+
+def near_misses(key, count, rng):
+    """Keys that differ from one another, and from `key` in one part."""
+    misses = set()
+    while len(misses) < count:
+        at = rng.randrange(len(key))
+        part = rng.choice([p for p in (ENDS if at == 3 else PARTS) if p != key[at]])
+        misses.add((*key[:at], part, *key[at + 1:]))
+    return sorted(misses)
+
+
+def make_needles(kind, count, rng):
+    """[(form, key, whether it is asked for)] of `count` questions."""
+    keys = make_keys(count, rng)
+    if kind == "crowd":
+        return [(FORMS[0], "".join(key), True) for key in keys]
+    rng.shuffle(keys)
+    needles = []
+    for form, key in zip(itertools.cycle(FORMS), keys):
+        others = near_misses(key, 4, rng) if kind == "five" else []
+        needles += [(form, "".join(k), k is key) for k in [key, *others]]
+    return needles
+
+
+def plant(paragraphs, needles, rng):
+    """Puts each needle into a paragraph of its own; returns question -> number. Needles that find
+    no paragraph are left out."""
+    needles = needles[:len(paragraphs)]
+    places = rng.sample(range(len(paragraphs)), len(needles))
     values = {}
-    for word, place in zip(words, places):
-        values[word] = str(rng.randint(10 ** 6, 10 ** 7 - 1))
+    for ((statement, question), key, asked), place in zip(needles, places):
+        value = str(rng.randint(10 ** 6, 10 ** 7 - 1))
+        if asked:
+            values[question.format(key)] = value
         sentences = re.split(r"(?<=[.!?]) ", paragraphs[place])
         at = rng.randrange(0, max(1, len(sentences) * 2 // 3))
-        sentences.insert(at, NEEDLE.format(word, values[word]))
+        sentences.insert(at, statement.format(key, value))
         paragraphs[place] = " ".join(sentences)
     return values
-
-
-def make_words(count, rng):
-    parts = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we",
-             "zy"]
-    words = set()
-    while len(words) < count:
-        words.add("".join(rng.choice(parts) for _ in range(3)) + rng.choice(["n", "l", "rk", "st"]))
-    return sorted(words)
 
 
 def write_books(daemon, paragraphs):
@@ -368,14 +416,14 @@ def run_needles(options):
     rng = random.Random(options.seed)
     for tokens in options.tokens:
         paragraphs = book_paragraphs(options.data, int(tokens * BYTES_A_TOKEN), options.seed)
-        values = plant(paragraphs, make_words(options.count, rng), rng)
+        values = plant(paragraphs, make_needles(options.kind, options.count, rng), rng)
         with Daemon(options.build) as daemon:
             daemon.run("corpus", "create", "needles")
             done = daemon.last("register", "needles", write_books(daemon, paragraphs))
             daemon.wait_merged("needles")
             emit(row="register", **done)
-            answers = {mode: ask_needles(daemon, values, mode, done["tokens"])
-                       for mode in options.modes}
+            answers = {mode: ask_needles(daemon, values, mode, kind=options.kind,
+                                         tokens=done["tokens"]) for mode in options.modes}
         if options.compare_dense:
             compare_needles(values, answers, done["tokens"])
 
@@ -385,23 +433,23 @@ def ask_directly(daemon, corpus, mode, question, *flags):
                        "0", *flags)
 
 
-def ask_needles(daemon, values, mode, tokens):
-    """Asks for each needle and prints a row; returns word -> answer."""
+def ask_needles(daemon, values, mode, **row):
+    """Asks each question and prints a row; returns question -> answer."""
     def ask(text, *flags):
         return ask_directly(daemon, "needles", mode, text, *flags)
 
-    dense = DenseBytes(ask, QUESTION.format(next(iter(values))))
+    dense = DenseBytes(ask, next(iter(values)))
     answers, first, rate, question, decode = {}, [], [], [], []
-    for word in values:
-        answer = ask(QUESTION.format(word))
-        answers[word] = answer["answer"].strip()
+    for text in values:
+        answer = ask(text)
+        answers[text] = answer["answer"].strip()
         first.append(answer["usage"]["first_token_ms"])
         rate.append(answer["usage"]["decode_tokens_per_s"])
         for percents, value in zip((question, decode), dense.percents(answer)):
             if value is not None:
                 percents.append(value)
-    emit(row="needles", mode=mode, tokens=tokens,
-         right=sum(answers[word] == value for word, value in values.items()), of=len(values),
+    emit(row="needles", mode=mode, **row,
+         right=sum(answers[text] == value for text, value in values.items()), of=len(values),
          first_token_ms=round(median(first)), decode_tokens_per_s=round(median(rate), 1),
          question_percent=round(median(question), 3),
          question_percent_p95=round(quantile(question, .95), 3),
@@ -412,14 +460,14 @@ def ask_needles(daemon, values, mode, tokens):
 
 def compare_needles(values, answers, tokens):
     """Who found what: a row."""
-    finds = collections.Counter(tuple(answers[mode][word] == value for mode in COMPARED)
-                                for word, value in values.items())
+    finds = collections.Counter(tuple(answers[mode][text] == value for mode in COMPARED)
+                                for text, value in values.items())
     emit(row="compare", tokens=tokens, needles=len(values),
          hierarchical=finds[True, True] + finds[True, False],
          dense=finds[True, True] + finds[False, True], both=finds[True, True],
          only_hierarchical=finds[True, False], only_dense=finds[False, True],
          neither=finds[False, False],
-         same_text=sum(len({answers[mode][word] for mode in COMPARED}) == 1 for word in values))
+         same_text=sum(len({answers[mode][text] for mode in COMPARED}) == 1 for text in values))
 
 
 # --- same answers as dense -------------------------------------------------------------------
@@ -440,8 +488,8 @@ def same_questions(options, tokens):
     qa = [("qa", question, answer) for i, question, answer in questions if i in chosen]
     left = int(tokens * BYTES_A_TOKEN) - sum(map(len, chosen.values()))
     books = book_paragraphs(options.data, left, options.seed)
-    values = plant(books, make_words(options.count - options.count // 2, rng), rng)
-    needles = [("needle", QUESTION.format(word), value) for word, value in values.items()]
+    values = plant(books, make_needles("crowd", options.count - options.count // 2, rng), rng)
+    needles = [("needle", text, value) for text, value in values.items()]
     return books, chosen.items(), needles + qa[:options.count // 2]
 
 
@@ -507,17 +555,23 @@ def main():
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 131072, 1000000])
-    parser.add_argument("--modes", nargs="*", default=list(COMPARED))
+    parser.add_argument("--modes", nargs="*", default=None,
+                        help="qa: hierarchical; needles: hierarchical and dense")
+    parser.add_argument("--kind", choices=KINDS, default="crowd", help="needles")
+    parser.add_argument("--questions", help="qa, among: a file of questions instead of qa_valid's")
     parser.add_argument("--compare-dense", action="store_true",
                         help="needles: hierarchical and dense side by side")
     parser.add_argument("--search-only", action="store_true", help="qa: no answers")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
     if options.count is None:
-        options.count = {"qa": 1000, "among": 1000, "same": 100}.get(options.what, 200)
+        options.count = {"qa": 1000, "among": 1000, "same": 100}.get(
+            options.what, 200 if options.kind == "crowd" else 50)
+    if options.modes is None:
+        options.modes = COMPARED[:1] if options.what == "qa" else list(COMPARED)
     if options.compare_dense:
         options.modes = list(dict.fromkeys([*options.modes, *COMPARED]))
-    if options.what != "handbook" and not options.data:
+    if options.what != "handbook" and not (options.data or options.questions):
         parser.error(f"{options.what} needs --data")
     {"qa": run_qa, "among": run_among, "needles": run_needles, "same": run_same,
      "handbook": run_handbook}[options.what](options)
