@@ -59,21 +59,22 @@ def f1(answer, gold):
 class Daemon:
     """A locid on a temporary data directory, driven through the command line. `with` ends it."""
 
-    def __init__(self, build):
-        self.build = build
+    def __init__(self, options):
+        self.build, self.model = options.build, options.model
         self.folder = tempfile.mkdtemp(prefix="loci-quality-")
         self.data = os.path.join(self.folder, "data")
         self.address = "unix:" + os.path.join(self.folder, "locid.sock")
-        self.cli = os.path.join(build, "loci")
+        self.cli = os.path.join(self.build, "loci")
         self.process = None
         self.start()
 
     def start(self):
         log = os.path.join(self.folder, "locid.log")
+        command = [os.path.join(self.build, "locid"), "--data", self.data, "--listen", self.address]
+        if self.model:
+            command += ["--model", self.model]
         with open(log, "a") as out:
-            self.process = subprocess.Popen(
-                [os.path.join(self.build, "locid"), "--data", self.data, "--listen", self.address],
-                stdout=out, stderr=out)
+            self.process = subprocess.Popen(command, stdout=out, stderr=out)
         for _ in range(300):
             if self.run("status", check=False).returncode == 0:
                 return
@@ -104,6 +105,12 @@ class Daemon:
 
     def last(self, *args):
         return json.loads(self.run(*args, "--json").stdout.strip().splitlines()[-1])
+
+    def ask(self, corpus, question):
+        """The answer, read twice, and the readings that it was chosen from, best passage first."""
+        events = [json.loads(line)
+                  for line in self.run("ask", corpus, question, "--json").stdout.splitlines()]
+        return events[-1], [e for e in events[:-1] if e["event"] == "candidate"]
 
     def wait_merged(self, corpus, seconds=3600):
         """Until its extents are as large as they will be: that goes on behind a registration."""
@@ -174,7 +181,7 @@ def write_qa(daemon, paragraphs):
 def run_qa(options):
     paragraphs, questions = load_qa(options)
     questions = questions[:options.count]
-    with Daemon(options.build) as daemon:
+    with Daemon(options) as daemon:
         daemon.run("corpus", "create", "qa")
         done = daemon.last("register", "qa", write_qa(daemon, enumerate(paragraphs)))
         emit(row="register", **{k: done[k] for k in ("documents", "tokens", "segments", "seconds")})
@@ -196,10 +203,7 @@ def search_qa(daemon, questions, seed):
 def answer_qa(daemon, questions, mode):
     scores, forced, exact, found, times = [], [], [], [], []
     for _, question, gold in questions:
-        lines = daemon.run("ask", "qa", question, "--mode", mode, "--json").stdout.splitlines()
-        events = [json.loads(line) for line in lines]
-        answer = events[-1]
-        readings = [e for e in events[:-1] if "score" in e]
+        answer, readings = daemon.ask("qa", question, "--mode", mode)
         best = max(readings, key=lambda e: e["score"])["answer"] if readings else ""
         scores.append(f1(answer["answer"], gold))
         forced.append(f1(best, gold))  # the likeliest reading, whether or not it was believed
@@ -261,7 +265,7 @@ def run_among(options):
     paragraphs, questions = load_qa(options)
     questions = questions[:options.count]
     for size in (16, 256, len(paragraphs)):
-        with Daemon(options.build) as daemon:
+        with Daemon(options) as daemon:
             blocks = make_blocks(len(paragraphs), size, random.Random(options.seed))
             ask_among(daemon, paragraphs, questions, blocks, options)
 
@@ -417,7 +421,7 @@ def run_needles(options):
     for tokens in options.tokens:
         paragraphs = book_paragraphs(options.data, int(tokens * BYTES_A_TOKEN), options.seed)
         values = plant(paragraphs, make_needles(options.kind, options.count, rng), rng)
-        with Daemon(options.build) as daemon:
+        with Daemon(options) as daemon:
             daemon.run("corpus", "create", "needles")
             done = daemon.last("register", "needles", write_books(daemon, paragraphs))
             daemon.wait_merged("needles")
@@ -497,7 +501,7 @@ def run_same(options):
     for tokens in options.tokens:
         books, qa, questions = same_questions(options, tokens)
         counts = collections.Counter()
-        with Daemon(options.build) as daemon:
+        with Daemon(options) as daemon:
             daemon.run("corpus", "create", "same")
             done = daemon.last("register", "same", write_books(daemon, books), write_qa(daemon, qa))
             daemon.wait_merged("same")
@@ -518,7 +522,7 @@ def run_same(options):
 # --- the handbook ----------------------------------------------------------------------------
 
 def run_handbook(options):
-    with Daemon(options.build) as daemon:
+    with Daemon(options) as daemon:
         daemon.run("corpus", "create", "handbook")
         daemon.run("register", "handbook", os.path.join(ROOT, "tests/data/handbook"))
         ask_handbook(daemon, options)
@@ -552,6 +556,7 @@ def main():
     parser.add_argument("what", choices=["qa", "among", "needles", "same", "handbook"])
     parser.add_argument("--data", help="folder of the data files")
     parser.add_argument("--build", default=os.path.join(ROOT, "build/release"))
+    parser.add_argument("--model", help="model folder; the built-in one by default")
     parser.add_argument("--count", type=int, default=None)
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 131072, 1000000])
