@@ -323,7 +323,8 @@ loci_status loci_corpus_attend_best(loci_query *query, uint32_t limit, loci_rank
         double corpus_mass = 0;
         for (uint32_t s = 0; s < segments; s++) {
             corpus_mass += (double)mass[s];
-            if (mass[s] > 0) keep_best(out, count, limit, (loci_ranked){s, (double)mass[s]});
+            loci_ranked item = {.segment = s, .score = (double)mass[s], .words = -1};
+            if (mass[s] > 0) keep_best(out, count, limit, item);
         }
         double all = query->sink_mass + corpus_mass;
         for (uint32_t i = 0; i < *count && all > 0; i++) out[i].score /= all;

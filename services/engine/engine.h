@@ -161,9 +161,10 @@ typedef struct loci_event {
     const char *text; /* CANDIDATE, FINISHED: the answer; DELTA: the next piece (valid UTF-8) */
     bool found;       /* CANDIDATE, FINISHED */
     bool verbatim;    /* FINISHED: some passage has the answer literally, marked in it */
-    double score;     /* CANDIDATE */
-    const char *stop; /* FINISHED: "eos", "length", "repetition", "not_found" */
-    const loci_usage *usage; /* USAGE */
+    double score;     /* CANDIDATE: the highest gives the answer */
+    const struct loci_reading *reading; /* CANDIDATE: see belief.h */
+    const char *stop;                   /* FINISHED: "eos", "length", "repetition", "not_found" */
+    const loci_usage *usage;            /* USAGE */
 } loci_event;
 
 /* An error returned by the callback ends the answer with it (the client went away). */

@@ -83,9 +83,10 @@ static loci_status score_terms(loci_query *query, const uint64_t *terms, uint32_
     return LOCI_OK;
 }
 
-loci_status loci_query_lexical(loci_query *query, float *scores, loci_error *err) {
+loci_status loci_query_lexical(loci_query *query, float *scores, double *most, loci_error *err) {
     uint64_t *terms = NULL;
     uint32_t count = 0;
+    *most = 0;
     memset(scores, 0, loci_snapshot_segments(query->snapshot) * sizeof *scores);
     LOCI_TRY(question_terms(query, &terms, &count, err));
     bm25 self = {.mean_tokens = (double)query->view->tokens / (double)query->view->live_segments,
@@ -97,6 +98,7 @@ loci_status loci_query_lexical(loci_query *query, float *scores, loci_error *err
         status = loci_fail(err, LOCI_E_NOMEM, "no memory for the question's words");
     else if (count > 0)
         status = score_terms(query, terms, count, &self, err);
+    for (uint32_t t = 0; status == LOCI_OK && t < count; t++) *most += (K1 + 1) * self.weight[t];
     free(terms);
     free(self.frequency);
     free(self.weight);

@@ -136,6 +136,8 @@ LOCI_MUST_CHECK loci_status loci_corpus_attend_begin(loci_query *query, loci_err
 typedef struct loci_ranked {
     uint32_t segment;
     double score;
+    double words; /* of rank.c: BM25 of the most that the question's words can give, 0..1; -1 where
+                     words are left out or the question has none */
 } loci_ranked;
 LOCI_MUST_CHECK loci_status loci_corpus_attend_best(loci_query *query, uint32_t limit,
                                                     loci_ranked *out, uint32_t *count,
@@ -150,8 +152,10 @@ LOCI_MUST_CHECK loci_status loci_slot_part(loci_engine *engine, loci_slot *slot,
 LOCI_MUST_CHECK loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out,
                                             uint32_t *count, loci_error *err);
 
-/* lexical.c: the BM25 score of every segment; 0 for those that hold no term of the question. */
-LOCI_MUST_CHECK loci_status loci_query_lexical(loci_query *query, float *scores, loci_error *err);
+/* lexical.c: the BM25 score of every segment; 0 for those that hold no term of the question. *most:
+ * what a segment of nothing but the question's words comes close to; 0 when it has none. */
+LOCI_MUST_CHECK loci_status loci_query_lexical(loci_query *query, float *scores, double *most,
+                                               loci_error *err);
 /* The segments of highest positive score, best first, equal ones in order; returns their number. */
 uint32_t loci_lexical_best(const float *scores, uint32_t segments, uint32_t limit, uint32_t *out);
 

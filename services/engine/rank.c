@@ -25,6 +25,7 @@ typedef struct rank_state {
     uint32_t limit;
     uint32_t *count;
     float *lexical; /* [segments]; NULL = off */
+    double words;   /* the most that lexical can be; 0 when the question has no words */
 } rank_state;
 
 /* Adds the candidates that only their words speak for. */
@@ -121,7 +122,9 @@ static loci_status score_candidates(rank_state *state, const loci_attend_call *c
         double weight = LEXICAL_WEIGHT * query->engine->lexical_percent / 100;
         for (uint32_t i = 0; i < count; i++) {
             double words = state->lexical ? (double)state->lexical[segments[i]] : 0;
-            all[i] = (loci_ranked){segments[i], (double)scores[i] + weight * words};
+            all[i] = (loci_ranked){.segment = segments[i],
+                                   .score = (double)scores[i] + weight * words,
+                                   .words = state->words > 0 ? words / state->words : -1};
         }
         qsort(all, count, sizeof *all, by_score);
         *state->count = count < state->limit ? count : state->limit;
@@ -156,7 +159,7 @@ out:
 
 loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out, uint32_t *count,
                             loci_error *err) {
-    rank_state state = {query, out, limit, count, NULL};
+    rank_state state = {.query = query, .out = out, .limit = limit, .count = count};
     uint64_t begun = loci_now_ns();
     *count = 0;
     if (query->view->live_segments == 0) return LOCI_OK;
@@ -169,7 +172,7 @@ loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out,
             status = loci_fail(err, LOCI_E_NOMEM, "no memory to rank passages");
             goto out;
         }
-        LOCI_TRY_GOTO(loci_query_lexical(query, state.lexical, err), out);
+        LOCI_TRY_GOTO(loci_query_lexical(query, state.lexical, &state.words, err), out);
     }
     LOCI_TRY_GOTO(loci_query_prompt(query, &prompt, err), out);
     loci_sequence_reset(sequence);

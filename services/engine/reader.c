@@ -1,14 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Read twice (Just Read Twice, arXiv 2407.05483): the best passages are read again after the
- * question, one at a time and without the rest of the corpus, and the likeliest answer is chosen by
- *
- *   log p(answer) + log(1 - p(<none>)) + RANK_WEIGHT * rank score
- *
- * There is an answer where the passage surest of holding it, and the lead of the best-ranked
- * passage over the next three, together speak for it:
- *
- *   max log((1 - p(<none>)) / p(<none>)) + LEAD_WEIGHT * lead >= FOUND_LEAST
+ * question, one at a time and without the rest of the corpus. Which answer is given, and whether
+ * there is one, is decided in belief.c.
  *
  * A stock model reads as many of the passages as there is room for in one prompt (prompt.c).
  */
@@ -17,19 +11,8 @@
 #include <string.h>
 
 #include "services/common/text.h"
+#include "services/engine/belief.h"
 #include "services/engine/query.h"
-
-#define RANK_WEIGHT 0.3 /* temperature of the ranking loss that trained the score */
-
-/* Fitted on questions that are no part of the evaluated sample (attention/README.md, Segments). */
-#define LEAD_WEIGHT 0.1
-#define LEAD_OVER 3u /* passages */
-#define FOUND_LEAST 1.6
-
-typedef struct reading {
-    loci_generation answer;
-    double rank, score;
-} reading;
 
 static loci_status push_all(loci_tokens *out, const loci_tokens *tokens) {
     for (size_t i = 0; i < tokens->count; i++) LOCI_TRY(loci_tokens_push(out, tokens->ids[i], 0));
@@ -91,7 +74,7 @@ static loci_status take_literally(loci_passage *passage, const char *question, l
 }
 
 static loci_status read_passage(loci_query *query, const loci_answer_request *request,
-                                loci_passage *passage, double rank, reading *out, loci_error *err) {
+                                loci_passage *passage, loci_generation *out, loci_error *err) {
     loci_sequence *sequence = query->slot->sequence;
     loci_tokens prompt = {0};
     loci_sequence_reset(sequence);
@@ -102,24 +85,22 @@ static loci_status read_passage(loci_query *query, const loci_answer_request *re
                                       query->cancel, err);
     loci_tokens_fini(&prompt);
     LOCI_TRY(status);
-    LOCI_TRY(loci_generate(query, request, &out->answer, NULL, NULL, err));
-    LOCI_TRY(take_literally(passage, request->question, &out->answer.text, err));
-    out->rank = rank;
-    double some = 1 - exp(out->answer.none_logprob);
-    out->score = out->answer.logprob + log(some > 1e-4 ? some : 1e-4) + RANK_WEIGHT * rank;
-    return LOCI_OK;
+    LOCI_TRY(loci_generate(query, request, out, NULL, NULL, err));
+    return take_literally(passage, request->question, &out->text, err);
 }
 
-static loci_status emit_candidate(const reading *read, const char *question, loci_passage *passage,
+static loci_status emit_candidate(const loci_generation *read, const loci_reading *reading,
+                                  const char *question, loci_passage *passage,
                                   loci_event_fn on_event, void *ctx, loci_error *err) {
-    const char *answer = (const char *)read->answer.text.data;
-    const char *cited = read->answer.says_none ? "" : answer;
+    const char *answer = (const char *)read->text.data;
+    const char *cited = read->says_none ? "" : answer;
     loci_passages_cite(passage, 1, question, cited);
     (void)loci_passage_mark(passage, cited);
     loci_event event = {.kind = LOCI_EVENT_CANDIDATE,
                         .text = answer,
-                        .found = !read->answer.says_none,
-                        .score = read->score,
+                        .found = !read->says_none,
+                        .score = loci_reading_score(reading),
+                        .reading = reading,
                         .passages = passage,
                         .passage_count = 1};
     return on_event(ctx, &event, err);
@@ -138,52 +119,26 @@ static int by_share(const void *a, const void *b) {
     return x->share > y->share ? -1 : x->share < y->share;
 }
 
-/* Passages stand by rank. */
-static bool believed(const reading *readings, uint32_t count) {
-    double surest = -INFINITY, others = 0;
-    uint32_t over = count - 1 < LEAD_OVER ? count - 1 : LEAD_OVER;
-    for (uint32_t i = 0; i < count; i++) {
-        double none = readings[i].answer.none_logprob, some = 1 - exp(none);
-        double odds = log(some > 1e-4 ? some : 1e-4) - (none > -9.2 ? none : -9.2);
-        if (odds > surest) surest = odds;
-        if (i > 0 && i <= over) others += readings[i].rank / over;
-    }
-    double lead = over > 0 ? readings[0].rank - others : 0;
-    return surest + LEAD_WEIGHT * lead >= FOUND_LEAST;
-}
-
-/* The likeliest answer, of passages that do not say <none> if there are any. */
-static uint32_t choose(const reading *readings, uint32_t count) {
-    uint32_t best = 0;
-    bool said = false;
-    for (uint32_t i = 0; i < count; i++) {
-        bool some = !readings[i].answer.says_none;
-        if ((some && !said) || (some == said && readings[i].score > readings[best].score)) best = i;
-        said = said || some;
-    }
-    return best;
-}
-
-static loci_status finish(loci_query *query, const char *question, const reading *readings,
-                          loci_passage *passages, uint32_t count, loci_event_fn on_event, void *ctx,
-                          loci_error *err) {
-    bool found = count > 0 && believed(readings, count);
-    uint32_t best = choose(readings, count);
+static loci_status finish(loci_query *query, const char *question, const loci_generation *read,
+                          const loci_reading *readings, loci_passage *passages, uint32_t count,
+                          loci_event_fn on_event, void *ctx, loci_error *err) {
+    bool found = count > 0 && loci_readings_belief(readings, count) >= 0;
+    uint32_t best = count > 0 ? loci_readings_best(readings, count) : 0;
     double scores[LOCI_EVIDENCE_MAX];
-    for (uint32_t i = 0; i < count; i++) scores[i] = readings[i].score;
+    for (uint32_t i = 0; i < count; i++) scores[i] = loci_reading_score(&readings[i]);
     loci_usage *usage = &query->usage;
     usage->first_token_ms = usage->total_ms = loci_query_elapsed_ms(query);
     const char *text = "";
     if (count > 0 && found) {
-        text = (const char *)readings[best].answer.text.data;
-        usage->answer_tokens = readings[best].answer.tokens;
+        text = (const char *)read[best].text.data;
+        usage->answer_tokens = read[best].tokens;
         loci_event delta = {.kind = LOCI_EVENT_DELTA, .text = text};
         LOCI_TRY(on_event(ctx, &delta, err));
     }
     /* Each for what was read there itself, if anything: different answers are not merged. */
     for (uint32_t i = 0; i < count; i++) {
-        bool own = found && !readings[i].answer.says_none;
-        const char *cited = own ? (const char *)readings[i].answer.text.data : text;
+        bool own = found && (i == best || !read[i].says_none);
+        const char *cited = own ? (const char *)read[i].text.data : text;
         loci_passages_cite(&passages[i], 1, question, cited);
         if (!loci_passage_mark(&passages[i], cited) && !own) passages[i].answer = "";
     }
@@ -201,7 +156,7 @@ static loci_status finish(loci_query *query, const char *question, const reading
                          .text = text,
                          .found = found,
                          .verbatim = verbatim,
-                         .stop = found ? readings[best].answer.stop : "not_found",
+                         .stop = found ? read[best].stop : "not_found",
                          .passages = passages,
                          .passage_count = found ? count : 0};
     return on_event(ctx, &event, err);
@@ -216,7 +171,8 @@ static loci_status load_best(loci_query *query, const char *question, uint32_t l
     loci_passages_bind(passages, *count, bytes);
     loci_passages_cite(passages, *count, question, "");
     double scores[LOCI_EVIDENCE_MAX];
-    for (uint32_t i = 0; i < *count; i++) scores[i] = RANK_WEIGHT * ranked[i].score;
+    for (uint32_t i = 0; i < *count; i++)
+        scores[i] = loci_reading_score(&(loci_reading){.rank = ranked[i].score});
     share_scores(passages, scores, *count);
     return LOCI_OK;
 }
@@ -282,7 +238,8 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     uint32_t limit = request->evidence_count ? request->evidence_count : 4, count = 0;
     loci_ranked ranked[LOCI_EVIDENCE_MAX];
     loci_passage passages[LOCI_EVIDENCE_MAX];
-    reading readings[LOCI_EVIDENCE_MAX] = {0};
+    loci_generation read[LOCI_EVIDENCE_MAX] = {0};
+    loci_reading readings[LOCI_EVIDENCE_MAX];
     loci_buf bytes = LOCI_BUF_INIT;
     loci_status status;
     loci_event event = {.kind = LOCI_EVENT_PROGRESS, .stage = "rank", .total = 1};
@@ -298,11 +255,15 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     }
     uint64_t begun = loci_now_ns();
     for (uint32_t i = 0; i < count; i++) {
-        LOCI_TRY_GOTO(
-            read_passage(query, request, &passages[i], ranked[i].score, &readings[i], err), out);
-        LOCI_TRY_GOTO(
-            emit_candidate(&readings[i], request->question, &passages[i], on_event, ctx, err), out);
-        query->usage.decode_steps += readings[i].answer.tokens;
+        LOCI_TRY_GOTO(read_passage(query, request, &passages[i], &read[i], err), out);
+        readings[i] = (loci_reading){.rank = ranked[i].score,
+                                     .words = ranked[i].words,
+                                     .logprob = read[i].logprob,
+                                     .none_logprob = read[i].none_logprob};
+        LOCI_TRY_GOTO(emit_candidate(&read[i], &readings[i], request->question, &passages[i],
+                                     on_event, ctx, err),
+                      out);
+        query->usage.decode_steps += read[i].tokens;
         event = (loci_event){
             .kind = LOCI_EVENT_PROGRESS, .stage = "read", .done = i + 1, .total = count};
         LOCI_TRY_GOTO(on_event(ctx, &event, err), out);
@@ -311,9 +272,9 @@ loci_status loci_answer_read_twice(loci_query *query, const loci_answer_request 
     if (query->usage.read_twice_ms > 0)
         query->usage.decode_tokens_per_s =
             (double)query->usage.decode_steps * 1e3 / query->usage.read_twice_ms;
-    status = finish(query, request->question, readings, passages, count, on_event, ctx, err);
+    status = finish(query, request->question, read, readings, passages, count, on_event, ctx, err);
 out:
-    for (uint32_t i = 0; i < count; i++) loci_buf_fini(&readings[i].answer.text);
+    for (uint32_t i = 0; i < count; i++) loci_buf_fini(&read[i].text);
     loci_buf_fini(&bytes);
     return status;
 }

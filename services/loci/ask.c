@@ -55,6 +55,11 @@ static const char *mode_name(Loci__V1__Mode mode) {
                                               : "hierarchical";
 }
 
+/* JSON has no infinities. */
+static double number(double value) {
+    return isfinite(value) ? value : 0.0;
+}
+
 static json_t *event_json(const Loci__V1__AnswerEvent *event) {
     switch (event->event_case) {
     case LOCI__V1__ANSWER_EVENT__EVENT_STARTED:
@@ -71,11 +76,12 @@ static json_t *event_json(const Loci__V1__AnswerEvent *event) {
         return json_pack("{s:s,s:o}", "event", "evidence", "evidence",
                          evidence_json(event->evidence->items, event->evidence->n_items));
     case LOCI__V1__ANSWER_EVENT__EVENT_CANDIDATE: {
-        Loci__V1__Evidence *const passage = event->candidate->passage;
-        return json_pack("{s:s,s:o,s:b,s:f,s:o}", "event", "candidate", "answer",
-                         text_json(event->candidate->answer), "found", (int)event->candidate->found,
-                         "score", isfinite(event->candidate->score) ? event->candidate->score : 0.0,
-                         "passage", evidence_json(&passage, passage ? 1 : 0));
+        const Loci__V1__AnswerCandidate *c = event->candidate;
+        return json_pack("{s:s,s:o,s:b,s:f,s:f,s:f,s:f,s:f,s:o}", "event", "candidate", "answer",
+                         text_json(c->answer), "found", (int)c->found, "score", number(c->score),
+                         "rank", number(c->rank), "words", number(c->words), "answer_logprob",
+                         number(c->answer_logprob), "none_logprob", number(c->none_logprob),
+                         "passage", evidence_json(&c->passage, c->passage ? 1 : 0));
     }
     case LOCI__V1__ANSWER_EVENT__EVENT_DELTA:
         return json_pack("{s:s,s:o}", "event", "delta", "text", text_json(event->delta->text));

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "services/common/text.h"
+#include "services/engine/belief.h"
 #include "services/locid/node.h"
 
 #define QUESTION_BYTES_MAX 8192u
@@ -166,6 +167,10 @@ static void fill_candidate(answer_stream *stream, const loci_event *event,
     out->answer = text_of(event->text);
     out->found = event->found;
     out->score = event->score;
+    out->rank = event->reading->rank;
+    out->words = event->reading->words;
+    out->answer_logprob = event->reading->logprob;
+    out->none_logprob = event->reading->none_logprob;
     if (fill_evidence(stream, event) > 0) out->passage = stream->pointers[0];
 }
 

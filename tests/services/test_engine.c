@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "base/rng.h"
+#include "services/engine/belief.h"
 #include "tests/services/engine_support.h"
 
 #define ORCHID                                                                                    \
@@ -85,7 +86,19 @@ typedef struct outcome {
     loci_usage usage;
     int last_kind, finished;
     bool mentions_orchid;
+    loci_reading readings[16];
+    char read[16][512]; /* what was read in each passage */
+    uint32_t readings_count;
 } outcome;
+
+/* The answer of several readings is the best one's, if it is believed. */
+static void check_readings(const outcome *out, const loci_event *finished) {
+    if (out->readings_count == 0) return;
+    uint32_t best = loci_readings_best(out->readings, out->readings_count);
+    assert_int_equal(finished->found,
+                     loci_readings_belief(out->readings, out->readings_count) >= 0);
+    assert_string_equal(finished->text, finished->found ? out->read[best] : "");
+}
 
 /* Keeps what a client would see, and checks every quote against the document. */
 static loci_status keep(void *ctx, const loci_event *event, loci_error *err) {
@@ -110,7 +123,14 @@ static loci_status keep(void *ctx, const loci_event *event, loci_error *err) {
                     passage->end <= passage->passage_end);
         if (strcmp(passage->document, "orchid") == 0) out->mentions_orchid = true;
     }
+    if (event->kind == LOCI_EVENT_CANDIDATE) {
+        snprintf(out->read[out->readings_count], sizeof out->read[0], "%s", event->text);
+        out->readings[out->readings_count++] = *event->reading;
+        assert_true(event->score == loci_reading_score(event->reading));
+        assert_true(event->reading->words >= 0 && event->reading->words < 1);
+    }
     if (event->kind == LOCI_EVENT_FINISHED) {
+        check_readings(out, event);
         snprintf(out->answer, sizeof out->answer, "%s", event->text);
         snprintf(out->stop, sizeof out->stop, "%s", event->stop);
         out->found = event->found;
@@ -222,6 +242,27 @@ static void test_nothing_is_found_in_an_empty_corpus(void **state) {
     outcome out = asked("handbook", "What is the capital of Australia?", -1, 1, 0);
     assert_false(out.found);
     assert_string_equal(out.answer, "");
+}
+
+/* Where the first passage is not the one whose answer is given, or says nothing itself. */
+static void test_readings_decide(void **state) {
+    (void)state;
+    static const char *const questions[] = {
+        "What is the emergency telephone number?",
+        "How thick is the new aluminium layer on the North mirror?",
+        "What is the deadline for semester A proposals?",
+        "Which company insures the North Telescope?",
+        "Who composed the anthem of the observatory?",
+        "How long is the tunnel between Tarn Lodge and the summit?",
+    };
+    uint32_t other = 0, silent = 0;
+    for (size_t q = 0; q < sizeof questions / sizeof *questions; q++) {
+        outcome out = asked("handbook", questions[q], -1, 1, 0); /* keep compares */
+        assert_int_equal(out.readings_count, 4);
+        other += loci_readings_best(out.readings, 4) > 0;
+        silent += out.readings[0].none_logprob > -0.7;
+    }
+    assert_true(other > 0 && silent > 0);
 }
 
 /* Registers A and B, deletes B: every mode answers as a corpus of A alone; B is never quoted. */
@@ -535,6 +576,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_flat_segments_answer_at_once),
         cmocka_unit_test(test_sink_counts_for_every_segment),
         cmocka_unit_test(test_nothing_is_found_in_an_empty_corpus),
+        cmocka_unit_test(test_readings_decide),
         cmocka_unit_test(test_cancel_ends_the_answer),
         cmocka_unit_test(test_bad_requests_are_named),
         cmocka_unit_test(test_retrieve_ranks),

@@ -11,6 +11,7 @@
 #include "base/rng.h"
 #include "memory/rocks.h"
 #include "memory/terms.h"
+#include "services/engine/belief.h"
 #include "services/engine/query.h"
 #include "tests/services/engine_support.h"
 
@@ -128,11 +129,12 @@ static size_t count_term(const loci_term_list *list, uint64_t hash) {
     return count;
 }
 
-/* BM25 of every part, from its definition. */
-static void score_parts(const char *question, double out[PARTS]) {
+/* BM25 of every part, from its definition; returns what a part of the question's words alone comes
+ * close to. */
+static double score_parts(const char *question, double out[PARTS]) {
     loci_error err = {0};
     loci_term_list asked = {0}, lists[PARTS] = {{0}};
-    double tokens[PARTS], mean = 0, live = 0;
+    double tokens[PARTS], mean = 0, live = 0, most = 0;
     assert_int_equal(loci_terms_of(loci_slice_text(question), 0, true, &asked, &err), LOCI_OK);
     for (int i = 0; i < PARTS; i++) {
         if (gone[i]) continue;
@@ -153,6 +155,7 @@ static void score_parts(const char *question, double out[PARTS]) {
     for (size_t t = 0; t < asked.count; t++) { /* the questions here repeat no word */
         double df = 0;
         for (int i = 0; i < PARTS; i++) df += count_term(&lists[i], asked.items[t].hash) > 0;
+        most += 2.2 * log(1 + (live - df + 0.5) / (df + 0.5));
         for (int i = 0; i < PARTS; i++) {
             double tf = (double)count_term(&lists[i], asked.items[t].hash);
             if (tf > 0)
@@ -162,6 +165,7 @@ static void score_parts(const char *question, double out[PARTS]) {
     }
     for (int i = 0; i < PARTS; i++) loci_term_list_fini(&lists[i]);
     loci_term_list_fini(&asked);
+    return most;
 }
 
 /* The joined score less the learned one is the weighted BM25, whatever lived and died before. */
@@ -213,6 +217,48 @@ static void test_scores_are_bm25(void **state) {
         gone[i] = true;
     }
     check_scores("Which brass part weighs 42 grams, nobody ordered?", 100);
+}
+
+typedef struct shares {
+    double words[LOCI_EVIDENCE_MAX];
+    int part[LOCI_EVIDENCE_MAX], count;
+} shares;
+
+static loci_status keep_words(void *ctx, const loci_event *event, loci_error *err) {
+    shares *out = ctx;
+    (void)err;
+    if (event->kind != LOCI_EVENT_CANDIDATE) return LOCI_OK;
+    out->part[out->count] = (int)strtol(event->passages[0].document + 1, NULL, 10);
+    out->words[out->count++] = event->reading->words;
+    return LOCI_OK;
+}
+
+static shares words_read(const char *question) {
+    shares out = {.count = 0};
+    loci_error err = {0};
+    loci_answer_request request = {
+        .corpus = "parts", .question = question, .mode = -1, .read_twice = 1};
+    if (loci_engine_answer(engine, &request, NULL, keep_words, &out, &err) != LOCI_OK)
+        fail_msg("%s", err.text);
+    assert_int_equal(out.count, 4);
+    return out;
+}
+
+/* Readings know how much of the question their passage has; -1 where that is not to be had. */
+static void test_readings_have_shares_of_words(void **state) {
+    (void)state;
+    static const char question[] = "Which brass part weighs 42 grams, oh emperor of Samarkand?";
+    double expected[PARTS], most = score_parts(question, expected);
+    shares read = words_read(question);
+    for (int i = 0; i < read.count; i++)
+        assert_true(fabs(read.words[i] - expected[read.part[i]] / most) < 1e-4);
+    assert_true(read.words[0] > 0.05 && read.words[0] < 0.6); /* words that nothing has count too */
+    assert_true(words_read("What is it about?").words[0] == -1);
+    loci_engine_close(engine);
+    open_engine(-1);
+    assert_true(words_read(question).words[0] == -1);
+    loci_engine_close(engine);
+    open_engine(0);
 }
 
 /* The text of the last part is damaged and all blocks of words are gone; the engine is closed. */
@@ -295,6 +341,7 @@ int main(void) {
         cmocka_unit_test(test_best_are_the_highest),
         cmocka_unit_test(test_codes_are_found),
         cmocka_unit_test(test_scores_are_bm25),
+        cmocka_unit_test(test_readings_have_shares_of_words),
         cmocka_unit_test(test_a_damaged_text_harms_no_other),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
