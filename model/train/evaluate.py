@@ -43,7 +43,7 @@ MEASURED_TRIALS = 16  # whose rows' concentration is measured
 READ_PASSAGES = 4
 READ_BATCH = 400  # prompts
 SCORE_BATCH = 32  # questions
-RANK_WEIGHT = 0.3  # of the rank score beside log-probabilities, as in the engine
+RANK_WEIGHT = 0.2  # of the rank score beside log-probabilities, as in the engine (belief.c)
 REFUSED_SHARE = 0.05  # of answerable questions, at which silence is measured
 
 
@@ -238,14 +238,10 @@ def read_best(engine, tokenizer, corpus, questions, ranked):
     return [out[i:i + width] for i in range(0, len(out), width)]
 
 
-def some(none):
-    """log(1 - p(<none>)), bounded as in the engine."""
-    return float(np.log(max(1e-4, 1 - np.exp(none))))
-
-
 def surest(readings):
-    """The greatest log odds of any answer, over the passages read."""
-    return max(some(none) - max(none, -9.2) for _, _, none in readings)
+    """The greatest log odds of any answer, over the passages read. The engine knows more."""
+    return max(float(np.log(max(1e-4, 1 - np.exp(none)))) - max(none, -9.2)
+               for _, _, none in readings)
 
 
 def run_questions(engine, tokenizer, options):
@@ -272,7 +268,7 @@ def run_questions(engine, tokenizer, options):
     ranked = scores.topk(READ_PASSAGES).indices.cpu().numpy()
     rank = scores.topk(READ_PASSAGES).values.cpu().numpy()
     read = read_best(engine, tokenizer, corpus, questions, ranked)
-    chosen = [max(zip(readings, row), key=lambda x: x[0][1] + some(x[0][2]) + RANK_WEIGHT * x[1])[0]
+    chosen = [max(zip(readings, row), key=lambda x: x[0][1] + RANK_WEIGHT * x[1])[0]
               for readings, row in zip(read, rank)]
     answers = [a for _, _, a in items]
     emit(row="read_one_at_a_time", questions=len(items), passages=READ_PASSAGES,
