@@ -106,10 +106,11 @@ class Daemon:
     def last(self, *args):
         return json.loads(self.run(*args, "--json").stdout.strip().splitlines()[-1])
 
-    def ask(self, corpus, question):
+    def ask(self, corpus, question, *flags):
         """The answer, read twice, and the readings that it was chosen from, best passage first."""
         events = [json.loads(line)
-                  for line in self.run("ask", corpus, question, "--json").stdout.splitlines()]
+                  for line in self.run("ask", corpus, question, *flags,
+                                       "--json").stdout.splitlines()]
         return events[-1], [e for e in events[:-1] if e["event"] == "candidate"]
 
     def wait_merged(self, corpus, seconds=3600):
