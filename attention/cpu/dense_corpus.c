@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Dense attention over the extents of a corpus, and the share of its segments.
+ * Dense attention over the extents of a corpus, or over what a single row selected in them, and the
+ * share of its segments.
  *
  * All live tokens are read, so they are taken as they lie: a pair's slots are K and V side by side,
  * which the kernels of dense attention read in place (tokens of a pair with dead ones are gathered
@@ -8,6 +9,9 @@
  * the cache. Chunks are joined in their order, so that results do not depend on threads. The
  * weights of a few query vectors are kept, where there is memory: attribution then need not read
  * the keys again.
+ *
+ * What one row selected is a list of slots that all vectors of its KV head have in common. Its
+ * tokens are verified one by one, copied together and then taken like those of mode dense.
  */
 #include <math.h>
 #include <string.h>
@@ -23,10 +27,12 @@
 #define KEPT_MOST ((size_t)64 << 20) /* bytes of weights that are kept */
 #define CHUNK_FEW 512u
 #define CHUNK_MANY 4096u
+#define CHUNK_LISTED 128u /* whose copies fit into the first cache */
 
 typedef struct dense_chunk {
-    lookup_part *part;   /* the first of its pair */
-    uint32_t begin, end; /* slots */
+    lookup_part *part;     /* the first of its pair */
+    uint32_t begin, end;   /* slots */
+    const uint32_t *slots; /* [live] the selected ones, or NULL: all that live */
     uint32_t live;
     uint32_t bad;           /* first slot with a wrong hash, else UINT32_MAX */
     const char *bad_part;   /* of it */
@@ -45,6 +51,7 @@ struct corpus_job {
     const float *total_lse;
     uint32_t row_begin;
     double **mass; /* [pairs][segments of the extent] */
+    bool listed;   /* the chunks have lists of slots */
     bool kept;     /* the chunks have their weights */
     _Atomic bool failed;
 };
@@ -69,14 +76,17 @@ static bool fault(dense_chunk *chunk, const char *what, uint32_t slot) {
     return false;
 }
 
+static void prefetch_kv(const uint8_t *blob, uint32_t slot) {
+    const uint8_t *row = loci_slot_kv(blob, slot);
+    size_t stride = loci_pair_kv_stride(blob);
+    for (size_t i = 0; i < stride; i += 64) __builtin_prefetch(row + i);
+}
+
 /* K and V of the live slots from first on, one by one. */
 static bool check_slots(dense_chunk *chunk, uint32_t first, uint32_t end) {
     const uint8_t *blob = chunk->part->blob;
-    size_t stride = loci_pair_kv_stride(blob);
     for (uint32_t slot = first; slot < end; slot++) {
-        const uint8_t *ahead = loci_slot_kv(blob, slot + PREFETCH_SLOTS);
-        for (size_t i = 0; slot + PREFETCH_SLOTS < end && i < stride; i += 64)
-            __builtin_prefetch(ahead + i);
+        if (slot + PREFETCH_SLOTS < end) prefetch_kv(blob, slot + PREFETCH_SLOTS);
         if (is_live(chunk->part, slot) && !loci_slot_check_kv(blob, slot))
             return fault(chunk, "KV of slot", slot);
     }
@@ -94,9 +104,30 @@ static bool check_block(dense_chunk *chunk, uint32_t block, uint32_t first, uint
     return fault(chunk, "hash of the KV block of slot", first);
 }
 
-/* K and V of the chunk's live slots, verified, one after another: in place when all are live. */
+/* K and V of the listed slots, verified and copied together. */
+static const uint8_t *take_listed(dense_chunk *chunk, uint8_t *gathered) {
+    const uint8_t *blob = chunk->part->blob;
+    size_t stride = loci_pair_kv_stride(blob);
+    for (uint32_t i = 0; i < chunk->live + PREFETCH_SLOTS; i++) {
+        if (i < chunk->live) {
+            prefetch_kv(blob, chunk->slots[i]);
+            __builtin_prefetch(loci_slot_kv_hash(blob, chunk->slots[i]));
+        }
+        if (i < PREFETCH_SLOTS) continue;
+        uint32_t at = i - PREFETCH_SLOTS, slot = chunk->slots[at];
+        if (!loci_slot_check_kv(blob, slot)) {
+            (void)fault(chunk, "KV of slot", slot);
+            return NULL;
+        }
+        memcpy(gathered + at * stride, loci_slot_kv(blob, slot), stride);
+    }
+    return gathered;
+}
+
+/* K and V of the chunk's slots, verified, one after another: in place when all are live. */
 static const uint8_t *take_kv(dense_chunk *chunk, uint8_t *gathered) {
     const uint8_t *blob = chunk->part->blob;
+    if (chunk->slots) return take_listed(chunk, gathered);
     bool blocks = loci_pair_has_kv_blocks(blob);
     for (uint32_t first = chunk->begin; first < chunk->end; first += LOCI_KV_BLOCK) {
         uint32_t left = chunk->end - first;
@@ -120,7 +151,7 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
     corpus_job *job = arg;
     loci_lookup *lookup = job->lookup;
     dense_chunk *chunk = &job->chunks[index];
-    uint32_t dim = lookup->dim, slots = chunk->end - chunk->begin;
+    uint32_t dim = lookup->dim, slots = chunk->slots ? chunk->live : chunk->end - chunk->begin;
     size_t tile = (size_t)LOCI_DENSE_KEYS * dim, logits = (size_t)ROWS_MAX * LOCI_DENSE_KEYS;
     loci_dtype type = (loci_dtype)loci_pair_header_of(chunk->part->blob)->kv_dtype;
     size_t stride = loci_kv_stride(dim, type), row = type == LOCI_I8 ? dim : 2 * (size_t)dim;
@@ -218,6 +249,14 @@ static void place_weights(corpus_job *job) {
     }
 }
 
+/* Room for as many chunks of the pairs. */
+static bool place_chunks(corpus_job *job, size_t pairs, size_t most) {
+    loci_lookup *lookup = job->lookup;
+    job->chunks = lookup_alloc(lookup, most * sizeof *job->chunks);
+    job->pair_chunk = lookup_alloc(lookup, (pairs + 1) * sizeof *job->pair_chunk);
+    return job->chunks && job->pair_chunk;
+}
+
 /* Cuts the pairs; chunks without a live slot are left out. False when memory is short. */
 static bool cut_chunks(corpus_job *job) {
     loci_lookup *lookup = job->lookup;
@@ -225,9 +264,7 @@ static bool cut_chunks(corpus_job *job) {
     uint32_t step = lookup->vectors <= FEW_VECTORS ? CHUNK_FEW : CHUNK_MANY;
     for (size_t p = 0; p < pairs; p++)
         most += loci_pair_header_of(lookup_first_part(lookup, p)->blob)->tokens / step + 1;
-    job->chunks = lookup_alloc(lookup, most * sizeof *job->chunks);
-    job->pair_chunk = lookup_alloc(lookup, (pairs + 1) * sizeof *job->pair_chunk);
-    if (!job->chunks || !job->pair_chunk) return false;
+    if (!place_chunks(job, pairs, most)) return false;
     for (size_t p = 0; p < pairs; p++) {
         lookup_part *part = lookup_first_part(lookup, p);
         uint32_t tokens = loci_pair_header_of(part->blob)->tokens;
@@ -240,6 +277,67 @@ static bool cut_chunks(corpus_job *job) {
         }
     }
     job->pair_chunk[pairs] = job->chunk_count;
+    return true;
+}
+
+/* What the row selected in the pair, from its entry *at on: into slots, their number returned. */
+static uint32_t list_selected(lookup_part *part, const lookup_head *head, size_t *at,
+                              uint32_t *slots) {
+    uint32_t n = 0, leaf_tokens = 0;
+    uint32_t end = part->root_base + loci_pair_header_of(part->blob)->roots;
+    for (; *at < head->row_begin[1] && head->row_kept[*at].root < end; (*at)++) {
+        const lookup_kept *kept = &head->row_kept[*at];
+        const loci_leaf *leaves = lookup_leaves(head, kept->root);
+        const uint32_t *mask = head->token_mask + head->mask_at[kept->entry];
+        for (uint64_t left = head->leaf_mask[kept->entry]; left; left &= left - 1, mask++) {
+            const loci_leaf *leaf = &leaves[__builtin_ctzll(left)];
+            if (*mask) leaf_tokens += leaf->count;
+            for (uint32_t tokens = *mask; tokens; tokens &= tokens - 1)
+                slots[n++] = leaf->begin + (uint32_t)__builtin_ctz(tokens);
+        }
+    }
+    part->stats.kv_leaf_bytes += leaf_tokens * loci_pair_kv_stride(part->blob);
+    return n;
+}
+
+/* Cuts what a single row selected. False when memory is short. */
+static bool cut_selected(corpus_job *job) {
+    loci_lookup *lookup = job->lookup;
+    size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads, most = pairs;
+    uint32_t **slots = lookup_alloc(lookup, lookup->kv_heads * sizeof *slots);
+    size_t *at = lookup_alloc(lookup, lookup->kv_heads * sizeof *at);
+    if (!slots || !at) return false;
+    memset(at, 0, lookup->kv_heads * sizeof *at);
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+        const lookup_head *head = &lookup->heads[h];
+        size_t selected = 0;
+        for (size_t i = 0; i < head->mask_at[lookup_entries(head)]; i++)
+            selected += lookup_count_bits(head->token_mask[i]);
+        slots[h] = lookup_alloc(lookup, selected * sizeof *slots[h]);
+        if (!slots[h]) return false;
+        most += selected / CHUNK_LISTED;
+    }
+    if (!place_chunks(job, pairs, most)) return false;
+    for (size_t p = 0; p < pairs; p++) { /* of a KV head, they follow each other as its roots do */
+        lookup_part *part = lookup_first_part(lookup, p);
+        uint32_t h = part->kv_head;
+        uint32_t n = list_selected(part, &lookup->heads[h], &at[h], slots[h]);
+        job->pair_chunk[p] = job->chunk_count;
+        for (uint32_t i = 0; i < n; i += CHUNK_LISTED)
+            job->chunks[job->chunk_count++] =
+                (dense_chunk){.part = part,
+                              .slots = slots[h] + i,
+                              .live = n - i < CHUNK_LISTED ? n - i : CHUNK_LISTED,
+                              .bad = UINT32_MAX};
+        slots[h] += n;
+    }
+    job->pair_chunk[pairs] = job->chunk_count;
+    return true;
+}
+
+/* Where the chunks' results go. */
+static bool place_results(corpus_job *job) {
+    loci_lookup *lookup = job->lookup;
     size_t vectors = lookup->vectors, result = vectors * (lookup->dim + 2);
     float *at = lookup_alloc(lookup, job->chunk_count * result * sizeof *at);
     if (!at) return false;
@@ -257,8 +355,9 @@ static bool cut_chunks(corpus_job *job) {
 
 /* Hashes that were read to verify the chunk. */
 static uint32_t hashes_of(const dense_chunk *chunk) {
-    return loci_pair_has_kv_blocks(chunk->part->blob) ? loci_kv_blocks(chunk->end - chunk->begin)
-                                                      : chunk->live;
+    return !chunk->slots && loci_pair_has_kv_blocks(chunk->part->blob)
+               ? loci_kv_blocks(chunk->end - chunk->begin)
+               : chunk->live;
 }
 
 /* Bytes read, and the first damage of each pair. */
@@ -271,7 +370,7 @@ static void count_bytes(const corpus_job *job) {
         stats->kv_bytes += chunk->live * loci_pair_kv_stride(chunk->part->blob);
     }
     size_t pairs = (size_t)job->lookup->corpus->extent_count * job->lookup->kv_heads;
-    for (size_t p = 0; p < pairs; p++) {
+    for (size_t p = 0; p < pairs && !job->listed; p++) {
         lookup_part *part = lookup_first_part(job->lookup, p);
         size_t token = loci_pair_kv_stride(part->blob);
         if (!part->live) part->stats.kv_leaf_bytes += part->stats.kv_bytes;
@@ -288,7 +387,7 @@ static void count_bytes(const corpus_job *job) {
 static void attend_whole(loci_stream *stream, corpus_job *job) {
     loci_lookup *lookup = job->lookup;
     loci_pool *pool = lookup->cpu->pool;
-    if (!cut_chunks(job)) {
+    if (!(job->listed ? cut_selected(job) : cut_chunks(job)) || !place_results(job)) {
         lookup_no_memory(stream, lookup);
         return;
     }
@@ -303,10 +402,17 @@ static void attend_whole(loci_stream *stream, corpus_job *job) {
     lookup->attended = true;
 }
 
+/* Whether the selected tokens are those of a single row, and nothing else is attended. */
+static bool takes_list(const loci_lookup *lookup) {
+    return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 &&
+           !lookup->params.estimate_tail;
+}
+
 void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref out,
                             uint32_t out_stride, loci_ref lse) {
     lookup->dense = NULL;
-    if (lookup->mode != LOCI_MODE_DENSE || !lookup->ready || !lookup->tokens_selected) {
+    bool dense = lookup->mode == LOCI_MODE_DENSE, listed = takes_list(lookup);
+    if (!(dense || listed) || !lookup->ready || !lookup->tokens_selected) {
         loci_cpu_attend_sparse(stream, lookup, out, out_stride, lse);
         return;
     }
@@ -318,6 +424,7 @@ void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref o
     }
     memset(job, 0, sizeof *job);
     job->lookup = lookup;
+    job->listed = listed;
     job->out = loci_cpu_ptr(out, last * sizeof(float));
     job->out_stride = out_stride;
     job->lse = loci_cpu_ptr(lse, (size_t)lookup->rows * lookup->q_heads * sizeof(float));
@@ -348,6 +455,9 @@ static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weight
  * NULL when one is damaged. */
 static const uint16_t *find_segments(dense_chunk *chunk, uint16_t *room) {
     const uint8_t *blob = chunk->part->blob;
+    for (uint32_t i = 0; chunk->slots && i < chunk->live; i++) /* verified by score_codes */
+        room[i] = (uint16_t)LOCI_SLOT_SEGMENT(loci_slot_word(blob, chunk->slots[i]));
+    if (chunk->slots) return room;
     const uint16_t *listed = loci_pair_has_kv_blocks(blob) ? loci_slot_segments(blob) : NULL;
     for (uint32_t slot = chunk->begin; listed && slot < chunk->end; slot += LOCI_KV_BLOCK) {
         uint32_t block = slot / LOCI_KV_BLOCK;

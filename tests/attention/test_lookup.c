@@ -261,6 +261,29 @@ static void test_selection_at_odd_shapes(void **state) {
     }
 }
 
+/* What a single row selects is attended as one list for each KV head, over several chunks here. */
+static void test_a_single_row(void **state) {
+    (void)state;
+    static const uint32_t dims[] = {64, 16, 128, 32}, groups[] = {2, 1, 3, 16, 5};
+    size_t most = 0;
+    for (uint32_t i = 0; i < 10; i++) {
+        char what[64];
+        setting c = usual;
+        c.seed = 200 + i;
+        c.dim = dims[i % 4];
+        c.group = groups[i % 5];
+        c.kv_int8 = i % 3 == 2;
+        c.rows = 1;
+        scene s = open_scene(c);
+        (void)snprintf(what, sizeof what, "one row, seed %llu", (unsigned long long)c.seed);
+        if (i % 4 == 3) kill_some(&s, 3);
+        size_t count = check_run(&s, narrow(i % 2 ? 0.999f : 1.0f, i % 2 ? 0 : 700), what);
+        most = count > most ? count : most;
+        close_scene(&s);
+    }
+    assert_true(most >= 2 * 700);
+}
+
 static void test_deleted_segments_take_no_part(void **state) {
     (void)state;
     scene s = open_scene(usual);
@@ -313,10 +336,11 @@ static void test_instruction_sets_and_threads_agree(void **state) {
     (void)state;
     static const char *const isas[] = {"portable", "avx2", "avx512", NULL};
     static const uint32_t groups[] = {3, 7};
-    for (int g = 0; g < 2; g++) {
+    for (int g = 0; g < 4; g++) {
         setting c = usual;
-        c.group = groups[g];
-        c.kv_int8 = g == 1;
+        c.group = groups[g % 2];
+        c.rows = g < 2 ? usual.rows : 1;
+        c.kv_int8 = g % 2;
         c.isa = "portable";
         c.threads = 1;
         scene expected = open_scene(c);
@@ -347,9 +371,10 @@ static void test_instruction_sets_and_threads_agree(void **state) {
 #endif
 
 /* NaN in every K and V that was not selected changes nothing: it is not read. */
-static void unselected_keys_are_never_read(bool int8) {
+static void unselected_keys_are_never_read(bool int8, uint32_t rows) {
     setting c = usual;
     c.kv_int8 = int8;
+    c.rows = rows;
     scene s = open_scene(c);
     uint32_t tokens = reference_tokens(&s.f);
     size_t values = (size_t)s.rows * s.f.q_heads * s.f.dim;
@@ -385,8 +410,7 @@ static void unselected_keys_are_never_read(bool int8) {
 
 static void test_unselected_keys_are_never_read(void **state) {
     (void)state;
-    unselected_keys_are_never_read(false);
-    unselected_keys_are_never_read(true);
+    for (int i = 0; i < 4; i++) unselected_keys_are_never_read(i % 2, i < 2 ? usual.rows : 1);
 }
 
 /* Diffuse heads: many tokens matter a little each, and few are read. */
@@ -609,6 +633,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_what_is_out_of_reach_takes_no_part),
         cmocka_unit_test(test_roots_out_of_reach_are_not_read),
         cmocka_unit_test(test_selection_at_odd_shapes),
+        cmocka_unit_test(test_a_single_row),
         cmocka_unit_test(test_deleted_segments_take_no_part),
         cmocka_unit_test(test_no_extents),
         cmocka_unit_test(test_unselected_keys_are_never_read),

@@ -77,16 +77,21 @@ static double exact_score(const scene *s, uint32_t segment, const float *total, 
 
 static void test_attribute_shares_out_all_mass(void **state) {
     (void)state;
-    for (int n = 0; n < 8; n++) {
-        int round = n % 4,
-            mode = round % 3; /* dense twice: by slot segments, and by records in old pairs */
+    for (int n = 0; n < 10; n++) {
+        bool row = n >= 8; /* a single one, which selects all that there is */
+        int round = row ? 0 : n % 4;
+        /* dense twice: by slot segments, and by records in old pairs */
+        loci_mode mode = row ? LOCI_MODE_HIERARCHICAL : (loci_mode)(round % 3);
+        uint32_t first = row ? 0 : 1;
         setting c = usual;
+        if (row) c.rows = 1;
         c.flat_segments = 5;
         c.seed += (uint64_t)n / 4; /* logits kept, and not: lookup_scene.c */
         scene s = open_scene(c);
         const loci_backend_ops *ops = s.f.backend->ops;
-        loci_select_params params = narrow(0.9f, 0);
-        params.mode = (loci_mode)mode;
+        loci_select_params params = row ? narrow(1.0f, 1u << 30) : narrow(0.9f, 0);
+        if (row) params.roots_min = params.candidates_min = 1u << 30;
+        params.mode = mode;
         loci_error err = {0};
         if (round == 3) assert_int_equal(fixture_age(&s.f, &err), LOCI_OK);
         ranking r = rank_open(&s, params);
@@ -98,18 +103,20 @@ static void test_attribute_shares_out_all_mass(void **state) {
         for (uint32_t i = 0; i < s.rows * s.f.q_heads; i++)
             total[i] = s.lse[i] + 2.0f + 0.01f * (float)i;
         ops->upload(s.f.stream, r.steady, total, s.rows * s.f.q_heads * sizeof *total);
-        ops->attribute(s.f.stream, r.lookup, r.steady, 1, r.mass);
+        ops->attribute(s.f.stream, r.lookup, r.steady, first, r.mass);
         ops->download(s.f.stream, mass, r.mass, s.f.segments * sizeof *mass);
         if (ops->sync(s.f.stream, &err) != LOCI_OK) fail_msg("%s", err.text);
         double sum = 0.0, expected = 0.0, exact;
         for (uint32_t i = 0; i < s.f.segments - 5; i++) sum += (double)mass[i];
-        for (uint32_t i = s.f.q_heads; i < s.rows * s.f.q_heads; i++)
+        for (uint32_t i = first * s.f.q_heads; i < s.rows * s.f.q_heads; i++)
             expected += exp((double)s.lse[i] - (double)total[i]);
         assert_true(fabs(sum - expected) < 1e-4 * expected + 1e-9);
-        for (uint32_t i = mode == 0 ? 0 : s.f.segments - 5; i < s.f.segments; i++) {
-            (void)exact_score(&s, i, total, 1, &exact);
+        for (uint32_t i = row || mode == LOCI_MODE_DENSE ? 0 : s.f.segments - 5; i < s.f.segments;
+             i++) {
+            (void)exact_score(&s, i, total, first, &exact);
             if (fabs((double)mass[i] - exact) > 1e-4 * exact + 1e-7)
-                fail_msg("mode %d, segment %u: %.7f, not %.7f", mode, i, (double)mass[i], exact);
+                fail_msg("mode %d, segment %u: %.7f, not %.7f", (int)mode, i, (double)mass[i],
+                         exact);
         }
         free(mass);
         rank_close(&s, &r);
