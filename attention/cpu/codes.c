@@ -49,7 +49,9 @@ static bool place_scores(loci_lookup *lookup, lookup_head *head) {
     }
     head->token_at[entries] = scores;
     head->token_score = lookup_alloc(lookup, scores * sizeof *head->token_score);
-    return head->token_score != NULL;
+    if (!lookup_listed(lookup)) return head->token_score != NULL;
+    head->slots = lookup_alloc(lookup, scores / lookup->group * sizeof *head->slots);
+    return head->token_score && head->slots;
 }
 
 bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup) {
@@ -133,6 +135,15 @@ static bool find_candidates(root_work *w, const lookup_head *head, uint32_t loca
     return false;
 }
 
+static bool take_code(lookup_part *part, uint32_t slot, uint32_t dim, uint8_t *out) {
+    if (!loci_slot_check_record(part->blob, slot)) {
+        lookup_fault(part, "record of slot", slot);
+        return false;
+    }
+    memcpy(out, loci_slot_record(part->blob, slot), dim / 2);
+    return true;
+}
+
 /* Verifies the candidates' records and gathers their codes; false when one is damaged. */
 static bool gather_codes(root_work *w, lookup_part *part, const lookup_head *head, uint32_t dim) {
     const loci_leaf *leaves = lookup_leaves(head, w->root);
@@ -140,11 +151,7 @@ static bool gather_codes(root_work *w, lookup_part *part, const lookup_head *hea
     for (uint32_t l = 0; l < head->root_leaves[w->root]; l++) {
         for (uint32_t left = w->all[l]; left; left &= left - 1, out += dim / 2) {
             uint32_t slot = leaves[l].begin + (uint32_t)__builtin_ctz(left);
-            if (!loci_slot_check_record(part->blob, slot)) {
-                lookup_fault(part, "record of slot", slot);
-                return false;
-            }
-            memcpy(out, loci_slot_record(part->blob, slot), dim / 2);
+            if (!take_code(part, slot, dim, out)) return false;
         }
     }
     part->stats.code_bytes += w->n * loci_record_stride(dim);
@@ -202,6 +209,68 @@ static void score_root(const loci_lookup *lookup, lookup_head *head, const root_
     }
 }
 
+/* Candidates of a single row whose records are on their way: most are in another page, which takes
+ * long to find. */
+#define AHEAD 48u
+
+/* A record on its way to the cache. Inlined: gcc drops calls of what does nothing else. */
+static inline __attribute__((always_inline)) void prefetch_record(const uint8_t *blob,
+                                                                  uint32_t slot) {
+    const uint8_t *record = loci_slot_record(blob, slot);
+    __builtin_prefetch(record);
+    __builtin_prefetch(record + loci_record_stride(loci_pair_header_of(blob)->head_dim) - 1);
+}
+
+/* The slots of the part's candidates, in their order; returns their number. */
+static size_t list_candidates(const lookup_part *part, const lookup_head *head, uint32_t *slots) {
+    size_t n = 0;
+    for (uint32_t r = part->root_base + part->first; r < part->root_base + part->end; r++) {
+        size_t entry = head->entry_begin[r];
+        if (entry == head->entry_begin[r + 1]) continue;
+        const loci_leaf *leaves = lookup_leaves(head, r);
+        const uint32_t *mask = head->candidates + head->mask_at[entry];
+        for (uint64_t kept = head->leaf_mask[entry]; kept; kept &= kept - 1, mask++) {
+            uint32_t begin = leaves[__builtin_ctzll(kept)].begin;
+            for (uint32_t left = *mask; left; left &= left - 1)
+                slots[n++] = begin + (uint32_t)__builtin_ctz(left);
+        }
+    }
+    return n;
+}
+
+/* The scores of all candidates of a part, of one row. */
+static void score_row(const loci_lookup *lookup, lookup_part *part, lookup_head *head,
+                      const loci_folded *folded, const float *mean_terms) {
+    uint8_t packed[LOCI_LEAF_TOKENS_MAX * LOCI_HEAD_DIM_MAX / 2];
+    uint8_t codes[LOCI_LEAF_TOKENS_MAX * LOCI_HEAD_DIM_MAX];
+    float scores[LOCI_LEAF_TOKENS_MAX * LOCI_LANES];
+    uint32_t dim = lookup->dim, group = lookup->group;
+    size_t entry = head->entry_begin[part->root_base + part->first];
+    uint32_t *slots = head->slots + head->token_at[entry] / group;
+    size_t n = list_candidates(part, head, slots), of_entry = 0; /* seen of the entry at hand */
+    for (size_t i = 0; i < n && i < AHEAD; i++) prefetch_record(part->blob, slots[i]);
+    for (size_t i = 0; i < n;) {
+        uint32_t count = n - i < LOCI_LEAF_TOKENS_MAX ? (uint32_t)(n - i) : LOCI_LEAF_TOKENS_MAX;
+        for (uint32_t t = 0; t < count; t++) {
+            if (i + t + AHEAD < n) prefetch_record(part->blob, slots[i + t + AHEAD]);
+            if (!take_code(part, slots[i + t], dim, packed + (size_t)t * dim / 2)) return;
+        }
+        lookup->kernels->unpack(codes, packed, (size_t)count * dim);
+        loci_score_codes_tile(lookup->kernels, folded, mean_terms, codes, count, dim, 0, scores);
+        for (uint32_t t = 0; t < count; t++, of_entry++) {
+            size_t tokens;
+            while (of_entry == (tokens = lookup_candidates(lookup, head, entry))) {
+                entry++;
+                of_entry = 0;
+            }
+            float *out = head->token_score + head->token_at[entry] + of_entry;
+            for (uint32_t j = 0; j < group; j++) out[j * tokens] = scores[t * LOCI_LANES + j];
+        }
+        i += count;
+    }
+    part->stats.code_bytes += n * loci_record_stride(dim);
+}
+
 void lookup_code_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
     lookup_part *part = &lookup->parts[index];
@@ -211,6 +280,10 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
     loci_fold_query(&folded, lookup->folded + thread * lookup->folded_stride,
                     lookup->q + (size_t)part->kv_head * lookup->vectors * lookup->dim,
                     lookup->vectors, lookup->dim, loci_pair_code_scale(part->blob));
+    if (lookup_listed(lookup)) {
+        score_row(lookup, part, head, &folded, mean_terms);
+        return;
+    }
     root_work work[2]; /* one is scored while the records of the other come */
     work[0].part = work[1].part = part;
     uint32_t now = 0;

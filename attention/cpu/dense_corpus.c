@@ -27,7 +27,8 @@
 #define KEPT_MOST ((size_t)64 << 20) /* bytes of weights that are kept */
 #define CHUNK_FEW 512u
 #define CHUNK_MANY 4096u
-#define CHUNK_LISTED 128u /* whose copies fit into the first cache */
+#define CHUNK_LISTED 128u   /* whose copies fit into the first cache */
+#define PREFETCH_LISTED 64u /* ahead: each is in another page, which takes long to find */
 
 typedef struct dense_chunk {
     lookup_part *part;     /* the first of its pair */
@@ -76,7 +77,8 @@ static bool fault(dense_chunk *chunk, const char *what, uint32_t slot) {
     return false;
 }
 
-static void prefetch_kv(const uint8_t *blob, uint32_t slot) {
+/* Inlined, as below: gcc drops calls of what does nothing but prefetch. */
+static inline __attribute__((always_inline)) void prefetch_kv(const uint8_t *blob, uint32_t slot) {
     const uint8_t *row = loci_slot_kv(blob, slot);
     size_t stride = loci_pair_kv_stride(blob);
     for (size_t i = 0; i < stride; i += 64) __builtin_prefetch(row + i);
@@ -104,22 +106,28 @@ static bool check_block(dense_chunk *chunk, uint32_t block, uint32_t first, uint
     return fault(chunk, "hash of the KV block of slot", first);
 }
 
+/* K, V and hash of a listed slot on their way to the cache. */
+static inline __attribute__((always_inline)) void prefetch_listed(const dense_chunk *chunk,
+                                                                  uint32_t i) {
+    if (i >= chunk->live) return;
+    const uint8_t *blob = chunk->part->blob;
+    __builtin_prefetch(loci_slot_kv_hash(blob, chunk->slots[i]));
+    prefetch_kv(blob, chunk->slots[i]);
+}
+
 /* K and V of the listed slots, verified and copied together. */
 static const uint8_t *take_listed(dense_chunk *chunk, uint8_t *gathered) {
     const uint8_t *blob = chunk->part->blob;
     size_t stride = loci_pair_kv_stride(blob);
-    for (uint32_t i = 0; i < chunk->live + PREFETCH_SLOTS; i++) {
-        if (i < chunk->live) {
-            prefetch_kv(blob, chunk->slots[i]);
-            __builtin_prefetch(loci_slot_kv_hash(blob, chunk->slots[i]));
-        }
-        if (i < PREFETCH_SLOTS) continue;
-        uint32_t at = i - PREFETCH_SLOTS, slot = chunk->slots[at];
+    for (uint32_t i = 0; i < PREFETCH_LISTED; i++) prefetch_listed(chunk, i);
+    for (uint32_t i = 0; i < chunk->live; i++) {
+        uint32_t slot = chunk->slots[i];
+        prefetch_listed(chunk, i + PREFETCH_LISTED);
         if (!loci_slot_check_kv(blob, slot)) {
             (void)fault(chunk, "KV of slot", slot);
             return NULL;
         }
-        memcpy(gathered + at * stride, loci_slot_kv(blob, slot), stride);
+        memcpy(gathered + i * stride, loci_slot_kv(blob, slot), stride);
     }
     return gathered;
 }
@@ -280,9 +288,8 @@ static bool cut_chunks(corpus_job *job) {
     return true;
 }
 
-/* What the row selected in the pair, from its entry *at on: into slots, their number returned. */
-static uint32_t list_selected(lookup_part *part, const lookup_head *head, size_t *at,
-                              uint32_t *slots) {
+/* How many the row selected in the pair, from its entry *at on. */
+static uint32_t count_selected(lookup_part *part, const lookup_head *head, size_t *at) {
     uint32_t n = 0, leaf_tokens = 0;
     uint32_t end = part->root_base + loci_pair_header_of(part->blob)->roots;
     for (; *at < head->row_begin[1] && head->row_kept[*at].root < end; (*at)++) {
@@ -290,10 +297,8 @@ static uint32_t list_selected(lookup_part *part, const lookup_head *head, size_t
         const loci_leaf *leaves = lookup_leaves(head, kept->root);
         const uint32_t *mask = head->token_mask + head->mask_at[kept->entry];
         for (uint64_t left = head->leaf_mask[kept->entry]; left; left &= left - 1, mask++) {
-            const loci_leaf *leaf = &leaves[__builtin_ctzll(left)];
-            if (*mask) leaf_tokens += leaf->count;
-            for (uint32_t tokens = *mask; tokens; tokens &= tokens - 1)
-                slots[n++] = leaf->begin + (uint32_t)__builtin_ctz(tokens);
+            n += lookup_count_bits(*mask);
+            leaf_tokens += *mask ? leaves[__builtin_ctzll(left)].count : 0;
         }
     }
     part->stats.kv_leaf_bytes += leaf_tokens * loci_pair_kv_stride(part->blob);
@@ -304,32 +309,26 @@ static uint32_t list_selected(lookup_part *part, const lookup_head *head, size_t
 static bool cut_selected(corpus_job *job) {
     loci_lookup *lookup = job->lookup;
     size_t pairs = (size_t)lookup->corpus->extent_count * lookup->kv_heads, most = pairs;
-    uint32_t **slots = lookup_alloc(lookup, lookup->kv_heads * sizeof *slots);
-    size_t *at = lookup_alloc(lookup, lookup->kv_heads * sizeof *at);
-    if (!slots || !at) return false;
-    memset(at, 0, lookup->kv_heads * sizeof *at);
+    size_t *at = lookup_alloc(lookup, 2 * lookup->kv_heads * sizeof *at);
+    if (!at) return false;
+    size_t *listed = at + lookup->kv_heads; /* of the KV head's list */
+    memset(at, 0, 2 * lookup->kv_heads * sizeof *at);
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];
-        size_t selected = 0;
-        for (size_t i = 0; i < head->mask_at[lookup_entries(head)]; i++)
-            selected += lookup_count_bits(head->token_mask[i]);
-        slots[h] = lookup_alloc(lookup, selected * sizeof *slots[h]);
-        if (!slots[h]) return false;
-        most += selected / CHUNK_LISTED;
+        most += head->token_at[lookup_entries(head)] / lookup->group / CHUNK_LISTED;
     }
     if (!place_chunks(job, pairs, most)) return false;
     for (size_t p = 0; p < pairs; p++) { /* of a KV head, they follow each other as its roots do */
         lookup_part *part = lookup_first_part(lookup, p);
-        uint32_t h = part->kv_head;
-        uint32_t n = list_selected(part, &lookup->heads[h], &at[h], slots[h]);
+        uint32_t h = part->kv_head, n = count_selected(part, &lookup->heads[h], &at[h]);
         job->pair_chunk[p] = job->chunk_count;
         for (uint32_t i = 0; i < n; i += CHUNK_LISTED)
             job->chunks[job->chunk_count++] =
                 (dense_chunk){.part = part,
-                              .slots = slots[h] + i,
+                              .slots = lookup->heads[h].slots + listed[h] + i,
                               .live = n - i < CHUNK_LISTED ? n - i : CHUNK_LISTED,
                               .bad = UINT32_MAX};
-        slots[h] += n;
+        listed[h] += n;
     }
     job->pair_chunk[pairs] = job->chunk_count;
     return true;
@@ -402,16 +401,11 @@ static void attend_whole(loci_stream *stream, corpus_job *job) {
     lookup->attended = true;
 }
 
-/* Whether the selected tokens are those of a single row, and nothing else is attended. */
-static bool takes_list(const loci_lookup *lookup) {
-    return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 &&
-           !lookup->params.estimate_tail;
-}
-
 void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref out,
                             uint32_t out_stride, loci_ref lse) {
     lookup->dense = NULL;
-    bool dense = lookup->mode == LOCI_MODE_DENSE, listed = takes_list(lookup);
+    bool dense = lookup->mode == LOCI_MODE_DENSE;
+    bool listed = lookup_listed(lookup) && !lookup->params.estimate_tail;
     if (!(dense || listed) || !lookup->ready || !lookup->tokens_selected) {
         loci_cpu_attend_sparse(stream, lookup, out, out_stride, lse);
         return;
@@ -455,6 +449,9 @@ static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weight
  * NULL when one is damaged. */
 static const uint16_t *find_segments(dense_chunk *chunk, uint16_t *room) {
     const uint8_t *blob = chunk->part->blob;
+    for (uint32_t i = 0; chunk->slots && i < chunk->live; i++)
+        __builtin_prefetch(loci_slot_record(blob, chunk->slots[i]) +
+                           loci_pair_header_of(blob)->head_dim / 2);
     for (uint32_t i = 0; chunk->slots && i < chunk->live; i++) /* verified by score_codes */
         room[i] = (uint16_t)LOCI_SLOT_SEGMENT(loci_slot_word(blob, chunk->slots[i]));
     if (chunk->slots) return room;

@@ -78,6 +78,8 @@ typedef struct lookup_head {
     uint32_t *token_mask; /* selected tokens of the leaf, a bit each */
     size_t *token_at;     /* [entries + 1] in token_score: [group][candidates] */
     float *token_score;
+    uint32_t *slots;    /* of a single row: of the candidates, in their order; after select, of the
+                           selected ones. Else NULL */
     float *squeezed[2]; /* mode squeezed: mean S of each root, of each leaf */
     size_t leaves;      /* of roots with entries */
 } lookup_head;
@@ -143,6 +145,11 @@ static inline const loci_leaf *lookup_leaves(const lookup_head *head, uint32_t r
 static inline size_t lookup_candidates(const loci_lookup *lookup, const lookup_head *head,
                                        size_t entry) {
     return (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
+}
+
+/* Whether one row is looked up, whose vectors fit into a block: it has lists of slots. */
+static inline bool lookup_listed(const loci_lookup *lookup) {
+    return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 && lookup->blocks == 1;
 }
 
 static inline size_t lookup_entries(const lookup_head *head) {
@@ -228,7 +235,8 @@ void lookup_squeeze(loci_stream *stream, loci_lookup *lookup);
 
 /* Marks elements in descending value, ties by index, until their sum reaches `target` or there are
  * `most`. An element of negative or NaN value is never taken. */
-void lookup_choose(const float *value, size_t n, double target, uint64_t most, uint8_t *taken);
+void lookup_choose(const loci_corpus_kernels *kernels, const float *value, size_t n, double target,
+                   uint64_t most, uint8_t *taken);
 /* The k-th highest of n values, k > 0; -INFINITY if there are not so many above it. */
 float lookup_kth(const loci_corpus_kernels *kernels, const float *value, size_t n, uint64_t k);
 

@@ -110,22 +110,6 @@ static threshold find_threshold(choose_state *s) {
     return (threshold){prefix, count_ties(s, prefix)};
 }
 
-void lookup_choose(const float *value, size_t n, double target, uint64_t most, uint8_t *taken) {
-    choose_state state = {.value = value, .n = n, .target = target, .most = most};
-    threshold t = find_threshold(&state);
-    for (size_t i = 0; i < n; i++) {
-        taken[i] = 0;
-        if (!usable(value[i])) continue;
-        uint32_t bits = bits_of(value[i]);
-        if (bits > t.above) {
-            taken[i] = 1;
-        } else if (bits == t.above && t.ties > 0) {
-            taken[i] = 1;
-            t.ties--;
-        }
-    }
-}
-
 /* Bisects the bits of floats in their order: 32 counts, each of which vectorises, are faster than
  * histograms are. */
 float lookup_kth(const loci_corpus_kernels *kernels, const float *value, size_t n, uint64_t k) {
@@ -139,6 +123,50 @@ float lookup_kth(const loci_corpus_kernels *kernels, const float *value, size_t 
             high = middle - 1;
     }
     return unordered(low);
+}
+
+#define NEARLY 1.0001 /* sums of floats in any order are not further off */
+
+/* Whether `most` of them are taken because their number alone ends the choice: then marks them. */
+static bool choose_by_number(const loci_corpus_kernels *kernels, const float *value, size_t n,
+                             double target, uint64_t most, uint8_t *taken) {
+    if (most == 0 || most >= n) return false;
+    float key = lookup_kth(kernels, value, n, most);
+    if (!usable(key)) return false;
+    float part[LOCI_LANES] = {0}, mass = 0.0f;
+    size_t whole = n / LOCI_LANES * LOCI_LANES;
+    for (size_t i = 0; i < whole; i += LOCI_LANES)
+        for (size_t l = 0; l < LOCI_LANES; l++) part[l] += value[i + l] > key ? value[i + l] : 0.0f;
+    for (size_t i = whole; i < n; i++) part[i - whole] += value[i] > key ? value[i] : 0.0f;
+    for (size_t l = 0; l < LOCI_LANES; l++) mass += part[l];
+    uint64_t ties = most - kernels->count_from(value, n, nextafterf(key, INFINITY));
+    double all = (double)mass + (double)ties * (double)key;
+    if (!(all * NEARLY < target)) return false; /* where it is close, sums in order decide */
+    for (size_t i = 0; i < n; i++) taken[i] = value[i] > key;
+    for (size_t i = 0; ties > 0; i++) {
+        if (value[i] != key) continue;
+        taken[i] = 1;
+        ties--;
+    }
+    return true;
+}
+
+void lookup_choose(const loci_corpus_kernels *kernels, const float *value, size_t n, double target,
+                   uint64_t most, uint8_t *taken) {
+    if (choose_by_number(kernels, value, n, target, most, taken)) return;
+    choose_state state = {.value = value, .n = n, .target = target, .most = most};
+    threshold t = find_threshold(&state);
+    for (size_t i = 0; i < n; i++) {
+        taken[i] = 0;
+        if (!usable(value[i])) continue;
+        uint32_t bits = bits_of(value[i]);
+        if (bits > t.above) {
+            taken[i] = 1;
+        } else if (bits == t.above && t.ties > 0) {
+            taken[i] = 1;
+            t.ties--;
+        }
+    }
 }
 
 void lookup_keep_roots_task(void *arg, size_t index, unsigned thread) {
@@ -267,14 +295,19 @@ void lookup_select_task(void *arg, size_t index, unsigned thread) {
     c.steady = lookup->steady + (size_t)h * lookup->vectors + row * lookup->group;
     double target = share_out(lookup, &c) - (1.0 - (double)lookup->params.top_p);
     uint64_t most = lookup->params.budget ? lookup->params.budget : UINT64_MAX;
-    lookup_choose(c.share, c.n, target, most, c.taken);
+    lookup_choose(lookup->kernels, c.share, c.n, target, most, c.taken);
     const uint8_t *taken = c.taken;
+    for (size_t i = 0, n = 0; lookup_listed(lookup) && i < c.n; i++) {
+        head->slots[n] = head->slots[i];
+        n += taken[i];
+    }
     for (; entries.at < entries.end; entries.at++) {
         size_t end = head->mask_at[entries.at->entry + 1];
         for (size_t i = head->mask_at[entries.at->entry]; i < end; i++) {
-            head->token_mask[i] = 0;
+            uint32_t mask = 0; /* without branches: they would be missed half of the time */
             for (uint32_t left = head->candidates[i]; left; left &= left - 1)
-                if (*taken++) head->token_mask[i] |= left & (0u - left);
+                mask |= left & (0u - left) & (0u - *taken++);
+            head->token_mask[i] = mask;
         }
     }
 }
