@@ -553,18 +553,21 @@ static void attribute_flat_task(void *arg, size_t index, unsigned thread) {
     const loci_corpus_view *corpus = lookup->corpus;
     const uint16_t *keys = (const void *)corpus->flat_k[lookup->layer]->data;
     uint32_t dim = lookup->dim;
-    float k[LOCI_HEAD_DIM_MAX], logits[LOCI_LANES], total[LOCI_LANES];
+    float k[TOKENS * LOCI_HEAD_DIM_MAX], logits[TOKENS * LOCI_LANES], total[LOCI_LANES];
     double sum = 0.0;
-    for (uint32_t t = corpus->flat_segment_begin[index]; t < corpus->flat_segment_begin[index + 1];
-         t++) {
+    uint32_t end = corpus->flat_segment_begin[index + 1], n;
+    for (uint32_t t = corpus->flat_segment_begin[index]; t < end; t += n) {
+        n = end - t < TOKENS ? end - t : TOKENS;
         for (uint32_t h = 0; h < lookup->kv_heads; h++) {
-            lookup->kernels->widen(k, keys + ((size_t)t * lookup->kv_heads + h) * dim, dim);
+            for (uint32_t i = 0; i < n; i++)
+                lookup->kernels->widen(k + (size_t)i * dim,
+                                       keys + ((size_t)(t + i) * lookup->kv_heads + h) * dim, dim);
             for (uint32_t b = 0; b < lookup->blocks; b++) {
-                lookup->kernels->dot_f32(logits, k, 1, dim,
+                lookup->kernels->dot_f32(logits, k, n, dim,
                                          lookup->q_lanes + lookup_lane_at(lookup, h, b));
                 lane_totals(job, h, b, total);
-                lane_weights(lookup, logits, 1, total);
-                sum += (double)lookup->kernels->sum(logits, LOCI_LANES);
+                lane_weights(lookup, logits, n, total);
+                sum += (double)lookup->kernels->sum(logits, (size_t)n * LOCI_LANES);
             }
         }
     }
