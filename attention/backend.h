@@ -96,6 +96,10 @@ typedef struct loci_select_params {
      * root of all live tokens; but at least so many. */
     float roots, candidates;
     uint32_t roots_min, candidates_min;
+    /* Of a single row: no more candidates than so many for each head, but for ties; 0 = no limit. A
+     * budget wants a few times as many candidates, where the best leaves may hold far more. The
+     * cuda backend does not heed it. */
+    uint32_t candidates_max;
     bool estimate_tail;          /* add the unread nodes by centroid, size and value mean */
     float squeezed_threshold[2]; /* T of roots and leaves; mode squeezed */
 } loci_select_params;

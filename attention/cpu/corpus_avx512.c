@@ -223,6 +223,21 @@ static uint32_t reaching(const uint16_t *sum, size_t stride, const uint16_t *lea
     return mask;
 }
 
+static size_t take_reaching(float *out, const uint16_t *sum, size_t n, uint16_t least, float offset,
+                            float scale) {
+    const __m256i limit = _mm256_set1_epi16((short)least);
+    size_t taken = 0, i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m256i sums = _mm256_loadu_si256((const void *)(sum + i));
+        __mmask16 reach = _mm256_cmpge_epu16_mask(sums, limit);
+        __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(sums));
+        value = _mm512_add_ps(_mm512_set1_ps(offset), _mm512_mul_ps(_mm512_set1_ps(scale), value));
+        _mm512_storeu_ps(out + taken, _mm512_maskz_compress_ps(reach, value));
+        taken += (size_t)__builtin_popcount(reach);
+    }
+    return taken + body_take_reaching(out + taken, sum + i, n - i, least, offset, scale);
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .sketch_table = sketch_table,
     .sketch_sums = sketch_sums,
@@ -234,6 +249,7 @@ const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .node_scores = body_node_scores,
     .code_scores = body_code_scores,
     .softmax_lanes = body_softmax_lanes,
+    .take_reaching = take_reaching,
     .count_from = body_count_from,
     .exp_sub = body_exp_sub,
     .sum = body_sum,

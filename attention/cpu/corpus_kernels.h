@@ -72,6 +72,10 @@ typedef struct loci_corpus_kernels {
                         uint32_t mask);
     /* For which i < 32 some sum[v * stride + i] is at least least[v], a bit each. */
     uint32_t (*reaching)(const uint16_t *sum, size_t stride, const uint16_t *least, uint32_t count);
+    /* For the n sums that are at least `least`: offset + scale * sum, to out, which has room for n
+     * + 16; returns how many. */
+    size_t (*take_reaching)(float *out, const uint16_t *sum, size_t n, uint16_t least, float offset,
+                            float scale);
     /* How many of n values are at least `least`; NaN is not. */
     size_t (*count_from)(const float *x, size_t n, float least);
     /* out[i] = exp(x[i] - sub); 0 below -87. out may be x. */

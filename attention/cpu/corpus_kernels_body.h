@@ -184,6 +184,16 @@ static inline uint32_t body_reaching(const uint16_t *sum, size_t stride, const u
     return mask;
 }
 
+static inline size_t body_take_reaching(float *out, const uint16_t *sum, size_t n, uint16_t least,
+                                        float offset, float scale) {
+    size_t taken = 0;
+    for (size_t i = 0; i < n; i++) {
+        out[taken] = offset + scale * (float)sum[i];
+        taken += sum[i] >= least;
+    }
+    return taken;
+}
+
 static size_t body_count_from(const float *x, size_t n, float least) {
     size_t sum = 0;
     for (size_t i = 0; i < n;) {

@@ -82,6 +82,7 @@ const loci_corpus_kernels loci_corpus_kernels_portable = {
     .node_scores = body_node_scores,
     .code_scores = body_code_scores,
     .softmax_lanes = body_softmax_lanes,
+    .take_reaching = body_take_reaching,
     .count_from = body_count_from,
     .exp_sub = body_exp_sub,
     .sum = body_sum,

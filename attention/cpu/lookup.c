@@ -409,7 +409,12 @@ static bool keep_sums(loci_lookup *lookup, lookup_head *head) {
             sums += (size_t)head->root_groups[r] * LOCI_SKETCH_GROUP * lookup->group;
         }
     }
-    if (sums * sizeof *head->sum > lookup->cpu->kept_bytes) return true; /* made twice */
+    if (lookup_limited(lookup)) {
+        head->reached = lookup_alloc(lookup, (sums / lookup->group + 16) * sizeof *head->reached);
+        if (!head->reached) return false;
+    } else if (sums * sizeof *head->sum > lookup->cpu->kept_bytes) {
+        return true; /* made twice */
+    }
     head->sum = lookup_alloc(lookup, (sums + LOCI_SKETCH_GROUP) * sizeof *head->sum);
     return head->sum != NULL;
 }

@@ -68,10 +68,11 @@ typedef struct lookup_head {
     uint8_t *leaf_live; /* live tokens of a leaf */
     size_t *score_at;   /* [entries] in leaf_score: [group][leaves of the root] */
     float *leaf_score;
-    float *centre;        /* [entries][group] q.(mean + root) */
-    uint16_t *sum;        /* of sketches, where they are kept between stages; else NULL */
-    size_t *sum_at;       /* [entries] in sum: [group][tokens of the root, in whole groups] */
-    float *floor;         /* [vectors] what a token's sketch must reach to be a candidate */
+    float *centre;  /* [entries][group] q.(mean + root) */
+    uint16_t *sum;  /* of sketches, where they are kept between stages; else NULL */
+    float *reached; /* room for a float for each of these tokens, where their number is limited */
+    size_t *sum_at; /* [entries] in sum: [group][tokens of the root, in whole groups] */
+    float *floor;   /* [vectors] what a token's sketch must reach to be a candidate */
     uint64_t *leaf_mask;  /* [entries] leaves with candidates, a bit each */
     size_t *mask_at;      /* [entries + 1] in the masks: one word a leaf of leaf_mask */
     uint32_t *candidates; /* candidates of the leaf, a bit each */
@@ -152,6 +153,12 @@ static inline bool lookup_listed(const loci_lookup *lookup) {
     return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 && lookup->blocks == 1;
 }
 
+/* Whether there is a limit to its candidates: then sums are kept. */
+static inline bool lookup_limited(const loci_lookup *lookup) {
+    return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 &&
+           lookup->params.candidates_max > 0;
+}
+
 static inline size_t lookup_entries(const lookup_head *head) {
     return head->entry_begin[head->roots];
 }
@@ -220,6 +227,10 @@ void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const
 bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup);
 void lookup_make_tables(const loci_lookup *lookup, const lookup_part *part);
 void lookup_score_sketches(const loci_lookup *lookup, const lookup_part *part, uint32_t root);
+/* What a single row's head has as its floor where no more than candidates_max tokens are to reach
+ * it, but for ties. */
+float lookup_raise_floor(const loci_lookup *lookup, uint32_t kv_head, uint32_t in_group,
+                         float floor);
 /* Marks the tokens of one part that reach a floor of a row. */
 void lookup_candidate_task(void *arg, size_t index, unsigned thread);
 /* codes.c: room for the masks of leaf_mask, then for the scores of the candidates. */

@@ -228,6 +228,7 @@ void lookup_find_floors_task(void *arg, size_t index, unsigned thread) {
         size_t n = gather_leaves(head, entries, g, all);
         float top = fmaxf(lookup->kernels->max(all, n), steady[g]);
         floor[g] = fmaxf(fmaxf(lookup_kth(lookup->kernels, all, n, k), top - reach), -FLT_MAX);
+        if (lookup_limited(lookup)) floor[g] = lookup_raise_floor(lookup, h, g, floor[g]);
     }
     for (; entries.at < entries.end; entries.at++) {
         uint32_t count = head->root_leaves[entries.at->root];

@@ -284,8 +284,27 @@ static void list_tokens(const scene *s, const list *leaves, const double *floor,
     }
 }
 
+/* Of a single row, at most so many tokens reach a head's floor, but for ties. */
+static double limited(const scene *s, const list *leaves, uint32_t j, double floor, uint32_t most) {
+    list tokens = {0};
+    for (size_t i = 0; i < leaves->count; i++) {
+        uint32_t e = leaves->items[i].extent;
+        const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
+        const loci_leaf *leaf = fixture_leaf(blob, leaves->items[i].node, NULL);
+        for (uint32_t slot = leaf->begin; slot < leaf->begin + leaf->count; slot++) {
+            if (!is_live(s->f, s->layer, e, s->h, slot)) continue;
+            item x = {.extent = e, .node = slot};
+            x.s[0] = sketch_estimate(blob, leaves->items[i].root, slot, s->q[j], s->f->dim);
+            push(&tokens, x);
+        }
+    }
+    double raised = fmax(floor, kth(&tokens, 0, most));
+    free(tokens.items);
+    return raised;
+}
+
 static void select_row(const scene *s, const float *steady, const loci_select_params *p,
-                       uint8_t *chosen) {
+                       bool single, uint8_t *chosen) {
     list roots = {0}, leaves = {0}, tokens = {0};
     double floor[16], live, spread;
     list_roots(s, &roots, &live, &spread);
@@ -298,6 +317,8 @@ static void select_row(const scene *s, const float *steady, const loci_select_pa
         double top = fmax(kth(&leaves, j, 1), (double)steady[j]);
         floor[j] = fmax(kth(&leaves, j, count_of(p->candidates, sqrt(live), p->candidates_min)),
                         top - log(live / (1.0 - (double)p->top_p)));
+        if (p->candidates_max && single)
+            floor[j] = limited(s, &leaves, j, floor[j], p->candidates_max);
     }
     take_reaching(&leaves, s->g, floor);
     list_tokens(s, &leaves, floor, &tokens);
@@ -385,7 +406,7 @@ void reference_select(const fixture *f, uint32_t layer, uint32_t rows, const flo
         for (uint32_t row = 0; row < rows; row++) {
             scene s = {.f = f, .layer = layer, .h = h, .g = g};
             for (uint32_t j = 0; j < g; j++) scaled_query(f, q, row, h * g + j, s.q[j]);
-            select_row(&s, steady + (size_t)row * f->q_heads + h * g, params,
+            select_row(&s, steady + (size_t)row * f->q_heads + h * g, params, rows == 1,
                        out + (size_t)row * tokens);
         }
     }

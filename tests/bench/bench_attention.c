@@ -40,7 +40,7 @@ static int usage(void) {
                   "usage: bench_attention [--kv FILE | --tokens N] [--isa NAME] [--threads N]\n"
                   "  [--extent-tokens N] [--rounds N] [--repeat N] [--steps N] [--mode NAME]\n"
                   "  [--top-p X] [--budget N] [--roots X] [--roots-min N]\n"
-                  "  [--candidates X] [--candidates-min N] [--tail 1]\n"
+                  "  [--candidates X] [--candidates-min N] [--candidates-max N] [--tail 1]\n"
                   "  [--then ...: more runs over the same corpus, from the settings so far]\n");
     return 2;
 }
@@ -83,6 +83,8 @@ static bool parse_one(options *o, const char *name, const char *value) {
         p->candidates = (float)number;
     else if (strcmp(name, "--candidates-min") == 0)
         p->candidates_min = whole;
+    else if (strcmp(name, "--candidates-max") == 0)
+        p->candidates_max = whole;
     else if (strcmp(name, "--tail") == 0)
         p->estimate_tail = whole != 0;
     else

@@ -268,6 +268,8 @@ static void parse_set(const char *text, loci_select_params *set) {
             set->candidates = (float)value;
         else if (!strcmp(item, "candidates_min"))
             set->candidates_min = (uint32_t)value;
+        else if (!strcmp(item, "candidates_max"))
+            set->candidates_max = (uint32_t)value;
         else if (!strcmp(item, "dense"))
             set->mode = value != 0 ? LOCI_MODE_DENSE : set->mode;
         else if (!strcmp(item, "estimate_tail"))
