@@ -5,6 +5,7 @@
 #include "services/engine/query.h"
 
 #include <errno.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,8 +14,13 @@
 
 /* What ranking and attribution keep of each segment: its number, scores, masses. */
 #define SEGMENT_BYTES 24u
-/* Reach of other models than the one that the rates were measured on. */
+/* Reach of other models than the one that the rates were measured on. With a budget no more is
+ * wanted than the best `budget` tokens (attention/README.md has the figures). */
 #define STOCK_REACH 3.0f
+#define BUDGET_ROOTS 1.5f          /* of the roots */
+#define BUDGET_CANDIDATES 4.0f     /* by the square root of the corpus, */
+#define BUDGET_LEAVES 0.5f         /* but no more for each token of the budget, */
+#define BUDGET_CANDIDATE_MAX 1.25f /* and no more tokens for each */
 
 static loci_slot *find_free(loci_engine *engine) {
     for (unsigned i = 0; i < engine->slot_count; i++) {
@@ -179,9 +185,18 @@ float loci_query_corpus_scale(const loci_query *query) {
 void loci_query_reach(loci_query *query, bool question) {
     loci_select_reach(&query->params, question ? LOCI_REACH_QUESTION : LOCI_REACH_ANSWER);
     /* The rates were measured on a model whose attention was trained to be narrow. */
-    if (loci_model_config_of(query->engine->model)->attention_scale_tokens == 0) {
-        query->params.roots *= STOCK_REACH;
-        query->params.candidates *= STOCK_REACH;
+    bool stock = loci_model_config_of(query->engine->model)->attention_scale_tokens == 0;
+    loci_select_params *params = &query->params;
+    params->candidates_max = 0;
+    if (stock && params->budget > 0) {
+        float budget = (float)params->budget;
+        float root = sqrtf(fmaxf((float)query->view->tokens, 1.0f));
+        params->roots *= BUDGET_ROOTS;
+        params->candidates = fminf(BUDGET_CANDIDATES, BUDGET_LEAVES * budget / root);
+        params->candidates_max = (uint32_t)fminf(ceilf(BUDGET_CANDIDATE_MAX * budget), 4e9f);
+    } else if (stock) {
+        params->roots *= STOCK_REACH;
+        params->candidates *= STOCK_REACH;
     }
     memcpy(query->params.squeezed_threshold, query->squeezed[question ? 0 : 1],
            sizeof query->params.squeezed_threshold);
