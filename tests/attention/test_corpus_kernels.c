@@ -121,8 +121,35 @@ static void test_sketch_sums(void **state) {
     }
 }
 
+/* Of any number of sums, those that reach, in their order, to the same bits. */
+static void test_take_reaching(void **state) {
+    (void)state;
+    uint64_t rng = 22;
+    loci_cpu_isa best = best_isa();
+    for (int round = 0; round < 200; round++) {
+        enum { N = 150 };
+        uint16_t sum[N];
+        float expected[N], out[N + 16];
+        size_t n = fixture_random(&rng) % N, count = 0;
+        uint16_t least = (uint16_t)(fixture_random(&rng) % 4 * 16000);
+        float offset = fixture_normal(&rng), scale = fixture_uniform(&rng);
+        for (size_t i = 0; i < n; i++) {
+            sum[i] = round % 5 ? (uint16_t)fixture_random(&rng) : least;
+            if (sum[i] < least) continue;
+            float step = scale * (float)sum[i];
+            expected[count++] = offset + step;
+        }
+        for (int isa = 0; isa <= (int)best; isa++) {
+            const loci_corpus_kernels *kernels = loci_corpus_kernels_of((loci_cpu_isa)isa);
+            assert_int_equal(kernels->take_reaching(out, sum, n, least, offset, scale), count);
+            assert_memory_equal(out, expected, count * sizeof *out);
+        }
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_take_reaching),
         cmocka_unit_test(test_sketch_tables),
         cmocka_unit_test(test_sketch_sums),
     };

@@ -200,6 +200,9 @@ class Node(quality.Daemon):
         for kv in self.options.kv:
             self.last("register", kv, path)
         self.tokens, self.documents = count, self.documents + 1
+        for kv in self.options.kv:  # merged, as a corpus at rest is
+            while not self.last("corpus", "show", kv)["merged"]:
+                time.sleep(1)
 
     def rate(self, kv, mode, seed, tokens):
         """Decoded tokens a second of one answer."""
