@@ -68,6 +68,7 @@ static loci_status open_device(loci_cuda *cuda, loci_error *err) {
                          "backend cuda: %s has compute capability %d.%d; 8.0 is the least",
                          device.name, device.major, device.minor);
     cuda->multiprocessors = device.multiProcessorCount;
+    cuda->block_bytes = device.sharedMemPerBlockOptin;
     snprintf(cuda->description, sizeof cuda->description,
              "cuda %.80s (sm_%d%d, %d multiprocessors, %zu MiB, bf16)", device.name, device.major,
              device.minor, device.multiProcessorCount, device.totalGlobalMem >> 20);

@@ -34,6 +34,7 @@ typedef struct loci_cuda {
     cudaStream_t copies;  /* what no stream of a caller waits for */
     float *logs;          /* log n for n <= LOCI_CUDA_LOGS, on the device */
     int multiprocessors;
+    size_t block_bytes; /* most shared memory of a block */
     char description[160];
 } loci_cuda;
 

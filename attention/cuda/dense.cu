@@ -6,78 +6,7 @@
  * on that span alone, and so does a row's result.
  */
 #include "attention/cuda/attend.cuh"
-
-/* A task's place in its span. */
-struct dense_place {
-    loci_cuda_span span;
-    uint32_t kv_head, split, tile, partial;
-};
-
-/* The last span that begins at or before `index`, by one of its counts. */
-static __device__ __forceinline__ uint32_t span_of(const loci_cuda_span *spans, uint32_t count,
-                                                   uint32_t index, bool merge) {
-    uint32_t low = 0, high = count;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        uint32_t first = merge ? spans[middle].first_merge : spans[middle].first_task;
-        if (first <= index)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
-}
-
-static __device__ __forceinline__ dense_place find_task(const loci_cuda_dense &args,
-                                                        uint32_t index) {
-    dense_place p;
-    p.span = args.spans[span_of(args.spans, args.span_count, index, false)];
-    index -= p.span.first_task;
-    p.partial = p.span.first_partial + index;
-    p.tile = index % p.span.tiles;
-    p.split = index / p.span.tiles % p.span.splits;
-    p.kv_head = index / p.span.tiles / p.span.splits;
-    return p;
-}
-
-/* The keys that packed row `row` of a span sees: [first, last), and key 0 of a sink. */
-static __device__ __forceinline__ void visible(const loci_cuda_dense &args,
-                                               const loci_cuda_span &span, uint32_t row,
-                                               uint32_t group, int64_t *first, int64_t *last) {
-    int64_t query = row / group, count = span.kv_count;
-    int64_t position = count - span.q_count + query;
-    int64_t begin = args.window ? position - args.window + 1 : 0;
-    int64_t end = args.causal ? position + 1 : count;
-    *first = *last = 0;
-    if (query >= span.q_count) return;
-    begin = begin < 0 ? 0 : begin > count ? count : begin;
-    *first = begin;
-    *last = end < begin ? begin : end;
-}
-
-/* What a row of the span gets. */
-static __device__ __forceinline__ void put_value(const loci_cuda_dense &args,
-                                                 const loci_cuda_span &span, uint32_t kv_head,
-                                                 uint32_t row, uint32_t channel, float value) {
-    uint32_t group = args.q_heads / args.kv_heads;
-    size_t to = span.q_begin + row / group;
-    uint32_t head = kv_head * group + row % group;
-    args.out[to * args.out_stride + (size_t)head * args.dim + channel] = value;
-}
-
-static __device__ __forceinline__ void put_lse(const loci_cuda_dense &args,
-                                               const loci_cuda_span &span, uint32_t kv_head,
-                                               uint32_t row, float max, float sum) {
-    uint32_t group = args.q_heads / args.kv_heads;
-    size_t to = span.q_begin + row / group;
-    if (args.lse)
-        args.lse[to * args.q_heads + kv_head * group + row % group] =
-            sum == 0.0f ? -INFINITY : max + logf(sum);
-}
-
-static __device__ __forceinline__ float factor_of(float sum) {
-    return sum > 0.0f ? 1.0f / sum : sum;
-}
+#include "attention/cuda/dense.cuh"
 
 template <typename T>
 static __device__ __forceinline__ void load_tile(const attend_memory &m,
@@ -108,19 +37,6 @@ static __device__ __forceinline__ void load_queries(const attend_memory &m,
         m.max[threadIdx.x] = -INFINITY;
         m.sum[threadIdx.x] = 0.0f;
     }
-}
-
-/* The keys that any row of the tile sees, within the task's split. */
-static __device__ __forceinline__ void range_of(const loci_cuda_dense &args, const dense_place &p,
-                                                uint32_t group, uint32_t *begin, uint32_t *end) {
-    int64_t first, last, low = (int64_t)p.split * p.span.chunk, high = low + p.span.chunk;
-    uint32_t row = p.tile * ROWS, rows = p.span.q_count * group;
-    uint32_t top = row + ROWS - 1 < rows ? row + ROWS - 1 : rows - 1;
-    if (high > p.span.kv_count) high = p.span.kv_count;
-    visible(args, p.span, row, group, &first, &last);
-    *begin = (uint32_t)(first > low ? first : low);
-    visible(args, p.span, top, group, &first, &last);
-    *end = (uint32_t)(last < high ? (last > 0 ? last : 0) : high);
 }
 
 template <int DIM, typename T>
@@ -157,9 +73,8 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
         attend_values<DIM>(m, acc);
     }
     __syncthreads();
-    if (p.span.splits > 1) {
-        attend_store<DIM>(m, acc, args.dim,
-                          args.partial + (size_t)p.partial * ROWS * (args.dim + 2));
+    if (p.span.merged) {
+        attend_store<DIM>(m, acc, args.dim, args.partial + (size_t)p.partial * (args.dim + 2));
         return;
     }
     uint32_t rows = p.span.q_count * group;
@@ -181,31 +96,57 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
         put_lse(args, p.span, p.kv_head, row, m.max[threadIdx.x], m.sum[threadIdx.x]);
 }
 
-/* The partial results of one (KV head, tile) of a span with several splits. */
-static __global__ void k_merge_splits(const loci_cuda_dense args) {
-    const loci_cuda_span span =
-        args.spans[span_of(args.spans, args.span_count, blockIdx.x / ROWS, true)];
-    uint32_t index = blockIdx.x / ROWS - span.first_merge, local = blockIdx.x % ROWS;
+#define MERGE_THREADS 128u
+#define MERGE_EACH 4u /* channels of a thread, of 512 */
+
+/* A block for a row of a (KV head, tile) of a span whose partial results are merged: the weights of
+ * a lot of splits stand in shared memory, then a thread adds up its channels. */
+static __global__ void __launch_bounds__(MERGE_THREADS) k_merge_splits(const loci_cuda_dense args) {
+    __shared__ float buffer[WARPS_MAX], weight[MERGE_THREADS];
+    const loci_cuda_span span = args.spans[span_of(args.spans, args.span_count, blockIdx.x, true)];
+    uint32_t index = blockIdx.x - span.first_merge, local = blockIdx.y, t = threadIdx.x;
     uint32_t kv_head = index / span.tiles, tile = index % span.tiles;
-    uint32_t row = tile * ROWS + local, group = args.q_heads / args.kv_heads;
-    if (span.splits < 2 || row >= span.q_count * group) return;
-    size_t stride = (size_t)span.tiles * ROWS * (args.dim + 2);
+    uint32_t row = tile * span.rows + local, group = args.q_heads / args.kv_heads;
+    if (!span.merged || local >= span.rows || row >= span.q_count * group) return;
+    size_t width = args.dim + 2, stride = (size_t)span.tiles * span.rows * width;
     const float *from =
-        args.partial +
-        ((size_t)(span.first_partial + kv_head * span.splits * span.tiles + tile) * ROWS + local) *
-            (args.dim + 2);
-    float max = -INFINITY, sum = 0.0f;
-    for (uint32_t s = 0; s < span.splits; s++) max = fmaxf(max, from[s * stride + args.dim]);
+        args.partial + (span.first_partial +
+                        ((size_t)kv_head * span.splits * span.tiles + tile) * span.rows + local) *
+                           width;
+    float max = -INFINITY, sum = 0.0f, value[MERGE_EACH] = {};
+    for (uint32_t s = t; s < span.splits; s += MERGE_THREADS)
+        max = fmaxf(max, from[s * stride + args.dim]);
+    max = block_max(max, buffer);
     float base = max > -INFINITY ? max : 0.0f;
-    for (uint32_t s = 0; s < span.splits; s++)
-        sum += from[s * stride + args.dim + 1] * expf(from[s * stride + args.dim] - base);
-    for (uint32_t d = threadIdx.x; d < args.dim; d += blockDim.x) {
-        float value = 0.0f;
-        for (uint32_t s = 0; s < span.splits; s++)
-            value += from[s * stride + d] * expf(from[s * stride + args.dim] - base);
-        put_value(args, span, kv_head, row, d, value * factor_of(sum));
+    for (uint32_t first = 0; first < span.splits; first += MERGE_THREADS) {
+        uint32_t left = span.splits - first, count = left < MERGE_THREADS ? left : MERGE_THREADS;
+        const float *lot = from + first * stride;
+        float own = t < count ? expf(lot[t * stride + args.dim] - base) : 0.0f;
+        if (t < count) sum += lot[t * stride + args.dim + 1] * own;
+        __syncthreads();
+        weight[t] = own;
+        __syncthreads();
+#pragma unroll
+        for (uint32_t e = 0; e < MERGE_EACH; e++) {
+            uint32_t d = e * MERGE_THREADS + t;
+            if (d >= args.dim) break;
+#pragma unroll 8
+            for (uint32_t s = 0; s < count; s++) value[e] += lot[s * stride + d] * weight[s];
+        }
     }
-    if (threadIdx.x == 0) put_lse(args, span, kv_head, row, max, sum);
+    sum = block_sum(sum, buffer);
+#pragma unroll
+    for (uint32_t e = 0; e < MERGE_EACH; e++) {
+        uint32_t d = e * MERGE_THREADS + t;
+        if (d < args.dim) put_value(args, span, kv_head, row, d, value[e] * factor_of(sum));
+    }
+    if (t == 0) put_lse(args, span, kv_head, row, max, sum);
+}
+
+extern "C" cudaError_t loci_cuda_k_merge_splits(cudaStream_t stream, const loci_cuda_dense *args) {
+    if (args->merges == 0) return cudaSuccess;
+    k_merge_splits<<<dim3(args->merges, args->merge_rows), MERGE_THREADS, 0, stream>>>(*args);
+    return cudaGetLastError();
 }
 
 template <int DIM, typename T>
@@ -217,9 +158,6 @@ static cudaError_t launch(cudaStream_t stream, const loci_cuda_dense *args) {
         k_attend_dense<DIM, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result != cudaSuccess) return result;
     k_attend_dense<DIM, T><<<args->tasks, ATTEND_THREADS, bytes, stream>>>(*args, wide);
-    result = cudaGetLastError();
-    if (result != cudaSuccess || args->merges == 0) return result;
-    k_merge_splits<<<args->merges * ROWS, 128, 0, stream>>>(*args);
     return cudaGetLastError();
 }
 

@@ -57,15 +57,16 @@ cudaError_t loci_cuda_k_merge(cudaStream_t stream, float *out_a, uint32_t stride
 
 /* --- dense.cu -------------------------------------------------------------------------- */
 
-#define LOCI_CUDA_ROWS 16u /* packed query rows (query x head of the group) of one tile */
+#define LOCI_CUDA_ROWS 16u      /* packed query rows (query x head of the group) of one tile */
+#define LOCI_CUDA_WIDE_ROWS 64u /* of a tile of many rows, on tensor cores */
 
-/* A span and how it is cut: tiles of LOCI_CUDA_ROWS packed rows, runs of `chunk` keys. Its tasks
- * are numbered from first_task on, [kv_head][split][tile]; a span with several splits leaves one
- * partial result a task, numbered from first_partial on, and one merge a (kv_head, tile). */
+/* A span and how it is cut: tiles of `rows` packed rows, runs of `chunk` keys. Its tasks are
+ * numbered from first_task on, [kv_head][split][tile]; a span that is merged leaves one partial
+ * result a task, in rows of partial from first_partial on, and has one merge a (kv_head, tile). */
 typedef struct loci_cuda_span {
     uint32_t q_begin, q_count, kv_begin, kv_count;
-    uint32_t tiles, splits, chunk;
-    uint32_t first_task, first_partial, first_merge;
+    uint32_t rows, tiles, splits, chunk;
+    uint32_t first_task, first_partial, first_merge, merged;
 } loci_cuda_span;
 
 typedef struct loci_cuda_dense {
@@ -79,10 +80,20 @@ typedef struct loci_cuda_dense {
     uint32_t window;
     const loci_cuda_span *spans; /* on the device */
     uint32_t span_count, tasks, merges;
-    float *partial; /* [partials][LOCI_CUDA_ROWS][dim + 2]: sums, maximum, sum of exponentials */
+    uint32_t partials, merge_rows; /* rows of partial; the most of a tile that is merged */
+    float *partial;                /* [partials][dim + 2]: sums, maximum, sum of exponentials */
 } loci_cuda_dense;
 
+/* Spans in tiles of LOCI_CUDA_ROWS, in f32. */
 cudaError_t loci_cuda_k_attend_dense(cudaStream_t stream, const loci_cuda_dense *args);
+/* dense_tiles.cu: on tensor cores, tiles of LOCI_CUDA_ROWS (all merged) or LOCI_CUDA_WIDE_ROWS. K
+ * and V are bf16, dim is a multiple of 16 up to 256, K and V rows begin at multiples of 16 bytes.
+ * exact: to about 2^-17, else queries and weights are rounded to bf16. */
+cudaError_t loci_cuda_k_attend_tiles(cudaStream_t stream, const loci_cuda_dense *args, bool exact);
+/* Shared memory of a block. */
+size_t loci_cuda_k_tile_bytes(uint32_t dim, bool exact);
+/* Merges what either left. */
+cudaError_t loci_cuda_k_merge_splits(cudaStream_t stream, const loci_cuda_dense *args);
 
 /* --- pairs ----------------------------------------------------------------------------- */
 

@@ -9,11 +9,11 @@
 #include "attention/cuda/cuda.h"
 
 #define HEAD_DIM_MAX 512u
-/* Tasks that a span is worth at least, where its keys suffice: about four blocks on each
- * multiprocessor of a large device; a constant, so that results do not depend on the device. */
-#define SPAN_TASKS 512u
+/* Tasks that a span is worth at least, where its keys suffice: four blocks on each multiprocessor
+ * of a large device; a constant, so that results do not depend on the device. */
+#define SPAN_TASKS 528u
 #define SPLIT_KEYS 512u /* least keys of a split: its partial result is then 3% of their bytes */
-#define KEYS_UNIT 32u   /* of a tile in attend.cuh */
+#define KEYS_UNIT 64u   /* of a tile */
 
 static void *strided(loci_stream *stream, loci_ref ref, size_t rows, size_t stride, size_t width,
                      size_t size) {
@@ -92,55 +92,120 @@ void loci_cuda_merge(loci_stream *stream, loci_ref out_a, uint32_t stride_a, loc
 
 /* --- dense attention ------------------------------------------------------------------- */
 
-/* How a span is cut; by nothing but its own counts. */
-static loci_cuda_span cut_span(const loci_attend_span *s, uint32_t group, uint32_t kv_heads) {
+/* How a span is computed: in f32, or on tensor cores to about 2^-17 or with factors rounded. */
+enum { PATH_PLAIN, PATH_EXACT, PATH_ROUNDED, PATHS };
+
+/* By the call's types and the span's own counts. tensor: shapes suit tensor cores. */
+static int path_of(const loci_attend_dense *args, const loci_attend_span *span, bool tensor) {
+    bool exact = args->precision != LOCI_BF16 || span->q_count <= LOCI_ATTEND_EXACT_QUERIES;
+    if (!tensor || (args->kv_dtype == LOCI_F32 && exact)) return PATH_PLAIN;
+    return exact ? PATH_EXACT : PATH_ROUNDED;
+}
+
+/* How a span is cut; by nothing but its own counts and path. */
+static loci_cuda_span cut_span(const loci_attend_span *s, uint32_t group, uint32_t kv_heads,
+                               int path) {
+    uint64_t rows = (uint64_t)s->q_count * group;
     loci_cuda_span span = {.q_begin = s->q_begin,
                            .q_count = s->q_count,
                            .kv_begin = s->kv_begin,
                            .kv_count = s->kv_count,
+                           .rows = LOCI_CUDA_ROWS,
                            .splits = 1,
                            .chunk = UINT32_MAX / KEYS_UNIT * KEYS_UNIT};
-    span.tiles = (uint32_t)(((uint64_t)s->q_count * group + LOCI_CUDA_ROWS - 1) / LOCI_CUDA_ROWS);
-    uint32_t tasks = span.tiles * kv_heads, most = s->kv_count / SPLIT_KEYS;
-    if (tasks == 0 || most < 2) return span;
-    uint32_t wanted = (SPAN_TASKS + tasks - 1) / tasks;
+    if (path != PATH_PLAIN && rows > LOCI_CUDA_ROWS) span.rows = LOCI_CUDA_WIDE_ROWS;
+    span.tiles = (uint32_t)((rows + span.rows - 1) / span.rows);
+    uint32_t tasks = span.tiles * kv_heads, most = s->kv_count / SPLIT_KEYS, wanted = 1;
+    if (tasks > 0 && most >= 2) wanted = (SPAN_TASKS + tasks - 1) / tasks;
     if (wanted > most) wanted = most;
-    if (wanted < 2) return span;
-    uint32_t chunk = (s->kv_count + wanted - 1) / wanted;
-    span.chunk = (chunk + KEYS_UNIT - 1) / KEYS_UNIT * KEYS_UNIT;
-    span.splits = (s->kv_count + span.chunk - 1) / span.chunk;
+    if (wanted >= 2) {
+        uint32_t chunk = (s->kv_count + wanted - 1) / wanted;
+        span.chunk = (chunk + KEYS_UNIT - 1) / KEYS_UNIT * KEYS_UNIT;
+        span.splits = (s->kv_count + span.chunk - 1) / span.chunk;
+    }
+    span.merged = span.splits > 1 || (path != PATH_PLAIN && span.rows == LOCI_CUDA_ROWS);
     return span;
 }
 
-/* Cuts all spans, and puts them and room for partial results into the stream's scratch. */
-static bool cut_spans(loci_stream *stream, const loci_attend_dense *args, loci_cuda_dense *out) {
+/* Appends a span to those of a path. */
+static void add_span(loci_cuda_dense *path, loci_cuda_span *spans, loci_cuda_span span) {
+    uint32_t tasks = span.tiles * path->kv_heads * span.splits;
+    span.first_task = path->tasks;
+    span.first_partial = path->partials;
+    span.first_merge = path->merges;
+    path->tasks += tasks;
+    if (span.merged) {
+        path->partials += tasks * span.rows;
+        path->merges += span.tiles * path->kv_heads;
+        if (span.rows > path->merge_rows) path->merge_rows = span.rows;
+    }
+    spans[path->span_count++] = span;
+}
+
+/* K and V of f32 as bf16 rows of their own for the path that rounds them. */
+static bool round_keys(loci_stream *stream, loci_cuda_dense *path, size_t keys, uint8_t *to) {
+    uint32_t width = path->kv_heads * path->dim;
+    uint16_t *k = (void *)to, *v = k + keys * width;
+    if (!loci_cuda_ok(stream,
+                      loci_cuda_k_to_bf16(stream->stream, k, width, path->k, path->kv_stride,
+                                          (uint32_t)keys, width, width),
+                      "attend_dense") ||
+        !loci_cuda_ok(stream,
+                      loci_cuda_k_to_bf16(stream->stream, v, width, path->v, path->kv_stride,
+                                          (uint32_t)keys, width, width),
+                      "attend_dense"))
+        return false;
+    path->k = k;
+    path->v = v;
+    path->kv_stride = width;
+    return true;
+}
+
+/* Cuts all spans, path by path, and puts them and room for partial results, and for rounded K and
+ * V, into the stream's scratch. */
+static bool cut_spans(loci_stream *stream, const loci_attend_dense *args, size_t keys, bool tensor,
+                      loci_cuda_dense *paths) {
     loci_cuda_span *spans = malloc(args->span_count * sizeof *spans);
     if (!spans) {
         loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for %u spans", args->span_count);
         return false;
     }
-    uint32_t partials = 0, group = args->q_heads / args->kv_heads;
-    for (uint32_t i = 0; i < args->span_count; i++) {
-        loci_cuda_span span = cut_span(&args->spans[i], group, args->kv_heads);
-        span.first_task = out->tasks;
-        span.first_partial = partials;
-        span.first_merge = out->merges;
-        uint32_t tasks = span.tiles * args->kv_heads * span.splits;
-        out->tasks += tasks;
-        if (span.splits > 1) {
-            partials += tasks;
-            out->merges += span.tiles * args->kv_heads;
-        }
-        spans[i] = span;
+    uint32_t count = 0, group = args->q_heads / args->kv_heads;
+    size_t partials = 0, row = (args->head_dim + 2) * sizeof(float);
+    for (int path = 0; path < PATHS; path++) {
+        for (uint32_t i = 0; i < args->span_count; i++)
+            if (path_of(args, &args->spans[i], tensor) == path)
+                add_span(&paths[path], spans + count,
+                         cut_span(&args->spans[i], group, args->kv_heads, path));
+        count += paths[path].span_count;
+        partials += paths[path].partials;
     }
+    bool round = args->kv_dtype == LOCI_F32 && paths[PATH_ROUNDED].span_count > 0;
     size_t spans_bytes = (args->span_count * sizeof *spans + 255) / 256 * 256;
-    size_t partial = (size_t)LOCI_CUDA_ROWS * (args->head_dim + 2) * sizeof(float);
-    uint8_t *scratch = loci_cuda_scratch(stream, spans_bytes + partials * partial);
+    size_t partial_bytes = (partials * row + 255) / 256 * 256;
+    size_t keys_bytes = round ? 2 * keys * args->kv_heads * args->head_dim * sizeof(uint16_t) : 0;
+    uint8_t *scratch = loci_cuda_scratch(stream, spans_bytes + partial_bytes + keys_bytes);
     bool ok = scratch && loci_cuda_send(stream, scratch, spans, args->span_count * sizeof *spans);
     free(spans);
-    out->spans = (const void *)scratch;
-    out->partial = ok ? (float *)(void *)(scratch + spans_bytes) : NULL;
-    return ok;
+    if (!ok) return false;
+    const loci_cuda_span *next = (const void *)scratch;
+    float *partial = (float *)(void *)(scratch + spans_bytes);
+    for (int path = 0; path < PATHS; path++) {
+        paths[path].spans = next;
+        paths[path].partial = partial;
+        next += paths[path].span_count;
+        partial += paths[path].partials * (size_t)(args->head_dim + 2);
+    }
+    return !round ||
+           round_keys(stream, &paths[PATH_ROUNDED], keys, scratch + spans_bytes + partial_bytes);
+}
+
+/* Whether K and V can be read by tensor-core kernels, f32 ones after rounding. */
+static bool suits_tensor_cores(const loci_cuda *cuda, const loci_cuda_dense *dense) {
+    if (dense->dim % 16 != 0 || dense->dim > 256) return false;
+    if (loci_cuda_k_tile_bytes(dense->dim, true) > cuda->block_bytes) return false;
+    uintptr_t at = (uintptr_t)dense->k | (uintptr_t)dense->v;
+    return !dense->kv_bf16 || (dense->kv_stride % 8 == 0 && at % 16 == 0);
 }
 
 void loci_cuda_attend_dense(loci_stream *stream, const loci_attend_dense *args) {
@@ -174,14 +239,20 @@ void loci_cuda_attend_dense(loci_stream *stream, const loci_attend_dense *args) 
         .scale = args->scale,
         .bias = args->first_key_is_sink ? args->first_key_bias : 0.0f,
         .window = args->window,
-        .span_count = args->span_count,
     };
     if (args->lse.buffer)
         dense.lse = loci_cuda_ptr(stream, args->lse, rows * args->q_heads * sizeof(float));
     if (!dense.q || !dense.k || !dense.v || !dense.out) return;
-    if (cut_spans(stream, args, &dense))
-        (void)loci_cuda_ok(stream, loci_cuda_k_attend_dense(stream->stream, &dense),
-                           "attend_dense");
+    loci_cuda_dense paths[PATHS] = {dense, dense, dense};
+    if (!cut_spans(stream, args, keys, suits_tensor_cores(stream->cuda, &dense), paths)) return;
+    for (int path = 0; path < PATHS; path++) {
+        const loci_cuda_dense *p = &paths[path];
+        cudaError_t result = path == PATH_PLAIN
+                                 ? loci_cuda_k_attend_dense(stream->stream, p)
+                                 : loci_cuda_k_attend_tiles(stream->stream, p, path == PATH_EXACT);
+        if (result == cudaSuccess) result = loci_cuda_k_merge_splits(stream->stream, p);
+        if (!loci_cuda_ok(stream, result, "attend_dense")) return;
+    }
 }
 
 /* --- sampling -------------------------------------------------------------------------- */

@@ -13,8 +13,8 @@
  * which gives f32 results to about 2^-17.
  */
 #include "attention/cuda/attend.cuh"
+#include "attention/cuda/attend_mma.cuh"
 #include "attention/cuda/look.cuh"
-#include "attention/cuda/mma.cuh"
 
 #define WORDS_MAX (LOCI_CUDA_CHUNK_MAX / 32)
 
@@ -78,16 +78,12 @@ static __device__ __forceinline__ bool selected(const loci_cuda_look &look, cons
 
 /* --- attention ------------------------------------------------------------------------- */
 
-#define RUN 16u /* keys of a step */
-#define SPARSE_WARPS 4u
-#define SPARSE_THREADS (32 * SPARSE_WARPS)
-/* Of a row in shared memory: no two of eight rows share a bank. */
-#define WIDTH_OF(DIM) ((DIM) + 8)
+#define SPARSE_THREADS (32 * TILE_WARPS)
 
 /* Shared memory: queries, rounded and the rest, then for each warp two stages of K and V rows;
  * results of the warps take the place of the stages. */
 template <int DIM> static __host__ __device__ constexpr uint32_t sparse_halves(void) {
-    return (2 + 4 * SPARSE_WARPS) * RUN * WIDTH_OF(DIM);
+    return (2 + 4 * TILE_WARPS) * RUN * WIDTH_OF(DIM);
 }
 
 template <int DIM>
@@ -127,134 +123,12 @@ static __device__ __forceinline__ void gather(uint32_t begin, uint32_t count, ui
     close_group();
 }
 
-/* What a warp has so far: of rows lane / 4 and lane / 4 + 8 the maximum, this lane's part of the
- * sum of exponentials, and sums of values. */
-template <int DIM> struct warp_state { float max[2], sum[2], out[DIM / 8][4]; };
-
-/* Logits of 16 rows with the run in k. */
-template <int DIM>
-static __device__ __forceinline__ void run_logits(const uint16_t *q, const uint16_t *k,
-                                                  uint32_t dim, float (&logit)[2][4]) {
-    uint32_t lane = threadIdx.x % 32;
-    const uint16_t *q_row = q + lane % 16 * WIDTH_OF(DIM) + lane / 16 * 8;
-    const uint16_t *k_row = k + (lane / 16 * 8 + lane % 8) * WIDTH_OF(DIM) + lane / 8 % 2 * 8;
-#pragma unroll
-    for (uint32_t d = 0; d < DIM; d += 16) {
-        if (d >= dim) break;
-        uint32_t high[4], rest[4], keys[4];
-        load_matrices(high, q_row + d);
-        load_matrices(rest, q_row + ROWS * WIDTH_OF(DIM) + d);
-        load_matrices(keys, k_row + d);
-        multiply(logit[0], high, keys[0], keys[1]);
-        multiply(logit[1], high, keys[2], keys[3]);
-        multiply(logit[0], rest, keys[0], keys[1]);
-        multiply(logit[1], rest, keys[2], keys[3]);
-    }
-}
-
-/* Logits become weights; what stands so far shrinks where a maximum has grown. */
-template <int DIM>
-static __device__ __forceinline__ void run_softmax(warp_state<DIM> &s, float (&logit)[2][4]) {
-    float keep[2];
-#pragma unroll
-    for (uint32_t half = 0; half < 2; half++) {
-        float top = fmaxf(fmaxf(logit[0][2 * half], logit[0][2 * half + 1]),
-                          fmaxf(logit[1][2 * half], logit[1][2 * half + 1]));
-        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
-        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
-        top = fmaxf(top, s.max[half]);
-        float base = top > -INFINITY ? top : 0.0f;
-        keep[half] = expf(s.max[half] - base);
-        s.sum[half] *= keep[half];
-        s.max[half] = top;
-#pragma unroll
-        for (uint32_t n = 0; n < 2; n++)
-#pragma unroll
-            for (uint32_t e = 2 * half; e < 2 * half + 2; e++) {
-                logit[n][e] = expf(logit[n][e] - base);
-                s.sum[half] += logit[n][e];
-            }
-    }
-    if (!__any_sync(FULL_WARP, keep[0] != 1.0f || keep[1] != 1.0f)) return;
-#pragma unroll
-    for (uint32_t n = 0; n < DIM / 8; n++)
-#pragma unroll
-        for (uint32_t e = 0; e < 4; e++) s.out[n][e] *= keep[e / 2];
-}
-
-template <int DIM>
-static __device__ __forceinline__ void run_values(warp_state<DIM> &s, const uint16_t *v,
-                                                  uint32_t dim, const float (&weight)[2][4]) {
-    uint32_t lane = threadIdx.x % 32, high[4], rest[4];
-#pragma unroll
-    for (uint32_t i = 0; i < 4; i++)
-        high[i] = split_pair(weight[i / 2][i % 2 * 2], weight[i / 2][i % 2 * 2 + 1], &rest[i]);
-    const uint16_t *v_row = v + lane % 16 * WIDTH_OF(DIM) + lane / 16 * 8;
-#pragma unroll
-    for (uint32_t d = 0; d < DIM; d += 16) {
-        if (d >= dim) break;
-        uint32_t values[4];
-        load_transposed(values, v_row + d);
-        multiply(s.out[d / 8], high, values[0], values[1]);
-        multiply(s.out[d / 8 + 1], high, values[2], values[3]);
-        multiply(s.out[d / 8], rest, values[0], values[1]);
-        multiply(s.out[d / 8 + 1], rest, values[2], values[3]);
-    }
-}
-
-/* The states of all warps, in their order, become one partial result of the first `rows` rows.
- * memory: floats for each warp [ROWS][DIM + 4]. */
-template <int DIM>
-static __device__ void merge_warps(warp_state<DIM> &s, uint32_t dim, uint32_t rows, float *memory,
-                                   float *partial) {
-    __shared__ float factor[SPARSE_WARPS][ROWS];
-    const uint32_t width = DIM + 4;
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float *own = memory + warp * ROWS * width;
-#pragma unroll
-    for (uint32_t half = 0; half < 2; half++) {
-        float *row = own + (lane / 4 + 8 * half) * width, sum = s.sum[half];
-        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-        sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-#pragma unroll
-        for (uint32_t n = 0; n < DIM / 8; n++) {
-            row[n * 8 + lane % 4 * 2] = s.out[n][2 * half];
-            row[n * 8 + lane % 4 * 2 + 1] = s.out[n][2 * half + 1];
-        }
-        if (lane % 4 == 0) {
-            row[DIM] = s.max[half];
-            row[DIM + 1] = sum;
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < ROWS) {
-        float max = -INFINITY, sum = 0.0f;
-        const float *row = memory + threadIdx.x * width;
-        for (uint32_t i = 0; i < SPARSE_WARPS; i++) max = fmaxf(max, row[i * ROWS * width + DIM]);
-        float base = max > -INFINITY ? max : 0.0f;
-        for (uint32_t i = 0; i < SPARSE_WARPS; i++) {
-            factor[i][threadIdx.x] = expf(row[i * ROWS * width + DIM] - base);
-            sum += row[i * ROWS * width + DIM + 1] * factor[i][threadIdx.x];
-        }
-        partial[(size_t)threadIdx.x * (dim + 2) + dim] = max;
-        partial[(size_t)threadIdx.x * (dim + 2) + dim + 1] = sum;
-    }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < (rows < ROWS ? rows : ROWS) * dim; i += SPARSE_THREADS) {
-        uint32_t row = i / dim, d = i % dim;
-        float value = 0.0f;
-        for (uint32_t j = 0; j < SPARSE_WARPS; j++)
-            value += memory[(j * ROWS + row) * width + d] * factor[j][row];
-        partial[(size_t)row * (dim + 2) + d] = value;
-    }
-}
-
 /* Keys 0 to `count` through all warps. sees(row, i): whether vector `row` of the tile has key i. */
 template <int DIM, typename ROW_OF, typename SEES>
 static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uint16_t *q,
                                                    uint16_t *own, uint32_t count, uint32_t dim,
                                                    ROW_OF row_of, SEES sees) {
-    const uint32_t stage = 2 * RUN * WIDTH_OF(DIM), step = SPARSE_WARPS * RUN;
+    const uint32_t stage = 2 * RUN * WIDTH_OF(DIM), step = TILE_WARPS * RUN;
     uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * RUN, turn = 0;
     gather<DIM>(first, count, dim, own, row_of);
     for (uint32_t begin = first; begin < count; begin += step, turn ^= 1) {
@@ -263,15 +137,15 @@ static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uin
         __syncwarp();
         const uint16_t *k = own + turn * stage;
         float logit[2][4] = {};
-        run_logits<DIM>(q, k, dim, logit);
+        run_logits<DIM, 1, true>(q, ROWS, k, dim, logit);
 #pragma unroll
         for (uint32_t i = 0; i < 8; i++) {
             uint32_t key = begin + i / 4 * 8 + lane % 4 * 2 + i % 2;
             if (key >= count || !sees(lane / 4 + i / 2 % 2 * 8, key))
                 logit[i / 4][i % 4] = -INFINITY;
         }
-        run_softmax<DIM>(s, logit);
-        run_values<DIM>(s, k + RUN * WIDTH_OF(DIM), dim, logit);
+        run_softmax<DIM, 1, false>(s, logit);
+        run_values<DIM, 1, true>(s, k + RUN * WIDTH_OF(DIM), dim, logit);
         __syncwarp(); /* all lanes have read the stage that is filled next */
     }
     wait_groups<0>();

@@ -3,18 +3,18 @@
  * One layer's attention of a decoding step on the GPU: hierarchical look-ups, dense
  * mode, and dense attention over plain K and V. One JSON line each.
  *
- *   bench_cuda_attention [--layers N] [--steps N] [--heads Q KV DIM] [--reach ROOTS CANDIDATES
- * TOP_P]... TOKENS
+ *   bench_cuda_attention [--layers N] [--steps N] [--rows N] [--heads Q KV DIM]
+ *                        [--reach ROOTS CANDIDATES TOP_P]... TOKENS
  *
  * Keys are the generator's (topics around a common offset); queries look for one planted key each.
  * Every layer has device copies of its own, a step takes the next layer and fresh queries, and
  * memory larger than the cache is written between two steps, so that nothing is read from the L2.
- * --reach adds a row of look-ups with other rates than the defaults.
- * ms: median over steps, from begin to the output, by events on the stream; stages: means of begin,
- * score_nodes, score_codes, select, attend_sparse over steps of their own, since an event between
- * two kernels keeps them apart; host_ms: until the stream has all of it. error:
- * relative L2 error of the output against dense mode's, mean over steps and heads; recall: the
- * share of the attention mass that was read. bytes: what must be read, by the look-up's figures.
+ * --rows: query tokens of a step. --reach adds a row of look-ups with other rates than the
+ * defaults. ms: median over steps, from begin to the output, by events on the stream; stages: means
+ * of begin, score_nodes, score_codes, select, attend_sparse over steps of their own, since an event
+ * between two kernels keeps them apart; host_ms: until the stream has all of it. error: relative L2
+ * error of the output against dense mode's, mean over steps and heads; recall: the share of the
+ * attention mass that was read. bytes: what must be read, by the look-up's figures.
  */
 #include <math.h>
 #include <pthread.h>
@@ -39,7 +39,7 @@ typedef struct reach {
 } reach;
 
 typedef struct options {
-    uint32_t layers, steps, q_heads, kv_heads, dim, tokens, reaches;
+    uint32_t layers, steps, rows, q_heads, kv_heads, dim, tokens, reaches;
     reach reach[REACHES_MAX];
 } options;
 
@@ -147,7 +147,7 @@ typedef struct place {
 
 static place place_of(const bench *b) {
     place p;
-    p.heads = b->o.q_heads * sizeof(float);
+    p.heads = (size_t)b->o.rows * b->o.q_heads * sizeof(float);
     p.values = p.heads * b->o.dim;
     p.q = loci_ref_at(b->memory, 0);
     p.out = loci_ref_at(b->memory, p.values);
@@ -158,8 +158,8 @@ static place place_of(const bench *b) {
 
 static void draw_queries(const bench *b, uint64_t tokens, uint64_t *rng, float *q) {
     uint32_t group = b->o.q_heads / b->o.kv_heads, dim = b->o.dim;
-    for (uint32_t h = 0; h < b->o.q_heads; h++) {
-        const uint16_t *key = b->f.k[h / group] + fixture_random(rng) % tokens * dim;
+    for (uint32_t h = 0; h < b->o.rows * b->o.q_heads; h++) {
+        const uint16_t *key = b->f.k[h % b->o.q_heads / group] + fixture_random(rng) % tokens * dim;
         for (uint32_t i = 0; i < dim; i++)
             q[(size_t)h * dim + i] = 1.2f * loci_bf16_to_f32(key[i]) + 0.5f * fixture_normal(rng);
     }
@@ -188,8 +188,8 @@ static void look_up(bench *b, loci_lookup *lookup, const loci_corpus_view *view,
     flush_cache(b);
     (void)cudaEventRecord(b->begin, stream->stream);
     uint64_t start = loci_now_ns();
-    ops->lookup_begin(stream, lookup, view, 0, p.q, b->o.q_heads * b->o.dim, 1, b->o.q_heads,
-                      1.0f / sqrtf((float)b->o.dim), p.steady, params);
+    ops->lookup_begin(stream, lookup, view, 0, p.q, b->o.q_heads * b->o.dim, b->o.rows,
+                      b->o.q_heads, 1.0f / sqrtf((float)b->o.dim), p.steady, params);
     if (staged) (void)cudaEventRecord(b->stage[0], stream->stream);
     ops->score_nodes(stream, lookup);
     if (staged) (void)cudaEventRecord(b->stage[1], stream->stream);
@@ -229,7 +229,8 @@ typedef struct tally {
 } tally;
 
 static void compare(const bench *b, const result *sparse, const result *dense, tally *t) {
-    for (uint32_t h = 0; h < b->o.q_heads; h++) {
+    uint32_t heads = b->o.rows * b->o.q_heads, sets = b->o.rows * b->o.kv_heads;
+    for (uint32_t h = 0; h < heads; h++) {
         double off = 0.0, norm = 0.0;
         for (uint32_t i = 0; i < b->o.dim; i++) {
             double x = (double)sparse->out[h * b->o.dim + i];
@@ -237,12 +238,12 @@ static void compare(const bench *b, const result *sparse, const result *dense, t
             off += (x - y) * (x - y);
             norm += y * y;
         }
-        t->error += norm > 0.0 ? sqrt(off / norm) / b->o.q_heads : 0.0;
-        t->recall += exp((double)sparse->lse[h] - (double)dense->lse[h]) / b->o.q_heads;
+        t->error += norm > 0.0 ? sqrt(off / norm) / heads : 0.0;
+        t->recall += exp((double)sparse->lse[h] - (double)dense->lse[h]) / heads;
     }
     t->bytes += (double)bytes_of(&sparse->stats);
-    t->selected += (double)sparse->stats.selected_tokens / b->o.kv_heads;
-    t->candidates += (double)sparse->stats.candidate_tokens / b->o.kv_heads;
+    t->selected += (double)sparse->stats.selected_tokens / sets;
+    t->candidates += (double)sparse->stats.candidate_tokens / sets;
 }
 
 static void print_line(const bench *b, const char *mode, const loci_select_params *params, tally *t,
@@ -252,12 +253,12 @@ static void print_line(const bench *b, const char *mode, const loci_select_param
     double ms = (double)t->ms[t->steps / 2], n = t->steps, bytes = t->bytes / n;
     double staged = t->staged ? t->staged : 1.0;
     printf("{\"bench\":\"cuda_attention\",\"mode\":\"%s\",\"tokens\":%llu,\"q_heads\":%u,"
-           "\"kv_heads\":%u,\"dim\":%u,\"rows\":1,\"layers\":%u,\"steps\":%u,\"ms\":%.4f,"
+           "\"kv_heads\":%u,\"dim\":%u,\"rows\":%u,\"layers\":%u,\"steps\":%u,\"ms\":%.4f,"
            "\"ms_p90\":%.4f,\"host_ms\":%.4f,\"bytes\":%.0f,\"gbps\":%.1f,\"of_copy\":%.3f,"
            "\"error\":%.5f,\"recall\":%.5f,\"selected_head\":%.0f,\"candidates_head\":%.0f,"
            "\"reach\":[%g,%g,%g],\"stages\":[%.4f,%.4f,%.4f,%.4f,%.4f]}\n",
            mode, (unsigned long long)b->f.view.tokens, b->o.q_heads, b->o.kv_heads, b->o.dim,
-           b->o.layers, t->steps, ms, (double)t->ms[t->steps * 9 / 10],
+           b->o.rows, b->o.layers, t->steps, ms, (double)t->ms[t->steps * 9 / 10],
            (double)t->host_ms[t->steps / 2], bytes, bytes / ms / 1e6, bytes / ms / 1e6 / gbps,
            t->error / n, t->recall / n, t->selected / n, t->candidates / n, (double)params->roots,
            (double)params->candidates, (double)params->top_p, t->stage_ms[0] / staged,
@@ -268,8 +269,9 @@ static void print_line(const bench *b, const char *mode, const loci_select_param
 
 static result new_result(const bench *b) {
     result r = {0};
-    r.out = need(calloc((size_t)b->o.q_heads * b->o.dim, sizeof(float)));
-    r.lse = need(calloc(b->o.q_heads, sizeof(float)));
+    size_t heads = (size_t)b->o.rows * b->o.q_heads;
+    r.out = need(calloc(heads * b->o.dim, sizeof(float)));
+    r.lse = need(calloc(heads, sizeof(float)));
     return r;
 }
 
@@ -283,9 +285,10 @@ static void run_mode(bench *b, const char *mode, const loci_select_params *param
     tally t = {.ms = need(calloc(steps, sizeof(float))),
                .host_ms = need(calloc(steps, sizeof(float)))};
     result sparse = new_result(b), dense = new_result(b);
-    float *q = need(calloc((size_t)b->o.q_heads * b->o.dim, sizeof *q));
-    float *steady = need(calloc(b->o.q_heads, sizeof *steady));
-    for (uint32_t h = 0; h < b->o.q_heads; h++) steady[h] = 4.0f;
+    size_t heads = (size_t)b->o.rows * b->o.q_heads;
+    float *q = need(calloc(heads * b->o.dim, sizeof *q));
+    float *steady = need(calloc(heads, sizeof *steady));
+    for (size_t h = 0; h < heads; h++) steady[h] = 4.0f;
     must(b, ops->lookup_create(b->f.backend, &lookup, &b->err));
     must(b, ops->lookup_create(b->f.backend, &whole, &b->err));
     loci_corpus_view view = {0};
@@ -346,7 +349,7 @@ static void run_plain(bench *b, double gbps) {
     const loci_backend_ops *ops = b->f.backend->ops;
     size_t width = (size_t)b->o.kv_heads * b->o.dim, bytes = tokens * width * sizeof(uint16_t);
     place p = place_of(b);
-    loci_attend_span span = {0, 1, 0, tokens};
+    loci_attend_span span = {0, b->o.rows, 0, tokens};
     loci_buffer **kv = need(calloc(2 * b->o.layers, sizeof(loci_buffer *)));
     tally t = {.ms = need(calloc(b->o.steps, sizeof(float))),
                .host_ms = need(calloc(b->o.steps, sizeof(float)))};
@@ -374,6 +377,7 @@ static void run_plain(bench *b, double gbps) {
                                   .kv_heads = b->o.kv_heads,
                                   .head_dim = b->o.dim,
                                   .kv_dtype = LOCI_BF16,
+                                  .precision = LOCI_BF16,
                                   .scale = 1.0f / sqrtf((float)b->o.dim),
                                   .spans = &span,
                                   .span_count = 1};
@@ -408,6 +412,7 @@ static bool parse(options *o, int argc, char **argv) {
         }
         if (strcmp(argv[i], "--layers") == 0) to[0] = &o->layers;
         if (strcmp(argv[i], "--steps") == 0) to[0] = &o->steps;
+        if (strcmp(argv[i], "--rows") == 0) to[0] = &o->rows;
         if (strcmp(argv[i], "--heads") == 0) {
             to[0] = &o->q_heads;
             to[1] = &o->kv_heads;
@@ -423,7 +428,7 @@ static bool parse(options *o, int argc, char **argv) {
             *to[n] = (uint32_t)strtoul(argv[i], NULL, 10);
         }
     }
-    return o->tokens > 0 && o->layers > 0 && o->steps > 0 && o->kv_heads > 0 &&
+    return o->tokens > 0 && o->layers > 0 && o->steps > 0 && o->rows > 0 && o->kv_heads > 0 &&
            o->q_heads % o->kv_heads == 0 && o->dim % 16 == 0 && o->dim > 0;
 }
 
@@ -454,9 +459,10 @@ static void build(bench *b) {
 }
 
 int main(int argc, char **argv) {
-    bench b = {.o = {.layers = 8, .steps = 40, .q_heads = 28, .kv_heads = 4, .dim = 128}};
+    bench b = {
+        .o = {.layers = 8, .steps = 40, .rows = 1, .q_heads = 28, .kv_heads = 4, .dim = 128}};
     if (!parse(&b.o, argc, argv)) {
-        (void)fprintf(stderr, "usage: bench_cuda_attention [--layers N] [--steps N] "
+        (void)fprintf(stderr, "usage: bench_cuda_attention [--layers N] [--steps N] [--rows N] "
                               "[--heads Q KV DIM] [--reach ROOTS CANDIDATES TOP_P]... TOKENS\n");
         return 2;
     }
@@ -465,7 +471,8 @@ int main(int argc, char **argv) {
     const loci_backend_ops *ops = b.f.backend->ops;
     b.flush_bytes = (size_t)1 << 30;
     must(&b, ops->alloc(b.f.backend, b.flush_bytes, &b.flush, &b.err));
-    must(&b, ops->alloc(b.f.backend, (size_t)b.o.q_heads * (b.o.dim + 1) * 8, &b.memory, &b.err));
+    must(&b, ops->alloc(b.f.backend, (size_t)b.o.rows * b.o.q_heads * (b.o.dim + 1) * 8, &b.memory,
+                        &b.err));
     must(&b, loci_cuda_try(cudaEventCreate(&b.begin), "event", &b.err));
     must(&b, loci_cuda_try(cudaEventCreate(&b.end), "event", &b.err));
     for (int i = 0; i < STAGES; i++)

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Dense attention of one decoding step by PyTorch, beside bench_cuda_attention: one JSON line for each
+"""Dense attention by PyTorch, beside bench_cuda_attention and bench_cuda_prefill: one JSON line for each
 number of tokens, q_heads / kv_heads / dim in bf16, layers in turn, a written-over cache between steps.
 Every fused kernel that takes grouped heads is tried; the fastest is named.
 
-usage: dense_torch.py [--layers N] [--steps N] [--heads Q KV DIM] TOKENS...
+usage: dense_torch.py [--layers N] [--steps N] [--rows N] [--heads Q KV DIM] TOKENS...
+       dense_torch.py --prefill SEGMENTS [--steps N] [--heads Q KV DIM] TOKENS...
+
+--rows: query tokens, which see all keys. --prefill: so many segments of TOKENS, causal.
 """
 import argparse
 import json
@@ -33,44 +36,71 @@ def median_ms(run, layers, steps, flush):
     return statistics.median(times[3:])
 
 
+def fastest(calls, layers, steps, flush):
+    """Milliseconds of each kernel that runs, calls by name over all backends."""
+    found = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+                    SDPBackend.EFFICIENT_ATTENTION):
+        for name, call in calls.items():
+            try:
+                with sdpa_kernel(backend):
+                    found[f"{backend.name.lower()} {name}"] = median_ms(call, layers, steps, flush)
+            except RuntimeError:
+                continue
+    return found
+
+
+def report(found, **fields):
+    best = min(found, key=found.get)
+    print(json.dumps({"bench": "torch_sdpa", "torch": torch.__version__, **fields, "kernel": best,
+                      "ms": round(found[best], 4),
+                      "all_ms": {k: round(v, 4) for k, v in found.items()}}), flush=True)
+
+
+def decode(options, tokens, flush):
+    q_heads, kv_heads, dim = options.heads
+    rows, group = options.rows, q_heads // kv_heads
+    q = torch.randn(1, q_heads, rows, dim, dtype=torch.bfloat16, device="cuda")
+    kv = [[torch.randn(1, kv_heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
+           for _ in range(2)] for _ in range(options.layers)]
+    # One row a query head, or the heads of a group as the rows of their KV head.
+    packed = q.view(1, kv_heads, group * rows, dim)
+    found = fastest(
+        {"gqa": lambda i: scaled_dot_product_attention(q, *kv[i], enable_gqa=True),
+         "rows": lambda i: scaled_dot_product_attention(packed, *kv[i])},
+        options.layers, options.steps, flush)
+    report(found, tokens=tokens, rows=rows, q_heads=q_heads, kv_heads=kv_heads, dim=dim,
+           bytes=4 * kv_heads * tokens * dim)
+
+
+def prefill(options, tokens, flush):
+    q_heads, kv_heads, dim = options.heads
+    shape = (options.prefill, q_heads, tokens, dim)
+    q = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    k, v = (torch.randn(options.prefill, kv_heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
+            for _ in range(2))
+    found = fastest({"gqa": lambda i: scaled_dot_product_attention(q, k, v, is_causal=True,
+                                                                   enable_gqa=True)},
+                    1, options.steps, flush)
+    report(found, prefill=options.prefill, tokens=tokens, q_heads=q_heads, kv_heads=kv_heads, dim=dim,
+           flop=2 * options.prefill * q_heads * tokens * tokens * dim)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--prefill", type=int, default=0)
     parser.add_argument("--heads", type=int, nargs=3, default=[28, 4, 128])
     parser.add_argument("tokens", type=int, nargs="+")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("dense_torch.py: skipped: no GPU")
         sys.exit(77)
-    q_heads, kv_heads, dim = options.heads
     flush = torch.empty(1 << 28, dtype=torch.int32, device="cuda")
     for tokens in options.tokens:
-        q = torch.randn(1, q_heads, 1, dim, dtype=torch.bfloat16, device="cuda")
-        kv = [[torch.randn(1, kv_heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
-               for _ in range(2)] for _ in range(options.layers)]
-        # One row a query head, or the heads of a group as the rows of their KV head.
-        rows = q.view(1, kv_heads, q_heads // kv_heads, dim)
-        found = {}
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION,
-                        SDPBackend.EFFICIENT_ATTENTION):
-            for name, query, grouped in (("gqa", q, True), ("rows", rows, False)):
-                try:
-                    with sdpa_kernel(backend):
-                        found[f"{backend.name.lower()} {name}"] = median_ms(
-                            lambda i: scaled_dot_product_attention(query, *kv[i],
-                                                                   enable_gqa=grouped),
-                            options.layers, options.steps, flush)
-                except RuntimeError:
-                    continue
-        best = min(found, key=found.get)
-        bytes_read = 4 * kv_heads * tokens * dim
-        print(json.dumps({"bench": "torch_sdpa", "torch": torch.__version__, "tokens": tokens,
-                          "q_heads": q_heads, "kv_heads": kv_heads, "dim": dim, "kernel": best,
-                          "ms": round(found[best], 4), "bytes": bytes_read,
-                          "gbps": round(bytes_read / found[best] / 1e6, 1),
-                          "all_ms": {k: round(v, 4) for k, v in found.items()}}), flush=True)
-        del kv
+        (prefill if options.prefill else decode)(options, tokens, flush)
 
 
 if __name__ == "__main__":
