@@ -148,7 +148,7 @@ extern "C" cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci
     if (look->extents == 0) return cudaSuccess;
     uint32_t rows = look->kv_heads * look->rows;
     cudaError_t result = launch_behind(stream, k_shares, dim3(SPREAD, rows), 256,
-                                       2 * look->group * sizeof(float), *look, *choice);
+                                       (look->group + 1) / 2 * sizeof(float4), *look, *choice);
     if (result != cudaSuccess) return result;
     return launch_behind(stream, k_cut, rows, RADIX_THREADS, sizeof(radix_memory), *look, *choice);
 }
