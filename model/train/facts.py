@@ -126,9 +126,9 @@ VOWELS = "a a a e e e i i i o o o u u u ai au ea ee ie oo ou y".split()
 ENDINGS = "n l r s t m d x k rk st nd ng sk lt rn th ck mp ss ria nix tor".split()
 INVENTIONS = {"word": 60, "name": 8, "two words": 6, "code": 12, "hex": 8, "number": 6}
 NEAR_SETS = [2, 2, 3, 4, 5, 6, 12, 30]  # keys of a set: near misses, made-up keys
-NEAR_ASKED = 6  # questions about a set, at most
+NEAR_ASKED = 8  # questions about a set, at most
 INVENTED_SETS = [1, 1, 2, 2, 3, 4, 4, 6, 6, 8, 12, 20, 40, 60]
-INVENTED_ASKED = 10
+INVENTED_ASKED = 16
 ENTITY_KINDS = [0, 0, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
@@ -318,12 +318,13 @@ class FactMaker:
             value = values.text(values.draw(rng)) if values else self.value(rng, kind)
             wording = rng.choice(STATEMENTS) if mixed else template
             out.append(self.fact(rng, wording, attribute, key, value, ask=i in asked))
-        if rng.random() < 0.3:
-            for _ in range(rng.choice([1, 2])):
-                kind, other = self.attribute(rng)
-                if other != attribute:
-                    out.append(self.fact(rng, rng.choice(STATEMENTS), other, keys[0],
-                                         self.value(rng, kind)))
+        if rng.random() < 0.5:  # other attributes of the same keys, at times one word apart
+            near = rng.random() < 0.6
+            noun = rng.choice(self.low) + " " + attribute.split(" ")[-1]
+            other_kind, other = (kind, noun) if near else self.attribute(rng)
+            wording = template if near else rng.choice(STATEMENTS)
+            for key in keys[:rng.choice([1, 2, 3])] if other != attribute else []:
+                out.append(self.fact(rng, wording, other, key, self.value(rng, other_kind)))
         rng.shuffle(out)
         return out
 

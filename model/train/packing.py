@@ -24,6 +24,7 @@ import numpy as np
 import questions as q
 from corpus import (ANSWER, DOC, EOS, EVIDENCE, NONE, PASSAGE_TOKENS_MAX, QUESTION, LexicalIndex)
 from facts import FactMaker
+from wordings import NaturalFacts
 
 ANSWER_TYPES = ["none", "question", "cloze", "recurring", "fact", "read_question", "read_other",
                 "continuation", "refusal", "generated", "read_generated", "generation"]
@@ -96,6 +97,8 @@ class Packer:
         self.index = LexicalIndex(self.questions)
         self.facts = FactMaker(words, self.mix["invented_keys"])
         self.replacer = q.AnswerReplacer(self.questions.questions, words["names"])
+        self.natural = NaturalFacts(self.questions, [i for _, i in self.written], self.replacer,
+                                    self.facts)
         settings = config["sources"]
         names = [n for n in sources if n != "questions"]
         self.text_draw = ([*names, "questions"],
@@ -148,7 +151,8 @@ class Packer:
         rng.shuffle(places)
         while at < len(places):
             together = rng.random() < 0.15  # the whole set in one passage
-            for statement, pairs in self.facts.make(rng):
+            natural = rng.random() < self.mix["natural_facts"]
+            for statement, pairs in (self.natural if natural else self.facts).make(rng):
                 if at >= len(places):
                     break
                 passage = passages[places[at]]

@@ -7,11 +7,13 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+import types
 import unittest
 
 import numpy as np
@@ -29,8 +31,9 @@ from network import (EMBEDDING, FINAL_NORM, ModelConfig, Network, initial_parame
 from optimizer import Optimizer
 from packing import (ANSWER_TYPES, ANSWERING_ROWS, PackWriter, Segment, attention_scale,
                      generation_prompt, places_of)
-from questions import without_sentences
+from questions import AnswerReplacer, without_sentences
 from train import to_device
+from wordings import NaturalFacts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOKENIZER = os.path.join(HERE, "../default/tokenizer.json")
@@ -278,6 +281,38 @@ class DataTest(unittest.TestCase):
             for text, _, answer in asked:
                 self.assertIn(answer.lower(), text.lower(), f"seed {seed}")
         self.assertGreater(max(sizes), 30)
+
+    def natural_facts(self):
+        """NaturalFacts over one passage with one question whose key is Kelvar, answer 1204 barrels."""
+        corpus = types.SimpleNamespace(
+            questions=[[["How many barrels did the brewery of Kelvar sell?", "1204"]]],
+            text=lambda index: "It rained. Within a year the brewery at Kelvar had sold 1204 barrels.")
+        facts = FactMaker({"low": ["river", "stone", "quiet"], "names": ["Ada", "Boole", "Curie"]})
+        return NaturalFacts(corpus, [0], AnswerReplacer(corpus.questions, facts.names), facts)
+
+    def test_written_sentences_are_about_other_keys(self):
+        rng, natural, keys = random.Random(1), self.natural_facts(), set()
+        for _ in range(20):
+            for statement, [(question, answer)] in natural.rewritten(rng):
+                found = re.fullmatch(r"Within a year the brewery at (.+) had sold (\d+) barrels\.",
+                                     statement)
+                self.assertEqual(found.group(2), answer)
+                self.assertIn(found.group(1).lower(), question.lower())
+                self.assertNotIn("Kelvar", question)
+                keys.add(found.group(1))
+        self.assertGreater(len(keys), 20)
+
+    def test_the_grammar_says_what_is_asked(self):
+        rng, natural = random.Random(2), self.natural_facts()
+        for line in natural.grammar:
+            keys = natural.keys(rng, 4)
+            made = natural.worded(rng, line, keys)
+            self.assertEqual(len({statement for statement, _ in made}), len(keys))
+            for key, (statement, [(question, answer)]) in zip(keys, made):
+                self.assertIn(answer.lower(), statement.lower())
+                self.assertIn(key.lower(), statement.lower())
+                self.assertIn(key.lower(), question.lower())
+                self.assertNotRegex(statement + question, "[{}|=]")
 
     def test_evaluation_keys_are_near_misses(self):
         options = type("Options", (), {"trials": 50})()
