@@ -24,7 +24,7 @@
 
 static const struct {
     double choice_rank, share_rank, lead, words, least;
-} rule = {.choice_rank = 0.2, .share_rank = 0.1, .lead = 0.042, .words = 6.5, .least = 0.6};
+} rule = {.choice_rank = 0.2, .share_rank = 0.1, .lead = 0.06, .words = 8.2, .least = 1.28};
 
 double loci_reading_score(const loci_reading *reading) {
     return reading->logprob + rule.choice_rank * reading->rank;

@@ -153,6 +153,7 @@ def main():
     parser.add_argument("--refused", type=float, nargs="*", default=[0.05, 0.065, 0.08],
                         help="shares of the answerable questions to be refused")
     parser.add_argument("--seed", type=int, default=5, help="quality.py's")
+    parser.add_argument("--questions", help="a file of questions instead of qa_valid's")
     options = parser.parse_args()
     if options.keep and os.path.exists(options.keep):
         with open(options.keep, encoding="utf-8") as file:

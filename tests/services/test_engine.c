@@ -253,6 +253,7 @@ static void test_readings_decide(void **state) {
         "What is the deadline for semester A proposals?",
         "Which company insures the North Telescope?",
         "Who composed the anthem of the observatory?",
+        "What is the shoe size of the director?",
         "How long is the tunnel between Tarn Lodge and the summit?",
     };
     uint32_t other = 0, silent = 0;
