@@ -418,6 +418,12 @@ static long kv_place(fixture *f, const char *corpus, char path[512]) {
     return place;
 }
 
+/* Until the others of so many extents of "a" are merged around the damaged one, or `end`. */
+static void wait_merged_around(fixture *f, uint64_t extents, uint64_t end) {
+    while (info_of(f, "a").extents > extents / 2 + 1 && loci_now_ns() < end) loci_sleep_ms(2);
+    assert_in_range(info_of(f, "a").extents, 2, extents / 2 + 1);
+}
+
 static void test_damage_is_named_and_replaces_nothing(void **state) {
     fixture *f = *state;
     loci_error err;
@@ -440,8 +446,7 @@ static void test_damage_is_named_and_replaces_nothing(void **state) {
     put_text(f, "a", "n", 1, 60);
     wait_searchable(f, "a");
     /* The others are merged around the first, and the failure is told until it is none. */
-    while (info_of(f, "a").extents > extents / 2 + 1 && loci_now_ns() < end) loci_sleep_ms(2);
-    assert_in_range(info_of(f, "a").extents, 2, extents / 2 + 1);
+    wait_merged_around(f, extents, end);
     assert_ok(loci_ingest_progress_of(f->ingest, "a", &progress, &err));
     assert_int_equal(progress.merge_failure.status, LOCI_E_CORRUPT);
     assert_false(info_of(f, "a").merged);
@@ -466,8 +471,7 @@ static void test_damage_of_what_is_rewritten(void **state) {
     f->options.merge_calm_ms = 20;
     fixture_start(f);
     uint64_t end = loci_now_ns() + 10000000000ull;
-    while (info_of(f, "a").extents > extents / 2 + 1 && loci_now_ns() < end) loci_sleep_ms(2);
-    assert_in_range(info_of(f, "a").extents, 2, extents / 2 + 1);
+    wait_merged_around(f, extents, end);
 }
 
 static void test_the_index_is_made_anew(void **state) {
