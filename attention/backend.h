@@ -142,7 +142,7 @@ typedef struct loci_sample_params {
 } loci_sample_params;
 
 typedef struct loci_backend_options {
-    unsigned threads; /* 0 = one per CPU */
+    unsigned threads; /* 0 = one per usable CPU */
     const char *isa;  /* NULL = best; "portable", "avx2", "avx512" for tests */
 } loci_backend_options;
 

@@ -10,9 +10,10 @@
 #include "base/pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #include "base/clock.h"
 
@@ -100,11 +101,27 @@ static void *worker_main(void *arg) {
     }
 }
 
+unsigned loci_pool_quota(const char *path) {
+    unsigned long long quota, period;
+    FILE *file = fopen(path, "r");
+    if (!file) return 0;
+    int found = fscanf(file, "%llu %llu", &quota, &period);
+    fclose(file);
+    if (found != 2 || quota == 0 || period == 0) return 0;
+    unsigned long long cpus = (quota - 1) / period + 1;
+    return cpus < CPU_SETSIZE ? (unsigned)cpus : 0;
+}
+
+/* Threads that spin for CPUs which they do not get are slower than fewer. */
+static unsigned usable_cpus(void) {
+    cpu_set_t set;
+    unsigned cpus = sched_getaffinity(0, sizeof set, &set) == 0 ? (unsigned)CPU_COUNT(&set) : 1;
+    unsigned quota = loci_pool_quota("/sys/fs/cgroup/cpu.max");
+    return quota != 0 && quota < cpus ? quota : cpus;
+}
+
 loci_status loci_pool_create(unsigned threads, loci_pool **out, loci_error *err) {
-    if (threads == 0) {
-        long online = sysconf(_SC_NPROCESSORS_ONLN);
-        threads = online > 0 ? (unsigned)online : 1;
-    }
+    if (threads == 0) threads = usable_cpus();
     loci_pool *pool = calloc(1, sizeof *pool);
     if (!pool) return loci_fail(err, LOCI_E_NOMEM, "no memory for a thread pool");
     pthread_mutex_init(&pool->run_lock, NULL);

@@ -19,10 +19,15 @@ typedef struct loci_pool loci_pool;
 /* thread is in [0, loci_pool_threads): an index for per-thread scratch. */
 typedef void (*loci_pool_fn)(void *arg, size_t index, unsigned thread);
 
-/* threads counts the caller; 0 = one per online CPU. */
+/* threads counts the caller; 0 = one for each CPU that the calling thread may run on (taskset,
+ * cpusets), or as many as the cgroup's quota of processor time is worth where that is fewer. */
 loci_status loci_pool_create(unsigned threads, loci_pool **out, loci_error *err);
 void loci_pool_destroy(loci_pool *pool); /* NULL is allowed */
 unsigned loci_pool_threads(const loci_pool *pool);
 void loci_pool_run(loci_pool *pool, size_t count, loci_pool_fn fn, void *arg);
+
+/* CPUs' worth of a cgroup v2 file cpu.max ("quota period" in microseconds), rounded up; 0 = no
+ * limit, or no such file. */
+unsigned loci_pool_quota(const char *path);
 
 #endif

@@ -29,7 +29,7 @@ typedef struct loci_engine_options {
     const char *precision;  /* "auto" (bf16 where the backend has it), "f32", "bf16" */
     uint64_t memory_bytes;  /* the budget; 0 = half of RAM */
     uint64_t calls_bytes;   /* of it for messages of running calls */
-    unsigned threads;       /* 0 = one per CPU */
+    unsigned threads;       /* 0 = one per usable CPU */
     unsigned queries_max;   /* 0 = 2, or 1 where memory is short */
     unsigned queries_waiting_max; /* 0 = 64 */
     /* Weight of the lexical score in ranking, in percent of the tuned one (rank.c): 0 = 100; below

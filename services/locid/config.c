@@ -56,7 +56,7 @@ static const setting settings[SETTINGS] = {
     {"engine", "memory", "memory", KIND_SIZE, AT(memory_bytes), 1u << 20, INT64_MAX, NULL,
      "BYTES", "memory budget, with suffix K, M or G (default: half of RAM)"},
     {"engine", "threads", "threads", KIND_U64, AT(threads), 0, 1024, "0", "N",
-     "threads of the backend; 0 = one per CPU (default 0)"},
+     "threads of the backend; 0 = one per usable CPU (default 0)"},
     {"engine", "queries", "queries", KIND_U64, AT(queries), 0, 64, "0", "N",
      "questions answered at the same time; 0 = 2, or 1 where memory is short (default 0)"},
     {"engine", "lexical", "lexical", KIND_U64, AT(lexical_percent), 0, 1000, "100", "PERCENT",

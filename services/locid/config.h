@@ -25,7 +25,7 @@ typedef struct loci_config {
     char backend[64];
     char precision[16];
     uint64_t memory_bytes;    /* 0 = half of RAM */
-    uint64_t threads;         /* 0 = one per CPU */
+    uint64_t threads;         /* 0 = one per usable CPU */
     uint64_t queries;         /* questions at a time */
     uint64_t lexical_percent; /* weight of words in ranking */
     uint64_t workers;         /* threads for calls */

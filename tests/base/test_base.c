@@ -2,11 +2,15 @@
  *
  * Buffers and readers, errors, the thread pool, cancellation.
  */
+#include <sched.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -126,6 +130,52 @@ static void test_pool_runs_each_index_once(void **state) {
     loci_pool_destroy(NULL);
 }
 
+static void test_pool_keeps_to_its_cpus(void **state) {
+    (void)state;
+    cpu_set_t before, one;
+    assert_int_equal(sched_getaffinity(0, sizeof before, &before), 0);
+    size_t cpu = 0;
+    while (!CPU_ISSET(cpu, &before)) cpu++;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    assert_int_equal(sched_setaffinity(0, sizeof one, &one), 0);
+    loci_pool *pool;
+    loci_error err = {0};
+    assert_int_equal(loci_pool_create(0, &pool, &err), LOCI_OK);
+    assert_int_equal(loci_pool_threads(pool), 1);
+    loci_pool_destroy(pool);
+    assert_int_equal(sched_setaffinity(0, sizeof before, &before), 0);
+}
+
+static void test_pool_quota(void **state) {
+    (void)state;
+    static const struct {
+        const char *text;
+        unsigned cpus;
+    } cases[] = {{"200000 100000\n", 2},
+                 {"150000 100000\n", 2},
+                 {"1000 100000\n", 1},
+                 {"max 100000\n", 0},
+                 {"100000 0\n", 0},
+                 {"0 100000\n", 0},
+                 {"100000\n", 0},
+                 {"", 0},
+                 {"99999999999999999999 1\n", 0}};
+    char path[] = "/tmp/loci-quota-XXXXXX";
+    int fd = mkstemp(path);
+    assert_true(fd >= 0);
+    close(fd);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        FILE *file = fopen(path, "w");
+        assert_non_null(file);
+        fputs(cases[i].text, file);
+        fclose(file);
+        assert_int_equal(loci_pool_quota(path), cases[i].cpus);
+    }
+    unlink(path);
+    assert_int_equal(loci_pool_quota(path), 0);
+}
+
 static void test_cancel(void **state) {
     (void)state;
     loci_cancel cancel;
@@ -147,6 +197,8 @@ int main(void) {
         cmocka_unit_test(test_error_text_and_prefix),
         cmocka_unit_test(test_status_maps),
         cmocka_unit_test(test_pool_runs_each_index_once),
+        cmocka_unit_test(test_pool_keeps_to_its_cpus),
+        cmocka_unit_test(test_pool_quota),
         cmocka_unit_test(test_cancel),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
