@@ -97,8 +97,7 @@ typedef struct loci_select_params {
     float roots, candidates;
     uint32_t roots_min, candidates_min;
     /* Of a single row: no more candidates than so many for each head, but for ties; 0 = no limit. A
-     * budget wants a few times as many candidates, where the best leaves may hold far more. The
-     * cuda backend does not heed it. */
+     * budget wants a few times as many candidates, where the best leaves may hold far more. */
     uint32_t candidates_max;
     bool estimate_tail;          /* add the unread nodes by centroid, size and value mean */
     float squeezed_threshold[2]; /* T of roots and leaves; mode squeezed */
@@ -150,6 +149,8 @@ typedef struct loci_backend loci_backend;
 
 typedef struct loci_backend_ops {
     const char *name;
+    bool on_device; /* buffers, weights, streams and look-ups are in memory of a device, not of the
+                       process */
     loci_status (*open)(const loci_backend_options *options, loci_backend *self, loci_error *err);
     void (*close)(loci_backend *self);
     /* One line for logs and figures: "cpu avx512_bf16, 2 threads". */

@@ -40,6 +40,8 @@ bool loci_cuda_ok(loci_stream *stream, cudaError_t result, const char *what) {
 
 /* --- open ------------------------------------------------------------------------------ */
 
+#define ROOM_BYTES ((uint64_t)2 << 30)
+
 static loci_status no_device(cudaError_t result, loci_error *err) {
     int driver = 0;
     (void)cudaGetLastError();
@@ -69,6 +71,7 @@ static loci_status open_device(loci_cuda *cuda, loci_error *err) {
                          device.name, device.major, device.minor);
     cuda->multiprocessors = device.multiProcessorCount;
     cuda->block_bytes = device.sharedMemPerBlockOptin;
+    cuda->room_bytes = ROOM_BYTES;
     snprintf(cuda->description, sizeof cuda->description,
              "cuda %.80s (sm_%d%d, %d multiprocessors, %zu MiB, bf16)", device.name, device.major,
              device.minor, device.multiProcessorCount, device.totalGlobalMem >> 20);
@@ -376,6 +379,7 @@ void *loci_cuda_scratch(loci_stream *stream, size_t bytes) {
 
 const loci_backend_ops loci_backend_cuda = {
     .name = "cuda",
+    .on_device = true,
     .open = cuda_open,
     .close = cuda_close,
     .describe = cuda_describe,

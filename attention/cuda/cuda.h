@@ -34,7 +34,9 @@ typedef struct loci_cuda {
     cudaStream_t copies;  /* what no stream of a caller waits for */
     float *logs;          /* log n for n <= LOCI_CUDA_LOGS, on the device */
     int multiprocessors;
-    size_t block_bytes; /* most shared memory of a block */
+    size_t block_bytes;  /* most shared memory of a block */
+    uint64_t room_bytes; /* most that a look-up reserves of one kind before it knows how much it
+                            needs; tests lower it */
     char description[160];
 } loci_cuda;
 

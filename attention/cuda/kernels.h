@@ -306,15 +306,20 @@ typedef struct loci_cuda_choice {
     uint4 *sums;          /* [hr][lots][words * 32]: sums of entries of the tokens of kept roots;
                              NULL where that were too much: they are added up again */
     float *floor;         /* [kv_heads][vectors] */
-    uint32_t *candidates; /* a mask (zeroed) */
-    uint32_t *run_count;  /* [hr][runs]: candidates of the run (zeroed) */
-    uint32_t *rank;       /* [hr][words]: candidates before the word */
-    uint32_t *count;      /* [hr] (zeroed) */
-    uint64_t room;        /* of one row in the next three */
-    uint32_t *slots;      /* [hr][room]: place in the mask of each candidate, ascending */
-    float *score;         /* [hr][group][room] */
-    float *share;         /* [hr][room] */
-    uint32_t slices;      /* of a list */
+    /* Where no more than `limit` tokens are to reach a floor but for ties (of one row; 0 = any
+     * number): estimates of those that do, reached_count of reached_room of them. */
+    uint64_t limit, reached_room;
+    float *reached;          /* [kv_heads][vectors][reached_room], in any order */
+    uint32_t *reached_count; /* [kv_heads][vectors] (zeroed); may be more than there is room for */
+    uint32_t *candidates;    /* a mask (zeroed) */
+    uint32_t *run_count;     /* [hr][runs]: candidates of the run (zeroed) */
+    uint32_t *rank;          /* [hr][words]: candidates before the word */
+    uint32_t *count;         /* [hr] (zeroed) */
+    uint64_t room;           /* of one row in the next three */
+    uint32_t *slots;         /* [hr][room]: place in the mask of each candidate, ascending */
+    float *score;            /* [hr][group][room] */
+    float *share;            /* [hr][room] */
+    uint32_t slices;         /* of a list */
     float *totals; /* [kv_heads][vectors][slices][2]: of a slice of the list the greatest score,
                       and the sum of exp(score - that) */
     unsigned long long *step_mass; /* [hr][LOCI_CUDA_STEPS]: shares of a step together (zeroed) */
@@ -340,6 +345,11 @@ cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                    const loci_cuda_choice *choice);
+/* Between these two, where there is a limit: reached and its counts; floor. */
+cudaError_t loci_cuda_k_list_reaching(cudaStream_t stream, const loci_cuda_look *look,
+                                      const loci_cuda_choice *choice);
+cudaError_t loci_cuda_k_raise_floors(cudaStream_t stream, const loci_cuda_look *look,
+                                     const loci_cuda_choice *choice);
 /* codes.cu: rank, count, slots, score and totals. */
 cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);

@@ -259,6 +259,7 @@ static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
     size_t masses = hr * LOCI_CUDA_STEPS * sizeof *c->step_mass;
     size_t words =
         hr * (LOCI_CUDA_STEPS + look->words + loci_cuda_runs(look) + 2) + pairs * look->rows;
+    if (c->limit) words += hr * look->vectors;
     size_t bytes = (masses + words * sizeof(uint32_t) + 15) / 16 * 16;
     c->zeroed_count = bytes / 16;
     c->zeroed = look_alloc(stream, lookup, bytes);
@@ -270,6 +271,7 @@ static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
     c->leaf_count = c->run_count + hr * loci_cuda_runs(look);
     c->count = c->leaf_count + hr;
     c->kept_count = c->count + hr;
+    c->reached_count = c->kept_count + pairs * look->rows;
     return true;
 }
 
@@ -290,6 +292,7 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
             loci_select_count(params->candidates, sqrt((double)lookup->live_tokens),
                               lookup->live_tokens, params->candidates_min),
         .budget = params->budget,
+        .limit = look->rows == 1 ? params->candidates_max : 0,
         .root_slack = loci_select_root_slack(params->top_p),
         .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
         .top_p = params->top_p,
@@ -425,6 +428,50 @@ static bool alloc_squeeze(loci_stream *stream, loci_lookup *lookup) {
     return lookup->ready;
 }
 
+/* Waits for `count` numbers of the device and gives the greatest sum of `each` of them, at least 1;
+ * 0 after a failure. */
+static uint64_t read_most(loci_stream *stream, loci_lookup *lookup, const uint32_t *from,
+                          size_t count, size_t each) {
+    uint32_t *counts = malloc(count * each * sizeof *counts);
+    uint64_t most = 1;
+    if (!counts) loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
+    lookup->ready = counts && look_read(stream, counts, from, count * each * sizeof *counts);
+    for (size_t i = 0; lookup->ready && i < count; i++) {
+        uint64_t sum = 0;
+        for (size_t j = 0; j < each; j++) sum += counts[i * each + j];
+        if (sum > most) most = sum;
+    }
+    free(counts);
+    return lookup->ready ? most : 0;
+}
+
+/* Floors such that no more tokens reach them than a limit allows. There is room for all tokens, or,
+ * where that is much, for as many as are counted first, which the host must wait for. */
+static void limit_candidates(loci_stream *stream, loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    loci_cuda_choice *c = &lookup->choice;
+    size_t vectors = (size_t)look->kv_heads * look->vectors;
+    uint64_t room = (uint64_t)look->words * 32;
+    if (vectors * room * sizeof(float) > lookup->cuda->room_bytes) {
+        if (!look_launched(stream, lookup, loci_cuda_k_list_reaching(stream->stream, look, c),
+                           "limit"))
+            return;
+        room = read_most(stream, lookup, c->reached_count, vectors, 1);
+        if (!room ||
+            !look_launched(stream, lookup,
+                           cudaMemsetAsync(c->reached_count, 0, vectors * sizeof *c->reached_count,
+                                           stream->stream),
+                           "cudaMemset"))
+            return;
+    }
+    c->reached_room = room;
+    c->reached = look_alloc(stream, lookup, vectors * room * sizeof(float));
+    if (c->reached &&
+        look_launched(stream, lookup, loci_cuda_k_list_reaching(stream->stream, look, c), "limit"))
+        (void)look_launched(stream, lookup, loci_cuda_k_raise_floors(stream->stream, look, c),
+                            "limit");
+}
+
 void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
     if (!lookup->ready || lookup->mode == LOCI_MODE_DENSE || !alloc_live(stream, lookup)) return;
     const loci_cuda_look *look = &lookup->look;
@@ -437,35 +484,22 @@ void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
     }
     const loci_cuda_choice *c = &lookup->choice;
     if (lookup->deletions && !look_count(stream, lookup)) return;
-    if (look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, c), "roots"))
-        (void)look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, c), "leaves");
+    if (look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, c), "roots") &&
+        look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, c), "leaves") &&
+        c->limit && look->extents > 0)
+        limit_candidates(stream, lookup);
 }
 
 /* Room for the candidates of each row: for all tokens, or, where that is much, for as many as there
  * are, which the host must wait for. */
-#define ROOM_BYTES ((uint64_t)2 << 30)
 static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     loci_cuda_choice *c = &lookup->choice;
     uint64_t rows = (uint64_t)look->kv_heads * look->rows, each = (look->group + 2) * 4;
     c->room = (uint64_t)look->words * 32;
-    if (rows * c->room * each > ROOM_BYTES) {
-        uint32_t runs = loci_cuda_runs(look);
-        uint32_t *counts = malloc(rows * runs * sizeof *counts);
-        bool ok = counts && look_read(stream, counts, c->run_count, rows * runs * sizeof *counts);
-        c->room = 1;
-        for (uint64_t i = 0; ok && i < rows; i++) {
-            uint64_t count = 0;
-            for (uint32_t r = 0; r < runs; r++) count += counts[i * runs + r];
-            if (count > c->room) c->room = count;
-        }
-        free(counts);
-        if (!ok) {
-            lookup->ready = false;
-            if (!counts) loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
-            return false;
-        }
-    }
+    if (rows * c->room * each > lookup->cuda->room_bytes)
+        c->room = read_most(stream, lookup, c->run_count, rows, loci_cuda_runs(look));
+    if (!c->room) return false;
     c->slots = look_alloc(stream, lookup, rows * c->room * sizeof(uint32_t));
     c->score = look_alloc(stream, lookup, rows * look->group * c->room * sizeof(float));
     c->share = look_alloc(stream, lookup, rows * c->room * sizeof(float));

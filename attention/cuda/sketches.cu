@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Step 2 of mode hierarchical: the leaves of kept roots by the highest of their tokens' sketches,
- * the floors, and the candidates that reach one.
+ * the floors, which a limit to candidates may raise, and the candidates that reach one.
  *
  * A block has the table of one lot of LOCI_CUDA_LOT vectors in shared memory, a warp takes one root
  * after another: the codewords of 64 tokens come to it transposed, so that a lane has those of two
@@ -447,18 +447,25 @@ struct lot_floors {
     float centre[LOT], scale[LOT], floor[LOT]; /* centre: with the base */
 };
 
-/* Whether any vector of the lot reaches its floor. */
-static __device__ __forceinline__ bool reaches(const lot_floors &f, uint4 sum) {
+/* visit(vector of the lot, estimate of a token with these sums) for all vectors of the lot. */
+template <typename VISIT>
+static __device__ __forceinline__ void visit_estimates(const lot_floors &f, uint4 sum,
+                                                       VISIT visit) {
     uint32_t words[4] = {sum.x, sum.y, sum.z, sum.w};
-    bool hit = false;
 #pragma unroll
     for (uint32_t w = 0; w < 4; w++)
 #pragma unroll
         for (uint32_t half = 0; half < 2; half++) {
             uint32_t g = vector_of(w, half);
             float value = (float)(half ? words[w] >> 16 : words[w] & 0xffffu);
-            hit |= f.centre[g] + f.scale[g] * value >= f.floor[g];
+            visit(g, f.centre[g] + f.scale[g] * value);
         }
+}
+
+/* Whether any vector of the lot reaches its floor. */
+static __device__ __forceinline__ bool reaches(const lot_floors &f, uint4 sum) {
+    bool hit = false;
+    visit_estimates(f, sum, [&](uint32_t g, float estimate) { hit |= estimate >= f.floor[g]; });
     return hit;
 }
 
@@ -480,12 +487,51 @@ static __device__ __forceinline__ void mark_slots(const loci_cuda_look &look,
     }
 }
 
-/* The candidates of a root. STORED: sums are there. */
-template <bool STORED>
+/* The candidates of a step. */
+static __device__ __forceinline__ void mark_step(const loci_cuda_look &look,
+                                                 const loci_cuda_choice &c, const lot_work &w,
+                                                 const loci_cuda_root &root,
+                                                 const lot_floors &floors, uint32_t base,
+                                                 const uint4 (&sum)[2]) {
+    uint32_t lane = threadIdx.x % 32, t = lane_token(base);
+    uint32_t low = __ballot_sync(FULL_WARP, t < root.tokens && reaches(floors, sum[0]));
+    uint32_t high = __ballot_sync(FULL_WARP, t + 16 < root.tokens && reaches(floors, sum[1]));
+    uint32_t bits = lane == 0 ? (low & 0xffffu) | high << 16 : low >> 16 | (high & ~0xffffu);
+    if (lane > 1 || !bits) return;
+    uint32_t first = root.first_slot + base + lane * GROUP;
+    uint32_t left = root.tokens - base - lane * GROUP;
+    bits &= live_bits(w.pair, first, left < GROUP ? left : GROUP);
+    mark_slots(look, c, w, first, bits);
+}
+
+/* What reaches a floor in a step, to the list of its vector, in any order. */
+static __device__ __forceinline__ void list_step(const loci_cuda_look &look,
+                                                 const loci_cuda_choice &c, const lot_work &w,
+                                                 const loci_cuda_root &root,
+                                                 const lot_floors &floors, uint32_t base,
+                                                 const uint4 (&sum)[2]) {
+    uint32_t lane = threadIdx.x % 32, t = lane_token(base);
+    size_t vector = (size_t)w.pair->kv_head * look.vectors + w.first;
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++, t += 16) {
+        bool live = t < root.tokens && live_bits(w.pair, root.first_slot + t, 1);
+        visit_estimates(floors, sum[i], [&](uint32_t g, float estimate) {
+            bool hit = live && estimate >= floors.floor[g];
+            uint32_t hits = __ballot_sync(FULL_WARP, hit), at = 0;
+            if (!hits) return;
+            if (lane == 0) at = atomicAdd(&c.reached_count[vector + g], (uint32_t)__popc(hits));
+            at = __shfl_sync(FULL_WARP, at, 0) + (uint32_t)__popc(hits & ((1u << lane) - 1));
+            if (hit && at < c.reached_room)
+                c.reached[(vector + g) * c.reached_room + at] = estimate;
+        });
+    }
+}
+
+/* The candidates of a root, or (LIST) what reaches the floors in it. STORED: sums are there. */
+template <bool STORED, bool LIST>
 static __device__ __forceinline__ void
 mark_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work &w,
           const loci_cuda_root &root, const warp_memory &m, const lot_floors &floors) {
-    uint32_t lane = threadIdx.x % 32;
     const uint4 *from = c.sums + w.sums_at + root.first_slot;
 #pragma unroll 2
     for (uint32_t base = 0; base < root.tokens; base += STEP) {
@@ -502,18 +548,14 @@ mark_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work 
             __syncwarp();
             add_columns(m, look.dim, sum);
         }
-        uint32_t low = __ballot_sync(FULL_WARP, t < root.tokens && reaches(floors, sum[0]));
-        uint32_t high = __ballot_sync(FULL_WARP, t + 16 < root.tokens && reaches(floors, sum[1]));
-        uint32_t bits = lane == 0 ? (low & 0xffffu) | high << 16 : low >> 16 | (high & ~0xffffu);
-        if (lane > 1 || !bits) continue;
-        uint32_t first = root.first_slot + base + lane * GROUP;
-        uint32_t left = root.tokens - base - lane * GROUP;
-        bits &= live_bits(w.pair, first, left < GROUP ? left : GROUP);
-        mark_slots(look, c, w, first, bits);
+        if (LIST)
+            list_step(look, c, w, root, floors, base, sum);
+        else
+            mark_step(look, c, w, root, floors, base, sum);
     }
 }
 
-template <bool STORED>
+template <bool STORED, bool LIST>
 static __global__ void __launch_bounds__(THREADS)
     k_mark_candidates(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
@@ -539,16 +581,45 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (uint32_t g = 0; g < LOT; g++)
             floors.centre[g] = __shfl_sync(FULL_WARP, centre, (int)g) + terms.base[g];
-        mark_root<STORED>(look, c, w, w.pair->root_table[number], m, floors);
+        mark_root<STORED, LIST>(look, c, w, w.pair->root_table[number], m, floors);
     }
+}
+
+template <bool LIST>
+static cudaError_t launch_mark(cudaStream_t stream, const loci_cuda_look *look,
+                               const loci_cuda_choice *choice) {
+    if (choice->sums)
+        return launch_behind(stream, k_mark_candidates<true, LIST>, share_roots(look), THREADS, 0,
+                             *look, *choice);
+    return launch_behind(stream, k_mark_candidates<false, LIST>, share_roots(look), THREADS,
+                         memory_bytes(look->dim), *look, *choice);
 }
 
 extern "C" cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                               const loci_cuda_choice *choice) {
+    return look->extents ? launch_mark<false>(stream, look, choice) : cudaSuccess;
+}
+
+extern "C" cudaError_t loci_cuda_k_list_reaching(cudaStream_t stream, const loci_cuda_look *look,
+                                                 const loci_cuda_choice *choice) {
+    return look->extents ? launch_mark<true>(stream, look, choice) : cudaSuccess;
+}
+
+/* One block for each (KV head, vector). */
+static __global__ void __launch_bounds__(RADIX_THREADS, 1)
+    k_raise_floors(const loci_cuda_look look, const loci_cuda_choice c) {
+    extern __shared__ float4 shared[];
+    await_previous();
+    uint32_t n = c.reached_count[blockIdx.x];
+    if (n <= c.limit) return;
+    const float *reached = c.reached + (size_t)blockIdx.x * c.reached_room;
+    float top, kth = radix_kth((radix_memory *)shared, reached, n, c.limit, &top);
+    if (threadIdx.x == 0) c.floor[blockIdx.x] = kth;
+}
+
+extern "C" cudaError_t loci_cuda_k_raise_floors(cudaStream_t stream, const loci_cuda_look *look,
+                                                const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
-    if (choice->sums)
-        return launch_behind(stream, k_mark_candidates<true>, share_roots(look), THREADS, 0, *look,
-                             *choice);
-    return launch_behind(stream, k_mark_candidates<false>, share_roots(look), THREADS,
-                         memory_bytes(look->dim), *look, *choice);
+    return launch_behind(stream, k_raise_floors, look->kv_heads * look->vectors, RADIX_THREADS,
+                         sizeof(radix_memory), *look, *choice);
 }

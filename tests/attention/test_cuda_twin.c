@@ -219,6 +219,38 @@ static void test_default_reach_equals_the_cpu(void **state) {
     }
 }
 
+/* A single row's candidates, limited so that the limit counts, and once more with room for no
+ * result before it is counted. */
+static void test_limited_candidates_equal_the_cpu(void **state) {
+    (void)state;
+    static const uint32_t groups[] = {7, 1, 16, 3, 40};
+    uint64_t rng = seed * 2 + 9;
+    for (uint32_t round = 0; round < 10; round++) {
+        setting c = random_setting(&rng);
+        c.group = groups[round % 5]; /* sums of 40 vectors are not kept */
+        c.rows = 1;
+        c.tokens += 3000;
+        scene s = open_scene(c);
+        if (round % 3 == 2) kill_some(&s, 2);
+        twin t = twin_open(&s.f);
+        loci_select_params params = narrow(round % 2 ? 0.97f : 1.0f, round % 2 ? 0 : 90);
+        params.roots = 0.5f;
+        params.candidates_min = 30;
+        if (round >= 5) ((loci_cuda *)s.f.backend->ctx)->room_bytes = 0;
+        uint64_t all = run(&s, params, false).stats.candidate_tokens;
+        uint64_t heads = c.kv_heads * c.group;
+        params.candidates_max = 1 + (uint32_t)(all / (2 * heads));
+        compare_run(&s, &t, &c, params);
+        uint64_t limited = run(&s, params, false).stats.candidate_tokens;
+        if (limited > all || (limited == all && all > 8 * heads))
+            fail_msg("seed %llu, round %u: %llu candidates, %llu without a limit",
+                     (unsigned long long)seed, round, (unsigned long long)limited,
+                     (unsigned long long)all);
+        twin_close(&t);
+        close_scene(&s);
+    }
+}
+
 typedef struct level {
     float scores[4096], root_scores[4096];
     uint32_t tokens[4096];
@@ -443,6 +475,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_modes_equal_the_cpu),
         cmocka_unit_test(test_default_reach_equals_the_cpu),
+        cmocka_unit_test(test_limited_candidates_equal_the_cpu),
         cmocka_unit_test(test_squeezed_scores_equal_the_cpu),
         cmocka_unit_test(test_segments_equal_the_cpu),
         cmocka_unit_test(test_the_cache_gives_up_what_is_not_in_use),

@@ -281,13 +281,11 @@ static void test_a_single_row(void **state) {
         loci_select_params params = narrow(i % 2 ? 0.999f : 1.0f, i % 2 ? 0 : 700);
         size_t count = check_run(&s, params, what);
         most = count > most ? count : most;
-#ifdef LOCI_TEST_CPU
         params.candidates_max = 150; /* leaves of these are of 16 */
         params.candidates_min = 60;
         (void)check_run(&s, params, "at most 150 candidates a head");
         fixture_run r = run(&s, params, false);
         assert_in_range(r.stats.candidate_tokens, 1, (uint64_t)c.kv_heads * c.group * 150 + 20);
-#endif
         close_scene(&s);
     }
     assert_true(most >= 2 * 700);
