@@ -295,9 +295,10 @@ static loci_status open_comparison(comparison *c, loci_error *err) {
     size_t flat = 2 * (size_t)g->retrieval_layers * tokens * width * sizeof *c->flat;
     size_t rows = 2 * pairs * passage * sizeof *c->rows;
     uint32_t longest = 1 + tokens + TEXT_MOST;
-    uint64_t bytes = loci_plan_slot_bytes(config, longest) +
-                     loci_plan_encode_bytes(config, g->segment_tokens + 1) + flat + rows +
-                     2ull * LOGIT_ROWS * config->vocab * sizeof(float);
+    bool on_device = engine->backend->ops->on_device;
+    uint64_t bytes = loci_plan_slot_bytes(config, on_device, longest) +
+                     loci_plan_encode_bytes(config, on_device, g->segment_tokens + 1) + flat +
+                     rows + 2ull * LOGIT_ROWS * config->vocab * sizeof(float);
     LOCI_TRY(loci_query_reserve(c->query, bytes, "comparing encodings of a corpus", err));
     c->reserved = bytes;
     c->flat = malloc(flat);

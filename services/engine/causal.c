@@ -56,8 +56,9 @@ loci_status loci_encode_after(void *ctx, const loci_snapshot *past, const uint32
                         .cancel = cancel};
     loci_corpus_settings_default(&query.settings); /* as the model would read it */
     loci_encode_out out = {k, v};
-    uint64_t bytes = loci_plan_slot_bytes(loci_model_config_of(engine->model), count) +
-                     loci_recorder_bytes(loci_model_config_of(engine->model), true);
+    const loci_model_config *config = loci_model_config_of(engine->model);
+    uint64_t bytes = loci_plan_slot_bytes(config, engine->backend->ops->on_device, count) +
+                     loci_recorder_bytes(config, true);
     loci_select_defaults(&query.params);
     query.params.mode = LOCI_MODE_DENSE;
     LOCI_TRY(loci_budget_take(engine->budget, LOCI_MEMORY_LOOKUPS, bytes,

@@ -167,6 +167,7 @@ static loci_status plan_memory(loci_engine *engine, const loci_engine_options *o
     loci_plan_request request = {.config = loci_model_config_of(engine->model),
                                  .geometry = &shape,
                                  .precision = precision,
+                                 .on_device = engine->backend->ops->on_device,
                                  .threads = loci_pool_threads(loci_backend_pool(engine->backend)),
                                  .calls_bytes = options->calls_bytes,
                                  .sequence_tokens = engine->sequence_tokens,

@@ -22,6 +22,10 @@
 #define ENCODE_ROWS 1024u  /* model/encode.c */
 #define SEQUENCE_ROWS 256u /* model/sequence.c */
 #define PRODUCT_ROWS 256u  /* of one thread's task in attention/cpu/gemm.c */
+/* Of a backend with memory of its own (attention/cuda): */
+#define DEVICE_BYTES (128 * MIB) /* the driver's and its libraries' own */
+#define PACK_BYTES (64 * MIB)    /* most of a weight that is packed at once */
+#define TOKEN_BYTES 64u          /* what the host knows of a token that is encoded */
 
 /* The limit of the memory cgroup that the process lives in (v2, then v1), as containers see it. */
 static uint64_t cgroup_limit(void) {
@@ -80,9 +84,22 @@ static uint64_t packed_bytes(const loci_plan_request *r, const loci_model_config
     return c->layers * layer + tables * weight_bytes(c->vocab, c->hidden, r->precision);
 }
 
+/* Of a model whose weights go to a device: a part of one at a time. The largest are the embeddings
+ * or a layer's feed-forward matrices. */
+static uint64_t passing_bytes(const loci_plan_request *r, const loci_model_config *c) {
+    uint64_t rows = c->vocab > 2ull * c->intermediate ? c->vocab : 2ull * c->intermediate;
+    uint64_t bytes = weight_bytes(rows, widest_of(c), r->precision);
+    return bytes < PACK_BYTES ? bytes : PACK_BYTES;
+}
+
 /* Weights, and tokenizers: about four times their files while these are read. */
 static uint64_t model_bytes(const loci_plan_request *r, bool mapped) {
     uint64_t bytes = 4 * (r->tokenizer_bytes + r->also_tokenizer_bytes);
+    if (r->on_device) {
+        uint64_t also = r->also_config ? passing_bytes(r, r->also_config) : 0;
+        uint64_t own = passing_bytes(r, r->config);
+        return bytes + (own > also ? own : also);
+    }
     bytes += mapped && r->can_map ? mapped_bytes(r, r->config) : packed_bytes(r, r->config);
     if (!r->also_config) return bytes;
     return bytes + (mapped && r->also_can_map ? mapped_bytes(r, r->also_config)
@@ -96,7 +113,8 @@ static uint64_t row_bytes(const loci_model_config *c) {
 }
 
 /* A sequence (model/sequence.c) and the parts of its attention (corpus_attend.c). */
-uint64_t loci_plan_slot_bytes(const loci_model_config *c, uint32_t tokens) {
+uint64_t loci_plan_slot_bytes(const loci_model_config *c, bool on_device, uint32_t tokens) {
+    if (on_device) return 4ull * c->vocab * sizeof(float) + MIB;
     uint64_t width = (uint64_t)c->kv_heads * c->head_dim;
     uint64_t cache = 2ull * c->layers * tokens * width * sizeof(float);
     uint64_t part = (uint64_t)tokens * c->q_heads * (c->head_dim + 4ull) * sizeof(float);
@@ -104,7 +122,8 @@ uint64_t loci_plan_slot_bytes(const loci_model_config *c, uint32_t tokens) {
 }
 
 /* Rows, and their K and V on their way out (model/encode.c). */
-uint64_t loci_plan_encode_bytes(const loci_model_config *c, uint32_t tokens) {
+uint64_t loci_plan_encode_bytes(const loci_model_config *c, bool on_device, uint32_t tokens) {
+    if (on_device) return (uint64_t)tokens * TOKEN_BYTES;
     return tokens * (row_bytes(c) + 4ull * c->retrieval_count * c->kv_heads * c->head_dim);
 }
 
@@ -115,10 +134,11 @@ static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document
     options.document_bytes_max = document_bytes;
     options.merge_tokens = merge_tokens;
     return loci_ingest_memory(r->geometry, &options) +
-           loci_plan_encode_bytes(r->config, ENCODE_ROWS) + 4 * MIB;
+           loci_plan_encode_bytes(r->config, r->on_device, ENCODE_ROWS) + 4 * MIB;
 }
 
 static uint64_t process_bytes(const loci_plan_request *r) {
+    if (r->on_device) return PROCESS_BYTES + DEVICE_BYTES + r->calls_bytes + r->threads * (MIB / 2);
     uint64_t widest = widest_of(r->config);
     if (r->also_config && widest_of(r->also_config) > widest) widest = widest_of(r->also_config);
     return PROCESS_BYTES + r->calls_bytes +
@@ -130,15 +150,17 @@ static unsigned long long mib(uint64_t bytes) {
 }
 
 loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loci_error *err) {
-    loci_plan plan = {.process = process_bytes(request),
-                      .model = model_bytes(request, false),
-                      .database = DATABASE_LEAST,
-                      .registration = registration_bytes(request, DOCUMENT_LEAST, 0),
-                      .slot = loci_plan_slot_bytes(request->config, request->sequence_tokens),
-                      .slots = request->queries ? request->queries : 1,
-                      .document_bytes_max = DOCUMENT_LEAST};
+    loci_plan plan = {
+        .process = process_bytes(request),
+        .model = model_bytes(request, false),
+        .database = DATABASE_LEAST,
+        .registration = registration_bytes(request, DOCUMENT_LEAST, 0),
+        .slot = loci_plan_slot_bytes(request->config, request->on_device, request->sequence_tokens),
+        .slots = request->queries ? request->queries : 1,
+        .document_bytes_max = DOCUMENT_LEAST};
     if (request->also_config)
-        plan.also_slot = loci_plan_slot_bytes(request->also_config, request->also_sequence_tokens);
+        plan.also_slot = loci_plan_slot_bytes(request->also_config, request->on_device,
+                                              request->also_sequence_tokens);
     uint64_t least = plan.process + plan.model + plan.database + plan.registration +
                      plan.slots * plan.slot + plan.also_slot + LOOKUPS_LEAST;
     if (request->limit < least && (request->can_map || request->also_can_map)) {

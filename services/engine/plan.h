@@ -15,6 +15,7 @@ typedef struct loci_plan_request {
     const loci_model_config *config;
     const loci_geometry *geometry; /* the fingerprint does not matter */
     loci_dtype precision;
+    bool on_device;           /* loci_backend_ops.on_device: what is there is not counted */
     uint64_t tokenizer_bytes; /* of tokenizer.json */
     bool can_map;             /* the weights can be read from their files */
     unsigned threads;         /* of the backend */
@@ -47,9 +48,9 @@ uint64_t loci_plan_default_limit(void);
 LOCI_MUST_CHECK loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out,
                                            loci_error *err);
 /* What a slot with a sequence of so many tokens takes. */
-uint64_t loci_plan_slot_bytes(const loci_model_config *config, uint32_t tokens);
+uint64_t loci_plan_slot_bytes(const loci_model_config *config, bool on_device, uint32_t tokens);
 /* What loci_model_encode takes for so many tokens at once. */
-uint64_t loci_plan_encode_bytes(const loci_model_config *config, uint32_t tokens);
+uint64_t loci_plan_encode_bytes(const loci_model_config *config, bool on_device, uint32_t tokens);
 /* Reserves all of it. */
 LOCI_MUST_CHECK loci_status loci_plan_take(const loci_plan *plan, loci_budget *budget,
                                            loci_error *err);

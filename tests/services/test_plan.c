@@ -116,6 +116,32 @@ static void test_plans_of_a_large_model(void **state) {
     assert_true(plan.model > 14 * GIB && plan.model < 16 * GIB);
 }
 
+/* What is in the memory of a device takes none of the budget, and nothing is mapped for it. */
+static void test_a_model_on_a_device_is_not_counted(void **state) {
+    (void)state;
+    loci_plan_request request = request_of(&large, 0), host = request_of(&large, 64 * GIB);
+    loci_plan plan, beside;
+    request.on_device = request.can_map = true;
+    request.limit = least_of(request);
+    assert_true(request.limit < GIB);
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_true(!plan.mapped && plan.model >= 64 * MIB && plan.model < 80 * MIB);
+    assert_int_equal(loci_plan_make(&host, &beside, &err), LOCI_OK);
+    assert_true(plan.slot < beside.slot / 8);
+    /* Weights go there one after another, those of a second model too. */
+    request.also_config = &built_in;
+    request.also_tokenizer_bytes = 300000;
+    request.also_sequence_tokens = 1300;
+    request.limit = GIB;
+    assert_int_equal(loci_plan_make(&request, &beside, &err), LOCI_OK);
+    assert_int_equal(beside.model, plan.model + 4 * 300000);
+    /* Not enough for its packed weights on the CPU (below). */
+    request = request_of(&large, 12 * GIB);
+    request.on_device = true;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_true(!plan.mapped && plan.slots == 2 && plan.merge_tokens > 0);
+}
+
 /* Weights that can be are mapped where packed ones do not fit, and only there. */
 static void test_weights_are_mapped_when_they_do_not_fit(void **state) {
     (void)state;
@@ -197,6 +223,7 @@ int main(void) {
         cmocka_unit_test(test_a_model_that_also_answers_is_counted),
         cmocka_unit_test(test_plans_of_the_built_in_model),
         cmocka_unit_test(test_plans_of_a_large_model),
+        cmocka_unit_test(test_a_model_on_a_device_is_not_counted),
         cmocka_unit_test(test_weights_are_mapped_when_they_do_not_fit),
         cmocka_unit_test(test_biases_are_counted),
         cmocka_unit_test(test_questions_that_are_asked_for_are_counted),

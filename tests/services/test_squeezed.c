@@ -417,7 +417,7 @@ static void test_calibration_reserves_its_memory(void **state) {
     change_settings(engine, "books", 0, 1, 1);
     change_settings(engine, "text", 0, 1, 1);
     /* Room for the rest of both, as far as it is small. */
-    uint64_t taken = fill_budget(engine, loci_plan_slot_bytes(config, 4 * 255));
+    uint64_t taken = fill_budget(engine, loci_plan_slot_bytes(config, false, 4 * 255));
     assert_int_equal(loci_engine_calibrate(engine, "books", false, NULL, &out, &err), LOCI_E_LIMIT);
     assert_string_equal(err.reason, "MEMORY_BUDGET");
     assert_non_null(strstr(err.text, "comparing encodings of a corpus needs"));
