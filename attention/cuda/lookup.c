@@ -249,7 +249,7 @@ static bool alloc_look(loci_stream *stream, loci_lookup *lookup) {
 /* Sums of all tokens' sketches are kept for so many lots of vectors and in so much room, which the
  * L2 mostly holds; else they are added up twice. */
 #define SUMS_LOTS 4u
-#define SUMS_BYTES ((size_t)256 << 20)
+#define SUMS_BYTES ((size_t)512 << 20)
 
 /* What kernels count in, one piece of memory that the first one clears. */
 static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {

@@ -4,7 +4,7 @@
  * exact attention, in every retrieval layer, over the tokens of real questions and their answers.
  *
  *   bench_recall --data DIR --corpus NAME --questions FILE [--model DIR] [--steps N]
- *                [--set name=value,...]... [--against NAME]
+ *                [--set name=value,...]... [--against NAME] [--backend NAME] [--dump FILE]
  *
  * FILE holds a question a line. Prints one JSON line for each setting and kind of step (question,
  * decode): over rows with less than half of their mass on the sink, recall of the mass outside the
@@ -12,13 +12,16 @@
  * head) and over all; bytes by part against dense. The answer is generated from exact attention.
  * --against: exact attention is that over another corpus of the same documents, registered in the
  * same order; dense=1 is mode dense. So what int8 costs: --corpus INT8 --against BF16 --set
- * dense=1.
+ * dense=1. --dump: what was asked, and all keys and values of the corpus, as a key-value dump
+ * (tests/attention/corpus_fixture.h); queries with what the model's scale of attention makes of
+ * them.
  */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention/index_layout.h"
 #include "services/engine/query.h"
 
 #define SETS_MAX 16
@@ -40,6 +43,9 @@ typedef struct bench {
     loci_lookup *lookup;
     loci_buffer *parts;
     size_t part_bytes;
+    const char *dump; /* NULL: none */
+    loci_buf q[LOCI_LAYERS_MAX], steady[LOCI_LAYERS_MAX], step_begin;
+    uint32_t dumped; /* rows */
 } bench;
 
 static void fail_bench(const char *what, const loci_error *err) {
@@ -131,6 +137,134 @@ static void compare(const loci_attend_call *call, const loci_corpus_view *view,
     }
 }
 
+/* --- the dump -------------------------------------------------------------------------- */
+
+static void dump_call(bench *self, const loci_attend_call *call, const float *steady_lse) {
+    const loci_backend_ops *ops = self->query->engine->backend->ops;
+    size_t width = (size_t)call->q_heads * call->head_dim;
+    float *q = malloc(call->rows * width * sizeof *q), factor;
+    loci_error err = {0};
+    LOCI_ASSERT(q != NULL);
+    for (uint32_t r = 0; r < call->rows; r++) {
+        loci_ref from = call->q;
+        from.offset += (size_t)r * call->q_stride * sizeof(float);
+        ops->download(call->stream, q + r * width, from, width * sizeof *q);
+    }
+    if (ops->sync(call->stream, &err) != LOCI_OK) fail_bench("queries", &err);
+    factor = call->scale * sqrtf((float)call->head_dim);
+    for (size_t i = 0; i < call->rows * width; i++) q[i] *= factor;
+    uint32_t layer = call->retrieval_index;
+    loci_buf_append(&self->q[layer], q, call->rows * width * sizeof *q);
+    loci_buf_append(&self->steady[layer], steady_lse,
+                    (size_t)call->rows * call->q_heads * sizeof(float));
+    free(q);
+    if (layer > 0) return;
+    loci_buf_append(&self->step_begin, &self->dumped, sizeof self->dumped);
+    self->dumped += call->rows;
+}
+
+/* Global positions of the first tokens of all segments, and the number of tokens. */
+static uint32_t *list_segments(const loci_corpus_view *view, uint32_t segments) {
+    uint32_t *begin = calloc(segments + 1u, sizeof *begin), at = 0;
+    LOCI_ASSERT(begin != NULL);
+    for (uint32_t e = 0; e < view->extent_count; e++) {
+        const loci_extent_view *extent = &view->extents[e];
+        for (uint32_t s = 0; s < extent->segments; s++)
+            begin[extent->segment_base + s] = at + extent->segment_begin[s];
+        at += extent->tokens;
+    }
+    for (uint32_t s = 0; s <= view->flat_segments; s++)
+        begin[view->flat_segment_base + s] = at + view->flat_segment_begin[s];
+    return begin;
+}
+
+/* K and V of one pair in the order of positions. */
+static void read_pair(loci_backend *backend, loci_stream *stream, const loci_corpus_view *view,
+                      uint32_t layer, uint32_t head, const uint32_t *begin, uint16_t *k,
+                      uint16_t *v) {
+    const loci_backend_ops *ops = backend->ops;
+    size_t dim = view->head_dim, row = dim * sizeof *k;
+    loci_error err = {0};
+    for (uint32_t e = 0; e < view->extent_count; e++) {
+        const loci_extent_view *extent = &view->extents[e];
+        loci_ref at = loci_ref_at(extent->buffer, extent->pair_at[layer * view->kv_heads + head]);
+        loci_pair_header header;
+        ops->download(stream, &header, at, sizeof header);
+        if (ops->sync(stream, &err) != LOCI_OK) fail_bench("an extent", &err);
+        uint8_t *blob = malloc(header.blob_bytes);
+        LOCI_ASSERT(blob != NULL);
+        ops->download(stream, blob, at, header.blob_bytes);
+        if (ops->sync(stream, &err) != LOCI_OK) fail_bench("an extent", &err);
+        for (uint32_t slot = 0; slot < extent->tokens; slot++) {
+            uint32_t word = loci_slot_word(blob, slot);
+            size_t to = begin[extent->segment_base + LOCI_SLOT_SEGMENT(word)];
+            to = (to + LOCI_SLOT_OFFSET(word)) * dim;
+            loci_slot_read(blob, slot, k + to, v + to);
+        }
+        free(blob);
+    }
+    size_t flat = (size_t)view->flat_tokens * view->kv_heads * row;
+    uint16_t *rows = malloc(flat + 1);
+    LOCI_ASSERT(rows != NULL);
+    for (int i = 0; i < 2 && flat > 0; i++) {
+        uint16_t *to = (i ? v : k) + begin[view->flat_segment_base] * dim;
+        loci_buffer *from = (i ? view->flat_v : view->flat_k)[layer];
+        ops->download(stream, rows, loci_ref_at(from, 0), flat);
+        if (ops->sync(stream, &err) != LOCI_OK) fail_bench("the flat part", &err);
+        for (uint32_t t = 0; t < view->flat_tokens; t++)
+            memcpy(to + t * dim, rows + ((size_t)t * view->kv_heads + head) * dim, row);
+    }
+    free(rows);
+}
+
+static void put_dump(FILE *file, const void *data, size_t bytes) {
+    if (fwrite(data, 1, bytes, file) != bytes) {
+        fprintf(stderr, "bench_recall: the dump cannot be written\n");
+        exit(1);
+    }
+}
+
+static void write_dump(bench *self, loci_backend *backend, const loci_corpus_view *view,
+                       uint32_t q_heads) {
+    uint32_t segments = view->flat_segment_base + view->flat_segments, layers;
+    uint32_t *begin = list_segments(view, segments), steps;
+    size_t bytes = (size_t)begin[segments] * view->head_dim * sizeof(uint16_t);
+    uint16_t *k = malloc(bytes), *v = malloc(bytes);
+    FILE *file = fopen(self->dump, "wb");
+    loci_stream *stream;
+    loci_error err = {0};
+    LOCI_ASSERT(k && v);
+    if (!file || backend->ops->stream_open(backend, &stream, &err)) {
+        fprintf(stderr, "bench_recall: cannot write %s\n", self->dump);
+        exit(1);
+    }
+    layers = view->retrieval_layers;
+    steps = (uint32_t)(self->step_begin.len / sizeof(uint32_t));
+    const uint32_t head[8] = {layers,          view->kv_heads, view->head_dim, q_heads,
+                              begin[segments], segments,       steps,          self->dumped};
+    put_dump(file, "LOCIKV1", 8);
+    put_dump(file, head, sizeof head);
+    put_dump(file, begin, (segments + 1u) * sizeof *begin);
+    put_dump(file, self->step_begin.data, self->step_begin.len);
+    put_dump(file, &self->dumped, sizeof self->dumped);
+    for (uint32_t l = 0; l < layers; l++) {
+        put_dump(file, self->q[l].data, self->q[l].len);
+        put_dump(file, self->steady[l].data, self->steady[l].len);
+    }
+    for (uint32_t p = 0; p < layers * view->kv_heads; p++) {
+        read_pair(backend, stream, view, p / view->kv_heads, p % view->kv_heads, begin, k, v);
+        put_dump(file, k, bytes);
+        put_dump(file, v, bytes);
+    }
+    if (fclose(file) != 0) fprintf(stderr, "bench_recall: %s is not whole\n", self->dump);
+    backend->ops->stream_close(backend, stream);
+    free(begin);
+    free(k);
+    free(v);
+}
+
+/* --- asking ---------------------------------------------------------------------------- */
+
 /* Exact attention goes on to the next layer; every setting is measured on the way. */
 static loci_status bench_hook(void *ctx, const loci_attend_call *call, loci_error *err) {
     bench *self = ctx;
@@ -165,6 +299,7 @@ static loci_status bench_hook(void *ctx, const loci_attend_call *call, loci_erro
     }
     ops->download(call->stream, host.steady_lse, call->lse, count * sizeof(float));
     LOCI_TRY(ops->sync(call->stream, err));
+    if (self->dump) dump_call(self, call, host.steady_lse);
     loci_lookup_stats stats;
     double nanoseconds;
     uint32_t kind = call->row_position == 0 ? 0 : 1;
@@ -320,7 +455,7 @@ static void ask(loci_engine *engine, bench *self, const char *corpus, const char
 
 int main(int argc, char **argv) {
     const char *data = NULL, *corpus = NULL, *questions = NULL, *model = "model/default";
-    const char *against = NULL;
+    const char *against = NULL, *backend = NULL;
     uint32_t steps = 6;
     static bench self;
     for (int i = 1; i + 1 < argc; i += 2) {
@@ -334,6 +469,10 @@ int main(int argc, char **argv) {
             against = argv[i + 1];
         else if (!strcmp(argv[i], "--model"))
             model = argv[i + 1];
+        else if (!strcmp(argv[i], "--backend"))
+            backend = argv[i + 1];
+        else if (!strcmp(argv[i], "--dump"))
+            self.dump = argv[i + 1];
         else if (!strcmp(argv[i], "--steps"))
             steps = (uint32_t)strtoul(argv[i + 1], NULL, 10);
         else if (!strcmp(argv[i], "--set") && self.set_count < SETS_MAX) {
@@ -347,7 +486,7 @@ int main(int argc, char **argv) {
                 "usage: bench_recall --data DIR --corpus NAME --questions FILE [--set ...]\n");
         return 2;
     }
-    loci_engine_options options = {.data = data, .model = model};
+    loci_engine_options options = {.data = data, .model = model, .backend = backend};
     loci_engine *engine;
     loci_error err = {0};
     if (loci_engine_open(&options, &engine, &err) != LOCI_OK) fail_bench(data, &err);
@@ -374,6 +513,8 @@ int main(int argc, char **argv) {
         if (self.tallies[s][1].steps > 0)
             print_tally(&last, &self.sets[s][1], s, "decode", &self.tallies[s][1]);
     }
+    if (self.dump)
+        write_dump(&self, engine->backend, last.view, loci_model_config_of(engine->model)->q_heads);
     loci_snapshot_release(snapshot);
     loci_snapshot_release(other);
     engine->backend->ops->lookup_free(engine->backend, self.lookup);

@@ -4,7 +4,7 @@
 number of tokens, q_heads / kv_heads / dim in bf16, layers in turn, a written-over cache between steps.
 Every fused kernel that takes grouped heads is tried; the fastest is named.
 
-usage: dense_torch.py [--layers N] [--steps N] [--rows N] [--heads Q KV DIM] TOKENS...
+usage: dense_torch.py [--layers N] [--steps N] [--rows N]... [--heads Q KV DIM] TOKENS...
        dense_torch.py --prefill SEGMENTS [--steps N] [--heads Q KV DIM] TOKENS...
 
 --rows: query tokens, which see all keys. --prefill: so many segments of TOKENS, causal.
@@ -59,10 +59,16 @@ def report(found, **fields):
 
 def decode(options, tokens, flush):
     q_heads, kv_heads, dim = options.heads
-    rows, group = options.rows, q_heads // kv_heads
-    q = torch.randn(1, q_heads, rows, dim, dtype=torch.bfloat16, device="cuda")
     kv = [[torch.randn(1, kv_heads, tokens, dim, dtype=torch.bfloat16, device="cuda")
            for _ in range(2)] for _ in range(options.layers)]
+    for rows in options.rows or [1]:
+        decode_rows(options, tokens, rows, kv, flush)
+
+
+def decode_rows(options, tokens, rows, kv, flush):
+    q_heads, kv_heads, dim = options.heads
+    group = q_heads // kv_heads
+    q = torch.randn(1, q_heads, rows, dim, dtype=torch.bfloat16, device="cuda")
     # One row a query head, or the heads of a group as the rows of their KV head.
     packed = q.view(1, kv_heads, group * rows, dim)
     found = fastest(
@@ -90,7 +96,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--rows", type=int, action="append")
     parser.add_argument("--prefill", type=int, default=0)
     parser.add_argument("--heads", type=int, nargs=3, default=[28, 4, 128])
     parser.add_argument("tokens", type=int, nargs="+")
