@@ -38,7 +38,14 @@ static __device__ void merge_totals(const loci_cuda_look &look, const loci_cuda_
 /* share[i] = mean over heads of exp(score - log of all mass), and the masses of all steps. */
 static __global__ void k_shares(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
+    /* Of the block: few steps hold most candidates, and all blocks would add to the same ones. */
+    __shared__ mass_t own_mass[LOCI_CUDA_STEPS];
+    __shared__ uint32_t own_count[LOCI_CUDA_STEPS];
     float *total = (float *)shared;
+    for (uint32_t i = threadIdx.x; i < LOCI_CUDA_STEPS; i += blockDim.x) {
+        own_mass[i] = 0;
+        own_count[i] = 0;
+    }
     await_previous();
     const float *score = c.score + (size_t)blockIdx.y * look.group * c.room;
     unsigned long long *mass = c.step_mass + (size_t)blockIdx.y * LOCI_CUDA_STEPS;
@@ -56,8 +63,13 @@ static __global__ void k_shares(const loci_cuda_look look, const loci_cuda_choic
         if (!(share >= 0.0f)) continue;
         uint32_t step = __float_as_uint(share) >> RADIX_SHARES;
         if (step >= LOCI_CUDA_STEPS) step = LOCI_CUDA_STEPS - 1;
-        if (mass_of(share)) atomicAdd(&mass[step], mass_of(share));
-        if (c.budget) atomicAdd(&count[step], 1u);
+        add_mass(&own_mass[step], mass_of(share));
+        if (c.budget) atomicAdd(&own_count[step], 1u);
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < LOCI_CUDA_STEPS; i += blockDim.x) {
+        if (own_mass[i]) atomicAdd(&mass[i], own_mass[i]);
+        if (own_count[i]) atomicAdd(&count[i], own_count[i]);
     }
 }
 

@@ -110,8 +110,8 @@ extern "C" cudaError_t loci_cuda_k_prepare(cudaStream_t stream, const loci_cuda_
 
 /* The lot, and the kept roots, that a block works on; blockIdx: pair and row, share, lot. */
 struct lot_work {
-    const loci_cuda_pair *pair;
-    const loci_cuda_head *head;
+    loci_cuda_pair pair; /* read once, not behind every result that is written */
+    loci_cuda_head head;
     uint32_t index, row, lot, kept;
     uint32_t first, count; /* vectors of the lot */
     size_t kept_at;        /* of the pair's first root, as in root_kept */
@@ -124,15 +124,15 @@ static __device__ __forceinline__ lot_work work_of(const loci_cuda_look &look,
     w.index = blockIdx.x / look.rows;
     w.row = blockIdx.x % look.rows;
     w.lot = blockIdx.z;
-    w.pair = &look.pairs[w.index];
-    w.head = &look.heads[w.pair->kv_head];
+    w.pair = look.pairs[w.index];
+    w.head = look.heads[w.pair.kv_head];
     w.kept = c.kept_count[blockIdx.x];
     w.first = w.row * look.group + w.lot * LOT;
     uint32_t left = look.group - w.lot * LOT;
     w.count = left < LOT ? left : LOT;
-    w.kept_at = w.head->root_at * look.rows + (size_t)w.row * w.head->roots + w.pair->root_base;
-    size_t hr = (size_t)w.pair->kv_head * look.rows + w.row;
-    w.sums_at = ((hr * gridDim.z + w.lot) * look.words + w.pair->word_base) * 32;
+    w.kept_at = w.head.root_at * look.rows + (size_t)w.row * w.head.roots + w.pair.root_base;
+    size_t hr = (size_t)w.pair.kv_head * look.rows + w.row;
+    w.sums_at = ((hr * gridDim.z + w.lot) * look.words + w.pair.word_base) * 32;
     return w;
 }
 
@@ -140,8 +140,8 @@ static __device__ __forceinline__ float centre_of(const loci_cuda_look &look,
                                                   const loci_cuda_choice &c, const lot_work &w,
                                                   uint32_t root, uint32_t g) {
     if (g >= w.count) return 0.0f;
-    return c.root_centre[w.head->root_at * look.vectors + (size_t)(w.first + g) * w.head->roots +
-                         w.pair->root_base + root];
+    return c.root_centre[w.head.root_at * look.vectors + (size_t)(w.first + g) * w.head.roots +
+                         w.pair.root_base + root];
 }
 
 /* Shared memory of a block: the table, then for each warp sums of RING tokens and the codewords of
@@ -167,16 +167,17 @@ struct warp_memory {
 /* Brings the table of the block's lot; a barrier is the caller's. */
 static __device__ __forceinline__ warp_memory open_memory(const loci_cuda_look &look,
                                                           const loci_cuda_choice &c,
-                                                          const lot_work &w, float4 *shared) {
+                                                          const lot_work &w, uint32_t dim,
+                                                          float4 *shared) {
     warp_memory m;
     uint32_t start = (uint32_t)__cvta_generic_to_shared(shared);
     uint32_t skip = (SUMS_ALIGN - start % SUMS_ALIGN) % SUMS_ALIGN;
     uint4 *table = (uint4 *)((uint8_t *)shared + skip), *from;
-    uint32_t entries = look.dim * 4 * LOT / 16;
+    uint32_t entries = dim * 4 * LOT / 16;
     from = table_of(look, c, w.index, w.row, w.lot);
     for (uint32_t i = threadIdx.x; i < entries; i += THREADS) table[i] = from[i];
     m.table = start + skip;
-    m.ring = (uint4 *)((uint32_t *)(table + entries) + threadIdx.x / 32 * warp_words(look.dim));
+    m.ring = (uint4 *)((uint32_t *)(table + entries) + threadIdx.x / 32 * warp_words(dim));
     m.columns = (uint32_t *)(m.ring + RING);
     return m;
 }
@@ -241,8 +242,9 @@ static __device__ __forceinline__ void add_columns(const warp_memory &m, uint32_
     uint32_t words = dim / 16;
     const uint32_t *column = m.columns + threadIdx.x % 32 * column_words(dim);
     sum[0] = sum[1] = uint4{0, 0, 0, 0};
-#pragma unroll 2
-    for (uint32_t r = 0; r < words; r++) {
+#pragma unroll
+    for (uint32_t r = 0; r < MAX_DIM / 16; r++) {
+        if (r >= words) break;
         uint32_t word = column[r], table = m.table + r * 4 * PART_BYTES;
         add_entry<0, 0>(sum[0], word, table);
         add_entry<4, 0>(sum[1], word, table);
@@ -260,11 +262,9 @@ static __device__ __forceinline__ void add_columns(const warp_memory &m, uint32_
     }
 }
 
-static __device__ __forceinline__ const uint32_t *sketches_of(const loci_cuda_look &look,
-                                                              const lot_work &w,
-                                                              const loci_cuda_root &root,
-                                                              uint32_t base) {
-    return (const uint32_t *)(w.pair->blob + root.sketches_at) + base / GROUP * look.dim;
+static __device__ __forceinline__ const uint32_t *
+sketches_of(const lot_work &w, const loci_cuda_root &root, uint32_t dim, uint32_t base) {
+    return (const uint32_t *)(w.pair.blob + root.sketches_at) + base / GROUP * dim;
 }
 
 static __device__ __forceinline__ uint32_t groups_of(const loci_cuda_root &root, uint32_t base) {
@@ -284,55 +284,71 @@ static __device__ __forceinline__ uint32_t vector_of(uint32_t w, uint32_t half) 
 
 /* --- leaves ------------------------------------------------------------------------------ */
 
-/* What turns sums of a lot into estimates; shared memory of a block. */
-struct lot_terms {
-    float base[LOT], scale[LOT];
+/* The vector of the lot whose scores a lane writes, and what turns its sums into estimates. */
+struct lane_vector {
+    uint32_t g, word, half;
+    float base, scale;
 };
 
-static __device__ __forceinline__ void load_terms(const loci_cuda_look &look,
-                                                  const loci_cuda_choice &c, const lot_work &w,
-                                                  lot_terms *terms) {
-    if (threadIdx.x >= LOT) return;
-    size_t at = (size_t)w.index * look.vectors + w.first + threadIdx.x;
-    bool there = threadIdx.x < w.count;
-    terms->base[threadIdx.x] = there ? c.table_base[at] : 0.0f;
-    terms->scale[threadIdx.x] = there ? c.table_scale[at] : 0.0f;
+static __device__ __forceinline__ lane_vector vector_of_lane(const loci_cuda_look &look,
+                                                             const loci_cuda_choice &c,
+                                                             const lot_work &w) {
+    lane_vector v = {0, threadIdx.x / 2 % 4, threadIdx.x % 2, 0.0f, 0.0f};
+    v.g = vector_of(v.word, v.half);
+    if (v.g >= w.count) return v;
+    size_t at = (size_t)w.index * look.vectors + w.first + v.g;
+    v.base = c.table_base[at];
+    v.scale = c.table_scale[at];
+    return v;
 }
 
-/* A root as the lanes of a warp have it: its leaf `lane`, slots counted from the root's first, and
- * its centre for vector `lane` of the lot. */
-struct root_lane {
+/* A root as the lanes of a warp have it: its leaf `lane`, slots counted from the root's first, what
+ * the lane's vector is to it, and the words of its next step. */
+template <int WORDS> struct root_lane {
+    loci_cuda_root root;
     uint32_t begin, end;
     float centre;
-    float *out; /* leaf 0, vector 0 of the lot */
+    float *out; /* of leaf 0 */
+    step_words<WORDS> step;
 };
 
-/* Scores of leaves [first, last) of the root, which are summed: a lane for a leaf and a word of
- * sums. */
-static __device__ __forceinline__ void put_leaves(const lot_work &w, const loci_cuda_root &root,
-                                                  const root_lane &own, const lot_terms &terms,
-                                                  const uint4 *ring, uint32_t first,
-                                                  uint32_t last) {
-    uint32_t lane = threadIdx.x % 32;
-    for (uint32_t i = lane; i - lane < (last - first) * 4; i += 32) { /* whole warps */
-        uint32_t l = first + i / 4, word = i % 4, top = 0;
-        bool there = l < last;
+/* Begins to read root `i` of those that are kept. */
+template <int WORDS>
+static __device__ __forceinline__ void
+open_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work &w,
+          const lane_vector &v, uint32_t dim, uint32_t i, root_lane<WORDS> &own) {
+    uint32_t lane = threadIdx.x % 32, number = c.kept[w.kept_at + i];
+    own.root = w.pair.root_table[number];
+    fetch_step(own.step, sketches_of(w, own.root, dim, 0), groups_of(own.root, 0), dim);
+    own.begin = own.root.tokens;
+    if (lane < own.root.leaves)
+        own.begin = w.pair.leaf_begin[own.root.first_leaf + lane] - own.root.first_slot;
+    own.end = __shfl_down_sync(FULL_WARP, own.begin, 1);
+    if (lane + 1 >= own.root.leaves) own.end = own.root.tokens;
+    own.centre = centre_of(look, c, w, number, v.g);
+    own.out = c.leaf_score + w.head.leaf_at * look.vectors +
+              (size_t)(w.first + v.g) * w.head.leaves + c.leaf_place[w.kept_at + number];
+}
+
+/* Scores of leaves [first, last) of the root, which are summed: two lanes for a leaf and a word of
+ * sums, each for every other token, and then for one of the word's vectors. */
+template <int WORDS>
+static __device__ __forceinline__ void put_leaves(const lot_work &w, const root_lane<WORDS> &own,
+                                                  const lane_vector &v, const uint4 *ring,
+                                                  uint32_t first, uint32_t last) {
+    for (uint32_t from = first; from < last; from += 4) { /* whole warps */
+        uint32_t l = from + threadIdx.x % 32 / 8, top = 0;
         uint32_t begin = __shfl_sync(FULL_WARP, own.begin, (int)(l % 32));
         uint32_t end = __shfl_sync(FULL_WARP, own.end, (int)(l % 32));
-        if (!there) begin = end = 0;
+        if (l >= last) begin = end = 0;
 #pragma unroll 4
-        for (uint32_t t = begin; t < end; t++)
-            top = __vmaxu2(top, ((const uint32_t *)ring)[(t * 4 + word) % (RING * 4)]);
-        bool live = there && live_bits(w.pair, root.first_slot + begin, end - begin);
-#pragma unroll
-        for (uint32_t half = 0; half < 2; half++) {
-            uint32_t g = vector_of(word, half);
-            float centre = __shfl_sync(FULL_WARP, own.centre, (int)g);
-            float sum = (float)(half ? top >> 16 : top & 0xffffu);
-            if (there && g < w.count)
-                own.out[(size_t)g * w.head->leaves + l] =
-                    live ? centre + terms.base[g] + terms.scale[g] * sum : -INFINITY;
-        }
+        for (uint32_t t = begin + v.half; t < end; t += 2)
+            top = __vmaxu2(top, ((const uint32_t *)ring)[(t * 4 + v.word) % (RING * 4)]);
+        top = __vmaxu2(top, __shfl_xor_sync(FULL_WARP, top, 1));
+        if (l >= last || v.g >= w.count) continue;
+        bool live = live_bits(&w.pair, own.root.first_slot + begin, end - begin);
+        float sum = (float)(v.half ? top >> 16 : top & 0xffffu);
+        own.out[l] = live ? own.centre + v.base + v.scale * sum : -INFINITY;
     }
 }
 
@@ -344,63 +360,48 @@ static __device__ __forceinline__ void keep_sums(const loci_cuda_choice &c, cons
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++, t += 16) {
         if (t >= root.tokens) break;
-        bool live = live_bits(w.pair, root.first_slot + t, 1);
+        bool live = live_bits(&w.pair, root.first_slot + t, 1);
         ring[t % RING] = live ? sum[i] : uint4{0, 0, 0, 0};
         if (c.sums) c.sums[w.sums_at + root.first_slot + t] = sum[i];
     }
 }
 
-static __device__ __forceinline__ root_lane open_root(const loci_cuda_look &look,
-                                                      const loci_cuda_choice &c, const lot_work &w,
-                                                      uint32_t number, const loci_cuda_root &root) {
-    root_lane own;
-    uint32_t lane = threadIdx.x % 32;
-    own.begin = root.tokens;
-    if (lane < root.leaves)
-        own.begin = w.pair->leaf_begin[root.first_leaf + lane] - root.first_slot;
-    own.end = __shfl_down_sync(FULL_WARP, own.begin, 1);
-    if (lane + 1 >= root.leaves) own.end = root.tokens;
-    own.centre = centre_of(look, c, w, number, lane);
-    own.out = c.leaf_score + w.head->leaf_at * look.vectors + (size_t)w.first * w.head->leaves +
-              c.leaf_place[w.kept_at + number];
-    return own;
-}
-
-template <int WORDS>
+/* DIM: the channels, or 0 where that is not known. */
+template <int DIM>
 static __global__ void __launch_bounds__(THREADS)
     k_score_leaves(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
-    __shared__ lot_terms terms;
     await_previous();
+    const uint32_t dim = DIM ? DIM : look.dim, lane = threadIdx.x % 32;
     const lot_work w = work_of(look, c);
     if (blockIdx.y * WARPS >= w.kept) return;
-    const warp_memory m = open_memory(look, c, w, shared);
-    load_terms(look, c, w, &terms);
+    const lane_vector v = vector_of_lane(look, c, w);
+    root_lane<(DIM ? DIM : MAX_DIM) / 64> own;
+    uint32_t i = blockIdx.y * WARPS + threadIdx.x / 32, stride = gridDim.y * WARPS;
+    if (i < w.kept) open_root(look, c, w, v, dim, i, own); /* comes while the table does */
+    const warp_memory m = open_memory(look, c, w, dim, shared);
     __syncthreads();
-    uint32_t lane = threadIdx.x % 32;
-    for (uint32_t i = blockIdx.y * WARPS + threadIdx.x / 32; i < w.kept; i += gridDim.y * WARPS) {
-        uint32_t number = c.kept[w.kept_at + i], ready = 0;
-        const loci_cuda_root root = w.pair->root_table[number];
-        step_words<WORDS> step;
-        fetch_step(step, sketches_of(look, w, root, 0), groups_of(root, 0), look.dim);
-        const root_lane own = open_root(look, c, w, number, root);
+    for (; i < w.kept; i += stride) {
+        const loci_cuda_root root = own.root;
+        uint32_t ready = 0;
         for (uint32_t base = 0; base < root.tokens; base += STEP) {
             uint32_t done = base + STEP;
             uint4 sum[2];
-            put_step(step, m.columns, groups_of(root, base), look.dim);
+            put_step(own.step, m.columns, groups_of(root, base), dim);
             __syncwarp();
             if (done < root.tokens)
-                fetch_step(step, sketches_of(look, w, root, done), groups_of(root, done), look.dim);
+                fetch_step(own.step, sketches_of(w, root, dim, done), groups_of(root, done), dim);
             else
                 done = root.tokens;
-            add_columns(m, look.dim, sum);
+            add_columns(m, dim, sum);
             keep_sums(c, w, root, lane_token(base), sum, m.ring);
             __syncwarp();
             uint32_t now = __popc(__ballot_sync(FULL_WARP, lane < root.leaves && own.end <= done));
-            put_leaves(w, root, own, terms, m.ring, ready, now);
+            put_leaves(w, own, v, m.ring, ready, now);
             ready = now;
             __syncwarp();
         }
+        if (i + stride < w.kept) open_root(look, c, w, v, dim, i + stride, own);
     }
 }
 
@@ -432,7 +433,9 @@ static dim3 share_roots(const loci_cuda_look *look) {
 extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                           const loci_cuda_choice *choice) {
     if (look->extents == 0) return cudaSuccess;
-    auto kernel = look->dim <= 128 ? k_score_leaves<2> : k_score_leaves<4>;
+    auto kernel = look->dim == 64    ? k_score_leaves<64>
+                  : look->dim == 128 ? k_score_leaves<128>
+                                     : k_score_leaves<0>;
     cudaError_t result = launch_behind(stream, kernel, share_roots(look), THREADS,
                                        memory_bytes(look->dim), *look, *choice);
     if (result != cudaSuccess) return result;
@@ -442,31 +445,74 @@ extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_l
 
 /* --- candidates -------------------------------------------------------------------------- */
 
-/* A lot's estimates and floors, the same in every lane. */
-struct lot_floors {
-    float centre[LOT], scale[LOT], floor[LOT]; /* centre: with the base */
+#define AHEAD 4u /* steps whose sums are read together */
+#define SUM_MAX (PARTS_MAX * 255u)
+#define NO_SUM 0xffffu
+
+/* What one vector, that of the lane, needs of a root's tokens; offset: the root's centre and the
+ * base. */
+struct lane_floor {
+    float offset, scale, floor;
 };
 
-/* visit(vector of the lot, estimate of a token with these sums) for all vectors of the lot. */
-template <typename VISIT>
-static __device__ __forceinline__ void visit_estimates(const lot_floors &f, uint4 sum,
-                                                       VISIT visit) {
-    uint32_t words[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-    for (uint32_t w = 0; w < 4; w++)
-#pragma unroll
-        for (uint32_t half = 0; half < 2; half++) {
-            uint32_t g = vector_of(w, half);
-            float value = (float)(half ? words[w] >> 16 : words[w] & 0xffffu);
-            visit(g, f.centre[g] + f.scale[g] * value);
-        }
+static __device__ __forceinline__ float estimate_of(const lane_floor &f, uint32_t sum) {
+    return f.offset + f.scale * (float)sum;
 }
 
-/* Whether any vector of the lot reaches its floor. */
-static __device__ __forceinline__ bool reaches(const lot_floors &f, uint4 sum) {
-    bool hit = false;
-    visit_estimates(f, sum, [&](uint32_t g, float estimate) { hit |= estimate >= f.floor[g]; });
-    return hit;
+/* The least sum whose estimate reaches the floor; NO_SUM if none does. */
+static __device__ __forceinline__ uint32_t least_sum(const lane_floor &f) {
+    if (!(estimate_of(f, SUM_MAX) >= f.floor)) return NO_SUM;
+    float steps = (f.floor - f.offset) / f.scale;
+    uint32_t sum = !(steps > 0.0f) ? 0 : steps < (float)SUM_MAX ? (uint32_t)steps : SUM_MAX;
+    while (sum > 0 && estimate_of(f, sum - 1) >= f.floor) sum--;
+    while (!(estimate_of(f, sum) >= f.floor)) sum++;
+    return sum;
+}
+
+/* Not later, where the first use is. */
+static __device__ __forceinline__ uint4 read_now(const uint4 *from) {
+    uint4 x;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "l"(from)
+                 : "memory");
+    return x;
+}
+
+/* Least sums of a lot, side by side as sums are; the same in every lane. */
+struct lot_least {
+    uint32_t word[4];
+};
+
+static __device__ __forceinline__ void set_lot(lot_least &lot, const lane_floor &own) {
+    uint32_t least = least_sum(own);
+#pragma unroll
+    for (uint32_t w = 0; w < 4; w++)
+        lot.word[w] = __shfl_sync(FULL_WARP, least, (int)vector_of(w, 0)) |
+                      __shfl_sync(FULL_WARP, least, (int)vector_of(w, 1)) << 16;
+}
+
+/* Whether any vector of the lot reaches its floor: where the greater one of a sum and the least is
+ * the sum itself. */
+static __device__ __forceinline__ bool reaches(const lot_least &lot, uint4 sum) {
+    uint32_t x = __vmaxu2(sum.x, lot.word[0]) ^ sum.x, y = __vmaxu2(sum.y, lot.word[1]) ^ sum.y;
+    uint32_t z = __vmaxu2(sum.z, lot.word[2]) ^ sum.z, w = __vmaxu2(sum.w, lot.word[3]) ^ sum.w;
+    uint32_t off = __vminu2(__vminu2(x, y), __vminu2(z, w));
+    return !(off & 0xffffu) || !(off >> 16);
+}
+
+/* All vectors' floors, the same in every lane. */
+struct lot_floors {
+    lane_floor vector[LOT];
+};
+
+static __device__ __forceinline__ void set_lot(lot_floors &lot, const lane_floor &own) {
+#pragma unroll
+    for (uint32_t g = 0; g < LOT; g++) {
+        lot.vector[g].offset = __shfl_sync(FULL_WARP, own.offset, (int)g);
+        lot.vector[g].scale = __shfl_sync(FULL_WARP, own.scale, (int)g);
+        lot.vector[g].floor = __shfl_sync(FULL_WARP, own.floor, (int)g);
+    }
 }
 
 /* Candidates among slots [slot, slot + 32) of the pair, by one lane. Other lots may have found the
@@ -474,9 +520,9 @@ static __device__ __forceinline__ bool reaches(const lot_floors &f, uint4 sum) {
 static __device__ __forceinline__ void mark_slots(const loci_cuda_look &look,
                                                   const loci_cuda_choice &c, const lot_work &w,
                                                   uint32_t slot, uint32_t bits) {
-    uint32_t *words = c.candidates + mask_at(look, w.pair, w.row);
-    size_t hr = (size_t)w.pair->kv_head * look.rows + w.row;
-    uint32_t *runs = c.run_count + hr * loci_cuda_runs(&look) + w.pair->word_base / LOCI_CUDA_RUN +
+    uint32_t *words = c.candidates + mask_at(look, &w.pair, w.row);
+    size_t hr = (size_t)w.pair.kv_head * look.rows + w.row;
+    uint32_t *runs = c.run_count + hr * loci_cuda_runs(&look) + w.pair.word_base / LOCI_CUDA_RUN +
                      w.index / look.kv_heads;
     uint32_t shift = slot % 32, part[2] = {bits << shift, shift ? bits >> (32 - shift) : 0};
 #pragma unroll
@@ -488,121 +534,127 @@ static __device__ __forceinline__ void mark_slots(const loci_cuda_look &look,
 }
 
 /* The candidates of a step. */
-static __device__ __forceinline__ void mark_step(const loci_cuda_look &look,
+static __device__ __forceinline__ void take_step(const loci_cuda_look &look,
                                                  const loci_cuda_choice &c, const lot_work &w,
-                                                 const loci_cuda_root &root,
-                                                 const lot_floors &floors, uint32_t base,
-                                                 const uint4 (&sum)[2]) {
+                                                 const loci_cuda_root &root, const lot_least &lot,
+                                                 uint32_t base, const uint4 (&sum)[2]) {
     uint32_t lane = threadIdx.x % 32, t = lane_token(base);
-    uint32_t low = __ballot_sync(FULL_WARP, t < root.tokens && reaches(floors, sum[0]));
-    uint32_t high = __ballot_sync(FULL_WARP, t + 16 < root.tokens && reaches(floors, sum[1]));
+    uint32_t low = __ballot_sync(FULL_WARP, t < root.tokens && reaches(lot, sum[0]));
+    uint32_t high = __ballot_sync(FULL_WARP, t + 16 < root.tokens && reaches(lot, sum[1]));
     uint32_t bits = lane == 0 ? (low & 0xffffu) | high << 16 : low >> 16 | (high & ~0xffffu);
     if (lane > 1 || !bits) return;
     uint32_t first = root.first_slot + base + lane * GROUP;
     uint32_t left = root.tokens - base - lane * GROUP;
-    bits &= live_bits(w.pair, first, left < GROUP ? left : GROUP);
+    bits &= live_bits(&w.pair, first, left < GROUP ? left : GROUP);
     mark_slots(look, c, w, first, bits);
 }
 
 /* What reaches a floor in a step, to the list of its vector, in any order. */
-static __device__ __forceinline__ void list_step(const loci_cuda_look &look,
+static __device__ __forceinline__ void take_step(const loci_cuda_look &look,
                                                  const loci_cuda_choice &c, const lot_work &w,
-                                                 const loci_cuda_root &root,
-                                                 const lot_floors &floors, uint32_t base,
-                                                 const uint4 (&sum)[2]) {
+                                                 const loci_cuda_root &root, const lot_floors &lot,
+                                                 uint32_t base, const uint4 (&sum)[2]) {
     uint32_t lane = threadIdx.x % 32, t = lane_token(base);
-    size_t vector = (size_t)w.pair->kv_head * look.vectors + w.first;
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++, t += 16) {
-        bool live = t < root.tokens && live_bits(w.pair, root.first_slot + t, 1);
-        visit_estimates(floors, sum[i], [&](uint32_t g, float estimate) {
-            bool hit = live && estimate >= floors.floor[g];
+        bool live = t < root.tokens && live_bits(&w.pair, root.first_slot + t, 1);
+        uint32_t words[4] = {sum[i].x, sum[i].y, sum[i].z, sum[i].w};
+#pragma unroll
+        for (uint32_t j = 0; j < LOT; j++) {
+            uint32_t g = vector_of(j / 2, j % 2), half = words[j / 2] >> j % 2 * 16 & 0xffffu;
+            float own = estimate_of(lot.vector[g], half);
+            bool hit = live && own >= lot.vector[g].floor;
             uint32_t hits = __ballot_sync(FULL_WARP, hit), at = 0;
-            if (!hits) return;
-            if (lane == 0) at = atomicAdd(&c.reached_count[vector + g], (uint32_t)__popc(hits));
+            if (!hits) continue;
+            size_t vector = (size_t)w.pair.kv_head * look.vectors + w.first + g;
+            if (lane == 0) at = atomicAdd(&c.reached_count[vector], (uint32_t)__popc(hits));
             at = __shfl_sync(FULL_WARP, at, 0) + (uint32_t)__popc(hits & ((1u << lane) - 1));
-            if (hit && at < c.reached_room)
-                c.reached[(vector + g) * c.reached_room + at] = estimate;
-        });
-    }
-}
-
-/* The candidates of a root, or (LIST) what reaches the floors in it. STORED: sums are there. */
-template <bool STORED, bool LIST>
-static __device__ __forceinline__ void
-mark_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work &w,
-          const loci_cuda_root &root, const warp_memory &m, const lot_floors &floors) {
-    const uint4 *from = c.sums + w.sums_at + root.first_slot;
-#pragma unroll 2
-    for (uint32_t base = 0; base < root.tokens; base += STEP) {
-        uint32_t t = lane_token(base);
-        uint4 sum[2];
-        if (STORED) {
-            sum[0] = from[t < root.tokens ? t : 0];
-            sum[1] = from[t + 16 < root.tokens ? t + 16 : 0];
-        } else {
-            step_words<MAX_DIM / 64> step;
-            fetch_step(step, sketches_of(look, w, root, base), groups_of(root, base), look.dim);
-            __syncwarp(); /* all have read the step before */
-            put_step(step, m.columns, groups_of(root, base), look.dim);
-            __syncwarp();
-            add_columns(m, look.dim, sum);
+            if (hit && at < c.reached_room) c.reached[vector * c.reached_room + at] = own;
         }
-        if (LIST)
-            list_step(look, c, w, root, floors, base, sum);
-        else
-            mark_step(look, c, w, root, floors, base, sum);
     }
 }
 
-template <bool STORED, bool LIST>
+/* The candidates of a root (LOT_OF: lot_least) or what reaches the floors in it (lot_floors).
+ * STORED: sums are there. */
+template <bool STORED, typename LOT_OF>
+static __device__ __forceinline__ void
+take_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work &w,
+          const loci_cuda_root &root, const warp_memory &m, const LOT_OF &lot) {
+    const uint4 *from = c.sums + w.sums_at + root.first_slot;
+    for (uint32_t first = 0; first < root.tokens; first += AHEAD * STEP) {
+        uint4 sum[AHEAD][2];
+#pragma unroll
+        for (uint32_t j = 0; j < AHEAD && STORED; j++) {
+            uint32_t t = lane_token(first + j * STEP);
+            sum[j][0] = read_now(from + (t < root.tokens ? t : 0));
+            sum[j][1] = read_now(from + (t + 16 < root.tokens ? t + 16 : 0));
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < AHEAD; j++) {
+            uint32_t base = first + j * STEP;
+            if (base >= root.tokens) break;
+            if (!STORED) {
+                step_words<MAX_DIM / 64> step;
+                fetch_step(step, sketches_of(w, root, look.dim, base), groups_of(root, base),
+                           look.dim);
+                __syncwarp(); /* all have read the step before */
+                put_step(step, m.columns, groups_of(root, base), look.dim);
+                __syncwarp();
+                add_columns(m, look.dim, sum[j]);
+            }
+            take_step(look, c, w, root, lot, base, sum[j]);
+        }
+    }
+}
+
+template <bool STORED, typename LOT_OF>
 static __global__ void __launch_bounds__(THREADS)
-    k_mark_candidates(const loci_cuda_look look, const loci_cuda_choice c) {
+    k_take_tokens(const loci_cuda_look look, const loci_cuda_choice c) {
     extern __shared__ float4 shared[];
-    __shared__ lot_terms terms;
     await_previous();
     const lot_work w = work_of(look, c);
     if (blockIdx.y * WARPS >= w.kept) return;
+    uint32_t lane = threadIdx.x % 32;
+    lane_floor own = {0.0f, 0.0f, INFINITY};
+    float base = 0.0f;
+    if (lane < w.count) {
+        size_t at = (size_t)w.index * look.vectors + w.first + lane;
+        base = c.table_base[at];
+        own.scale = c.table_scale[at];
+        own.floor = c.floor[(size_t)w.pair.kv_head * look.vectors + w.first + lane];
+    }
     warp_memory m = {};
-    if (!STORED) m = open_memory(look, c, w, shared);
-    load_terms(look, c, w, &terms);
-    __syncthreads();
-    lot_floors floors;
-#pragma unroll
-    for (uint32_t g = 0; g < LOT; g++) {
-        floors.scale[g] = terms.scale[g];
-        floors.floor[g] = INFINITY;
-        if (g < w.count)
-            floors.floor[g] = c.floor[(size_t)w.pair->kv_head * look.vectors + w.first + g];
+    if (!STORED) {
+        m = open_memory(look, c, w, look.dim, shared);
+        __syncthreads();
     }
     for (uint32_t i = blockIdx.y * WARPS + threadIdx.x / 32; i < w.kept; i += gridDim.y * WARPS) {
         uint32_t number = c.kept[w.kept_at + i];
-        float centre = centre_of(look, c, w, number, threadIdx.x % 32);
-#pragma unroll
-        for (uint32_t g = 0; g < LOT; g++)
-            floors.centre[g] = __shfl_sync(FULL_WARP, centre, (int)g) + terms.base[g];
-        mark_root<STORED, LIST>(look, c, w, w.pair->root_table[number], m, floors);
+        LOT_OF lot;
+        if (lane < w.count) own.offset = centre_of(look, c, w, number, lane) + base;
+        set_lot(lot, own);
+        take_root<STORED>(look, c, w, w.pair.root_table[number], m, lot);
     }
 }
 
-template <bool LIST>
-static cudaError_t launch_mark(cudaStream_t stream, const loci_cuda_look *look,
+template <typename LOT_OF>
+static cudaError_t launch_take(cudaStream_t stream, const loci_cuda_look *look,
                                const loci_cuda_choice *choice) {
     if (choice->sums)
-        return launch_behind(stream, k_mark_candidates<true, LIST>, share_roots(look), THREADS, 0,
+        return launch_behind(stream, k_take_tokens<true, LOT_OF>, share_roots(look), THREADS, 0,
                              *look, *choice);
-    return launch_behind(stream, k_mark_candidates<false, LIST>, share_roots(look), THREADS,
+    return launch_behind(stream, k_take_tokens<false, LOT_OF>, share_roots(look), THREADS,
                          memory_bytes(look->dim), *look, *choice);
 }
 
 extern "C" cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                               const loci_cuda_choice *choice) {
-    return look->extents ? launch_mark<false>(stream, look, choice) : cudaSuccess;
+    return look->extents ? launch_take<lot_least>(stream, look, choice) : cudaSuccess;
 }
 
 extern "C" cudaError_t loci_cuda_k_list_reaching(cudaStream_t stream, const loci_cuda_look *look,
                                                  const loci_cuda_choice *choice) {
-    return look->extents ? launch_mark<true>(stream, look, choice) : cudaSuccess;
+    return look->extents ? launch_take<lot_floors>(stream, look, choice) : cudaSuccess;
 }
 
 /* One block for each (KV head, vector). */
