@@ -9,7 +9,9 @@
 #
 #   tests/gpu/run.sh [test] [service] [bench] [sanitize]      (default: all)
 #
-# BENCH_TOKENS: corpus sizes of the benchmarks (default 131072 524288).
+# BENCH_TOKENS: corpus sizes of the benchmarks (default 131072 524288). BENCH_ROWS: query tokens of a
+# step (default 1 16). BENCH_KV: a key-value dump of a model (bench_recall --dump). BENCH_KERNELS: the
+# published kernels of Squeezed Attention (tests/bench/gpu/squeezed_triton.py).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 wanted=${*:-test service bench sanitize}
@@ -76,10 +78,13 @@ case " $wanted " in *" sanitize "*)
     if ! command -v compute-sanitizer >/dev/null; then
         rows+=("sanitizers                           skipped: compute-sanitizer is not installed")
     else
-        for topic in pointwise sample dense ranking lookup; do
+        # All of sampling, look-ups and the twin take racecheck longer than that.
+        for test in 'pointwise *' 'dense *' 'ranking *' 'lookup test_a_single_row' \
+            'twin test_limited_*' 'sample *' 'lookup *'; do
             for tool in memcheck racecheck; do
-                check "$tool-$topic" 90 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-                    "$bin/test_cuda_$topic"
+                case "$tool $test" in 'racecheck sample *' | 'racecheck lookup *') continue ;; esac
+                check "$tool-${test%% *}" 90 env LOCI_TEST_FILTER="${test#* }" compute-sanitizer \
+                    --tool "$tool" --error-exitcode 9 "$bin/test_cuda_${test%% *}"
             done
         done
     fi
@@ -88,10 +93,17 @@ esac
 
 case " $wanted " in *" bench "*)
     read -ra tokens <<<"${BENCH_TOKENS:-131072 524288}"
+    queries=()
+    for count in ${BENCH_ROWS:-1 16}; do queries+=(--rows "$count"); done
     for size in "${tokens[@]}"; do
-        check "bench_attention_$size" 240 "$bin/bench_cuda_attention" --reach 1 8 0.9995 "$size"
+        check "bench_attention_$size" 240 "$bin/bench_cuda_attention" "${queries[@]}" \
+            --reach 1 8 0.9995 --squeezed 0.1 "$size"
     done
-    check bench_torch 60 python3 tests/bench/gpu/dense_torch.py "${tokens[@]}"
+    check bench_torch 60 python3 tests/bench/gpu/dense_torch.py "${queries[@]}" "${tokens[@]}"
+    [ -z "${BENCH_KV:-}" ] ||
+        check bench_model 120 "$bin/bench_cuda_attention" --rows 1 --rows 2 --kv "$BENCH_KV"
+    [ -z "${BENCH_KERNELS:-}" ] ||
+        check bench_triton 90 python3 tests/bench/gpu/squeezed_triton.py "$BENCH_KERNELS"
     check bench_attention_small 60 "$bin/bench_cuda_attention" --heads 6 2 64 131072
     cat "$out"/bench_*.log
     ;;
