@@ -9,8 +9,10 @@
 #include "attention/cuda/cuda.h"
 
 #define HEAD_DIM_MAX 512u
-/* Tasks that a span is worth at least, where its keys suffice: four blocks on each multiprocessor
- * of a large device; a constant, so that results do not depend on the device. */
+/* Tasks that a span is cut into at most, where its keys suffice: four blocks on each multiprocessor
+ * of a large device; a constant, so that results do not depend on the device. A span of more than
+ * half as many tiles stays whole: it fills the device about as well, and beside other spans its
+ * partial results would be written and merged for nothing. */
 #define SPAN_TASKS 528u
 #define SPLIT_KEYS 512u /* least keys of a split: its partial result is then 3% of their bytes */
 #define KEYS_UNIT 64u   /* of a tile */
@@ -116,7 +118,7 @@ static loci_cuda_span cut_span(const loci_attend_span *s, uint32_t group, uint32
     if (path != PATH_PLAIN && rows > LOCI_CUDA_ROWS) span.rows = LOCI_CUDA_WIDE_ROWS;
     span.tiles = (uint32_t)((rows + span.rows - 1) / span.rows);
     uint32_t tasks = span.tiles * kv_heads, most = s->kv_count / SPLIT_KEYS, wanted = 1;
-    if (tasks > 0 && most >= 2) wanted = (SPAN_TASKS + tasks - 1) / tasks;
+    if (tasks > 0 && most >= 2) wanted = SPAN_TASKS / tasks;
     if (wanted > most) wanted = most;
     if (wanted >= 2) {
         uint32_t chunk = (s->kv_count + wanted - 1) / wanted;
