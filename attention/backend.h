@@ -27,6 +27,8 @@
 
 struct loci_pool;
 struct loci_corpus_view;
+struct loci_keys;
+struct loci_clusters;
 
 #define LOCI_GEMM_STEADY_ROWS 32u
 #define LOCI_ATTEND_EXACT_QUERIES 8u
@@ -272,6 +274,12 @@ typedef struct loci_backend_ops {
      * arrays, *count is the true number. For calibrating thresholds. */
     void (*lookup_squeezed)(loci_stream *stream, loci_lookup *lookup, unsigned level, float *scores,
                             uint32_t *tokens, float *root_scores, size_t capacity, size_t *count);
+
+    /* (optional) Clusters the keys of one pair (attention/cluster.h) with the result that the CPU
+     * has, to the bit. Host arrays; returns when it is done. Any thread. LOCI_E_NOMEM: the CPU is
+     * to do it; LOCI_E_CANCELLED. */
+    loci_status (*cluster_keys)(loci_backend *self, const struct loci_keys *keys,
+                                struct loci_clusters *out, loci_error *err);
 } loci_backend_ops;
 
 struct loci_backend {

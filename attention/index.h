@@ -177,13 +177,33 @@ typedef struct loci_pair_build_options {
     bool kv_int8;        /* K and V are kept as int8 */
     const char *isa;     /* NULL = best; names as in loci_backend_options. Same bytes from all */
     const loci_cancel *cancel; /* NULL = none; LOCI_E_CANCELLED soon after it is requested */
+    loci_backend *backend;     /* clusters the keys if it can (cluster_keys); NULL = the CPU does.
+                                * Same bytes from all; the CPU does, too, where memory is short */
 } loci_pair_build_options;
 
-/* Builds the blob of one pair. k and v: bf16 [tokens][head_dim], position order; slots_of_position:
- * for each position its slot-map word (segment << 16 | offset). The bytes appended to *out
- * depend only on the arguments, not on threads. Returns LOCI_E_INVAL for zero or too many
- * tokens or non-finite keys (named). The hash of the header goes to *header_hash.
- * pool may be NULL (serial). */
+/* K and V of a pair, bf16 [tokens][head_dim] in position order; slots: for each position its
+ * slot-map word (segment << 16 | offset). Borrowed. */
+typedef struct loci_pair_rows {
+    const uint16_t *k, *v;
+    const uint32_t *slots;
+    uint32_t tokens, head_dim;
+} loci_pair_rows;
+
+typedef struct loci_pair_job loci_pair_job;
+
+/* The first half of building a blob: all up to the clusters. Returns LOCI_E_INVAL for zero or too
+ * many tokens or non-finite values (named). The rows stay until the job is gone. pool may be NULL
+ * (serial). Different jobs may run on different threads. */
+LOCI_MUST_CHECK loci_status loci_pair_begin(const loci_pair_rows *rows,
+                                            const loci_pair_build_options *options,
+                                            struct loci_pool *pool, loci_pair_job **out,
+                                            loci_error *err);
+/* The second: appends the blob to *out, the hash of its header to *header_hash. The bytes depend
+ * only on rows and options, not on threads. Frees the job in any case. */
+LOCI_MUST_CHECK loci_status loci_pair_finish(loci_pair_job *job, loci_buf *out,
+                                             uint64_t *header_hash, loci_error *err);
+void loci_pair_job_free(loci_pair_job *job); /* NULL allowed */
+/* Both. */
 LOCI_MUST_CHECK loci_status loci_pair_build(const uint16_t *k, const uint16_t *v,
                                             const uint32_t *slots_of_position, uint32_t tokens,
                                             uint32_t head_dim,

@@ -1,28 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Builds the blob of one pair: keys -> roots -> leaves -> nodes, codes, hashes and KV.
- *
- * Keys are clustered into roots and the keys of each root into leaves. (Rounds of every key against
- * every leaf would tighten the leaves, by an eighth of their variance, but loosen the roots, of
- * which a third more must then be read.) Groups that are too large are cut in two. Bytes depend on
- * the arguments only. Rows that are kept as int8 are taken as they will be read back (index.h).
+ * Builds the blob of one pair: keys -> clusters -> nodes, codes, hashes and KV, in two halves: the
+ * first ends with the clusters (cluster.h), the second writes the blob, so that one pair may be
+ * written while the next is clustered. Bytes depend on the arguments only, not on who clusters.
+ * Rows that are kept as int8 are taken as they will be read back (index.h).
  */
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "attention/cluster.h"
 #include "attention/index_layout.h"
-#include "attention/kmeans.h"
 #include "attention/sketch.h"
 #include "base/pool.h"
 
 #define KEY_LIMIT 1e15f /* far beyond any model's; keeps squares and sums finite in f32 */
-/* Half more than a root's share: with leaves of 16 it stays below LOCI_ROOT_LEAVES_MAX leaves. */
-#define ROOT_TOKENS (LOCI_LEAF_TOKENS * LOCI_ROOT_LEAVES)
-#define ROOT_TOKENS_MAX (ROOT_TOKENS * 3 / 2)
-#define ROOT_ROUNDS 10
-#define ROOT_SAMPLE 64u /* keys a root on which the roots' centroids are trained */
 #define ROUNDS_DEFAULT 6
+#define ROWS_CHUNK 4096u /* rows of one task */
+#define CHANNELS 16u     /* of one task, which goes through all rows in order */
 /* Codes reach 2.7 standard deviations: cutting the rare outliers costs less than the coarser
  * steps that covering them would need. */
 #define CODE_REACH 2.7
@@ -33,25 +29,19 @@ typedef struct build_root {
     uint64_t block;             /* where its block begins */
 } build_root;
 
-typedef struct build {
+typedef struct loci_pair_job {
     const uint16_t *k, *v;
     const uint32_t *slots;
     uint32_t tokens, dim;
     loci_pair_build_options options;
     loci_pool *pool;
     float *mean, *scale; /* [dim] */
-    float *x;      /* [tokens][dim] keys less mean; in the end also less their root's centroid */
-    uint32_t *ids; /* [tokens] */
-    uint32_t *leaf_ends; /* [leaf_count]: ends of leaves among ids */
-    build_root *roots;   /* [root_count]; room for one a token */
-    /* While clustering. */
-    loci_points points;
-    uint8_t *code;            /* [tokens][dim] */
-    float *length;            /* [tokens] */
-    uint32_t *group;          /* [tokens]: root, then leaf of each of ids */
-    uint32_t *scratch;        /* [2 tokens + 2] */
-    loci_status *root_status; /* [root_count] of first_leaves */
+    float *x; /* [tokens][dim] keys less mean; in the end also less their root's centroid */
+    loci_clusters clusters;
+    const uint32_t *ids, *leaf_ends; /* of the clusters */
+    build_root *roots;               /* [root_count] */
     uint32_t leaf_count, root_count;
+    atomic_bool odd; /* some value is not finite */
     uint8_t *blob;
     uint8_t *word; /* [tokens][parts] codewords */
 } build;
@@ -69,11 +59,11 @@ static void run_task(void *arg, size_t index, unsigned thread) {
 /* Leaves out what is left when the build is cancelled, which check_stop must be asked after. */
 static void for_each(build *b, size_t count, loci_pool_fn fn) {
     build_task task = {b, fn};
-    if (b->pool) {
-        loci_pool_run(b->pool, count, run_task, &task);
-    } else {
-        for (size_t i = 0; i < count; i++) run_task(&task, i, 0);
-    }
+    loci_pool_run(b->pool, count, run_task, &task);
+}
+
+static size_t row_chunks(const build *b) {
+    return (b->tokens + ROWS_CHUNK - 1) / ROWS_CHUNK;
 }
 
 static loci_status check_stop(const build *b, loci_error *err) {
@@ -82,57 +72,47 @@ static loci_status check_stop(const build *b, loci_error *err) {
     return loci_fail(err, status, "indexing %u tokens was stopped", b->tokens);
 }
 
-static loci_status check_input(const build *b, loci_error *err) {
+static bool is_finite(uint16_t value) { /* NaN is not below the limit either */
+    return fabsf(loci_bf16_to_f32(value)) < KEY_LIMIT;
+}
+
+static void check_rows(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    size_t begin = index * ROWS_CHUNK * b->dim, end = (size_t)b->tokens * b->dim, odd = 0;
+    if (end - begin > (size_t)ROWS_CHUNK * b->dim) end = begin + (size_t)ROWS_CHUNK * b->dim;
+    for (size_t i = begin; i < end; i++) odd += !is_finite(b->k[i]) || !is_finite(b->v[i]);
+    if (odd) atomic_store(&b->odd, true);
+}
+
+static loci_status check_input(build *b, loci_error *err) {
     if (b->tokens == 0 || b->tokens > LOCI_EXTENT_TOKENS_MAX)
         return loci_fail(err, LOCI_E_INVAL, "an extent holds 1 to %u tokens, not %u",
                          LOCI_EXTENT_TOKENS_MAX, b->tokens);
-    if (b->dim == 0 || b->dim > LOCI_HEAD_DIM_MAX || b->dim % 16 != 0)
+    if (b->dim == 0 || b->dim > LOCI_HEAD_DIM_MAX || b->dim % CHANNELS != 0)
         return loci_fail(err, LOCI_E_INVAL, "head_dim %u is not a multiple of 16 up to %u", b->dim,
                          LOCI_HEAD_DIM_MAX);
-    size_t values = (size_t)b->tokens * b->dim;
-    for (size_t i = 0; i < values; i++) {
-        /* Written so that NaN fails too. */
-        bool key = fabsf(loci_bf16_to_f32(b->k[i])) < KEY_LIMIT;
-        bool value = fabsf(loci_bf16_to_f32(b->v[i])) < KEY_LIMIT;
-        if (!key || !value)
+    for_each(b, row_chunks(b), check_rows);
+    for (size_t i = 0; atomic_load(&b->odd); i++) {
+        bool key = is_finite(b->k[i]);
+        if (!key || !is_finite(b->v[i]))
             return loci_fail(err, LOCI_E_INVAL, "%s of token %zu, channel %zu is not finite",
                              key ? "value" : "key", i / b->dim, i % b->dim);
     }
-    return LOCI_OK;
+    return check_stop(b, err);
 }
 
 static loci_status alloc_all(build *b, loci_error *err) {
-    size_t n = b->tokens, values = n * b->dim;
+    size_t n = b->tokens;
     b->mean = calloc(2 * b->dim, sizeof *b->mean);
     b->scale = b->mean ? b->mean + b->dim : NULL;
-    b->x = malloc(values * sizeof *b->x);
-    b->code = malloc(values);
-    b->length = malloc(n * sizeof *b->length);
-    b->ids = malloc(n * sizeof *b->ids);
-    b->group = malloc(n * sizeof *b->group);
-    b->scratch = malloc((2 * n + 2) * sizeof *b->scratch);
-    b->leaf_ends = malloc(n * sizeof *b->leaf_ends);
-    b->roots = malloc(n * sizeof *b->roots);
-    if (b->mean && b->x && b->code && b->length && b->ids && b->group && b->scratch &&
-        b->leaf_ends && b->roots)
+    b->x = malloc(n * b->dim * sizeof *b->x);
+    b->clusters.ids = malloc(n * sizeof *b->clusters.ids);
+    b->clusters.leaf_ends = malloc(n * sizeof *b->clusters.leaf_ends);
+    b->clusters.root_leaves = malloc(n * sizeof *b->clusters.root_leaves);
+    if (b->mean && b->x && b->clusters.ids && b->clusters.leaf_ends && b->clusters.root_leaves)
         return LOCI_OK;
     return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
-}
-
-/* What only clustering needs: it is not there beside the blob. */
-static void free_clustering(build *b) {
-    free(b->code);
-    free(b->length);
-    free(b->group);
-    free(b->scratch);
-    b->code = NULL;
-    b->length = NULL;
-    b->group = b->scratch = NULL;
-}
-
-static int compare_ids(const void *a, const void *b) {
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return x < y ? -1 : x > y;
 }
 
 /* Row `id` of K or V as it will be read from the blob. */
@@ -148,111 +128,68 @@ static void read_row(const build *b, const uint16_t *rows, size_t id, float *out
     for (uint32_t i = 0; i < b->dim; i++) out[i] = loci_bf16_to_f32(row[i]);
 }
 
-/* Mean and code scale of each channel, in double and in position order. */
-static void centre_keys(build *b) {
-    double sum[LOCI_HEAD_DIM_MAX] = {0}, squares[LOCI_HEAD_DIM_MAX] = {0};
-    float top[LOCI_HEAD_DIM_MAX] = {0};
-    size_t dim = b->dim;
+static void read_keys(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    size_t end = (index + 1) * ROWS_CHUNK < b->tokens ? (index + 1) * ROWS_CHUNK : b->tokens;
+    for (size_t t = index * ROWS_CHUNK; t < end; t++) read_row(b, b->k, t, b->x + t * b->dim);
+}
+
+/* Mean and code scale of some channels, in double and in position order. */
+static void centre_channels(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    double sum[CHANNELS] = {0}, squares[CHANNELS] = {0};
+    float top[CHANNELS] = {0}, mean[CHANNELS];
+    size_t first = index * CHANNELS, dim = b->dim;
+    for (size_t t = 0; t < b->tokens; t++)
+        for (size_t i = 0; i < CHANNELS; i++) sum[i] += (double)b->x[t * dim + first + i];
+    for (size_t i = 0; i < CHANNELS; i++) mean[i] = (float)(sum[i] / b->tokens);
     for (size_t t = 0; t < b->tokens; t++) {
-        float *row = b->x + t * dim;
-        read_row(b, b->k, t, row);
-        for (size_t i = 0; i < dim; i++) sum[i] += (double)row[i];
-    }
-    for (size_t i = 0; i < dim; i++) b->mean[i] = (float)(sum[i] / b->tokens);
-    for (size_t t = 0; t < b->tokens; t++) {
-        for (size_t i = 0; i < dim; i++) {
-            float x = b->x[t * dim + i] - b->mean[i];
-            b->x[t * dim + i] = x;
+        float *row = b->x + t * dim + first;
+        for (size_t i = 0; i < CHANNELS; i++) {
+            float x = row[i] - mean[i];
+            row[i] = x;
             squares[i] += (double)x * (double)x;
             top[i] = fabsf(x) > top[i] ? fabsf(x) : top[i];
         }
     }
-    for (size_t i = 0; i < dim; i++) {
+    for (size_t i = 0; i < CHANNELS; i++) {
         float reach = (float)(CODE_REACH * sqrt(squares[i] / b->tokens));
-        b->scale[i] = (reach < top[i] ? reach : top[i]) / 7.5f;
+        b->mean[first + i] = mean[i];
+        b->scale[first + i] = (reach < top[i] ? reach : top[i]) / 7.5f;
     }
 }
 
-/* Clusters all keys into roots. */
-static loci_status make_roots(build *b, uint32_t *group, loci_error *err) {
-    uint32_t n = b->tokens, k = (n + ROOT_TOKENS - 1) / ROOT_TOKENS, sample = k * ROOT_SAMPLE;
-    uint32_t *begin = b->scratch + n, *ends = group; /* ends: when group is done with */
-    for (uint32_t i = 0; i < n; i++) b->ids[i] = i;
-    LOCI_TRY(loci_kmeans(&b->points, b->ids, n, k, ROOT_ROUNDS, sample, b->pool, group, err));
-    loci_group(b->ids, group, n, k, begin, b->scratch);
-    for (uint32_t c = 0; c < k; c++)
-        LOCI_TRY(loci_kmeans_cut(&b->points, b->ids + begin[c], begin[c + 1] - begin[c],
-                                 ROOT_TOKENS_MAX, ends, &b->root_count, err));
-    for (uint32_t i = 0; i < b->root_count; i++) {
-        uint32_t from = i ? ends[i - 1] : 0, count = ends[i] - from;
-        uint32_t base = i ? b->roots[i - 1].leaf_base + b->roots[i - 1].leaves : 0;
-        uint32_t leaves = (count + LOCI_LEAF_TOKENS - 1) / LOCI_LEAF_TOKENS;
-        b->roots[i] = (build_root){from, count, base, leaves, 0};
-    }
-    return LOCI_OK;
+/* By the backend if it has a way, and memory for it; else on the CPU, with the same result. */
+static loci_status cluster(build *b, loci_error *err) {
+    loci_backend *backend = b->options.backend;
+    loci_keys keys = {b->x, b->tokens, b->dim, b->options.iterations, b->options.cancel};
+    loci_status status = LOCI_E_NOMEM;
+    if (backend && backend->ops->cluster_keys)
+        status = backend->ops->cluster_keys(backend, &keys, &b->clusters, err);
+    if (status != LOCI_E_NOMEM) return status;
+    return loci_cluster_keys(&keys, b->options.isa, b->pool, &b->clusters, err);
 }
 
-/* Clusters the keys of one root into leaves, numbered through all roots. */
-static void first_leaves(void *arg, size_t index, unsigned thread) {
-    (void)thread;
-    build *b = arg;
-    const build_root *root = &b->roots[index];
-    uint32_t *group = b->group + root->begin;
-    b->root_status[index] = loci_kmeans(&b->points, b->ids + root->begin, root->count, root->leaves,
-                                        b->options.iterations, 0, NULL, group, NULL);
-    for (uint32_t i = 0; i < root->count; i++) group[i] += root->leaf_base;
-}
-
-/* Sorts the keys by leaf and cuts leaves that are too large. A leaf stays under the root that it
- * was made for; a root with more leaves than fit becomes several. */
-static loci_status final_leaves(build *b, uint32_t leaves, loci_error *err) {
-    uint32_t roots = b->root_count, made = 0;
-    uint32_t *begin = malloc((leaves + 1) * sizeof *begin);
-    build_root *before = malloc(roots * sizeof *before);
-    loci_status status = LOCI_OK;
-    if (!begin || !before) {
-        status = loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
-        goto out;
-    }
-    memcpy(before, b->roots, roots * sizeof *before);
-    loci_group(b->ids, b->group, b->tokens, leaves, begin, b->scratch);
-    for (uint32_t r = 0; r < roots; r++) {
-        uint32_t first = b->leaf_count;
-        for (uint32_t c = before[r].leaf_base; c < before[r].leaf_base + before[r].leaves; c++)
-            LOCI_TRY_GOTO(loci_kmeans_cut(&b->points, b->ids + begin[c], begin[c + 1] - begin[c],
-                                          LOCI_LEAF_TOKENS_MAX, b->leaf_ends, &b->leaf_count, err),
-                          out);
-        uint32_t count = b->leaf_count - first;
-        uint32_t pieces = (count + LOCI_ROOT_LEAVES_MAX - 1) / LOCI_ROOT_LEAVES_MAX;
+/* Roots of no more leaves than fit. */
+static loci_status make_roots(build *b, loci_error *err) {
+    const loci_clusters *c = &b->clusters;
+    uint32_t most = LOCI_ROOT_LEAVES_MAX, count = 0;
+    for (uint32_t r = 0; r < c->roots; r++) count += (c->root_leaves[r] + most - 1) / most;
+    b->ids = c->ids;
+    b->leaf_ends = c->leaf_ends;
+    b->leaf_count = c->leaves;
+    b->roots = malloc(count * sizeof *b->roots);
+    if (!b->roots) return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
+    for (uint32_t r = 0, first = 0; r < c->roots; first += c->root_leaves[r++]) {
+        uint32_t leaves = c->root_leaves[r], pieces = (leaves + most - 1) / most;
         for (uint32_t p = 0; p < pieces; p++) {
-            uint32_t from = first + p * count / pieces, to = first + (p + 1) * count / pieces;
+            uint32_t from = first + p * leaves / pieces, to = first + (p + 1) * leaves / pieces;
             uint32_t token = from ? b->leaf_ends[from - 1] : 0;
-            b->roots[made++] =
+            b->roots[b->root_count++] =
                 (build_root){token, b->leaf_ends[to - 1] - token, from, to - from, 0};
         }
-    }
-    b->root_count = made;
-out:
-    free(begin);
-    free(before);
-    return status;
-}
-
-static loci_status cluster(build *b, loci_error *err) {
-    LOCI_TRY(make_roots(b, b->group, err));
-    b->root_status = calloc(b->root_count, sizeof *b->root_status);
-    if (!b->root_status)
-        return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
-    for_each(b, b->root_count, first_leaves);
-    LOCI_TRY(check_stop(b, err));
-    for (uint32_t i = 0; i < b->root_count; i++)
-        if (b->root_status[i] != LOCI_OK)
-            return loci_fail(err, b->root_status[i], "no memory to index %u tokens", b->tokens);
-    const build_root *last = &b->roots[b->root_count - 1];
-    LOCI_TRY(final_leaves(b, last->leaf_base + last->leaves, err));
-    for (uint32_t l = 0; l < b->leaf_count; l++) {
-        uint32_t from = l ? b->leaf_ends[l - 1] : 0;
-        qsort(b->ids + from, b->leaf_ends[l] - from, sizeof *b->ids, compare_ids);
     }
     return LOCI_OK;
 }
@@ -509,39 +446,60 @@ static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, lo
     return LOCI_OK;
 }
 
+void loci_pair_job_free(loci_pair_job *job) {
+    if (!job) return;
+    free(job->mean);
+    free(job->x);
+    free(job->clusters.ids);
+    free(job->clusters.leaf_ends);
+    free(job->clusters.root_leaves);
+    free(job->roots);
+    free(job->blob);
+    free(job->word);
+    free(job);
+}
+
+static loci_status begin(build *b, loci_error *err) {
+    LOCI_TRY(check_input(b, err));
+    LOCI_TRY(alloc_all(b, err));
+    for_each(b, row_chunks(b), read_keys);
+    for_each(b, b->dim / CHANNELS, centre_channels);
+    LOCI_TRY(check_stop(b, err));
+    LOCI_TRY(cluster(b, err));
+    return make_roots(b, err);
+}
+
+loci_status loci_pair_begin(const loci_pair_rows *rows, const loci_pair_build_options *options,
+                            loci_pool *pool, loci_pair_job **out, loci_error *err) {
+    build *b = calloc(1, sizeof *b);
+    if (!b) return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", rows->tokens);
+    *b = (build){.k = rows->k,
+                 .v = rows->v,
+                 .slots = rows->slots,
+                 .tokens = rows->tokens,
+                 .dim = rows->head_dim,
+                 .options = *options,
+                 .pool = pool};
+    if (b->options.iterations == 0) b->options.iterations = ROUNDS_DEFAULT;
+    loci_status status = begin(b, err);
+    if (status != LOCI_OK) loci_pair_job_free(b);
+    *out = status == LOCI_OK ? b : NULL;
+    return status;
+}
+
+loci_status loci_pair_finish(loci_pair_job *job, loci_buf *out, uint64_t *header_hash,
+                             loci_error *err) {
+    loci_status status = write_blob(job, out, header_hash, err);
+    loci_pair_job_free(job);
+    return status;
+}
+
 loci_status loci_pair_build(const uint16_t *k, const uint16_t *v, const uint32_t *slots_of_position,
                             uint32_t tokens, uint32_t head_dim,
                             const loci_pair_build_options *options, loci_pool *pool, loci_buf *out,
                             uint64_t *header_hash, loci_error *err) {
-    build b = {.k = k,
-               .v = v,
-               .slots = slots_of_position,
-               .tokens = tokens,
-               .dim = head_dim,
-               .options = *options,
-               .pool = pool};
-    if (b.options.iterations == 0) b.options.iterations = ROUNDS_DEFAULT;
-    loci_cpu_isa isa;
-    loci_status status;
-    LOCI_TRY(check_input(&b, err));
-    LOCI_TRY(loci_cpu_isa_detect(options->isa, &isa, err));
-    LOCI_TRY_GOTO(alloc_all(&b, err), out);
-    centre_keys(&b);
-    loci_points_quantise(b.x, tokens, head_dim, b.code, b.length);
-    b.points = (loci_points){
-        b.x, b.code, b.length, head_dim, loci_corpus_kernels_of(isa), options->cancel};
-    LOCI_TRY_GOTO(cluster(&b, err), out);
-    free_clustering(&b);
-    status = write_blob(&b, out, header_hash, err);
-out:
-    free(b.mean);
-    free(b.x);
-    free_clustering(&b);
-    free(b.ids);
-    free(b.leaf_ends);
-    free(b.roots);
-    free(b.root_status);
-    free(b.blob);
-    free(b.word);
-    return status;
+    loci_pair_rows rows = {k, v, slots_of_position, tokens, head_dim};
+    loci_pair_job *job = NULL;
+    LOCI_TRY(loci_pair_begin(&rows, options, pool, &job, err));
+    return loci_pair_finish(job, out, header_hash, err);
 }

@@ -13,13 +13,6 @@
 
 #define ASSIGN_CHUNK 512u /* points of one task */
 #define GATHER 64u        /* rows copied together before one kernel call */
-#define WHOLE_ROUNDS 2u   /* over all points, after those over a sample */
-/* Of more groups than this, a point is compared with those in the PROBES bundles of similar groups
- * that look nearest: about 4 sqrt(groups) of them instead of all. */
-#define BUNDLE_FROM 1024u
-#define BUNDLE_ROUNDS 4u
-#define BUNDLES_MAX 256u
-#define PROBES 4u
 
 typedef struct far_point {
     float cosine; /* to its centroid */
@@ -53,6 +46,7 @@ void loci_points_quantise(const float *x, uint32_t count, uint32_t dim, uint8_t 
         float top = 0.0f;
         for (uint32_t i = 0; i < dim; i++) top = fabsf(row[i]) > top ? fabsf(row[i]) : top;
         float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+        if (!isfinite(inverse)) inverse = 0.0f;
         int32_t squares = 0;
         for (uint32_t i = 0; i < dim; i++) {
             float rounded = row[i] * inverse + 12582912.0f; /* to nearest, ties to even */
@@ -71,13 +65,13 @@ static void gather(const kmeans_state *state, const uint32_t *ids, uint32_t coun
         memcpy(rows + r * dim, state->points->code + ids[r] * dim, dim);
 }
 
-/* The PROBES bundles whose means each of the points lies nearest to. */
+/* The LOCI_PROBES bundles whose means each of the points lies nearest to. */
 static void choose_bundles(const kmeans_state *state, const uint8_t *rows, uint32_t count,
-                           uint16_t (*probe)[PROBES]) {
+                           uint16_t (*probe)[LOCI_PROBES]) {
     uint32_t dim = state->points->dim;
-    int32_t best[GATHER][PROBES], dot[GATHER * LOCI_LANES];
+    int32_t best[GATHER][LOCI_PROBES], dot[GATHER * LOCI_LANES];
     for (uint32_t r = 0; r < count; r++)
-        for (uint32_t p = 0; p < PROBES; p++) best[r][p] = INT32_MIN;
+        for (uint32_t p = 0; p < LOCI_PROBES; p++) best[r][p] = INT32_MIN;
     for (uint32_t first = 0; first < state->bundles; first += LOCI_LANES) {
         uint32_t last = state->bundles - first < LOCI_LANES ? state->bundles - first : LOCI_LANES;
         state->points->kernels->dot_u8(dot, rows, count, dim,
@@ -85,8 +79,8 @@ static void choose_bundles(const kmeans_state *state, const uint8_t *rows, uint3
         for (uint32_t r = 0; r < count; r++) {
             for (uint32_t lane = 0; lane < last; lane++) {
                 int32_t value = dot[r * LOCI_LANES + lane] + state->mean_bias[first + lane];
-                if (value <= best[r][PROBES - 1]) continue;
-                uint32_t p = PROBES - 1;
+                if (value <= best[r][LOCI_PROBES - 1]) continue;
+                uint32_t p = LOCI_PROBES - 1;
                 for (; p > 0 && value > best[r][p - 1]; p--) {
                     best[r][p] = best[r][p - 1];
                     probe[r][p] = probe[r][p - 1];
@@ -126,7 +120,7 @@ static void compare_bundle(kmeans_state *state, uint32_t bundle, const uint32_t 
 static void sort_by_bundle(const kmeans_state *state, uint32_t begin, uint32_t count,
                            uint32_t *places, uint32_t *first) {
     uint8_t rows[GATHER * LOCI_HEAD_DIM_MAX];
-    uint16_t probe[ASSIGN_CHUNK][PROBES];
+    uint16_t probe[ASSIGN_CHUNK][LOCI_PROBES];
     memset(first, 0, (state->bundles + 1) * sizeof *first);
     for (uint32_t at = 0; at < count; at += GATHER) {
         uint32_t some = count - at < GATHER ? count - at : GATHER;
@@ -134,10 +128,10 @@ static void sort_by_bundle(const kmeans_state *state, uint32_t begin, uint32_t c
         choose_bundles(state, rows, some, probe + at);
     }
     for (uint32_t i = 0; i < count; i++)
-        for (uint32_t p = 0; p < PROBES; p++) first[probe[i][p] + 1]++;
+        for (uint32_t p = 0; p < LOCI_PROBES; p++) first[probe[i][p] + 1]++;
     for (uint32_t b = 0; b < state->bundles; b++) first[b + 1] += first[b];
     for (uint32_t i = 0; i < count; i++)
-        for (uint32_t p = 0; p < PROBES; p++) places[first[probe[i][p]]++] = begin + i;
+        for (uint32_t p = 0; p < LOCI_PROBES; p++) places[first[probe[i][p]]++] = begin + i;
     for (uint32_t b = state->bundles; b > 0; b--) first[b] = first[b - 1];
     first[0] = 0;
 }
@@ -148,7 +142,7 @@ static void assign_chunk(void *arg, size_t index, unsigned thread) {
     if (loci_cancel_check(state->points->cancel) != LOCI_OK) return;
     uint32_t begin = (uint32_t)index * ASSIGN_CHUNK;
     uint32_t count = state->n - begin < ASSIGN_CHUNK ? state->n - begin : ASSIGN_CHUNK;
-    uint32_t places[ASSIGN_CHUNK * PROBES], first[BUNDLES_MAX + 1] = {0, count};
+    uint32_t places[ASSIGN_CHUNK * LOCI_PROBES], first[LOCI_BUNDLES_MAX + 1] = {0, count};
     if (state->bundles > 1) {
         sort_by_bundle(state, begin, count, places, first);
     } else {
@@ -159,12 +153,14 @@ static void assign_chunk(void *arg, size_t index, unsigned thread) {
         compare_bundle(state, b, places + first[b], first[b + 1] - first[b]);
 }
 
+/* A row too short for a finite inverse becomes zero, as a row of zeros stays. */
 static void make_unit(float *rows, uint32_t count, uint32_t dim) {
     for (uint32_t c = 0; c < count; c++) {
         float *row = rows + (size_t)c * dim;
         double squares = 0.0;
         for (uint32_t i = 0; i < dim; i++) squares += (double)row[i] * (double)row[i];
         float inverse = squares > 0.0 ? (float)(1.0 / sqrt(squares)) : 0.0f;
+        if (!isfinite(inverse)) inverse = 0.0f;
         for (uint32_t i = 0; i < dim; i++) row[i] *= inverse;
     }
 }
@@ -199,7 +195,7 @@ static loci_status make_bundles(kmeans_state *state, loci_pool *pool) {
     uint32_t dim = state->points->dim, k = state->k, bundles = state->bundles;
     uint8_t *code = malloc((size_t)k * dim);
     float *length = malloc(k * sizeof *length), *mean = calloc((size_t)bundles * dim, sizeof *mean);
-    uint32_t *ids = malloc(3 * (size_t)k * sizeof *ids), begin[BUNDLES_MAX + 1];
+    uint32_t *ids = malloc(3 * (size_t)k * sizeof *ids), begin[LOCI_BUNDLES_MAX + 1];
     loci_status status = LOCI_E_NOMEM;
     if (!code || !length || !mean || !ids) goto out;
     uint32_t *bundle = ids + k, *scratch = bundle + k;
@@ -209,7 +205,8 @@ static loci_status make_bundles(kmeans_state *state, loci_pool *pool) {
     points.code = code;
     points.length = length;
     for (uint32_t c = 0; c < k; c++) ids[c] = c;
-    LOCI_TRY_GOTO(loci_kmeans(&points, ids, k, bundles, BUNDLE_ROUNDS, 0, pool, bundle, NULL), out);
+    LOCI_TRY_GOTO(loci_kmeans(&points, ids, k, bundles, LOCI_BUNDLE_ROUNDS, 0, pool, bundle, NULL),
+                  out);
     loci_group(ids, bundle, k, bundles, begin, scratch);
     uint32_t block = 0;
     for (uint32_t b = 0; b < bundles; b++) {
@@ -244,12 +241,7 @@ static loci_status pack_centroids(kmeans_state *state, loci_pool *pool) {
 }
 
 static void assign_all(kmeans_state *state, loci_pool *pool) {
-    size_t chunks = (state->n + ASSIGN_CHUNK - 1) / ASSIGN_CHUNK;
-    if (pool && chunks > 1) {
-        loci_pool_run(pool, chunks, assign_chunk, state);
-    } else {
-        for (size_t i = 0; i < chunks; i++) assign_chunk(state, i, 0);
-    }
+    loci_pool_run(pool, (state->n + ASSIGN_CHUNK - 1) / ASSIGN_CHUNK, assign_chunk, state);
 }
 
 static bool farther(const far_point *a, const far_point *b) {
@@ -327,9 +319,7 @@ static void seed_centroids(kmeans_state *state) {
 
 static loci_status state_alloc(kmeans_state *state, loci_error *err) {
     uint32_t dim = state->points->dim, k = state->k;
-    state->bundles = 1;
-    while (k >= BUNDLE_FROM && state->bundles < BUNDLES_MAX && state->bundles * state->bundles < k)
-        state->bundles *= 2;
+    state->bundles = loci_bundles(k);
     uint32_t blocks = loci_lane_blocks(k) + state->bundles, lanes = blocks * LOCI_LANES;
     uint32_t means = loci_lane_blocks(state->bundles) * LOCI_LANES;
     state->best_dot = malloc(state->n * sizeof *state->best_dot);
@@ -387,7 +377,7 @@ loci_status loci_kmeans(const loci_points *points, const uint32_t *ids, uint32_t
         state.n = n;
         free(state.far);
         state.far = NULL;
-        status = run_rounds(&state, WHOLE_ROUNDS, before, pool);
+        status = run_rounds(&state, LOCI_WHOLE_ROUNDS, before, pool);
     }
     if (status == LOCI_E_NOMEM)
         loci_fail(err, status, "no memory to cluster %u keys", n);
@@ -422,11 +412,10 @@ void loci_group(uint32_t *ids, const uint32_t *group, uint32_t n, uint32_t k, ui
  * coincide). Returns the length of the first half. */
 static loci_status halve(const loci_points *points, uint32_t *ids, uint32_t n, uint32_t *group,
                          uint32_t *scratch, uint32_t *half, loci_error *err) {
-    LOCI_TRY(loci_kmeans(points, ids, n, 2, 4, 0, NULL, group, err));
+    LOCI_TRY(loci_kmeans(points, ids, n, 2, LOCI_HALVE_ROUNDS, 0, NULL, group, err));
     uint32_t begin[3];
     loci_group(ids, group, n, 2, begin, scratch);
-    *half = begin[1];
-    if (*half < n / 8 || *half > n - n / 8 || *half == 0 || *half == n) *half = n / 2;
+    *half = loci_half(begin[1], n);
     return LOCI_OK;
 }
 

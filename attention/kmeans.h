@@ -9,6 +9,7 @@
 #ifndef LOCI_ATTENTION_KMEANS_H
 #define LOCI_ATTENTION_KMEANS_H
 
+#include "attention/cluster.h"
 #include "attention/cpu/corpus_kernels.h"
 #include "attention/index_layout.h"
 

@@ -81,19 +81,11 @@ static void assign_chunk(void *arg, size_t index, unsigned thread) {
     }
 }
 
-static void run(struct loci_pool *pool, size_t count, loci_pool_fn fn, sketch_job *job) {
-    if (pool) {
-        loci_pool_run(pool, count, fn, job);
-    } else {
-        for (size_t i = 0; i < count; i++) fn(job, i, 0);
-    }
-}
-
 void loci_sketch_train(const float *x, uint32_t tokens, uint32_t dim, struct loci_pool *pool,
                        float *book, uint8_t *word) {
     sketch_job job = {.x = x, .tokens = tokens, .dim = dim, .book = book, .word = word};
-    run(pool, loci_sketch_parts(dim), train_part, &job);
-    run(pool, (tokens + CHUNK - 1) / CHUNK, assign_chunk, &job);
+    loci_pool_run(pool, loci_sketch_parts(dim), train_part, &job);
+    loci_pool_run(pool, (tokens + CHUNK - 1) / CHUNK, assign_chunk, &job);
 }
 
 void loci_sketch_pack(uint8_t *out, const uint8_t *word, const uint32_t *ids, uint32_t tokens,

@@ -168,6 +168,10 @@ unsigned loci_pool_threads(const loci_pool *pool) {
 }
 
 void loci_pool_run(loci_pool *pool, size_t count, loci_pool_fn fn, void *arg) {
+    if (!pool) {
+        for (size_t i = 0; i < count; i++) fn(arg, i, 0);
+        return;
+    }
     if (count == 0) return;
     pthread_mutex_lock(&pool->run_lock);
     pool->fn = fn;

@@ -24,6 +24,7 @@ typedef void (*loci_pool_fn)(void *arg, size_t index, unsigned thread);
 loci_status loci_pool_create(unsigned threads, loci_pool **out, loci_error *err);
 void loci_pool_destroy(loci_pool *pool); /* NULL is allowed */
 unsigned loci_pool_threads(const loci_pool *pool);
+/* pool NULL: the caller runs all of them. */
 void loci_pool_run(loci_pool *pool, size_t count, loci_pool_fn fn, void *arg);
 
 /* CPUs' worth of a cgroup v2 file cpu.max ("quota period" in microseconds), rounded up; 0 = no
