@@ -234,17 +234,14 @@ static void write_node(const build *b, const uint32_t *ids, uint32_t count, loci
 }
 
 static void write_code(const build *b, uint32_t id, uint8_t *code) {
-    const float *x = b->x + (size_t)id * b->dim;
-    for (uint32_t i = 0; i < b->dim; i += 2) {
-        uint32_t pair = 0;
-        for (uint32_t j = 0; j < 2; j++) {
-            float scale = b->scale[i + j];
-            float level = scale > 0.0f ? floorf(x[i + j] / scale + 8.0f) : 8.0f;
-            uint32_t value = level < 0.0f ? 0u : level > 15.0f ? 15u : (uint32_t)level;
-            pair |= value << (4 * j);
-        }
-        code[i / 2] = (uint8_t)pair;
+    const float *x = b->x + (size_t)id * b->dim, *scale = b->scale;
+    int32_t value[LOCI_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < b->dim; i++) {
+        float level = x[i] / (scale[i] > 0.0f ? scale[i] : INFINITY) + 8.0f;
+        level = level < 0.0f ? 0.0f : level;
+        value[i] = (int32_t)(level > 15.0f ? 15.0f : level);
     }
+    for (uint32_t i = 0; i < b->dim; i += 2) code[i / 2] = (uint8_t)(value[i] | value[i + 1] << 4);
 }
 
 static void write_kv(const build *b, uint32_t id, uint8_t *to) {
@@ -288,6 +285,19 @@ static loci_leaf *block_of(const build *b, const build_root *root) {
     return (void *)(b->blob + loci_pair_header_of(b->blob)->blocks_at + root->block);
 }
 
+/* The rows of a leaf's tokens stand anywhere: they are on their way while the leaf before is
+ * written. */
+static void prefetch_leaf(const build *b, uint32_t leaf) {
+    for (uint32_t t = b->leaf_ends[leaf - 1]; t < b->leaf_ends[leaf]; t++) {
+        size_t at = (size_t)b->ids[t] * b->dim;
+        for (uint32_t i = 0; i < b->dim; i += 16) __builtin_prefetch(b->x + at + i);
+        for (uint32_t i = 0; i < b->dim; i += 32) {
+            __builtin_prefetch(b->k + at + i);
+            __builtin_prefetch(b->v + at + i);
+        }
+    }
+}
+
 /* All of one root but its sketches. */
 static void write_root(void *arg, size_t index, unsigned thread) {
     (void)thread;
@@ -297,6 +307,7 @@ static void write_root(void *arg, size_t index, unsigned thread) {
     loci_leaf *leaves = block_of(b, from);
     for (uint32_t l = 0; l < from->leaves; l++) {
         uint32_t leaf = from->leaf_base + l, first = leaf ? b->leaf_ends[leaf - 1] : 0;
+        if (leaf + 1 < b->leaf_count) prefetch_leaf(b, leaf + 1);
         write_leaf(b, leaf, first, b->ids + first, b->leaf_ends[leaf] - first, &leaves[l]);
     }
     size_t stride = loci_node_stride(b->dim);

@@ -4,6 +4,7 @@
  */
 #include "attention/sketch.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/pool.h"
@@ -12,7 +13,8 @@
 #define CHANNELS LOCI_SKETCH_CHANNELS
 #define SAMPLE 8192u
 #define ROUNDS 8
-#define CHUNK 1024u /* tokens of one task of assignment */
+#define CHUNK 1024u  /* tokens of one task of assignment */
+#define TOGETHER 64u /* of these looked at together, side by side in vectors */
 
 typedef struct sketch_job {
     const float *x;
@@ -21,16 +23,25 @@ typedef struct sketch_job {
     uint8_t *word;
 } sketch_job;
 
-/* The nearest of 16 codewords: the highest x.c - c.c / 2, the first among equals. */
-static uint32_t nearest(const float *x, const float *book, const float *half_norm) {
-    float score[WORDS];
-    for (uint32_t w = 0; w < WORDS; w++) score[w] = -half_norm[w];
-    for (uint32_t c = 0; c < CHANNELS; c++)
-        for (uint32_t w = 0; w < WORDS; w++) score[w] += x[c] * book[c * WORDS + w];
-    uint32_t best = 0;
-    for (uint32_t w = 1; w < WORDS; w++)
-        if (score[w] > score[best]) best = w;
-    return best;
+/* The nearest of 16 codewords for each of TOGETHER tokens: the highest x.c - c.c / 2, the first
+ * among equals. */
+static void nearest_of(float (*x)[TOGETHER], const float *book, const float *half_norm,
+                       int32_t *word) {
+    float best[TOGETHER];
+    for (uint32_t t = 0; t < TOGETHER; t++) {
+        best[t] = -INFINITY;
+        word[t] = 0;
+    }
+    for (uint32_t w = 0; w < WORDS; w++) {
+        float score[TOGETHER];
+        for (uint32_t t = 0; t < TOGETHER; t++) score[t] = -half_norm[w];
+        for (uint32_t c = 0; c < CHANNELS; c++)
+            for (uint32_t t = 0; t < TOGETHER; t++) score[t] += x[c][t] * book[c * WORDS + w];
+        for (uint32_t t = 0; t < TOGETHER; t++) {
+            word[t] = score[t] > best[t] ? (int32_t)w : word[t];
+            best[t] = score[t] > best[t] ? score[t] : best[t];
+        }
+    }
 }
 
 static void half_norms(const float *book, float *out) {
@@ -55,11 +66,19 @@ static void train_part(void *arg, size_t part, unsigned thread) {
         double sum[CHANNELS * WORDS] = {0};
         uint32_t count[WORDS] = {0};
         half_norms(book, norm);
-        for (uint32_t i = 0; i < n; i++) {
-            const float *row = x + (size_t)i * job->tokens / n * job->dim;
-            uint32_t w = nearest(row, book, norm);
-            for (uint32_t c = 0; c < CHANNELS; c++) sum[c * WORDS + w] += (double)row[c];
-            count[w]++;
+        for (uint32_t first = 0; first < n; first += TOGETHER) {
+            float row[CHANNELS][TOGETHER] = {{0}};
+            int32_t word[TOGETHER];
+            uint32_t some = n - first < TOGETHER ? n - first : TOGETHER;
+            for (uint32_t t = 0; t < some; t++)
+                for (uint32_t c = 0; c < CHANNELS; c++)
+                    row[c][t] = x[(size_t)(first + t) * job->tokens / n * job->dim + c];
+            nearest_of(row, book, norm, word);
+            for (uint32_t t = 0; t < some; t++) {
+                for (uint32_t c = 0; c < CHANNELS; c++)
+                    sum[c * WORDS + (uint32_t)word[t]] += (double)row[c][t];
+                count[word[t]]++;
+            }
         }
         for (uint32_t i = 0; i < CHANNELS * WORDS; i++)
             if (count[i % WORDS]) book[i] = (float)(sum[i] / count[i % WORDS]);
@@ -73,11 +92,18 @@ static void assign_chunk(void *arg, size_t index, unsigned thread) {
     uint32_t end = job->tokens - begin < CHUNK ? job->tokens : begin + CHUNK;
     for (uint32_t part = 0; part < parts; part++) {
         const float *book = job->book + (size_t)part * CHANNELS * WORDS;
-        float norm[WORDS];
+        float norm[WORDS], x[CHANNELS][TOGETHER] = {{0}};
+        int32_t word[TOGETHER];
         half_norms(book, norm);
-        for (uint32_t t = begin; t < end; t++)
-            job->word[(size_t)t * parts + part] = (uint8_t)nearest(
-                job->x + (size_t)t * job->dim + (size_t)part * CHANNELS, book, norm);
+        for (uint32_t first = begin; first < end; first += TOGETHER) {
+            uint32_t count = end - first < TOGETHER ? end - first : TOGETHER;
+            for (uint32_t t = 0; t < count; t++)
+                for (uint32_t c = 0; c < CHANNELS; c++)
+                    x[c][t] = job->x[(size_t)(first + t) * job->dim + part * CHANNELS + c];
+            nearest_of(x, book, norm, word);
+            for (uint32_t t = 0; t < count; t++)
+                job->word[(size_t)(first + t) * parts + part] = (uint8_t)word[t];
+        }
     }
 }
 
