@@ -211,6 +211,25 @@ LOCI_MUST_CHECK loci_status loci_pair_build(const uint16_t *k, const uint16_t *v
                                             struct loci_pool *pool, loci_buf *out,
                                             uint64_t *header_hash, loci_error *err);
 
+/* Pairs as they are read and put away, by number. */
+typedef struct loci_pair_work {
+    void *ctx;
+    /* Rows stay until the pair was put. Calls come in the order of the pairs. */
+    loci_status (*read)(void *ctx, uint32_t pair, loci_pair_rows *rows,
+                        loci_pair_build_options *options, loci_error *err);
+    /* blob: borrowed. */
+    loci_status (*put)(void *ctx, uint32_t pair, loci_slice blob, uint64_t header_hash,
+                       loci_error *err);
+} loci_pair_work;
+
+/* Whether it is worth the memory to overlap pairs: the backend clusters keys while the host writes.
+ * NULL allowed. */
+bool loci_pairs_overlap(const loci_backend *backend);
+/* Builds `count` pairs, or ends with the first failure. overlap: the next pair is read and begun,
+ * on another thread, while one is finished and put, so that two pairs' rows and keys are held. */
+LOCI_MUST_CHECK loci_status loci_pairs_build(const loci_pair_work *work, uint32_t count,
+                                             bool overlap, struct loci_pool *pool, loci_error *err);
+
 /* Checks everything about a blob that can be checked without reading codes and KV:
  * magic, version, sizes, offsets inside `bytes`, header hash, root hash, that roots and
  * leaves cover their ranges exactly. LOCI_E_CORRUPT names what is wrong. */

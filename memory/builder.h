@@ -32,7 +32,8 @@ typedef struct loci_builder {
 /* Where an extent's K and V come from: of all segments of a builder, one pair at a time. */
 typedef struct loci_pair_source {
     void *ctx;
-    /* bf16 [tokens][head_dim]; they stay until the next call. */
+    /* bf16 [tokens][head_dim]; they stay until the call after the next where pairs overlap
+     * (loci_pairs_overlap), else until the next. Calls come in the order of the pairs. */
     loci_status (*read)(void *ctx, uint32_t pair, const uint16_t **k, const uint16_t **v,
                         loci_error *err);
 } loci_pair_source;

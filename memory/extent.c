@@ -4,8 +4,9 @@
  *
  *   header | pair directory | segment table | pair blobs
  *
- * The file is written blob by blob, so that one pair's index is in memory at a time; the header
- * comes last. Its hash, kept in the manifest, is the root of the hash tree over the file.
+ * The file is written blob by blob, so that one pair's index is in memory at a time, or that and
+ * the keys of the next where these are clustered meanwhile (attention/index.h); the header comes
+ * last. Its hash, kept in the manifest, is the root of the hash tree over the file.
  */
 #include "memory/extent.h"
 
@@ -113,50 +114,66 @@ static loci_status slots_of_positions(const loci_builder *builder, uint32_t **ou
 typedef struct extent_parts {
     const loci_builder *builder;
     loci_pair_source source;
+    loci_backend *backend; /* NULL: the CPU clusters */
     struct loci_pool *pool;
     const loci_cancel *cancel;
 } extent_parts;
 
+/* An extent's pairs on their way into its file. */
+typedef struct pair_writer {
+    const extent_parts *parts;
+    int fd;
+    const char *path;
+    uint32_t *slots;
+    loci_buf *directory;
+    uint64_t *end;
+} pair_writer;
+
+static loci_status read_pair(void *ctx, uint32_t pair, loci_pair_rows *rows,
+                             loci_pair_build_options *options, loci_error *err) {
+    const pair_writer *writer = ctx;
+    const extent_parts *parts = writer->parts;
+    const loci_geometry *geometry = &parts->builder->geometry;
+    loci_status status = loci_cancel_check(parts->cancel);
+    if (status != LOCI_OK)
+        return loci_fail(err, status, "building extent %s was stopped", writer->path);
+    options->position_codes = pair / geometry->kv_heads == geometry->ranking_layer;
+    options->kv_int8 = geometry->kv_int8;
+    options->cancel = parts->cancel;
+    options->backend = parts->backend;
+    rows->slots = writer->slots;
+    rows->tokens = parts->builder->tokens;
+    rows->head_dim = geometry->head_dim;
+    return parts->source.read(parts->source.ctx, pair, &rows->k, &rows->v, err);
+}
+
+/* Writes a blob from *end on, and its directory entry. */
+static loci_status put_pair(void *ctx, uint32_t pair, loci_slice blob, uint64_t header_hash,
+                            loci_error *err) {
+    const pair_writer *writer = ctx;
+    uint64_t at = align_up(*writer->end);
+    (void)pair;
+    LOCI_TRY(write_at(writer->fd, writer->path, blob.data, blob.len, at, err));
+    /* On its way already: one long fsync in the end would hold up the commits of others. It tells
+     * of errors. */
+    (void)sync_file_range(writer->fd, (off_t)at, (off_t)blob.len, SYNC_FILE_RANGE_WRITE);
+    LOCI_FAILPOINT("extent_write");
+    loci_buf_u64(writer->directory, at);
+    loci_buf_u64(writer->directory, blob.len);
+    loci_buf_u64(writer->directory, header_hash);
+    *writer->end = at + blob.len;
+    return LOCI_OK;
+}
+
 /* Writes all pair blobs from *end on, appending their directory entries. */
 static loci_status write_pairs(int fd, const char *path, const extent_parts *parts,
                                loci_buf *directory, uint64_t *end, loci_error *err) {
-    const loci_builder *builder = parts->builder;
-    uint32_t *slots = NULL;
-    LOCI_TRY(slots_of_positions(builder, &slots, err));
-    loci_buf blob = LOCI_BUF_INIT;
-    loci_status status = LOCI_OK;
-    for (uint32_t pair = 0; pair < builder->pairs; pair++) {
-        status = loci_cancel_check(parts->cancel);
-        if (status != LOCI_OK) {
-            loci_fail(err, status, "building extent %s was stopped", path);
-            goto out;
-        }
-        loci_pair_build_options options = {
-            .position_codes = pair / builder->geometry.kv_heads == builder->geometry.ranking_layer,
-            .kv_int8 = builder->geometry.kv_int8,
-            .cancel = parts->cancel,
-        };
-        uint64_t hash;
-        const uint16_t *k = NULL, *v = NULL;
-        loci_buf_fini(&blob); /* not there while the next one is made */
-        LOCI_TRY_GOTO(parts->source.read(parts->source.ctx, pair, &k, &v, err), out);
-        LOCI_TRY_GOTO(loci_pair_build(k, v, slots, builder->tokens, builder->geometry.head_dim,
-                                      &options, parts->pool, &blob, &hash, err),
-                      out);
-        *end = align_up(*end);
-        LOCI_TRY_GOTO(write_at(fd, path, blob.data, blob.len, *end, err), out);
-        /* On its way already: one long fsync in the end would hold up the commits of others. It
-         * tells of errors. */
-        (void)sync_file_range(fd, (off_t)*end, (off_t)blob.len, SYNC_FILE_RANGE_WRITE);
-        LOCI_FAILPOINT("extent_write");
-        loci_buf_u64(directory, *end);
-        loci_buf_u64(directory, blob.len);
-        loci_buf_u64(directory, hash);
-        *end += blob.len;
-    }
-out:
-    loci_buf_fini(&blob);
-    free(slots);
+    pair_writer writer = {parts, fd, path, NULL, directory, end};
+    LOCI_TRY(slots_of_positions(parts->builder, &writer.slots, err));
+    loci_pair_work work = {&writer, read_pair, put_pair};
+    loci_status status = loci_pairs_build(&work, parts->builder->pairs,
+                                          loci_pairs_overlap(parts->backend), parts->pool, err);
+    free(writer.slots);
     return status;
 }
 
@@ -236,10 +253,11 @@ static loci_status make_directory(const char *dir, loci_error *err) {
 }
 
 loci_status loci_extent_write(const char *dir, const loci_builder *builder, loci_pair_source source,
-                              struct loci_pool *pool, const loci_cancel *cancel,
-                              loci_manifest_extent *out, loci_error *err) {
+                              loci_backend *backend, struct loci_pool *pool,
+                              const loci_cancel *cancel, loci_manifest_extent *out,
+                              loci_error *err) {
     static atomic_uint files; /* the same extent may be written by two threads at a time */
-    extent_parts parts = {builder, source, pool, cancel};
+    extent_parts parts = {builder, source, backend, pool, cancel};
     LOCI_ASSERT(builder->tokens > 0);
     memset(out, 0, sizeof *out);
     loci_extent_identify(builder, out->id);

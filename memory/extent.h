@@ -53,12 +53,13 @@ void loci_extent_identify(const loci_builder *builder, uint8_t id[LOCI_EXTENT_ID
 void loci_extent_name(const uint8_t id[LOCI_EXTENT_ID_BYTES], char name[LOCI_EXTENT_NAME_BYTES]);
 
 /* Writes the builder's segments, with K and V from the source, as an extent into directory dir
- * (made if it is missing) and fills *out but for runs and partial. The file is on disk when this
+ * (made if it is missing) and fills *out but for runs and partial. backend: clusters keys if it
+ * can; NULL allowed. The file is on disk when this
  * returns. A file of the same name is replaced. */
 LOCI_MUST_CHECK loci_status loci_extent_write(const char *dir, const loci_builder *builder,
-                                              loci_pair_source source, struct loci_pool *pool,
-                                              const loci_cancel *cancel, loci_manifest_extent *out,
-                                              loci_error *err);
+                                              loci_pair_source source, loci_backend *backend,
+                                              struct loci_pool *pool, const loci_cancel *cancel,
+                                              loci_manifest_extent *out, loci_error *err);
 
 /* Opens and verifies all but codes and KV. */
 LOCI_MUST_CHECK loci_status loci_extent_open(const char *dir, const loci_geometry *geometry,

@@ -4,7 +4,7 @@
  * quarter dead, merging extents. One mechanism: list the live segments in the order of
  * registration, write them as one extent (or as flat segments), and swap them in with one change.
  * K and V are gathered in memory, but for a merge: that reads them pair by pair as they are
- * written, so that one pair of a large extent is in memory at a time.
+ * written, so that one pair of a large extent is in memory at a time, or two (attention/index.h).
  *
  * The ingest thread and the merger call this, each for extents that the other leaves alone, unless
  * they began before that was so; documents may be buried by others at any time. So places are
@@ -32,7 +32,9 @@ typedef struct rebuild {
     const loci_fresh *fresh; /* NULL = none */
     loci_builder *builder;
     loci_extent **sources; /* of a merge, [last - first]; NULL where nothing lives */
-    uint16_t *k, *v;       /* of a merge: one pair, with room to read each source whole */
+    /* Of a merge: one pair, with room to read each source whole; two in turn where they overlap. */
+    uint16_t *k[2], *v[2];
+    uint32_t held;
 } rebuild;
 
 /* Moves the live rows of a pair, which stand in position order, together. */
@@ -155,12 +157,16 @@ static loci_status list_sources(rebuild *r, loci_error *err) {
         LOCI_TRY(note_damage(r, entry, loci_corpus_extent(r->corpus, entry, &r->sources[i], err)));
         LOCI_TRY(add_live_segments(r->sources[i], entry, r->builder, err));
     }
-    size_t bytes = room * r->corpus->geometry.head_dim * sizeof *r->k;
-    r->k = malloc(bytes);
-    r->v = malloc(bytes);
-    if (r->k && r->v) return LOCI_OK;
-    return loci_fail(err, LOCI_E_NOMEM, "no memory to merge %llu tokens of corpus %s",
-                     (unsigned long long)room, r->corpus->name);
+    size_t bytes = room * r->corpus->geometry.head_dim * sizeof(uint16_t);
+    r->held = loci_pairs_overlap(r->corpus->store->backend) ? 2 : 1;
+    for (uint32_t i = 0; i < r->held; i++) {
+        r->k[i] = malloc(bytes);
+        r->v[i] = malloc(bytes);
+        if (!r->k[i] || !r->v[i])
+            return loci_fail(err, LOCI_E_NOMEM, "no memory to merge %llu tokens of corpus %s",
+                             (unsigned long long)room, r->corpus->name);
+    }
+    return LOCI_OK;
 }
 
 static loci_status gather(rebuild *r, loci_error *err) {
@@ -210,16 +216,17 @@ static loci_status read_sources(void *ctx, uint32_t pair, const uint16_t **k, co
     if (!stands)
         return loci_fail(err, LOCI_E_ABORTED, "extents of corpus %s changed while they were merged",
                          r->corpus->name);
+    uint16_t *to_k = r->k[pair % r->held], *to_v = r->v[pair % r->held];
     size_t at = 0;
     for (uint32_t i = r->plan->first; i < r->plan->last; i++) {
         const loci_manifest_extent *entry = &r->base->extents[i];
         const loci_extent *source = r->sources[i - r->plan->first];
         if (!source) continue;
-        LOCI_TRY(note_damage(r, entry, read_live(source, entry, pair, r->k + at, r->v + at, err)));
+        LOCI_TRY(note_damage(r, entry, read_live(source, entry, pair, to_k + at, to_v + at, err)));
         at += (size_t)loci_extent_live_tokens(entry) * source->head_dim;
     }
-    *k = r->k;
-    *v = r->v;
+    *k = to_k;
+    *v = to_v;
     return LOCI_OK;
 }
 
@@ -502,8 +509,8 @@ static loci_status seal(rebuild *r, bool partial, struct loci_pool *pool, const 
     loci_pair_source source = loci_builder_source(r->builder);
     if (r->plan->merge) source = (loci_pair_source){r, read_sources};
     if (!claim_extent(r, &extent))
-        status =
-            loci_extent_write(corpus->extents_dir, r->builder, source, pool, cancel, &extent, err);
+        status = loci_extent_write(corpus->extents_dir, r->builder, source, corpus->store->backend,
+                                   pool, cancel, &extent, err);
     else if (r->plan->merge && loci_id_listed(&corpus->apart, extent.id))
         status = loci_fail(err, LOCI_E_CORRUPT, "an extent of the same segments is damaged");
     /* Read back and verified before anything that it replaces goes. */
@@ -524,8 +531,10 @@ static void rebuild_fini(rebuild *r) {
     for (uint32_t i = 0; r->sources && i < r->plan->last - r->plan->first; i++)
         loci_extent_unref(r->sources[i]);
     free(r->sources);
-    free(r->k);
-    free(r->v);
+    for (uint32_t i = 0; i < 2; i++) {
+        free(r->k[i]);
+        free(r->v[i]);
+    }
     loci_builder_destroy(r->builder);
 }
 

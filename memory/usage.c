@@ -36,12 +36,21 @@ static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
     return tokens * (4 * dim + 12) + (clustering > writing ? clustering : writing);
 }
 
+/* What is held of the next pair while one is written: keys as f32, lists, and K and V, unless these
+ * are there anyway. */
+static uint64_t overlap_memory(uint64_t tokens, uint64_t dim, bool rows) {
+    return tokens * (4 * dim + 12 + (rows ? 4 * dim : 0));
+}
+
 /* One pair: its K and V, its index. The list of segments and the slot map of all. */
-static uint64_t merge_memory(const loci_geometry *geometry, uint64_t tokens) {
+static uint64_t merge_memory(const loci_geometry *geometry, const loci_store_options *options,
+                             uint64_t tokens) {
+    uint64_t dim = geometry->head_dim;
     if (tokens == 0) return 0;
-    return tokens * (4ull * geometry->head_dim + sizeof(uint32_t)) +
+    return tokens * (4 * dim + sizeof(uint32_t)) +
            2ull * LOCI_EXTENT_SEGMENTS_MAX * sizeof(loci_built_segment) +
-           index_memory(tokens, geometry->head_dim);
+           index_memory(tokens, dim) +
+           (options->pairs_overlap ? overlap_memory(tokens, dim, true) : 0);
 }
 
 uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_options *options) {
@@ -51,14 +60,15 @@ uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_opti
     uint64_t rows = power_of_two(extent < 1024 ? 1024 : extent); /* of a builder */
     return power_of_two(options->document_bytes_max) + batch * (kv + 64) + 2 * rows * kv +
            extent * dim * 4 /* K and V of a pair, read back */ + index_memory(extent, dim) +
-           merge_memory(geometry, options->merge_tokens);
+           (options->pairs_overlap ? overlap_memory(extent, dim, false) : 0) +
+           merge_memory(geometry, options, options->merge_tokens);
 }
 
 uint32_t loci_merge_tokens_within(const loci_geometry *geometry, const loci_store_options *options,
                                   uint64_t bytes) {
     uint64_t tokens = 2ull * loci_extent_tokens_max(geometry, options->extent_tokens), most = 0;
     for (; tokens <= LOCI_EXTENT_TOKENS_MAX; tokens *= 2)
-        if (merge_memory(geometry, tokens) <= bytes) most = tokens;
+        if (merge_memory(geometry, options, tokens) <= bytes) most = tokens;
     return (uint32_t)most;
 }
 

@@ -169,6 +169,7 @@ static loci_status plan_memory(loci_engine *engine, const loci_engine_options *o
                                  .precision = precision,
                                  .on_device = engine->backend->ops->on_device,
                                  .threads = loci_pool_threads(loci_backend_pool(engine->backend)),
+                                 .pairs_overlap = loci_pairs_overlap(engine->backend),
                                  .calls_bytes = options->calls_bytes,
                                  .sequence_tokens = engine->sequence_tokens,
                                  .queries = options->queries_max,

@@ -133,6 +133,7 @@ static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document
     loci_store_options_default(&options);
     options.document_bytes_max = document_bytes;
     options.merge_tokens = merge_tokens;
+    options.pairs_overlap = r->pairs_overlap;
     return loci_ingest_memory(r->geometry, &options) +
            loci_plan_encode_bytes(r->config, r->on_device, ENCODE_ROWS) + 4 * MIB;
 }
@@ -190,6 +191,7 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
     }
     loci_store_options options;
     loci_store_options_default(&options);
+    options.pairs_overlap = request->pairs_overlap;
     plan.merge_tokens = loci_merge_tokens_within(request->geometry, &options, over / MERGE_SHARE);
     plan.registration = registration_bytes(request, plan.document_bytes_max, plan.merge_tokens);
     *out = plan;

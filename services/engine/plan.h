@@ -19,6 +19,7 @@ typedef struct loci_plan_request {
     uint64_t tokenizer_bytes; /* of tokenizer.json */
     bool can_map;             /* the weights can be read from their files */
     unsigned threads;         /* of the backend */
+    bool pairs_overlap;       /* loci_pairs_overlap of the backend */
     uint64_t calls_bytes;     /* messages of running calls */
     uint32_t sequence_tokens; /* of a slot */
     /* The model that only answers (locid --also-model), with one slot; config NULL = none. */

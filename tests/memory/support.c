@@ -12,6 +12,7 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#include "attention/cluster.h"
 #include "attention/index_layout.h"
 #include "base/clock.h"
 #include "base/log.h"
@@ -42,7 +43,15 @@ static void fake_free(loci_backend *self, loci_buffer *buffer) {
     free(buffer);
 }
 
+static loci_status fake_cluster(loci_backend *self, const struct loci_keys *keys,
+                                struct loci_clusters *out, loci_error *err) {
+    (void)self;
+    return loci_cluster_keys(keys, NULL, NULL, out, err);
+}
+
 static const loci_backend_ops fake_ops = {.name = "fake", .wrap = fake_wrap, .free = fake_free};
+const loci_backend_ops fake_clustering_ops = {
+    .name = "fake", .wrap = fake_wrap, .free = fake_free, .cluster_keys = fake_cluster};
 
 loci_geometry test_geometry(void) {
     return (loci_geometry){.fingerprint = FINGERPRINT,

@@ -64,6 +64,9 @@ void fixture_create(fixture *f, const char *corpus);
 void make_crash_directory(const char *name, char out[64]);
 void remove_tree(const char *dir);
 
+/* For fixture.backend: one that clusters keys as a GPU does, so that pairs overlap. */
+extern const loci_backend_ops fake_clustering_ops;
+
 loci_geometry test_geometry(void);
 /* size bytes of words, determined by seed. The caller frees. */
 char *make_text(uint64_t seed, size_t size);

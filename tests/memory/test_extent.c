@@ -49,7 +49,7 @@ static int setup(void **state) {
     snprintf(f->dir, sizeof f->dir, "%s/extents", f->base.dir);
     f->builder = make_builder(20, FINGERPRINT);
     assert_ok(loci_extent_write(f->dir, f->builder, loci_builder_source(f->builder), NULL, NULL,
-                                &f->entry, &err));
+                                NULL, &f->entry, &err));
     char name[LOCI_EXTENT_NAME_BYTES];
     loci_extent_name(f->entry.id, name);
     snprintf(f->path, sizeof f->path, "%s/%s", f->dir, name);
@@ -119,7 +119,7 @@ static void test_identity(void **state) {
     loci_error err;
     loci_manifest_extent again;
     assert_ok(loci_extent_write(f->dir, f->builder, loci_builder_source(f->builder), NULL, NULL,
-                                &again, &err));
+                                NULL, &again, &err));
     assert_memory_equal(again.id, f->entry.id, sizeof again.id);
     assert_int_equal(again.header_hash, f->entry.header_hash);
     assert_int_equal(again.file_bytes, f->entry.file_bytes);

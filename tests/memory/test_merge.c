@@ -33,6 +33,13 @@ static int merge_setup_int8(void **state) {
     return 0;
 }
 
+static int merge_setup_overlap(void **state) {
+    merge_setup_int8(state);
+    fixture *f = *state;
+    f->backend.ops = &fake_clustering_ops;
+    return 0;
+}
+
 /* A corpus of n sealed extents and more that is not merged yet; nothing runs afterwards, and what
  * is started next merges at once. */
 static void fill(fixture *f, const char *corpus, uint64_t documents) {
@@ -585,6 +592,8 @@ int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, merge_setup, fixture_teardown)
 #define TEST_INT8(name) \
     { #name "_int8", name, merge_setup_int8, fixture_teardown, NULL }
+#define TEST_OVERLAP(name) \
+    { #name "_overlap", name, merge_setup_overlap, fixture_teardown, NULL }
     const struct CMUnitTest tests[] = {
         TEST(test_extents_become_few),
         TEST(test_interruptions_do_not_matter),
@@ -610,6 +619,10 @@ int main(void) {
         TEST_INT8(test_damage_is_named_and_replaces_nothing),
         TEST_INT8(test_the_index_is_made_anew),
         TEST_INT8(test_all_at_once),
+        TEST_OVERLAP(test_extents_become_few),
+        TEST_OVERLAP(test_the_dead_are_left_out),
+        TEST_OVERLAP(test_damage_is_named_and_replaces_nothing),
+        TEST_OVERLAP(test_a_merge_gives_up),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

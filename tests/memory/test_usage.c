@@ -177,6 +177,11 @@ static void test_merges_fit_into_what_they_are_given(void **state) {
         assert_true(loci_ingest_memory(&geometry, &options) - without > bytes);
     }
     assert_int_equal(before, LOCI_EXTENT_TOKENS_MAX);
+    /* Where pairs overlap the next one's rows and keys are there as well. */
+    uint64_t single = loci_ingest_memory(&geometry, &options);
+    options.pairs_overlap = true;
+    assert_true(loci_ingest_memory(&geometry, &options) >= single + before * 8ull * 16);
+    options.pairs_overlap = false;
     assert_int_equal(loci_merge_tokens_within(&geometry, &options, MIB), 0);
 }
 
