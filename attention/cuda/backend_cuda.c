@@ -418,4 +418,5 @@ const loci_backend_ops loci_backend_cuda = {
     .lookup_selected = loci_cuda_lookup_selected,
     .lookup_squeezed = loci_cuda_lookup_squeezed,
     .lookup_stats = loci_cuda_lookup_stats,
+    .cluster_keys = loci_cuda_cluster_keys,
 };

@@ -134,5 +134,8 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
 void loci_cuda_lookup_squeezed(loci_stream *stream, loci_lookup *lookup, unsigned level,
                                float *scores, uint32_t *tokens, float *root_scores, size_t capacity,
                                size_t *count);
+/* cluster.c */
+loci_status loci_cuda_cluster_keys(loci_backend *self, const struct loci_keys *keys,
+                                   struct loci_clusters *out, loci_error *err);
 
 #endif

@@ -80,7 +80,8 @@ case " $wanted " in *" sanitize "*)
     else
         # All of sampling, look-ups and the twin take racecheck longer than that.
         for test in 'pointwise *' 'dense *' 'ranking *' 'lookup test_a_single_row' \
-            'twin test_limited_*' 'sample *' 'lookup *'; do
+            'twin test_limited_*' 'clusters test_overlapped_pairs' 'clusters test_bundled_pair' \
+            'sample *' 'lookup *'; do
             for tool in memcheck racecheck; do
                 case "$tool $test" in 'racecheck sample *' | 'racecheck lookup *') continue ;; esac
                 check "$tool-${test%% *}" 90 env LOCI_TEST_FILTER="${test#* }" compute-sanitizer \
@@ -100,6 +101,7 @@ case " $wanted " in *" bench "*)
             --reach 1 8 0.9995 --squeezed 0.1 "$size"
     done
     check bench_torch 60 python3 tests/bench/gpu/dense_torch.py "${queries[@]}" "${tokens[@]}"
+    check bench_index 90 "$bin/bench_cuda_index"
     [ -z "${BENCH_KV:-}" ] ||
         check bench_model 120 "$bin/bench_cuda_attention" --rows 1 --rows 2 --kv "$BENCH_KV"
     [ -z "${BENCH_KERNELS:-}" ] ||
