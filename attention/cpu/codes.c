@@ -49,9 +49,14 @@ static bool place_scores(loci_lookup *lookup, lookup_head *head) {
     }
     head->token_at[entries] = scores;
     head->token_score = lookup_alloc(lookup, scores * sizeof *head->token_score);
+    head->listed = scores / lookup->group;
     if (!lookup_listed(lookup)) return head->token_score != NULL;
-    head->slots = lookup_alloc(lookup, scores / lookup->group * sizeof *head->slots);
+    head->slots = lookup_alloc(lookup, head->listed * sizeof *head->slots);
     return head->token_score && head->slots;
+}
+
+static uint32_t padded_code(uint32_t dim) {
+    return (dim / 2 + 31) / 32 * 32;
 }
 
 bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup) {
@@ -59,7 +64,9 @@ bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup) {
     if (!ok) return false;
     for (uint32_t h = 0; ok && h < lookup->kv_heads; h++)
         ok = place_scores(lookup, &lookup->heads[h]);
-    lookup->folded_stride = loci_folded_bytes(lookup->blocks * LOCI_LANES, lookup->dim);
+    lookup->folded_stride = lookup_listed(lookup)
+                                ? 2 * (size_t)lookup->group * padded_code(lookup->dim)
+                                : loci_folded_bytes(lookup->blocks * LOCI_LANES, lookup->dim);
     unsigned threads = loci_pool_threads(lookup->cpu->pool);
     if (ok) lookup->folded = lookup_alloc(lookup, threads * lookup->folded_stride);
     ok = ok && lookup->folded;
@@ -179,7 +186,7 @@ static void spread_scores(const loci_lookup *lookup, lookup_head *head, const ro
             uint32_t vector = head->entry_row[e] * lookup->group + j;
             if (vector / LOCI_LANES != block) continue;
             const float *lane = scores + vector % LOCI_LANES;
-            float *out = head->token_score + head->token_at[e] + j * tokens;
+            float *out = lookup_scores(lookup, head, e, j);
             if (tokens == w->n) { /* all of them, as when one row alone keeps the root */
                 for (size_t t = 0; t < tokens; t++) out[t] = lane[t * LOCI_LANES];
                 continue;
@@ -238,37 +245,48 @@ static size_t list_candidates(const lookup_part *part, const lookup_head *head, 
     return n;
 }
 
+/* The queries of a KV head, whose vectors fit into a block, with the code scales of a pair. */
+static loci_code_queries fold_few(const loci_lookup *lookup, const lookup_part *part,
+                                  const float *mean_terms, uint8_t *memory) {
+    uint32_t dim = lookup->dim, padded = padded_code(dim);
+    const float *code_scale = loci_pair_code_scale(part->blob);
+    const float *q = lookup->q + (size_t)part->kv_head * lookup->vectors * dim;
+    loci_code_queries out = {
+        .count = lookup->vectors, .padded = padded, .values = (int8_t *)memory};
+    memset(memory, 0, 2 * (size_t)out.count * padded);
+    for (uint32_t v = 0; v < out.count; v++, q += dim, memory += 2 * (size_t)padded) {
+        float row[LOCI_HEAD_DIM_MAX];
+        int8_t values[LOCI_HEAD_DIM_MAX];
+        for (uint32_t i = 0; i < dim; i++) row[i] = q[i] * code_scale[i];
+        loci_round_i8(values, &out.scale[v], &out.sum[v], row, dim);
+        for (uint32_t i = 0; i < dim; i++) memory[i % 2 * padded + i / 2] = (uint8_t)values[i];
+        out.base[v] = mean_terms[v];
+    }
+    return out;
+}
+
 /* The scores of all candidates of a part, of one row. */
 static void score_row(const loci_lookup *lookup, lookup_part *part, lookup_head *head,
-                      const loci_folded *folded, const float *mean_terms) {
-    uint8_t packed[LOCI_LEAF_TOKENS_MAX * LOCI_HEAD_DIM_MAX / 2];
-    uint8_t codes[LOCI_LEAF_TOKENS_MAX * LOCI_HEAD_DIM_MAX];
-    float scores[LOCI_LEAF_TOKENS_MAX * LOCI_LANES];
-    uint32_t dim = lookup->dim, group = lookup->group;
-    size_t entry = head->entry_begin[part->root_base + part->first];
-    uint32_t *slots = head->slots + head->token_at[entry] / group;
-    size_t n = list_candidates(part, head, slots), of_entry = 0; /* seen of the entry at hand */
+                      const float *mean_terms, uint8_t *memory) {
+    loci_code_queries q = fold_few(lookup, part, mean_terms, memory);
+    size_t stride = loci_record_stride(lookup->dim);
+    size_t begin = head->token_at[head->entry_begin[part->root_base + part->first]] / lookup->group;
+    uint32_t *slots = head->slots + begin;
+    size_t n = list_candidates(part, head, slots);
     for (size_t i = 0; i < n && i < AHEAD; i++) prefetch_record(part->blob, slots[i]);
     for (size_t i = 0; i < n;) {
         uint32_t count = n - i < LOCI_LEAF_TOKENS_MAX ? (uint32_t)(n - i) : LOCI_LEAF_TOKENS_MAX;
         for (uint32_t t = 0; t < count; t++) {
             if (i + t + AHEAD < n) prefetch_record(part->blob, slots[i + t + AHEAD]);
-            if (!take_code(part, slots[i + t], dim, packed + (size_t)t * dim / 2)) return;
+            if (loci_slot_check_record(part->blob, slots[i + t])) continue;
+            lookup_fault(part, "record of slot", slots[i + t]);
+            return;
         }
-        lookup->kernels->unpack(codes, packed, (size_t)count * dim);
-        loci_score_codes_tile(lookup->kernels, folded, mean_terms, codes, count, dim, 0, scores);
-        for (uint32_t t = 0; t < count; t++, of_entry++) {
-            size_t tokens;
-            while (of_entry == (tokens = lookup_candidates(lookup, head, entry))) {
-                entry++;
-                of_entry = 0;
-            }
-            float *out = head->token_score + head->token_at[entry] + of_entry;
-            for (uint32_t j = 0; j < group; j++) out[j * tokens] = scores[t * LOCI_LANES + j];
-        }
+        lookup->kernels->list_scores(head->token_score + begin + i, head->listed,
+                                     loci_slot_record(part->blob, 0), stride, slots + i, count, &q);
         i += count;
     }
-    part->stats.code_bytes += n * loci_record_stride(dim);
+    part->stats.code_bytes += n * stride;
 }
 
 void lookup_code_task(void *arg, size_t index, unsigned thread) {
@@ -276,14 +294,15 @@ void lookup_code_task(void *arg, size_t index, unsigned thread) {
     lookup_part *part = &lookup->parts[index];
     lookup_head *head = &lookup->heads[part->kv_head];
     const float *mean_terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
+    uint8_t *memory = lookup->folded + thread * lookup->folded_stride;
     loci_folded folded;
-    loci_fold_query(&folded, lookup->folded + thread * lookup->folded_stride,
-                    lookup->q + (size_t)part->kv_head * lookup->vectors * lookup->dim,
-                    lookup->vectors, lookup->dim, loci_pair_code_scale(part->blob));
     if (lookup_listed(lookup)) {
-        score_row(lookup, part, head, &folded, mean_terms);
+        score_row(lookup, part, head, mean_terms, memory);
         return;
     }
+    loci_fold_query(&folded, memory,
+                    lookup->q + (size_t)part->kv_head * lookup->vectors * lookup->dim,
+                    lookup->vectors, lookup->dim, loci_pair_code_scale(part->blob));
     root_work work[2]; /* one is scored while the records of the other come */
     work[0].part = work[1].part = part;
     uint32_t now = 0;

@@ -8,6 +8,7 @@
 
 #include "attention/cpu/corpus_kernels.h"
 #include "attention/cpu/corpus_kernels_body.h"
+#include "attention/cpu/corpus_list_scores.h"
 
 /* Adds to the eight lanes of *sum the products of four channels. vpmaddubsw would saturate for
  * values above 128, so both sides are widened to 16 bits: word pairs (0, 1) and (2, 3) apart. */
@@ -165,27 +166,30 @@ static inline void store_tokens(uint16_t *out, __m128i even, __m128i odd) {
     _mm_storeu_si128((void *)(out + 8), _mm_unpackhi_epi16(even, odd));
 }
 
-/* count is a constant where this is inlined, so that the sums stay in registers. */
+/* In 16 bits, which wrap, sum entries of even tokens plus 256 times those of odd ones, and the odd
+ * ones alone; the even ones are what is left. count is a constant where this is inlined, so that
+ * the sums stay in registers. */
 static inline __attribute__((always_inline)) void sum_group(uint16_t *out, size_t stride,
                                                             const uint8_t *group, uint32_t parts,
                                                             const uint8_t *const *table,
                                                             uint32_t count) {
-    const __m256i low = _mm256_set1_epi8(15), byte = _mm256_set1_epi16(255);
-    __m256i even[LOCI_SKETCH_VECTORS], odd[LOCI_SKETCH_VECTORS];
-    for (uint32_t v = 0; v < count; v++) even[v] = odd[v] = _mm256_setzero_si256();
+    const __m256i low = _mm256_set1_epi8(15);
+    __m256i all[LOCI_SKETCH_VECTORS], odd[LOCI_SKETCH_VECTORS];
+    for (uint32_t v = 0; v < count; v++) all[v] = odd[v] = _mm256_setzero_si256();
     for (uint32_t p = 0; p < parts; p++) {
         __m128i words = _mm_loadu_si128((const void *)(group + p * 16));
         __m256i index = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(words, 4), words), low);
         for (uint32_t v = 0; v < count; v++) {
             __m128i entries = _mm_loadu_si128((const void *)(table[v] + p * 16));
             __m256i values = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), index);
-            even[v] = _mm256_add_epi16(even[v], _mm256_and_si256(values, byte));
+            all[v] = _mm256_add_epi16(all[v], values);
             odd[v] = _mm256_add_epi16(odd[v], _mm256_srli_epi16(values, 8));
         }
     }
     for (uint32_t v = 0; v < count; v++, out += stride) {
-        store_tokens(out, _mm256_castsi256_si128(even[v]), _mm256_castsi256_si128(odd[v]));
-        store_tokens(out + 16, _mm256_extracti128_si256(even[v], 1),
+        __m256i even = _mm256_sub_epi16(all[v], _mm256_slli_epi16(odd[v], 8));
+        store_tokens(out, _mm256_castsi256_si128(even), _mm256_castsi256_si128(odd[v]));
+        store_tokens(out + 16, _mm256_extracti128_si256(even, 1),
                      _mm256_extracti128_si256(odd[v], 1));
     }
 }
@@ -210,16 +214,36 @@ static uint32_t reaching(const uint16_t *sum, size_t stride, const uint16_t *lea
     return (uint32_t)_mm256_movemask_epi8(both);
 }
 
+static void masked_tops(uint16_t *out, const uint16_t *sum, size_t stride, uint32_t count,
+                        uint32_t mask) {
+    const __m256i bit = _mm256_set_epi16((short)0x8000, 0x4000, 0x2000, 0x1000, 0x800, 0x400, 0x200,
+                                         0x100, 0x80, 0x40, 0x20, 0x10, 8, 4, 2, 1);
+    __m256i low = _mm256_and_si256(_mm256_set1_epi16((short)mask), bit);
+    __m256i high = _mm256_and_si256(_mm256_set1_epi16((short)(mask >> 16)), bit);
+    low = _mm256_cmpeq_epi16(low, bit);
+    high = _mm256_cmpeq_epi16(high, bit);
+    for (uint32_t v = 0; v < count; v++, sum += stride) {
+        __m256i x = _mm256_and_si256(_mm256_loadu_si256((const void *)sum), low);
+        __m256i y = _mm256_and_si256(_mm256_loadu_si256((const void *)(sum + 16)), high);
+        __m256i half = _mm256_max_epu16(x, y);
+        __m128i part =
+            _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        __m128i least = _mm_minpos_epu16(_mm_xor_si128(part, _mm_set1_epi16(-1)));
+        out[v] = (uint16_t)~_mm_extract_epi16(least, 0);
+    }
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
-    .masked_tops = body_masked_tops,
+    .masked_tops = masked_tops,
     .reaching = reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = body_unpack,
     .node_scores = body_node_scores,
     .code_scores = body_code_scores,
+    .list_scores = list_scores,
     .softmax_lanes = body_softmax_lanes,
     .take_reaching = body_take_reaching,
     .count_from = body_count_from,

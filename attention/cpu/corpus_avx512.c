@@ -8,6 +8,7 @@
 
 #include "attention/cpu/corpus_kernels.h"
 #include "attention/cpu/corpus_kernels_body.h"
+#include "attention/cpu/corpus_list_scores.h"
 
 static inline __m512i broadcast4(const uint8_t *x) {
     int32_t word;
@@ -142,15 +143,17 @@ static inline void store_tokens(uint16_t *out, __m256i even, __m256i odd) {
     _mm_storeu_si128((void *)(out + 8), _mm_unpackhi_epi16(e, o));
 }
 
-/* Two parts at a time: their tokens 0-15, then their tokens 16-31. count is a constant where this
- * is inlined, so that the sums stay in registers. */
+/* Two parts at a time: their tokens 0-15, then their tokens 16-31. In 16 bits, which wrap, sum
+ * entries of even tokens plus 256 times those of odd ones, and the odd ones alone; the even ones
+ * are what is left. count is a constant where this is inlined, so that the sums stay in
+ * registers. */
 static inline __attribute__((always_inline)) void sum_group(uint16_t *out, size_t stride,
                                                             const uint8_t *group, uint32_t parts,
                                                             const uint8_t *const *table,
                                                             uint32_t count) {
-    const __m512i low = _mm512_set1_epi8(15), byte = _mm512_set1_epi16(255);
-    __m512i even[LOCI_SKETCH_VECTORS], odd[LOCI_SKETCH_VECTORS];
-    for (uint32_t v = 0; v < count; v++) even[v] = odd[v] = _mm512_setzero_si512();
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i all[LOCI_SKETCH_VECTORS], odd[LOCI_SKETCH_VECTORS];
+    for (uint32_t v = 0; v < count; v++) all[v] = odd[v] = _mm512_setzero_si512();
     for (uint32_t p = 0; p < parts; p += 2) {
         __m256i words = _mm256_loadu_si256((const void *)(group + p * 16));
         __m512i both =
@@ -159,13 +162,14 @@ static inline __attribute__((always_inline)) void sum_group(uint16_t *out, size_
         for (uint32_t v = 0; v < count; v++) {
             __m256i entries = _mm256_loadu_si256((const void *)(table[v] + p * 16));
             __m512i values = _mm512_shuffle_epi8(_mm512_broadcast_i64x4(entries), index);
-            even[v] = _mm512_add_epi16(even[v], _mm512_and_si512(values, byte));
+            all[v] = _mm512_add_epi16(all[v], values);
             odd[v] = _mm512_add_epi16(odd[v], _mm512_srli_epi16(values, 8));
         }
     }
     for (uint32_t v = 0; v < count; v++, out += stride) {
-        store_tokens(out, _mm512_castsi512_si256(even[v]), _mm512_castsi512_si256(odd[v]));
-        store_tokens(out + 16, _mm512_extracti64x4_epi64(even[v], 1),
+        __m512i even = _mm512_sub_epi16(all[v], _mm512_slli_epi16(odd[v], 8));
+        store_tokens(out, _mm512_castsi512_si256(even), _mm512_castsi512_si256(odd[v]));
+        store_tokens(out + 16, _mm512_extracti64x4_epi64(even, 1),
                      _mm512_extracti64x4_epi64(odd[v], 1));
     }
 }
@@ -248,6 +252,7 @@ const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .unpack = unpack,
     .node_scores = body_node_scores,
     .code_scores = body_code_scores,
+    .list_scores = list_scores,
     .softmax_lanes = body_softmax_lanes,
     .take_reaching = take_reaching,
     .count_from = body_count_from,

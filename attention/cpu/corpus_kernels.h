@@ -40,9 +40,22 @@ typedef struct loci_sketch_table {
     uint8_t *entry;
 } loci_sketch_table;
 
+/* A few queries with the code scales of one pair folded in, as their channels stand in codes. */
+typedef struct loci_code_queries {
+    uint32_t count;  /* at most LOCI_LANES */
+    uint32_t padded; /* dim / 2 up to a multiple of 32 */
+    float base[LOCI_LANES], scale[LOCI_LANES];
+    int32_t sum[LOCI_LANES];
+    int8_t *values; /* [count][2][padded]: even channels, then odd ones, 0 behind them */
+} loci_code_queries;
+
 typedef struct loci_corpus_kernels {
     /* out[r * LOCI_LANES + lane] = sum over i of x[r * dim + i] * q[i / 4][lane][i % 4] */
     void (*dot_u8)(int32_t *out, const uint8_t *x, uint32_t n, uint32_t dim, const int8_t *q);
+    /* out[v * out_stride + i] = base + scale * (code of slots[i] . q - 7.5 sum) of query v; the
+     * code of a slot at records + slot * record_stride, where q->padded bytes are readable. */
+    void (*list_scores)(float *out, size_t out_stride, const uint8_t *records, size_t record_stride,
+                        const uint32_t *slots, uint32_t n, const loci_code_queries *q);
     /* For each row of x, over the lanes of `blocks` blocks of q (block stride 16 * dim bytes), the
      * first lane (numbered through all blocks) with the highest dot + bias. */
     void (*argmax_u8)(uint32_t *best, int32_t *best_dot, const uint8_t *x, uint32_t n, uint32_t dim,
@@ -107,6 +120,8 @@ const loci_corpus_kernels *loci_corpus_kernels_of(loci_cpu_isa isa);
  * end of the last block are zero. sums[v] = sum over channels of the int8 values. */
 void loci_pack_lanes_i8(int8_t *q, float *scale, int32_t *sums, const float *x, size_t stride,
                         uint32_t count, uint32_t dim);
+/* The int8 values of one vector as they stand in a lane. */
+void loci_round_i8(int8_t *values, float *scale, int32_t *sum, const float *x, uint32_t dim);
 /* One lane of one block; the others are left as they are. */
 void loci_pack_lane_i8(int8_t *block, uint32_t lane, float *scale, int32_t *sum, const float *x,
                        uint32_t dim);

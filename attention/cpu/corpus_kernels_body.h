@@ -86,6 +86,22 @@ static void body_code_scores(float *out, const int32_t *dot, uint32_t n, const f
         }
 }
 
+static inline void body_list_scores(float *out, size_t out_stride, const uint8_t *records,
+                                    size_t record_stride, const uint32_t *slots, uint32_t n,
+                                    const loci_code_queries *q) {
+    for (uint32_t i = 0; i < n; i++) {
+        const uint8_t *code = records + slots[i] * record_stride;
+        for (uint32_t v = 0; v < q->count; v++) {
+            const int8_t *even = q->values + (size_t)v * 2 * q->padded, *odd = even + q->padded;
+            int32_t dot = 0;
+            for (uint32_t c = 0; c < q->padded; c++)
+                dot += (code[c] & 15) * even[c] + (code[c] >> 4) * odd[c];
+            float centred = (float)dot - 7.5f * (float)q->sum[v];
+            out[v * out_stride + i] = q->base[v] + q->scale[v] * centred;
+        }
+    }
+}
+
 static void body_softmax_lanes(float *logits, uint32_t n, loci_lane_softmax *state) {
     float top[LOCI_LANES], base[LOCI_LANES], sum[LOCI_LANES] = {0};
     memcpy(top, state->max, sizeof top);

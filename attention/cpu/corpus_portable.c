@@ -81,6 +81,7 @@ const loci_corpus_kernels loci_corpus_kernels_portable = {
     .unpack = body_unpack,
     .node_scores = body_node_scores,
     .code_scores = body_code_scores,
+    .list_scores = body_list_scores,
     .softmax_lanes = body_softmax_lanes,
     .take_reaching = body_take_reaching,
     .count_from = body_count_from,
@@ -103,12 +104,12 @@ const loci_corpus_kernels *loci_corpus_kernels_of(loci_cpu_isa isa) {
     return &loci_corpus_kernels_portable;
 }
 
-void loci_pack_lane_i8(int8_t *block, uint32_t lane, float *scale, int32_t *sum, const float *x,
-                       uint32_t dim) {
+void loci_round_i8(int8_t *values, float *scale, int32_t *sum, const float *x, uint32_t dim) {
     float top = 0.0f;
     for (uint32_t i = 0; i < dim; i++) top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
     *scale = 0.0f;
     *sum = 0;
+    memset(values, 0, dim);
     if (!(top > 0.0f) || !isfinite(top)) return;
     float inverse = 127.0f / top;
     *scale = top / 127.0f;
@@ -117,9 +118,17 @@ void loci_pack_lane_i8(int8_t *block, uint32_t lane, float *scale, int32_t *sum,
         float rounded = x[i] * inverse + 12582912.0f;
         int32_t value = (int32_t)(rounded - 12582912.0f);
         value = value > 127 ? 127 : value < -127 ? -127 : value;
-        block[(size_t)(i / 4) * 4 * LOCI_LANES + 4 * lane + i % 4] = (int8_t)value;
+        values[i] = (int8_t)value;
         *sum += value;
     }
+}
+
+void loci_pack_lane_i8(int8_t *block, uint32_t lane, float *scale, int32_t *sum, const float *x,
+                       uint32_t dim) {
+    int8_t values[LOCI_HEAD_DIM_MAX];
+    loci_round_i8(values, scale, sum, x, dim);
+    for (uint32_t i = 0; i < dim; i++)
+        block[(size_t)(i / 4) * 4 * LOCI_LANES + 4 * lane + i % 4] = values[i];
 }
 
 void loci_pack_lanes_i8(int8_t *q, float *scale, int32_t *sums, const float *x, size_t stride,

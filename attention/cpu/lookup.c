@@ -474,9 +474,9 @@ static size_t most_choices(const loci_lookup *lookup, bool tokens) {
     return most;
 }
 
-/* Per choice: a score for each head of the group, a share and a mark. */
+/* Per choice: a score for each head of the group, a share, a weight and a mark. */
 static bool reserve_choices(loci_stream *stream, loci_lookup *lookup, size_t choices) {
-    size_t words = lookup->group + 2u;
+    size_t words = lookup->group + 3u;
     if (choices < SIZE_MAX / 64 / words && lookup_scratch(lookup, words * (choices + 64)))
         return true;
     lookup_no_memory(stream, lookup);

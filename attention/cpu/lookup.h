@@ -77,8 +77,9 @@ typedef struct lookup_head {
     size_t *mask_at;      /* [entries + 1] in the masks: one word a leaf of leaf_mask */
     uint32_t *candidates; /* candidates of the leaf, a bit each */
     uint32_t *token_mask; /* selected tokens of the leaf, a bit each */
-    size_t *token_at;     /* [entries + 1] in token_score: [group][candidates] */
+    size_t *token_at;     /* [entries + 1]: see lookup_scores */
     float *token_score;
+    size_t listed;      /* candidates */
     uint32_t *slots;    /* of a single row: of the candidates, in their order; after select, of the
                            selected ones. Else NULL */
     float *squeezed[2]; /* mode squeezed: mean S of each root, of each leaf */
@@ -157,6 +158,15 @@ static inline bool lookup_listed(const loci_lookup *lookup) {
 static inline bool lookup_limited(const loci_lookup *lookup) {
     return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 &&
            lookup->params.candidates_max > 0;
+}
+
+/* The scores of an entry's candidates by head `j` of the group. Of a single row, those of all
+ * entries follow each other for each head. */
+static inline float *lookup_scores(const loci_lookup *lookup, const lookup_head *head, size_t entry,
+                                   uint32_t j) {
+    size_t at = head->token_at[entry];
+    if (lookup_listed(lookup)) return head->token_score + at / lookup->group + j * head->listed;
+    return head->token_score + at + j * lookup_candidates(lookup, head, entry);
 }
 
 static inline size_t lookup_entries(const lookup_head *head) {

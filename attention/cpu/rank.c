@@ -284,8 +284,7 @@ static void add_tokens(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
         lookup_kept at = head->row_kept[i];
         while (part->kv_head != kv_head || at.root >= part->root_base + part->end) part++;
         const loci_leaf *leaves = lookup_leaves(head, at.root);
-        const float *score = head->token_score + head->token_at[at.entry] +
-                             j * lookup_candidates(lookup, head, at.entry);
+        const float *score = lookup_scores(lookup, head, at.entry, j);
         const uint32_t *mask = head->candidates + head->mask_at[at.entry];
         for (uint64_t left = head->leaf_mask[at.entry]; left; left &= left - 1, mask++) {
             const loci_leaf *leaf = &leaves[__builtin_ctzll(left)];
@@ -308,9 +307,9 @@ static float max_logit(const loci_lookup *lookup, uint32_t kv_head, uint32_t vec
     uint32_t row = vector / lookup->group, j = vector % lookup->group;
     float best = -INFINITY;
     for (size_t i = head->row_begin[row]; i < head->row_begin[row + 1]; i++) {
-        size_t entry = head->row_kept[i].entry, tokens = lookup_candidates(lookup, head, entry);
-        float top =
-            lookup->kernels->max(head->token_score + head->token_at[entry] + j * tokens, tokens);
+        size_t entry = head->row_kept[i].entry;
+        float top = lookup->kernels->max(lookup_scores(lookup, head, entry, j),
+                                         lookup_candidates(lookup, head, entry));
         best = top > best ? top : best;
     }
     return best;

@@ -245,7 +245,8 @@ void lookup_find_floors_task(void *arg, size_t index, unsigned thread) {
 /* One row's choice among n candidates: score [group][n]; share[i] becomes the mean over heads of
  * exp(score - log of all mass), -1 where the score is -INFINITY. */
 typedef struct row_choice {
-    float *score, *share;
+    const float *score;
+    float *share, *weight; /* [n] */
     uint8_t *taken;
     size_t n;
     const float *steady;
@@ -257,31 +258,37 @@ static double share_out(const loci_lookup *lookup, row_choice *c) {
     double sum = 0.0;
     for (size_t i = 0; i < c->n; i++) c->share[i] = c->score[i] == -INFINITY ? -1.0f : 0.0f;
     for (uint32_t g = 0; g < lookup->group; g++) {
-        float *score = c->score + g * c->n;
+        const float *score = c->score + g * c->n;
         float max = fmaxf(kernels->max(score, c->n), c->steady[g]);
         if (max == -INFINITY) continue;
-        kernels->exp_sub(score, score, c->n, max);
-        float total = kernels->sum(score, c->n) + expf(c->steady[g] - max);
-        kernels->axpy(c->share, score, c->n, 1.0f / (total * (float)lookup->group));
+        kernels->exp_sub(c->weight, score, c->n, max);
+        float total = kernels->sum(c->weight, c->n) + expf(c->steady[g] - max);
+        kernels->axpy(c->share, c->weight, c->n, 1.0f / (total * (float)lookup->group));
     }
     for (size_t i = 0; i < c->n; i++) sum += c->share[i] > 0.0f ? (double)c->share[i] : 0.0;
     return sum;
 }
 
-/* Lays the scratch of a thread out for the candidates of a row and fills in their scores. */
+/* Lays the scratch of a thread out for the candidates of a row and, where they do not stand
+ * together, fills in their scores. */
 static row_choice gather_candidates(const loci_lookup *lookup, const lookup_head *head,
                                     row_entries entries, float *scratch) {
     row_choice c = {0};
     for (row_entries e = entries; e.at < e.end; e.at++)
         c.n += lookup_candidates(lookup, head, e.at->entry);
     c.share = scratch;
-    c.score = c.share + (c.n + 15) / 16 * 16;
-    c.taken = (uint8_t *)(c.score + lookup->group * c.n);
+    c.weight = c.share + (c.n + 15) / 16 * 16;
+    c.taken = (uint8_t *)(c.weight + (c.n + 15) / 16 * 16);
+    c.score = head->token_score;
+    if (lookup_listed(lookup)) return c;
+    float *score = c.weight + (c.n + 15) / 16 * 16;
+    c.taken = (uint8_t *)(score + lookup->group * c.n);
+    c.score = score;
     for (size_t at = 0; entries.at < entries.end; entries.at++) {
-        const float *from = head->token_score + head->token_at[entries.at->entry];
         size_t n = lookup_candidates(lookup, head, entries.at->entry);
         for (uint32_t g = 0; g < lookup->group; g++)
-            memcpy(c.score + g * c.n + at, from + g * n, n * sizeof *from);
+            memcpy(score + g * c.n + at, lookup_scores(lookup, head, entries.at->entry, g),
+                   n * sizeof *score);
         at += n;
     }
     return c;

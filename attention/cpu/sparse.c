@@ -326,11 +326,10 @@ static float unselected_mass(const float *score, uint32_t candidates, uint32_t s
 
 /* What the leaves of a root leave unread, for one entry and head; both arrays [leaf][16] from the
  * lane. mass: of whole leaves, of which those that are no candidates have their share. */
-static void leaf_tail_logits(const lookup_head *head, const uint32_t *live, uint32_t leaves,
-                             size_t entry, uint32_t j, uint32_t group, const float *mass,
-                             float *logits) {
-    size_t tokens = (head->token_at[entry + 1] - head->token_at[entry]) / group;
-    const float *score = head->token_score + head->token_at[entry] + j * tokens;
+static void leaf_tail_logits(const loci_lookup *lookup, const lookup_head *head,
+                             const uint32_t *live, uint32_t leaves, size_t entry, uint32_t j,
+                             const float *mass, float *logits) {
+    const float *score = lookup_scores(lookup, head, entry, j);
     size_t at = head->mask_at[entry];
     for (uint32_t l = 0; l < leaves; l++) {
         float whole = mass[l * LOCI_LANES];
@@ -381,7 +380,7 @@ static void add_leaf_tail(attend_job *job, size_t index) {
                 for (uint32_t j = 0; j < lookup->group; j++) {
                     uint32_t vector = head->entry_row[e] * lookup->group + j;
                     if (vector / LOCI_LANES == b)
-                        leaf_tail_logits(head, live, root->count, e, j, lookup->group,
+                        leaf_tail_logits(lookup, head, live, root->count, e, j,
                                          mass + vector % LOCI_LANES, logits + vector % LOCI_LANES);
                 }
             }

@@ -147,9 +147,59 @@ static void test_take_reaching(void **state) {
     }
 }
 
+/* Scores of listed codes against sums channel by channel, at every shape, to the same bits. */
+static void test_list_scores(void **state) {
+    (void)state;
+    enum { N = 70, SLOTS = 90, STRIDE = LOCI_HEAD_DIM_MAX / 2 + 8, ROOM = 32 };
+    uint64_t rng = 23;
+    loci_cpu_isa best = best_isa();
+    for (int round = 0; round < 200; round++) {
+        static uint8_t records[SLOTS * STRIDE + ROOM];
+        static int8_t values[LOCI_LANES * LOCI_HEAD_DIM_MAX];
+        static float expected[LOCI_LANES * N], out[LOCI_LANES * N];
+        uint32_t slots[N], dim = 16 * (1 + (uint32_t)(fixture_random(&rng) % 16));
+        uint32_t n = (uint32_t)(fixture_random(&rng) % (N + 1));
+        loci_code_queries q = {.count = 1 + (uint32_t)(fixture_random(&rng) % LOCI_LANES),
+                               .padded = (dim / 2 + 31) / 32 * 32,
+                               .values = values};
+        size_t stride = dim / 2 + 8;
+        for (size_t i = 0; i < sizeof records; i++)
+            records[i] = round == 0 ? 255 : (uint8_t)fixture_random(&rng);
+        for (uint32_t i = 0; i < n; i++) slots[i] = (uint32_t)(fixture_random(&rng) % SLOTS);
+        memset(values, 0, sizeof values);
+        memset(expected, 0, sizeof expected);
+        for (uint32_t v = 0; v < q.count; v++) {
+            int8_t *even = values + (size_t)v * 2 * q.padded;
+            q.base[v] = fixture_normal(&rng);
+            q.scale[v] = fixture_uniform(&rng);
+            for (uint32_t c = 0; c < dim; c++) {
+                int8_t x = round == 0 ? 127 : (int8_t)(fixture_random(&rng) % 255 - 127);
+                even[c % 2 * q.padded + c / 2] = x;
+                q.sum[v] += x;
+            }
+            for (uint32_t i = 0; i < n; i++) {
+                int32_t dot = 0;
+                for (uint32_t c = 0; c < dim; c++) {
+                    uint8_t two = records[slots[i] * stride + c / 2];
+                    dot += (c % 2 ? two >> 4 : two & 15) * even[c % 2 * q.padded + c / 2];
+                }
+                float scaled = q.scale[v] * ((float)dot - 7.5f * (float)q.sum[v]);
+                expected[v * N + i] = q.base[v] + scaled;
+            }
+        }
+        for (int isa = 0; isa <= (int)best; isa++) {
+            memset(out, 0, sizeof out); /* what lies between the lists is left alone */
+            loci_corpus_kernels_of((loci_cpu_isa)isa)
+                ->list_scores(out, N, records, stride, slots, n, &q);
+            assert_memory_equal(out, expected, sizeof out);
+        }
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_take_reaching),
+        cmocka_unit_test(test_list_scores),
         cmocka_unit_test(test_sketch_tables),
         cmocka_unit_test(test_sketch_sums),
     };
