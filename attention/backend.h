@@ -118,7 +118,8 @@ void loci_select_reach(loci_select_params *params, loci_reach reach);
 
 /* Bytes read by one look-up, counted where they are read, each block once a step. leaf_bytes: the
  * blocks of kept roots; hash_bytes: what K and V are verified by; kv_bytes: K and V of the tokens
- * attended; kv_leaf_bytes: of the whole leaves that hold them. */
+ * attended; kv_leaf_bytes: of the whole leaves that hold them (where
+ * candidates_max holds: of them alone). */
 typedef struct loci_lookup_stats {
     uint64_t root_bytes, leaf_bytes, code_bytes, hash_bytes, kv_bytes, kv_leaf_bytes, tail_bytes;
     uint64_t dense_kv_bytes;  /* the kv_bytes of dense mode */

@@ -62,7 +62,7 @@ static uint32_t padded_code(uint32_t dim) {
 bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup) {
     bool ok = lookup->ready;
     if (!ok) return false;
-    for (uint32_t h = 0; ok && h < lookup->kv_heads; h++)
+    for (uint32_t h = 0; ok && !lookup_limited(lookup) && h < lookup->kv_heads; h++)
         ok = place_scores(lookup, &lookup->heads[h]);
     lookup->folded_stride = lookup_listed(lookup)
                                 ? 2 * (size_t)lookup->group * padded_code(lookup->dim)
@@ -270,9 +270,14 @@ static void score_row(const loci_lookup *lookup, lookup_part *part, lookup_head 
                       const float *mean_terms, uint8_t *memory) {
     loci_code_queries q = fold_few(lookup, part, mean_terms, memory);
     size_t stride = loci_record_stride(lookup->dim);
-    size_t begin = head->token_at[head->entry_begin[part->root_base + part->first]] / lookup->group;
-    uint32_t *slots = head->slots + begin;
-    size_t n = list_candidates(part, head, slots);
+    if (!lookup_limited(lookup)) {
+        size_t entry = head->entry_begin[part->root_base + part->first];
+        part->list_begin = head->token_at[entry] / lookup->group;
+        part->list_end =
+            part->list_begin + list_candidates(part, head, head->slots + part->list_begin);
+    }
+    size_t begin = part->list_begin, n = part->list_end - begin;
+    const uint32_t *slots = head->slots + begin;
     for (size_t i = 0; i < n && i < AHEAD; i++) prefetch_record(part->blob, slots[i]);
     for (size_t i = 0; i < n;) {
         uint32_t count = n - i < LOCI_LEAF_TOKENS_MAX ? (uint32_t)(n - i) : LOCI_LEAF_TOKENS_MAX;

@@ -233,6 +233,36 @@ static void masked_tops(uint16_t *out, const uint16_t *sum, size_t stride, uint3
     }
 }
 
+static void shift_keys(uint16_t *key, size_t n, uint32_t times, uint16_t more, uint16_t less) {
+    const __m256i factor = _mm256_set1_epi16((short)times);
+    for (size_t i = 0; i < n; i += 16) {
+        __m256i x = _mm256_loadu_si256((const void *)(key + i));
+        if (times <= UINT16_MAX) x = _mm256_mulhi_epu16(x, factor);
+        x = _mm256_adds_epu16(x, _mm256_set1_epi16((short)more));
+        x = _mm256_subs_epu16(x, _mm256_set1_epi16((short)less));
+        _mm256_storeu_si256((void *)(key + i), x);
+    }
+}
+
+static size_t count_keys(const uint16_t *key, size_t n, uint16_t least) {
+    const __m256i limit = _mm256_set1_epi16((short)least);
+    size_t count = 0;
+    for (size_t i = 0; i < n;) {
+        __m256i sum = _mm256_setzero_si256(); /* of so few that lanes of 16 bits hold them */
+        size_t end = n - i < 1u << 19 ? n : i + (1u << 19);
+        for (; i < end; i += 32) {
+            __m256i x = _mm256_loadu_si256((const void *)(key + i));
+            __m256i y = _mm256_loadu_si256((const void *)(key + i + 16));
+            sum = _mm256_sub_epi16(sum, _mm256_cmpeq_epi16(_mm256_max_epu16(x, limit), x));
+            sum = _mm256_sub_epi16(sum, _mm256_cmpeq_epi16(_mm256_max_epu16(y, limit), y));
+        }
+        uint16_t lanes[16];
+        _mm256_storeu_si256((void *)lanes, sum);
+        for (int l = 0; l < 16; l++) count += lanes[l];
+    }
+    return count;
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
@@ -245,7 +275,8 @@ const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .code_scores = body_code_scores,
     .list_scores = list_scores,
     .softmax_lanes = body_softmax_lanes,
-    .take_reaching = body_take_reaching,
+    .shift_keys = shift_keys,
+    .count_keys = count_keys,
     .count_from = body_count_from,
     .exp_sub = body_exp_sub,
     .sum = body_sum,

@@ -227,19 +227,25 @@ static uint32_t reaching(const uint16_t *sum, size_t stride, const uint16_t *lea
     return mask;
 }
 
-static size_t take_reaching(float *out, const uint16_t *sum, size_t n, uint16_t least, float offset,
-                            float scale) {
-    const __m256i limit = _mm256_set1_epi16((short)least);
-    size_t taken = 0, i = 0;
-    for (; i + 16 <= n; i += 16) {
-        __m256i sums = _mm256_loadu_si256((const void *)(sum + i));
-        __mmask16 reach = _mm256_cmpge_epu16_mask(sums, limit);
-        __m512 value = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(sums));
-        value = _mm512_add_ps(_mm512_set1_ps(offset), _mm512_mul_ps(_mm512_set1_ps(scale), value));
-        _mm512_storeu_ps(out + taken, _mm512_maskz_compress_ps(reach, value));
-        taken += (size_t)__builtin_popcount(reach);
+static void shift_keys(uint16_t *key, size_t n, uint32_t times, uint16_t more, uint16_t less) {
+    const __m512i factor = _mm512_set1_epi16((short)times);
+    for (size_t i = 0; i < n; i += 32) {
+        __m512i x = _mm512_loadu_si512((const void *)(key + i));
+        if (times <= UINT16_MAX) x = _mm512_mulhi_epu16(x, factor);
+        x = _mm512_adds_epu16(x, _mm512_set1_epi16((short)more));
+        x = _mm512_subs_epu16(x, _mm512_set1_epi16((short)less));
+        _mm512_storeu_si512((void *)(key + i), x);
     }
-    return taken + body_take_reaching(out + taken, sum + i, n - i, least, offset, scale);
+}
+
+static size_t count_keys(const uint16_t *key, size_t n, uint16_t least) {
+    const __m512i limit = _mm512_set1_epi16((short)least);
+    size_t count = 0;
+    for (size_t i = 0; i < n; i += 32) {
+        __m512i x = _mm512_loadu_si512((const void *)(key + i));
+        count += (size_t)__builtin_popcount(_mm512_cmpge_epu16_mask(x, limit));
+    }
+    return count;
 }
 
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
@@ -254,7 +260,8 @@ const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .code_scores = body_code_scores,
     .list_scores = list_scores,
     .softmax_lanes = body_softmax_lanes,
-    .take_reaching = take_reaching,
+    .shift_keys = shift_keys,
+    .count_keys = count_keys,
     .count_from = body_count_from,
     .exp_sub = body_exp_sub,
     .sum = body_sum,

@@ -85,10 +85,11 @@ typedef struct loci_corpus_kernels {
                         uint32_t mask);
     /* For which i < 32 some sum[v * stride + i] is at least least[v], a bit each. */
     uint32_t (*reaching)(const uint16_t *sum, size_t stride, const uint16_t *least, uint32_t count);
-    /* For the n sums that are at least `least`: offset + scale * sum, to out, which has room for n
-     * + 16; returns how many. */
-    size_t (*take_reaching)(float *out, const uint16_t *sum, size_t n, uint16_t least, float offset,
-                            float scale);
+    /* key[i] * times / 2^16 (times <= 2^16) + more - less, bounded by 0 and 65535; n a multiple of
+     * 32. */
+    void (*shift_keys)(uint16_t *key, size_t n, uint32_t times, uint16_t more, uint16_t less);
+    /* How many of n keys are at least `least`; n a multiple of 32. */
+    size_t (*count_keys)(const uint16_t *key, size_t n, uint16_t least);
     /* How many of n values are at least `least`; NaN is not. */
     size_t (*count_from)(const float *x, size_t n, float least);
     /* out[i] = exp(x[i] - sub); 0 below -87. out may be x. */

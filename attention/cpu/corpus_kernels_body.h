@@ -13,14 +13,19 @@
 #include "attention/cpu/corpus_kernels.h"
 #include "attention/index_layout.h"
 
+/* Limits by masks: choices would have gcc jump instead of vectorise. */
 static inline float exp_one(float x) {
     /* 2^k e^r with |r| <= ln 2 / 2; ln 2 in two parts; minimax polynomial of degree 6 (relative
      * error below 2e-7). k comes from adding 1.5 * 2^23, which rounds to nearest. */
-    float clamped = x < -87.0f ? -87.0f : x;
-    clamped = clamped > 88.0f ? 88.0f : clamped;
-    float shifted = clamped * 1.44269504f + 12582912.0f;
+    union {
+        float f;
+        uint32_t u;
+    } in = {x}, bits, power, out;
+    const uint32_t keep = 0u - (uint32_t) !(x < -87.0f), small = 0u - (uint32_t) !(x > 88.0f);
+    in.u = (in.u & keep & small) | (0x42b00000u & ~small); /* 88 */
+    float shifted = in.f * 1.44269504f + 12582912.0f;
     float k = shifted - 12582912.0f;
-    float r = clamped - k * 0.693359375f;
+    float r = in.f - k * 0.693359375f;
     r = r - k * -2.12194440e-4f;
     float y = 1.9875691500e-4f;
     y = y * r + 1.3981999507e-3f;
@@ -29,13 +34,11 @@ static inline float exp_one(float x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    union {
-        float f;
-        uint32_t u;
-    } bits = {shifted}, power;
+    bits.f = shifted;
     power.u = (bits.u - 0x4b400000u + 127u) << 23;
-    y = y * power.f;
-    return x < -87.0f ? 0.0f : y;
+    out.f = y * power.f;
+    out.u &= keep;
+    return out.f;
 }
 
 static void body_exp_sub(float *out, const float *x, size_t n, float sub) {
@@ -200,14 +203,19 @@ static inline uint32_t body_reaching(const uint16_t *sum, size_t stride, const u
     return mask;
 }
 
-static inline size_t body_take_reaching(float *out, const uint16_t *sum, size_t n, uint16_t least,
-                                        float offset, float scale) {
-    size_t taken = 0;
+static inline void body_shift_keys(uint16_t *key, size_t n, uint32_t times, uint16_t more,
+                                   uint16_t less) {
     for (size_t i = 0; i < n; i++) {
-        out[taken] = offset + scale * (float)sum[i];
-        taken += sum[i] >= least;
+        uint32_t x = (uint32_t)((uint64_t)key[i] * times >> 16) + more;
+        x = x < UINT16_MAX ? x : UINT16_MAX;
+        key[i] = (uint16_t)(x > less ? x - less : 0);
     }
-    return taken;
+}
+
+static inline size_t body_count_keys(const uint16_t *key, size_t n, uint16_t least) {
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) count += key[i] >= least;
+    return count;
 }
 
 static size_t body_count_from(const float *x, size_t n, float least) {

@@ -233,20 +233,23 @@ static uint32_t tiles_of(const dense_chunk *chunk) {
 }
 
 /* Room for the weights of all chunks; none where they are not kept: of many vectors, or where
- * memory is short. */
-static void place_weights(corpus_job *job) {
+ * memory is short. Those of a limited row, which has no masks to find its tokens by again, are kept
+ * in any case: false where there is no memory for them. */
+static bool place_weights(corpus_job *job) {
     loci_lookup *lookup = job->lookup;
     size_t floats = 0, vectors = lookup->vectors;
     for (size_t c = 0; c < job->chunk_count; c++)
         floats += vectors * (job->chunks[c].live + tiles_of(&job->chunks[c]));
-    if (vectors > FEW_VECTORS || floats * sizeof(float) > KEPT_MOST) return;
+    bool needed = lookup_limited(lookup);
+    if (!needed && (vectors > FEW_VECTORS || floats * sizeof(float) > KEPT_MOST)) return true;
     const lookup_arena before = lookup->arena;
     float *at = lookup_alloc(lookup, floats * sizeof *at);
+    if (!at && needed) return false;
     if (!at) { /* it can do without */
         lookup->arena.refusal.status = LOCI_OK;
         lookup->arena.current = before.current;
         lookup->arena.used = before.used;
-        return;
+        return true;
     }
     job->kept = true;
     for (size_t c = 0; c < job->chunk_count; c++) {
@@ -255,6 +258,7 @@ static void place_weights(corpus_job *job) {
         chunk->weight_max = at + vectors * chunk->live;
         at = chunk->weight_max + vectors * tiles_of(chunk);
     }
+    return true;
 }
 
 /* Room for as many chunks of the pairs. */
@@ -288,7 +292,19 @@ static bool cut_chunks(corpus_job *job) {
     return true;
 }
 
-/* How many the row selected in the pair, from its entry *at on. */
+/* How many the row selected in a pair whose parts have lists. */
+static uint32_t count_listed(const loci_lookup *lookup, size_t pair) {
+    size_t n = 0;
+    for (size_t p = lookup->pair_begin[pair]; p < lookup->pair_begin[pair + 1]; p++) {
+        lookup_part *part = &lookup->parts[p];
+        size_t count = part->list_end - part->list_begin;
+        part->stats.kv_leaf_bytes += count * loci_pair_kv_stride(part->blob);
+        n += count;
+    }
+    return (uint32_t)n;
+}
+
+/* The same by its masks, from its entry *at on. */
 static uint32_t count_selected(lookup_part *part, const lookup_head *head, size_t *at) {
     uint32_t n = 0, leaf_tokens = 0;
     uint32_t end = part->root_base + loci_pair_header_of(part->blob)->roots;
@@ -315,12 +331,14 @@ static bool cut_selected(corpus_job *job) {
     memset(at, 0, 2 * lookup->kv_heads * sizeof *at);
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];
-        most += head->token_at[lookup_entries(head)] / lookup->group / CHUNK_LISTED;
+        most += head->listed / CHUNK_LISTED;
     }
     if (!place_chunks(job, pairs, most)) return false;
     for (size_t p = 0; p < pairs; p++) { /* of a KV head, they follow each other as its roots do */
         lookup_part *part = lookup_first_part(lookup, p);
-        uint32_t h = part->kv_head, n = count_selected(part, &lookup->heads[h], &at[h]);
+        uint32_t h = part->kv_head, n = lookup_limited(lookup)
+                                            ? count_listed(lookup, p)
+                                            : count_selected(part, &lookup->heads[h], &at[h]);
         job->pair_chunk[p] = job->chunk_count;
         for (uint32_t i = 0; i < n; i += CHUNK_LISTED)
             job->chunks[job->chunk_count++] =
@@ -348,8 +366,7 @@ static bool place_results(corpus_job *job) {
         chunk->out = at + 2 * vectors;
         for (size_t v = 0; v < vectors; v++) chunk->max[v] = -INFINITY;
     }
-    place_weights(job);
-    return true;
+    return place_weights(job);
 }
 
 /* Hashes that were read to verify the chunk. */

@@ -409,12 +409,7 @@ static bool keep_sums(loci_lookup *lookup, lookup_head *head) {
             sums += (size_t)head->root_groups[r] * LOCI_SKETCH_GROUP * lookup->group;
         }
     }
-    if (lookup_limited(lookup)) {
-        head->reached = lookup_alloc(lookup, (sums / lookup->group + 16) * sizeof *head->reached);
-        if (!head->reached) return false;
-    } else if (sums * sizeof *head->sum > lookup->cpu->kept_bytes) {
-        return true; /* made twice */
-    }
+    if (sums * sizeof *head->sum > lookup->cpu->kept_bytes) return true; /* made twice */
     head->sum = lookup_alloc(lookup, (sums + LOCI_SKETCH_GROUP) * sizeof *head->sum);
     return head->sum != NULL;
 }
@@ -463,6 +458,10 @@ static size_t most_choices(const loci_lookup *lookup, bool tokens) {
     size_t most = 0;
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];
+        if (lookup_limited(lookup)) {
+            most = head->listed > most ? head->listed : most;
+            continue;
+        }
         for (uint32_t t = 0; t < lookup->rows; t++) {
             size_t sum = 0;
             for (size_t i = head->row_begin[t]; i < head->row_begin[t + 1]; i++)
@@ -504,6 +503,14 @@ static void run_roots(loci_stream *stream, loci_lookup *lookup) {
     count_live(lookup);
 }
 
+static void score_limited(loci_stream *stream, loci_lookup *lookup) {
+    for (uint32_t h = 0; h < lookup->kv_heads; h++) count_entries(lookup, &lookup->heads[h]);
+    if (!lookup_prepare_keys(stream, lookup)) return;
+    lookup_run_parts(stream, lookup, lookup_key_task);
+    if (!lookup->ready) return;
+    loci_pool_run(lookup->cpu->pool, lookup->kv_heads, lookup_key_floors_task, lookup);
+}
+
 static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         lookup_head *head = &lookup->heads[h];
@@ -514,10 +521,20 @@ static void score_hierarchical(loci_stream *stream, loci_lookup *lookup) {
             lookup_no_memory(stream, lookup);
             return;
         }
+        if (!lookup_limited(lookup)) continue;
+        head->root_centre = lookup_alloc(lookup, roots * lookup->group * sizeof(float));
+        if (!head->root_centre) {
+            lookup_no_memory(stream, lookup);
+            return;
+        }
     }
     run_roots(stream, lookup);
     if (!lookup->ready) return;
     lookup_run_rows(lookup, lookup_keep_roots_task);
+    if (lookup_limited(lookup)) {
+        score_limited(stream, lookup);
+        return;
+    }
     if (!make_all_entries(stream, lookup) || !lookup_prepare_sketches(stream, lookup)) return;
     lookup_run_parts(stream, lookup, lookup_leaf_task);
     if (!lookup->ready || !reserve_choices(stream, lookup, most_choices(lookup, false))) return;
@@ -538,9 +555,15 @@ void loci_cpu_score_nodes(loci_stream *stream, loci_lookup *lookup) {
 }
 
 void loci_cpu_score_codes(loci_stream *stream, loci_lookup *lookup) {
-    if (!lookup->ready || !lookup_place_masks(stream, lookup)) return;
-    if (lookup->mode != LOCI_MODE_HIERARCHICAL) return;
-    lookup_run_parts(stream, lookup, lookup_candidate_task);
+    if (!lookup->ready) return;
+    if (lookup_limited(lookup)) {
+        if (!lookup_prepare_list(stream, lookup)) return;
+        loci_pool_run(lookup->cpu->pool, lookup->kv_heads, lookup_list_task, lookup);
+    } else {
+        if (!lookup_place_masks(stream, lookup)) return;
+        if (lookup->mode != LOCI_MODE_HIERARCHICAL) return;
+        lookup_run_parts(stream, lookup, lookup_candidate_task);
+    }
     if (!lookup_prepare_codes(stream, lookup)) return;
     lookup_run_parts(stream, lookup, lookup_code_task);
     lookup->tokens_scored = lookup->ready;
@@ -610,7 +633,9 @@ void loci_cpu_lookup_selected(loci_stream *stream, loci_lookup *lookup, loci_sel
         const lookup_head *head = &lookup->heads[part->kv_head];
         uint32_t begin = part->root_base + part->first, end = part->root_base + part->end;
         uint32_t extent = (uint32_t)(part->extent - lookup->corpus->extents);
-        for (uint32_t t = 0; t < lookup->rows; t++) {
+        for (size_t k = part->list_begin; lookup_limited(lookup) && k < part->list_end; k++)
+            add_selected(part, extent, 0, head->slots[k], 1, selected, capacity, count);
+        for (uint32_t t = 0; !lookup_limited(lookup) && t < lookup->rows; t++) {
             size_t last = shared ? end : head->row_begin[t + 1];
             for (size_t k = shared ? begin : head->row_begin[t]; k < last; k++) {
                 lookup_kept at = shared ? (lookup_kept){(uint32_t)k, k} : head->row_kept[k];
@@ -634,12 +659,18 @@ void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup
         stats->hash_bytes += part->stats.hash_bytes;
         stats->kv_bytes += part->stats.kv_bytes;
         stats->kv_leaf_bytes += part->stats.kv_leaf_bytes;
+        if (lookup_limited(lookup) && lookup->tokens_selected)
+            stats->selected_tokens += part->list_end - part->list_begin;
         stats->tail_bytes += part->stats.tail_bytes;
     }
     for (uint32_t h = 0; h < lookup->kv_heads; h++) {
         const lookup_head *head = &lookup->heads[h];
         uint64_t sharers = lookup_shared(lookup) ? lookup->rows : 1;
         stats->dense_kv_bytes += head->live_tokens * token;
+        if (lookup_limited(lookup)) {
+            stats->candidate_tokens += lookup->tokens_scored ? head->listed : 0;
+            continue;
+        }
         if (lookup->tokens_scored)
             stats->candidate_tokens += head->token_at[lookup_entries(head)] / lookup->group;
         for (size_t i = 0; lookup->tokens_selected && i < head->mask_at[lookup_entries(head)]; i++)

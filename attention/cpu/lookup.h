@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The state of one look-up on the CPU, shared by lookup.c (begin, stages, export), nodes.c
- * (scores of roots), sketches.c (of leaves), codes.c (of tokens), select.c (what is kept),
- * squeeze.c (the rule of Squeezed Attention), sparse.c (attention) and rank.c (segments).
+ * (scores of roots), sketches.c (of leaves), limited.c (candidates of a limited number), codes.c
+ * (of tokens), select.c (what is kept), squeeze.c (the rule of Squeezed Attention), sparse.c
+ * (attention) and rank.c (segments).
  *
  * One lookup_head for each KV head. Its roots are numbered over all extents, extent by extent.
  * An "entry" is a root kept by one row (or, where all rows share one set, by all of them, and then
@@ -38,7 +39,9 @@ typedef struct lookup_part {
     uint32_t kv_head;
     uint32_t root_base; /* number of the pair's first root among the head's */
     uint32_t first,
-        end;          /* its roots among the pair's; the part with root 0 checks the pair's own */
+        end; /* its roots among the pair's; the part with root 0 checks the pair's own */
+    size_t list_begin,
+        list_end;     /* limited.c: its candidates, after select its tokens, among the head's */
     loci_error error; /* first failure of a task on this part */
     loci_lookup_stats stats;
 } lookup_part;
@@ -48,6 +51,13 @@ typedef struct lookup_kept {
     uint32_t root;
     size_t entry;
 } lookup_kept;
+
+/* How keys of limited.c stand for what one head of a group estimates. */
+typedef struct lookup_key_scale {
+    float step;
+    double top;     /* what the most but the sums of sketches can give */
+    uint16_t floor; /* the least key of a candidate */
+} lookup_key_scale;
 
 typedef struct lookup_head {
     uint32_t roots;       /* over all extents */
@@ -68,11 +78,10 @@ typedef struct lookup_head {
     uint8_t *leaf_live; /* live tokens of a leaf */
     size_t *score_at;   /* [entries] in leaf_score: [group][leaves of the root] */
     float *leaf_score;
-    float *centre;  /* [entries][group] q.(mean + root) */
-    uint16_t *sum;  /* of sketches, where they are kept between stages; else NULL */
-    float *reached; /* room for a float for each of these tokens, where their number is limited */
-    size_t *sum_at; /* [entries] in sum: [group][tokens of the root, in whole groups] */
-    float *floor;   /* [vectors] what a token's sketch must reach to be a candidate */
+    float *centre;        /* [entries][group] q.(mean + root) */
+    uint16_t *sum;        /* of sketches, where they are kept between stages; else NULL */
+    size_t *sum_at;       /* [entries] in sum: [group][tokens of the root, in whole groups] */
+    float *floor;         /* [vectors] what a token's sketch must reach to be a candidate */
     uint64_t *leaf_mask;  /* [entries] leaves with candidates, a bit each */
     size_t *mask_at;      /* [entries + 1] in the masks: one word a leaf of leaf_mask */
     uint32_t *candidates; /* candidates of the leaf, a bit each */
@@ -80,10 +89,15 @@ typedef struct lookup_head {
     size_t *token_at;     /* [entries + 1]: see lookup_scores */
     float *token_score;
     size_t listed;      /* candidates */
-    uint32_t *slots;    /* of a single row: of the candidates, in their order; after select, of the
+    uint32_t *slots;    /* of a listed row: of the candidates, in their order; after select, of the
                            selected ones. Else NULL */
-    float *squeezed[2]; /* mode squeezed: mean S of each root, of each leaf */
-    size_t leaves;      /* of roots with entries */
+    float *root_centre; /* [group][roots] q.(mean + root); this and the next: limited.c */
+    size_t *key_at;     /* [roots + 1] where the keys of a kept root begin */
+    uint16_t *key;      /* [group][key_at[roots]] */
+    uint16_t *sample;   /* room for some of one head's */
+    lookup_key_scale *scale; /* [group] */
+    float *squeezed[2];      /* mode squeezed: mean S of each root, of each leaf */
+    size_t leaves;           /* of roots with entries */
 } lookup_head;
 
 struct loci_lookup {
@@ -149,15 +163,15 @@ static inline size_t lookup_candidates(const loci_lookup *lookup, const lookup_h
     return (head->token_at[entry + 1] - head->token_at[entry]) / lookup->group;
 }
 
-/* Whether one row is looked up, whose vectors fit into a block: it has lists of slots. */
+/* Whether one row is looked up, whose vectors fit into a block: it has a list of slots. */
 static inline bool lookup_listed(const loci_lookup *lookup) {
     return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 && lookup->blocks == 1;
 }
 
-/* Whether there is a limit to its candidates: then sums are kept. */
+/* Whether there is a limit to its candidates: they are found as limited.c says, without leaves. */
 static inline bool lookup_limited(const loci_lookup *lookup) {
-    return lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->rows == 1 &&
-           lookup->params.candidates_max > 0;
+    return lookup_listed(lookup) && lookup->params.candidates_max > 0 &&
+           !lookup->params.estimate_tail;
 }
 
 /* The scores of an entry's candidates by head `j` of the group. Of a single row, those of all
@@ -229,20 +243,32 @@ void lookup_check_task(void *arg, size_t index, unsigned thread);
 void lookup_root_task(void *arg, size_t index, unsigned thread);
 void lookup_leaf_task(void *arg, size_t index, unsigned thread);
 /* Scores of nodes [0, count), count <= 64, for one block of lanes: out [count][16]. size NULL: q.c
- * alone, without mass and variance. */
+ * alone, without mass and variance; centre: (optional) that beside it. */
 void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
-                       uint32_t block, float *out);
+                       uint32_t block, float *out, float *centre);
+/* The next root of a part, from `local` on, with entries; the end if there is none. Its block is on
+ * its way to the cache. */
+uint32_t lookup_next_kept(const loci_lookup *lookup, const lookup_part *part, uint32_t local);
 /* sketches.c: tables of one part, then the leaves of one of its roots for all rows that keep it. */
 bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup);
 void lookup_make_tables(const loci_lookup *lookup, const lookup_part *part);
 void lookup_score_sketches(const loci_lookup *lookup, const lookup_part *part, uint32_t root);
-/* What a single row's head has as its floor where no more than candidates_max tokens are to reach
- * it, but for ties. */
-float lookup_raise_floor(const loci_lookup *lookup, uint32_t kv_head, uint32_t in_group,
-                         float floor);
 /* Marks the tokens of one part that reach a floor of a row. */
 void lookup_candidate_task(void *arg, size_t index, unsigned thread);
+/* limited.c. Keys: room, tables and steps; then those of one part's kept roots. */
+bool lookup_prepare_keys(loci_stream *stream, loci_lookup *lookup);
+void lookup_key_task(void *arg, size_t index, unsigned thread);
+/* The floors of one KV head; room for its list and its scores; the list. */
+void lookup_key_floors_task(void *arg, size_t index, unsigned thread);
+bool lookup_prepare_list(loci_stream *stream, loci_lookup *lookup);
+void lookup_list_task(void *arg, size_t index, unsigned thread);
+/* The list of a KV head without what is not taken. */
+void lookup_keep_listed(loci_lookup *lookup, uint32_t kv_head, const uint8_t *taken);
+/* The k-th highest of n keys, n a multiple of LOCI_SKETCH_GROUP; 1 if there are not so many above
+ * it. sample: room for n / 16 + LOCI_SKETCH_GROUP. */
+uint16_t lookup_kth_key(const loci_corpus_kernels *kernels, const uint16_t *key, size_t n,
+                        uint64_t k, uint16_t *sample);
 /* codes.c: room for the masks of leaf_mask, then for the scores of the candidates. */
 bool lookup_place_masks(loci_stream *stream, loci_lookup *lookup);
 bool lookup_prepare_codes(loci_stream *stream, loci_lookup *lookup);

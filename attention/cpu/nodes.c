@@ -12,7 +12,7 @@
 
 void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
-                       uint32_t block, float *out) {
+                       uint32_t block, float *out, float *centre) {
     uint32_t dim = lookup->dim, h = part->kv_head;
     size_t stride = loci_node_stride(dim), at = lookup_lane_at(lookup, h, block);
     size_t lane = ((size_t)h * lookup->blocks + block) * LOCI_LANES;
@@ -51,6 +51,10 @@ void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const
         lookup->kernels->node_scores(out + (size_t)n * LOCI_LANES,
                                      centroid_dot + (size_t)n * LOCI_LANES,
                                      size ? variance_dot + (size_t)n * LOCI_LANES : NULL, &terms);
+        terms.log_size = 0.0f;
+        if (centre)
+            lookup->kernels->node_scores(centre + (size_t)n * LOCI_LANES,
+                                         centroid_dot + (size_t)n * LOCI_LANES, NULL, &terms);
     }
 }
 
@@ -101,20 +105,21 @@ void lookup_root_task(void *arg, size_t index, unsigned thread) {
     for (uint32_t i = part->first; i < part->end; i += TILE) {
         uint32_t count = part->end - i < TILE ? part->end - i : TILE, r = part->root_base + i;
         for (uint32_t b = 0; b < lookup->blocks; b++) {
-            float scores[TILE * LOCI_LANES];
+            float scores[TILE * LOCI_LANES], centre[TILE * LOCI_LANES];
             lookup_score_tile(lookup, part, loci_pair_root_node(part->blob, i), count,
-                              head->root_live + r, mean_terms, b, scores);
+                              head->root_live + r, mean_terms, b, scores,
+                              head->root_centre ? centre : NULL);
             for (uint32_t l = 0; l < LOCI_LANES && b * LOCI_LANES + l < lookup->vectors; l++) {
                 float *out = head->root_score + (size_t)(b * LOCI_LANES + l) * head->roots + r;
                 for (uint32_t n = 0; n < count; n++) out[n] = scores[n * LOCI_LANES + l];
+                for (uint32_t n = 0; head->root_centre && n < count; n++)
+                    head->root_centre[(size_t)l * head->roots + r + n] = centre[n * LOCI_LANES + l];
             }
         }
     }
 }
 
-/* The next root of a part, from `local` on, with entries; the end if there is none. Its block is on
- * its way to the cache. */
-static uint32_t next_kept(const loci_lookup *lookup, const lookup_part *part, uint32_t local) {
+uint32_t lookup_next_kept(const loci_lookup *lookup, const lookup_part *part, uint32_t local) {
     const lookup_head *head = &lookup->heads[part->kv_head];
     const size_t *begin = head->entry_begin + part->root_base;
     while (local < part->end && begin[local] == begin[local + 1]) local++;
@@ -134,10 +139,10 @@ void lookup_leaf_task(void *arg, size_t index, unsigned thread) {
     lookup_head *head = &lookup->heads[part->kv_head];
     bool sketches = lookup->mode == LOCI_MODE_HIERARCHICAL;
     if (sketches) lookup_make_tables(lookup, part);
-    for (uint32_t i = next_kept(lookup, part, part->first), next; i < part->end; i = next) {
+    for (uint32_t i = lookup_next_kept(lookup, part, part->first), next; i < part->end; i = next) {
         uint32_t r = part->root_base + i;
         size_t begin = head->entry_begin[r];
-        next = next_kept(lookup, part, i + 1);
+        next = lookup_next_kept(lookup, part, i + 1);
         if (loci_pair_check_block(part->blob, i, head->root_first[r], &part->error) != LOCI_OK)
             return;
         const loci_root *root = loci_pair_root(part->blob, i);

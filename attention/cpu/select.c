@@ -228,7 +228,6 @@ void lookup_find_floors_task(void *arg, size_t index, unsigned thread) {
         size_t n = gather_leaves(head, entries, g, all);
         float top = fmaxf(lookup->kernels->max(all, n), steady[g]);
         floor[g] = fmaxf(fmaxf(lookup_kth(lookup->kernels, all, n, k), top - reach), -FLT_MAX);
-        if (lookup_limited(lookup)) floor[g] = lookup_raise_floor(lookup, h, g, floor[g]);
     }
     for (; entries.at < entries.end; entries.at++) {
         uint32_t count = head->root_leaves[entries.at->root];
@@ -273,7 +272,7 @@ static double share_out(const loci_lookup *lookup, row_choice *c) {
  * together, fills in their scores. */
 static row_choice gather_candidates(const loci_lookup *lookup, const lookup_head *head,
                                     row_entries entries, float *scratch) {
-    row_choice c = {0};
+    row_choice c = {.n = lookup_limited(lookup) ? head->listed : 0};
     for (row_entries e = entries; e.at < e.end; e.at++)
         c.n += lookup_candidates(lookup, head, e.at->entry);
     c.share = scratch;
@@ -298,13 +297,18 @@ void lookup_select_task(void *arg, size_t index, unsigned thread) {
     loci_lookup *lookup = arg;
     uint32_t h = (uint32_t)(index / lookup->rows), row = (uint32_t)(index % lookup->rows);
     lookup_head *head = &lookup->heads[h];
-    row_entries entries = entries_of(head, row);
+    row_entries entries = {0};
+    if (!lookup_limited(lookup)) entries = entries_of(head, row);
     row_choice c = gather_candidates(lookup, head, entries, lookup->scratch[thread]);
     c.steady = lookup->steady + (size_t)h * lookup->vectors + row * lookup->group;
     double target = share_out(lookup, &c) - (1.0 - (double)lookup->params.top_p);
     uint64_t most = lookup->params.budget ? lookup->params.budget : UINT64_MAX;
     lookup_choose(lookup->kernels, c.share, c.n, target, most, c.taken);
     const uint8_t *taken = c.taken;
+    if (lookup_limited(lookup)) {
+        lookup_keep_listed(lookup, h, taken);
+        return;
+    }
     for (size_t i = 0, n = 0; lookup_listed(lookup) && i < c.n; i++) {
         head->slots[n] = head->slots[i];
         n += taken[i];

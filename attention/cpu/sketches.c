@@ -124,51 +124,6 @@ static float *centre_of(const loci_lookup *lookup, const lookup_head *head, size
     return head->centre + entry * lookup->group;
 }
 
-/* Estimates of a root's live tokens that reach the floor, of the run's one vector; returns how
- * many. */
-static size_t take_root(const loci_lookup *lookup, const sketch_run *run, float floor, float *out) {
-    uint16_t least = least_sum(run, 0, floor);
-    float offset = run->centre[0] + run->table->base;
-    if (!run->part->live)
-        return lookup->kernels->take_reaching(out, run->sum, run->root->tokens, least, offset,
-                                              run->table->scale);
-    size_t n = 0;
-    for (uint32_t l = 0; l < run->root->count; l++) {
-        const loci_leaf *leaf = &run->leaves[l];
-        const uint16_t *sum = run->sum + (leaf->begin - run->leaves[0].begin);
-        uint32_t live = lookup_live_bits(run->part->live, leaf->begin, leaf->count);
-        for (; live; live &= live - 1) {
-            uint16_t of_token = sum[__builtin_ctz(live)];
-            if (of_token >= least) out[n++] = estimate_of(run, 0, of_token);
-        }
-    }
-    return n;
-}
-
-float lookup_raise_floor(const loci_lookup *lookup, uint32_t kv_head, uint32_t in_group,
-                         float floor) {
-    const lookup_head *head = &lookup->heads[kv_head];
-    size_t n = 0;
-    for (size_t p = 0; p < lookup->part_count; p++) {
-        sketch_run run = {.part = &lookup->parts[p], .count = 1};
-        if (run.part->kv_head != kv_head) continue;
-        run.table = tables_of(lookup, run.part) + in_group;
-        for (uint32_t i = run.part->first; i < run.part->end; i++) {
-            uint32_t r = run.part->root_base + i;
-            size_t entry = head->entry_begin[r];
-            if (entry == head->entry_begin[r + 1]) continue;
-            run.root = loci_pair_root(run.part->blob, i);
-            run.leaves = lookup_leaves(head, r);
-            run.centre = centre_of(lookup, head, entry) + in_group;
-            run.sum = head->sum + head->sum_at[entry] +
-                      (size_t)in_group * head->root_groups[r] * LOCI_SKETCH_GROUP;
-            n += take_root(lookup, &run, floor, head->reached + n);
-        }
-    }
-    uint64_t most = lookup->params.candidates_max;
-    return n > most ? lookup_kth(lookup->kernels, head->reached, n, most) : floor;
-}
-
 /* Scores the leaves of a root for the entries that keep it, or marks their candidates. */
 static void walk_entries(const loci_lookup *lookup, const lookup_part *part, uint32_t root_index,
                          bool mark) {
@@ -194,7 +149,7 @@ static void walk_entries(const loci_lookup *lookup, const lookup_part *part, uin
         if (first == last) continue;
         if (!mark)
             lookup_score_tile(lookup, part, loci_pair_root_node(part->blob, root_index), 1, NULL,
-                              mean_terms, b, centre);
+                              mean_terms, b, centre, NULL);
         for (size_t e = first; e < last; e++) {
             if (mark && !head->leaf_mask[e]) continue;
             uint32_t from = head->entry_row[e] * lookup->group, end = from + lookup->group;

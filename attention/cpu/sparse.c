@@ -272,7 +272,7 @@ static void low_mass_tile(const loci_lookup *lookup, const lookup_part *part,
                           uint32_t block, float *out) {
     size_t index = (size_t)(part - lookup->parts);
     const float *terms = lookup->task_terms + index * lookup->blocks * LOCI_LANES;
-    lookup_score_tile(lookup, part, first, count, NULL, terms, block, out);
+    lookup_score_tile(lookup, part, first, count, NULL, terms, block, out, NULL);
     for (uint32_t n = 0; n < count; n++) {
         float log_live = live[n] ? logf((float)live[n]) : -INFINITY;
         for (uint32_t l = 0; l < LOCI_LANES; l++) out[n * LOCI_LANES + l] += log_live;

@@ -48,7 +48,7 @@ static void walk_nodes(squeeze_job *job, size_t index, tile_fn fn) {
             for (uint32_t l = 0; l < count; l++) live[l] = head->leaf_live[node + l];
         }
         for (uint32_t b = 0; b < lookup->blocks; b++) {
-            lookup_score_tile(lookup, part, first, count, NULL, terms, b, scores);
+            lookup_score_tile(lookup, part, first, count, NULL, terms, b, scores, NULL);
             fn(job, index, b, live, count, node, scores);
         }
     }

@@ -102,15 +102,22 @@ static double node_estimate(const uint8_t *blob, const loci_node *node, const fl
            (variance ? spread * qq8.scale * (double)node->variance_scale : 0.0);
 }
 
+/* A token's sketch beside one query: base + step * sum is what it adds to its root's centre. */
+typedef struct sketched {
+    double base;
+    float step;
+    double sum;
+} sketched;
+
 /* A table entry for each part and codeword; in float, as stated: the rounding must be the same. */
-static double sketch_estimate(const uint8_t *blob, uint32_t root_index, uint32_t slot,
-                              const float *q, uint32_t dim) {
+static sketched look_at_sketch(const uint8_t *blob, uint32_t root_index, uint32_t slot,
+                               const float *q, uint32_t dim) {
     const loci_root *root = loci_pair_root(blob, root_index);
     const float *book = loci_pair_codebook(blob);
     uint32_t parts = dim / 4, at = slot - loci_root_leaves(blob, root)->begin;
     const uint8_t *group = loci_root_sketches(blob, root) + at / 32 * loci_sketch_group(dim);
     float entry[64][16] = {{0}}, low[64] = {0}, widest = 0.0f;
-    double base = 0.0, sum = 0.0;
+    sketched s = {0};
     for (uint32_t p = 0; p < parts; p++) {
         float high = -INFINITY;
         low[p] = INFINITY;
@@ -121,15 +128,26 @@ static double sketch_estimate(const uint8_t *blob, uint32_t root_index, uint32_t
             high = fmaxf(high, entry[p][w]);
         }
         widest = fmaxf(widest, high - low[p]);
-        base += (double)low[p];
+        s.base += (double)low[p];
     }
     for (uint32_t p = 0; p < parts && widest > 0.0f; p++) {
         uint8_t byte = group[p * 16 + at % 16];
         uint32_t word = at % 32 < 16 ? byte & 15 : byte >> 4;
-        sum += floor((double)((entry[p][word] - low[p]) * (255.0f / widest) + 0.5f));
+        s.sum += floor((double)((entry[p][word] - low[p]) * (255.0f / widest) + 0.5f));
     }
-    return node_estimate(blob, loci_pair_root_node(blob, root_index), q, dim, false) + base +
-           (double)(widest / 255.0f) * sum;
+    s.step = widest / 255.0f;
+    return s;
+}
+
+static double centre_estimate(const uint8_t *blob, uint32_t root_index, const float *q,
+                              uint32_t dim) {
+    return node_estimate(blob, loci_pair_root_node(blob, root_index), q, dim, false);
+}
+
+static double sketch_estimate(const uint8_t *blob, uint32_t root_index, uint32_t slot,
+                              const float *q, uint32_t dim) {
+    sketched s = look_at_sketch(blob, root_index, slot, q, dim);
+    return centre_estimate(blob, root_index, q, dim) + s.base + (double)s.step * s.sum;
 }
 
 static double token_estimate(const uint8_t *blob, const uint8_t *code, const float *q,
@@ -284,23 +302,66 @@ static void list_tokens(const scene *s, const list *leaves, const double *floor,
     }
 }
 
-/* Of a single row, at most so many tokens reach a head's floor, but for ties. */
-static double limited(const scene *s, const list *leaves, uint32_t j, double floor, uint32_t most) {
-    list tokens = {0};
-    for (size_t i = 0; i < leaves->count; i++) {
-        uint32_t e = leaves->items[i].extent;
-        const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
-        const loci_leaf *leaf = fixture_leaf(blob, leaves->items[i].node, NULL);
-        for (uint32_t slot = leaf->begin; slot < leaf->begin + leaf->count; slot++) {
-            if (!is_live(s->f, s->layer, e, s->h, slot)) continue;
-            item x = {.extent = e, .node = slot};
-            x.s[0] = sketch_estimate(blob, leaves->items[i].root, slot, s->q[j], s->f->dim);
-            push(&tokens, x);
+/* Of a single row with a limit to its candidates: the live tokens of kept roots with, for each
+ * head, their estimate by sketch in whole steps; s[j] as it is counted, -INFINITY beyond 16 bits.
+ * step and top: of each head, as README.md says. */
+static void list_counted(const scene *s, const list *roots, list *tokens, double *step,
+                         double *top) {
+    for (uint32_t j = 0; j < s->g; j++) {
+        step[j] = 0.0;
+        top[j] = -INFINITY;
+        for (uint32_t e = 0; e < s->f->extents; e++) {
+            const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
+            sketched any = look_at_sketch(blob, 0, 0, s->q[j], s->f->dim);
+            step[j] = fmax(step[j], (double)any.step);
+            for (size_t i = 0; i < roots->count; i++)
+                if (roots->items[i].taken && roots->items[i].extent == e)
+                    top[j] = fmax(top[j], any.base + centre_estimate(blob, roots->items[i].node,
+                                                                     s->q[j], s->f->dim));
         }
     }
-    double raised = fmax(floor, kth(&tokens, 0, most));
-    free(tokens.items);
-    return raised;
+    for (size_t i = 0; i < roots->count; i++) {
+        if (!roots->items[i].taken) continue;
+        uint32_t e = roots->items[i].extent, r = roots->items[i].node;
+        const uint8_t *blob = fixture_blob(s->f, s->layer, e, s->h);
+        const loci_leaf *first = loci_root_leaves(blob, loci_pair_root(blob, r));
+        for (uint32_t t = 0; t < loci_pair_root(blob, r)->tokens; t++) {
+            item x = {.extent = e, .node = first->begin + t, .root = r};
+            if (!is_live(s->f, s->layer, e, s->h, x.node)) continue;
+            for (uint32_t j = 0; j < s->g; j++) {
+                sketched k = look_at_sketch(blob, r, x.node, s->q[j], s->f->dim);
+                double lacks = top[j] - centre_estimate(blob, r, s->q[j], s->f->dim) - k.base;
+                double times = floor((double)k.step / step[j] * 65536.0);
+                double steps = floor(k.sum * times / 65536.0) - floor(lacks / step[j] + 0.5);
+                x.s[j] = steps > s->f->dim / 4 * 255.0 - 65535.0 ? steps : -INFINITY;
+            }
+            push(tokens, x);
+        }
+    }
+}
+
+/* Its candidates, with s by their codes. */
+static void list_limited(const scene *s, const list *roots, const float *steady,
+                         const loci_select_params *p, double live, list *tokens) {
+    list counted = {0};
+    double step[16], top[16], floors[16];
+    list_counted(s, roots, &counted, step, top);
+    for (uint32_t j = 0; j < s->g; j++) {
+        double most = fmax(top[j] + kth(&counted, j, 1) * step[j], (double)steady[j]);
+        double reach = most - log(live / (1.0 - (double)p->top_p));
+        floors[j] = fmax(kth(&counted, j, p->candidates_max), (reach - top[j]) / step[j]);
+    }
+    for (size_t i = 0; i < counted.count; i++) {
+        item x = counted.items[i];
+        const uint8_t *blob = fixture_blob(s->f, s->layer, x.extent, s->h);
+        bool candidate = false;
+        for (uint32_t j = 0; j < s->g; j++) {
+            candidate |= x.s[j] > -INFINITY && x.s[j] >= floors[j];
+            x.s[j] = token_estimate(blob, loci_slot_record(blob, x.node), s->q[j], s->f->dim);
+        }
+        if (candidate) push(tokens, x);
+    }
+    free(counted.items);
 }
 
 static void select_row(const scene *s, const float *steady, const loci_select_params *p,
@@ -312,16 +373,18 @@ static void select_row(const scene *s, const float *steady, const loci_select_pa
         floor[j] = fmax(kth(&roots, j, count_of(p->roots, spread, p->roots_min)),
                         (double)steady[j] + log((1.0 - (double)p->top_p) / 10.0));
     take_reaching(&roots, s->g, floor);
-    list_leaves(s, &roots, &leaves);
-    for (uint32_t j = 0; j < s->g; j++) {
-        double top = fmax(kth(&leaves, j, 1), (double)steady[j]);
-        floor[j] = fmax(kth(&leaves, j, count_of(p->candidates, sqrt(live), p->candidates_min)),
-                        top - log(live / (1.0 - (double)p->top_p)));
-        if (p->candidates_max && single)
-            floor[j] = limited(s, &leaves, j, floor[j], p->candidates_max);
+    if (p->candidates_max && single) {
+        list_limited(s, &roots, steady, p, live, &tokens);
+    } else {
+        list_leaves(s, &roots, &leaves);
+        for (uint32_t j = 0; j < s->g; j++) {
+            double top = fmax(kth(&leaves, j, 1), (double)steady[j]);
+            floor[j] = fmax(kth(&leaves, j, count_of(p->candidates, sqrt(live), p->candidates_min)),
+                            top - log(live / (1.0 - (double)p->top_p)));
+        }
+        take_reaching(&leaves, s->g, floor);
+        list_tokens(s, &leaves, floor, &tokens);
     }
-    take_reaching(&leaves, s->g, floor);
-    list_tokens(s, &leaves, floor, &tokens);
     double sum = set_shares(&tokens, s->g, steady);
     choose(&tokens, sum - (1.0 - (double)p->top_p),
            p->budget ? (double)p->budget : (double)INFINITY);

@@ -121,28 +121,31 @@ static void test_sketch_sums(void **state) {
     }
 }
 
-/* Of any number of sums, those that reach, in their order, to the same bits. */
-static void test_take_reaching(void **state) {
+/* Keys are scaled, shifted within their bounds and counted. */
+static void test_keys(void **state) {
     (void)state;
     uint64_t rng = 22;
     loci_cpu_isa best = best_isa();
-    for (int round = 0; round < 200; round++) {
-        enum { N = 150 };
-        uint16_t sum[N];
-        float expected[N], out[N + 16];
-        size_t n = fixture_random(&rng) % N, count = 0;
-        uint16_t least = (uint16_t)(fixture_random(&rng) % 4 * 16000);
-        float offset = fixture_normal(&rng), scale = fixture_uniform(&rng);
+    for (int round = 0; round < 300; round++) {
+        enum { N = 160 };
+        uint16_t key[N], expected[N], out[N];
+        size_t n = 32 * (fixture_random(&rng) % (N / 32 + 1)), reach = 0;
+        uint32_t times = round % 3 ? 65536 : (uint32_t)(fixture_random(&rng) % 65537);
+        uint16_t more = round % 2 ? (uint16_t)fixture_random(&rng) : 0;
+        uint16_t less = round % 2 ? 0 : (uint16_t)fixture_random(&rng);
         for (size_t i = 0; i < n; i++) {
-            sum[i] = round % 5 ? (uint16_t)fixture_random(&rng) : least;
-            if (sum[i] < least) continue;
-            float step = scale * (float)sum[i];
-            expected[count++] = offset + step;
+            key[i] = (uint16_t)fixture_random(&rng);
+            double x = floor(key[i] * (double)times / 65536.0) + more - less;
+            expected[i] = (uint16_t)fmin(fmax(x, 0.0), 65535.0);
         }
+        uint16_t least = n && round % 4 ? expected[fixture_random(&rng) % n] : (uint16_t)round;
+        for (size_t i = 0; i < n; i++) reach += expected[i] >= least;
         for (int isa = 0; isa <= (int)best; isa++) {
             const loci_corpus_kernels *kernels = loci_corpus_kernels_of((loci_cpu_isa)isa);
-            assert_int_equal(kernels->take_reaching(out, sum, n, least, offset, scale), count);
-            assert_memory_equal(out, expected, count * sizeof *out);
+            memcpy(out, key, n * sizeof *key);
+            kernels->shift_keys(out, n, times, more, less);
+            assert_memory_equal(out, expected, n * sizeof *out);
+            assert_int_equal(kernels->count_keys(out, n, least), reach);
         }
     }
 }
@@ -198,7 +201,7 @@ static void test_list_scores(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_take_reaching),
+        cmocka_unit_test(test_keys),
         cmocka_unit_test(test_list_scores),
         cmocka_unit_test(test_sketch_tables),
         cmocka_unit_test(test_sketch_sums),
