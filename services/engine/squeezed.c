@@ -291,7 +291,8 @@ static bool read_table(const loci_query *query, loci_squeezed_table *table) {
 void loci_squeezed_choose(const loci_squeezed_table *table, double share, float out[2][2]) {
     unsigned i = 0;
     while (i + 2 < LOCI_SQUEEZED_SHARES && share < share_of(i + 1)) i++;
-    double most = share_of(i), least = share_of(i + 1), far = (share - least) / (most - least);
+    /* Between two shares too, scores fall about as the share grows. */
+    double least = share_of(i + 1), far = (1 / share - 1 / least) / (1 / share_of(i) - 1 / least);
     for (int next = 0; next < 2; next++) {
         const float(*at)[2] = &table->threshold[next][i];
         for (int level = 0; level < 2; level++) {

@@ -120,8 +120,8 @@ static void test_squeezed_thresholds_keep_the_share(void **state) {
             }
             print_message("share %g: %g together, %g single\n", shares[s], together / all,
                           single / all);
-            assert_true(fabs(together / all - shares[s]) < 0.05 * shares[s]);
-            assert_true(fabs(single / all - shares[s]) < 0.04 * shares[s]);
+            assert_true(fabs(together / all - shares[s]) < 0.06 * shares[s]);
+            assert_true(fabs(single / all - shares[s]) < 0.06 * shares[s]);
         }
         free(q);
         loci_query_fini(&query);
