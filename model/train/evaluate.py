@@ -6,7 +6,8 @@
 
 needles: facts in the wording of RULER, which training never uses, in held-out novels; one key, five
 keys, and the keys of all trials. made-up: the same with the made-up keys of tests/quality, the five
-near misses of each other. Both say how concentrated attention is: the keys that carry 98% of what a
+near misses of each other. natural: those keys in the wordings of natural.jsonl, which training never
+uses either. All say how concentrated attention is: the keys that carry 98% of what a
 row gives to contexts outside <doc>, over the rows, heads and retrieval layers. questions: of the
 validation paragraphs, recall of the passage that holds the
 answer by the late-interaction score of the first retrieval layer, then answers read from the best
@@ -15,6 +16,7 @@ count are those of the C engine (tests/quality).
 """
 import argparse
 import collections
+import itertools
 import json
 import os
 import random
@@ -32,8 +34,8 @@ from inference import Context, Engine
 from packing import attention_scale
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-NEEDLE = "One of the special magic numbers for {} is: {}."
-NEEDLE_QUESTION = "What is the special magic number for {} mentioned in the provided text?"
+RULER = [("One of the special magic numbers for {0} is: {1}.",
+          "What is the special magic number for {0} mentioned in the provided text?")]
 KEYS = 5  # of a needle trial
 SYLLABLES = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we",
              "zy"]
@@ -71,10 +73,16 @@ def percent(values):
 
 # --- needles ---------------------------------------------------------------------------------
 
-def needle_passage(tokenizer, text, word, value, rng):
+def natural_forms(options):
+    """[(statement, question)] for the keys of trials, in turns; {0}: the key, {1}: the value."""
+    with open(options.forms, encoding="utf-8") as file:
+        return [(form["statement"], form["question"]) for form in map(json.loads, file)]
+
+
+def needle_passage(tokenizer, text, statement, rng):
     sentences = re.split(r"(?<=[.!?]) ", text)
     place = rng.randrange(max(1, len(sentences) * 2 // 3))
-    sentences.insert(place, NEEDLE.format(word, value))
+    sentences.insert(place, statement)
     return tokenizer.encode(" ".join(sentences))[:PASSAGE_TOKENS_MAX]
 
 
@@ -145,9 +153,9 @@ def emit_concentration(shares, tokens):
              ("p90", shares[int(len(shares) * 0.9)]))})
 
 
-def run_needles(engine, tokenizer, options, draw=draw_words):
+def run_needles(engine, tokenizer, options, name="words", draw=draw_words, forms=RULER):
     """Each trial sees the haystack and needles: its first key's, those of its keys, or all."""
-    path, name = os.path.join(options.prepared, options.haystack), draw.__name__[5:]
+    path = os.path.join(options.prepared, options.haystack)
     if not os.path.isdir(path):
         emit(row="needles", error=f"{path} is not there")
         return
@@ -156,14 +164,13 @@ def run_needles(engine, tokenizer, options, draw=draw_words):
     count = int(min(len(haystack), np.searchsorted(sizes, max(options.tokens)) + 1))
     context = engine.encode([haystack.passage(i) for i in range(count)])
     passages, trials = [], []
-    for keys in draw(options, rng):
+    for keys, (statement, question) in zip(draw(options, rng), itertools.cycle(forms)):
         values = [str(rng.randint(10**6, 10**7 - 1)) for _ in keys]
-        passages += [needle_passage(tokenizer, haystack.text(rng.randrange(len(haystack))), *pair,
-                                    rng) for pair in zip(keys, values)]
-        trials.append((keys[0], values[0]))
+        passages += [needle_passage(tokenizer, haystack.text(rng.randrange(len(haystack))),
+                                    statement.format(*pair), rng) for pair in zip(keys, values)]
+        trials.append((question.format(keys[0]), values[0]))
     needles = engine.encode(passages)
-    prompts = [[QUESTION, *tokenizer.encode(NEEDLE_QUESTION.format(word)), ANSWER]
-               for word, _ in trials]
+    prompts = [[QUESTION, *tokenizer.encode(question), ANSWER] for question, _ in trials]
     for size in options.tokens:
         seen = context.head(int(min(count, np.searchsorted(context.offsets, size))))
         for keys in (1, KEYS, len(passages)):
@@ -179,9 +186,9 @@ def run_needles(engine, tokenizer, options, draw=draw_words):
                 texts = list(map(tokenizer.decode, answers.tokens))
                 right += sum(text == value for text, (_, value) in zip(texts, trials[part]))
                 if options.verbose:
-                    for text, (word, value) in zip(texts, trials[part]):
+                    for text, (question, value) in zip(texts, trials[part]):
                         if text != value:
-                            emit(row="missed", key=word, value=value, answer=text)
+                            emit(row="missed", question=question, value=value, answer=text)
             emit(row="needles", keys_are=name, tokens=len(seen), keys=keys, right=right,
                  of=len(trials), seconds=round(time.time() - begun, 1))
         whole, part = joined(seen, needles), prompts[:MEASURED_TRIALS]
@@ -190,7 +197,11 @@ def run_needles(engine, tokenizer, options, draw=draw_words):
 
 
 def run_made_up(engine, tokenizer, options):
-    run_needles(engine, tokenizer, options, draw_made_up)
+    run_needles(engine, tokenizer, options, "made_up", draw_made_up)
+
+
+def run_natural(engine, tokenizer, options):
+    run_needles(engine, tokenizer, options, "natural", draw_made_up, natural_forms(options))
 
 
 # --- questions -------------------------------------------------------------------------------
@@ -302,10 +313,11 @@ def main():
     parser.add_argument("--model", required=True, help="Hugging Face folder or checkpoint.pt")
     parser.add_argument("--prepared", required=True, help="folder that prepare.py made")
     parser.add_argument("--tokenizer", default=os.path.join(HERE, "../default/tokenizer.json"))
-    parser.add_argument("--what", default="questions,needles,made-up")
+    parser.add_argument("--what", default="questions,needles,made-up,natural")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--tokens", type=int, nargs="*", default=[32768, 1000000])
+    parser.add_argument("--forms", default=os.path.join(HERE, "natural.jsonl"))
     parser.add_argument("--haystack", default="haystack", help="prepared source to hide needles in")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--verbose", action="store_true", help="print needles that were missed")
@@ -316,7 +328,7 @@ def main():
         c.attention_scale_tokens = options.scale_tokens
     engine, tokenizer = Engine(c, parameters), Tokenizer(options.tokenizer)
     for what in options.what.split(","):
-        {"needles": run_needles, "made-up": run_made_up,
+        {"needles": run_needles, "made-up": run_made_up, "natural": run_natural,
          "questions": run_questions}[what](engine, tokenizer, options)
 
 

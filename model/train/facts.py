@@ -181,12 +181,12 @@ class Invention:
         text = "".join(parts)
         return text.title() if self.form == "name" else text
 
-    def keys(self, rng, count):
-        """So many different keys, or fewer; half of them near one before."""
+    def keys(self, rng, count, share=0.5):
+        """So many different keys, or fewer; a share of them near one before."""
         drawn, tries = [self.draw(rng)], 0
         while len(drawn) < count and tries < 4 * count:
             tries += 1
-            near = rng.random() < 0.5
+            near = rng.random() < share
             parts = self.near(rng, rng.choice(drawn)) if near else self.draw(rng)
             if parts not in drawn:
                 drawn.append(parts)

@@ -36,6 +36,8 @@ from train import to_device
 from wordings import NaturalFacts
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+NEEDLES = os.path.join(HERE, "../../tests/quality/needles.jsonl")
+FORMS = os.path.join(HERE, "natural.jsonl")
 TOKENIZER = os.path.join(HERE, "../default/tokenizer.json")
 SYLLABLES = ["ba", "co", "du", "fe", "gi", "lo", "mu", "na", "pe", "ri", "so", "tu", "va", "we"]
 
@@ -313,6 +315,23 @@ class DataTest(unittest.TestCase):
                 self.assertIn(key.lower(), statement.lower())
                 self.assertIn(key.lower(), question.lower())
                 self.assertNotRegex(statement + question, "[{}|=]")
+
+    def test_the_grammar_leaves_out_what_is_tested(self):
+        def runs_of_four(text):
+            words = re.findall(r"[a-z]+|_", re.sub(r"\{\d?\}|\d+", "_", text.lower()))
+            return {" ".join(words[i:i + 4]) for i in range(len(words) - 3)}
+
+        tested, made = set(), set()
+        for path in (NEEDLES, FORMS):
+            with open(path, encoding="utf-8") as file:
+                for form in map(json.loads, file):
+                    tested |= runs_of_four(form["statement"]) | runs_of_four(form["question"])
+        rng, natural = random.Random(3), self.natural_facts()
+        for line in natural.grammar * 30:
+            for statement, pairs in natural.worded(rng, line, ["_"]):
+                made |= runs_of_four(statement).union(*(runs_of_four(q) for q, _ in pairs))
+        self.assertGreater(len(made), 10000)
+        self.assertLessEqual(tested & made, {"how many times did", "many times did the"})
 
     def test_evaluation_keys_are_near_misses(self):
         options = type("Options", (), {"trials": 50})()
