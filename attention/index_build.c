@@ -6,9 +6,9 @@
  * Rows that are kept as int8 are taken as they will be read back (index.h).
  */
 #include <math.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "attention/cluster.h"
 #include "attention/index_layout.h"
@@ -18,7 +18,8 @@
 #define KEY_LIMIT 1e15f /* far beyond any model's; keeps squares and sums finite in f32 */
 #define ROUNDS_DEFAULT 6
 #define ROWS_CHUNK 4096u /* rows of one task */
-#define CHANNELS 16u     /* of one task, which goes through all rows in order */
+#define LARGE_PAGE ((size_t)2 << 20)
+#define CLEAR_CHUNK LARGE_PAGE
 /* Codes reach 2.7 standard deviations: cutting the rare outliers costs less than the coarser
  * steps that covering them would need. */
 #define CODE_REACH 2.7
@@ -28,6 +29,13 @@ typedef struct build_root {
     uint32_t leaf_base, leaves; /* index of the first, and number */
     uint64_t block;             /* where its block begins */
 } build_root;
+
+/* Of the channels of some rows. */
+typedef struct channel_sums {
+    double sum[LOCI_HEAD_DIM_MAX], squares[LOCI_HEAD_DIM_MAX];
+    float top[LOCI_HEAD_DIM_MAX];
+    bool odd; /* some key or value is not finite */
+} channel_sums;
 
 typedef struct loci_pair_job {
     const uint16_t *k, *v;
@@ -41,8 +49,9 @@ typedef struct loci_pair_job {
     const uint32_t *ids, *leaf_ends; /* of the clusters */
     build_root *roots;               /* [root_count] */
     uint32_t leaf_count, root_count;
-    atomic_bool odd; /* some value is not finite */
+    channel_sums *sums; /* [row_chunks], while keys are centred */
     uint8_t *blob;
+    uint64_t blob_bytes;
     uint8_t *word; /* [tokens][parts] codewords */
 } build;
 
@@ -76,43 +85,42 @@ static bool is_finite(uint16_t value) { /* NaN is not below the limit either */
     return fabsf(loci_bf16_to_f32(value)) < KEY_LIMIT;
 }
 
-static void check_rows(void *arg, size_t index, unsigned thread) {
-    (void)thread;
-    build *b = arg;
-    size_t begin = index * ROWS_CHUNK * b->dim, end = (size_t)b->tokens * b->dim, odd = 0;
-    if (end - begin > (size_t)ROWS_CHUNK * b->dim) end = begin + (size_t)ROWS_CHUNK * b->dim;
-    for (size_t i = begin; i < end; i++) odd += !is_finite(b->k[i]) || !is_finite(b->v[i]);
-    if (odd) atomic_store(&b->odd, true);
-}
-
-static loci_status check_input(build *b, loci_error *err) {
+static loci_status check_shape(const build *b, loci_error *err) {
     if (b->tokens == 0 || b->tokens > LOCI_EXTENT_TOKENS_MAX)
         return loci_fail(err, LOCI_E_INVAL, "an extent holds 1 to %u tokens, not %u",
                          LOCI_EXTENT_TOKENS_MAX, b->tokens);
-    if (b->dim == 0 || b->dim > LOCI_HEAD_DIM_MAX || b->dim % CHANNELS != 0)
+    if (b->dim == 0 || b->dim > LOCI_HEAD_DIM_MAX || b->dim % 16 != 0)
         return loci_fail(err, LOCI_E_INVAL, "head_dim %u is not a multiple of 16 up to %u", b->dim,
                          LOCI_HEAD_DIM_MAX);
-    for_each(b, row_chunks(b), check_rows);
-    for (size_t i = 0; atomic_load(&b->odd); i++) {
-        bool key = is_finite(b->k[i]);
-        if (!key || !is_finite(b->v[i]))
-            return loci_fail(err, LOCI_E_INVAL, "%s of token %zu, channel %zu is not finite",
-                             key ? "value" : "key", i / b->dim, i % b->dim);
-    }
-    return check_stop(b, err);
+    return LOCI_OK;
+}
+
+static loci_status no_memory(const build *b, loci_error *err) {
+    return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
+}
+
+/* Memory that is walked in any order: in large pages where the system gives them. */
+static void *alloc_large(size_t bytes) {
+    void *memory = NULL;
+    if (bytes < 4 * LARGE_PAGE) return malloc(bytes);
+    if (posix_memalign(&memory, LARGE_PAGE, bytes) != 0) return NULL;
+    (void)madvise(memory, bytes, MADV_HUGEPAGE);
+    return memory;
 }
 
 static loci_status alloc_all(build *b, loci_error *err) {
     size_t n = b->tokens;
     b->mean = calloc(2 * b->dim, sizeof *b->mean);
     b->scale = b->mean ? b->mean + b->dim : NULL;
-    b->x = malloc(n * b->dim * sizeof *b->x);
+    b->x = alloc_large(n * b->dim * sizeof *b->x);
+    b->sums = malloc(row_chunks(b) * sizeof *b->sums);
     b->clusters.ids = malloc(n * sizeof *b->clusters.ids);
     b->clusters.leaf_ends = malloc(n * sizeof *b->clusters.leaf_ends);
     b->clusters.root_leaves = malloc(n * sizeof *b->clusters.root_leaves);
-    if (b->mean && b->x && b->clusters.ids && b->clusters.leaf_ends && b->clusters.root_leaves)
+    if (b->mean && b->x && b->sums && b->clusters.ids && b->clusters.leaf_ends &&
+        b->clusters.root_leaves)
         return LOCI_OK;
-    return loci_fail(err, LOCI_E_NOMEM, "no memory to index %u tokens", b->tokens);
+    return no_memory(b, err);
 }
 
 /* Row `id` of K or V as it will be read from the blob. */
@@ -128,37 +136,82 @@ static void read_row(const build *b, const uint16_t *rows, size_t id, float *out
     for (uint32_t i = 0; i < b->dim; i++) out[i] = loci_bf16_to_f32(row[i]);
 }
 
-static void read_keys(void *arg, size_t index, unsigned thread) {
-    (void)thread;
-    build *b = arg;
-    size_t end = (index + 1) * ROWS_CHUNK < b->tokens ? (index + 1) * ROWS_CHUNK : b->tokens;
-    for (size_t t = index * ROWS_CHUNK; t < end; t++) read_row(b, b->k, t, b->x + t * b->dim);
+static size_t chunk_end(const build *b, size_t index) {
+    return (index + 1) * ROWS_CHUNK < b->tokens ? (index + 1) * ROWS_CHUNK : b->tokens;
 }
 
-/* Mean and code scale of some channels, in double and in position order. */
-static void centre_channels(void *arg, size_t index, unsigned thread) {
+/* Sums of some rows' keys, in their order; and whether they and the values are finite. */
+static void sum_keys(void *arg, size_t index, unsigned thread) {
     (void)thread;
     build *b = arg;
-    double sum[CHANNELS] = {0}, squares[CHANNELS] = {0};
-    float top[CHANNELS] = {0}, mean[CHANNELS];
-    size_t first = index * CHANNELS, dim = b->dim;
-    for (size_t t = 0; t < b->tokens; t++)
-        for (size_t i = 0; i < CHANNELS; i++) sum[i] += (double)b->x[t * dim + first + i];
-    for (size_t i = 0; i < CHANNELS; i++) mean[i] = (float)(sum[i] / b->tokens);
-    for (size_t t = 0; t < b->tokens; t++) {
-        float *row = b->x + t * dim + first;
-        for (size_t i = 0; i < CHANNELS; i++) {
-            float x = row[i] - mean[i];
-            row[i] = x;
-            squares[i] += (double)x * (double)x;
-            top[i] = fabsf(x) > top[i] ? fabsf(x) : top[i];
+    channel_sums *sums = &b->sums[index];
+    size_t begin = index * ROWS_CHUNK, end = chunk_end(b, index), odd = 0;
+    for (size_t i = begin * b->dim; i < end * b->dim; i++)
+        odd += !is_finite(b->k[i]) || !is_finite(b->v[i]);
+    memset(sums, 0, sizeof *sums);
+    sums->odd = odd > 0;
+    for (size_t t = begin; t < end && odd == 0; t++) {
+        float row[LOCI_HEAD_DIM_MAX];
+        read_row(b, b->k, t, row);
+        for (uint32_t i = 0; i < b->dim; i++) sums->sum[i] += (double)row[i];
+    }
+}
+
+/* Keys less their mean. */
+static void centre_rows(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    channel_sums *sums = &b->sums[index];
+    for (size_t t = index * ROWS_CHUNK; t < chunk_end(b, index); t++) {
+        float row[LOCI_HEAD_DIM_MAX], *x = b->x + t * b->dim;
+        read_row(b, b->k, t, row);
+        for (uint32_t i = 0; i < b->dim; i++) {
+            float value = row[i] - b->mean[i];
+            x[i] = value;
+            sums->squares[i] += (double)value * (double)value;
+            sums->top[i] = fabsf(value) > sums->top[i] ? fabsf(value) : sums->top[i];
         }
     }
-    for (size_t i = 0; i < CHANNELS; i++) {
-        float reach = (float)(CODE_REACH * sqrt(squares[i] / b->tokens));
-        b->mean[first + i] = mean[i];
-        b->scale[first + i] = (reach < top[i] ? reach : top[i]) / 7.5f;
+}
+
+static loci_status check_finite(const build *b, loci_error *err) {
+    bool odd = false;
+    for (size_t c = 0; c < row_chunks(b); c++) odd = odd || b->sums[c].odd;
+    for (size_t i = 0; odd; i++) {
+        bool key = is_finite(b->k[i]);
+        if (!key || !is_finite(b->v[i]))
+            return loci_fail(err, LOCI_E_INVAL, "%s of token %zu, channel %zu is not finite",
+                             key ? "value" : "key", i / b->dim, i % b->dim);
     }
+    return LOCI_OK;
+}
+
+/* Keys less their mean, and the code scale of each channel: sums are of double, first those of each
+ * ROWS_CHUNK rows in order, then of these in order. */
+static loci_status centre_keys(build *b, loci_error *err) {
+    for_each(b, row_chunks(b), sum_keys);
+    LOCI_TRY(check_stop(b, err));
+    LOCI_TRY(check_finite(b, err));
+    for (uint32_t i = 0; i < b->dim; i++) {
+        double sum = 0.0;
+        for (size_t c = 0; c < row_chunks(b); c++) sum += b->sums[c].sum[i];
+        b->mean[i] = (float)(sum / b->tokens);
+    }
+    for_each(b, row_chunks(b), centre_rows);
+    LOCI_TRY(check_stop(b, err));
+    for (uint32_t i = 0; i < b->dim; i++) {
+        double squares = 0.0;
+        float top = 0.0f;
+        for (size_t c = 0; c < row_chunks(b); c++) {
+            squares += b->sums[c].squares[i];
+            top = b->sums[c].top[i] > top ? b->sums[c].top[i] : top;
+        }
+        float reach = (float)(CODE_REACH * sqrt(squares / b->tokens));
+        b->scale[i] = (reach < top ? reach : top) / 7.5f;
+    }
+    free(b->sums);
+    b->sums = NULL;
+    return LOCI_OK;
 }
 
 /* By the backend if it has a way, and memory for it; else on the CPU, with the same result. */
@@ -298,6 +351,15 @@ static void prefetch_leaf(const build *b, uint32_t leaf) {
     }
 }
 
+/* What the keys of a root differ from its centroid as stored: that is all that is asked for after
+ * their codes are written. */
+static void leave_residual(build *b, const build_root *root, const loci_node *node) {
+    for (uint32_t t = root->begin; t < root->begin + root->count; t++)
+        for (uint32_t i = 0; i < b->dim; i++)
+            b->x[(size_t)b->ids[t] * b->dim + i] -=
+                node->centroid_scale * (float)loci_node_centroid(node)[i];
+}
+
 /* All of one root but its sketches. */
 static void write_root(void *arg, size_t index, unsigned thread) {
     (void)thread;
@@ -316,6 +378,7 @@ static void write_root(void *arg, size_t index, unsigned thread) {
         (void *)(b->blob + header->roots_at + header->roots * sizeof *root + index * stride);
     uint16_t *mean = (void *)(b->blob + header->value_means_at + index * 2 * b->dim);
     write_node(b, b->ids + from->begin, from->count, node, mean);
+    leave_residual(b, from, node);
     *root = (loci_root){
         .begin = from->leaf_base,
         .count = from->leaves,
@@ -327,18 +390,6 @@ static void write_root(void *arg, size_t index, unsigned thread) {
             loci_hash_bytes(loci_pair_value_mean(b->blob, header->roots + from->leaf_base),
                             (size_t)from->leaves * 2 * b->dim),
     };
-}
-
-/* What the keys of one root differ from its centroid as stored. */
-static void leave_residual(void *arg, size_t index, unsigned thread) {
-    (void)thread;
-    build *b = arg;
-    const build_root *from = &b->roots[index];
-    const loci_node *node = loci_pair_root_node(b->blob, (uint32_t)index);
-    for (uint32_t t = from->begin; t < from->begin + from->count; t++)
-        for (uint32_t i = 0; i < b->dim; i++)
-            b->x[(size_t)b->ids[t] * b->dim + i] -=
-                node->centroid_scale * (float)loci_node_centroid(node)[i];
 }
 
 static void write_sketches(void *arg, size_t index, unsigned thread) {
@@ -398,19 +449,17 @@ static uint64_t place_blocks(build *b) {
     return end;
 }
 
-/* All sections; the sketches last, since they overwrite the keys. */
+/* All sections; the position codes first, since writing roots overwrites the keys. */
 static loci_status write_sections(build *b, loci_pair_header *header, loci_error *err) {
     size_t blocks = (b->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
     float *means = (void *)(b->blob + sizeof *header);
     memcpy(means, b->mean, 2 * b->dim * sizeof *b->mean);
-    for_each(b, b->root_count, write_root);
-    LOCI_TRY(check_stop(b, err));
     if (b->options.position_codes) {
         for_each(b, blocks, write_positions);
         header->hash_position_hashes =
             loci_hash_bytes(b->blob + header->position_hashes_at, blocks * sizeof(uint64_t));
     }
-    for_each(b, b->root_count, leave_residual);
+    for_each(b, b->root_count, write_root);
     LOCI_TRY(check_stop(b, err));
     loci_sketch_train(b->x, b->tokens, b->dim, b->pool, means + 2 * b->dim, b->word);
     for_each(b, b->root_count, write_sketches);
@@ -422,6 +471,14 @@ static loci_status write_sections(build *b, loci_pair_header *header, loci_error
     for_each(b, b->root_count, write_checks);
     for_each(b, loci_kv_blocks(b->tokens), write_kv_block);
     return check_stop(b, err); /* what was left out is nobody's to read */
+}
+
+/* What stands between the sections is written, too. */
+static void clear_blob(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    build *b = arg;
+    size_t begin = index * CLEAR_CHUNK, left = b->blob_bytes - begin;
+    memset(b->blob + begin, 0, left < CLEAR_CHUNK ? left : CLEAR_CHUNK);
 }
 
 static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, loci_error *err) {
@@ -438,10 +495,12 @@ static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, lo
     loci_pair_header header;
     loci_pair_layout(&shape, &header);
     /* Built apart: the place in *out need not be aligned. */
-    b->blob = calloc(1, header.blob_bytes);
+    b->blob_bytes = header.blob_bytes;
+    b->blob = alloc_large(header.blob_bytes);
     b->word = malloc((size_t)b->tokens * loci_sketch_parts(b->dim));
-    if (!b->blob || !b->word)
-        return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
+    if (!b->blob || !b->word) return no_memory(b, err);
+    for_each(b, (b->blob_bytes + CLEAR_CHUNK - 1) / CLEAR_CHUNK, clear_blob);
+    LOCI_TRY(check_stop(b, err));
     memcpy(b->blob, &header, sizeof header);
     LOCI_TRY(write_sections(b, &header, err));
     *header_hash = loci_pair_header_hash(b->blob, b->dim);
@@ -452,8 +511,7 @@ static loci_status write_blob(build *b, loci_buf *out, uint64_t *header_hash, lo
         return LOCI_OK;
     }
     loci_buf_append(out, b->blob, header.blob_bytes);
-    if (loci_buf_status(out) != LOCI_OK)
-        return loci_fail(err, LOCI_E_NOMEM, "no memory for the index of %u tokens", b->tokens);
+    if (loci_buf_status(out) != LOCI_OK) return no_memory(b, err);
     return LOCI_OK;
 }
 
@@ -461,6 +519,7 @@ void loci_pair_job_free(loci_pair_job *job) {
     if (!job) return;
     free(job->mean);
     free(job->x);
+    free(job->sums);
     free(job->clusters.ids);
     free(job->clusters.leaf_ends);
     free(job->clusters.root_leaves);
@@ -471,11 +530,9 @@ void loci_pair_job_free(loci_pair_job *job) {
 }
 
 static loci_status begin(build *b, loci_error *err) {
-    LOCI_TRY(check_input(b, err));
+    LOCI_TRY(check_shape(b, err));
     LOCI_TRY(alloc_all(b, err));
-    for_each(b, row_chunks(b), read_keys);
-    for_each(b, b->dim / CHANNELS, centre_channels);
-    LOCI_TRY(check_stop(b, err));
+    LOCI_TRY(centre_keys(b, err));
     LOCI_TRY(cluster(b, err));
     return make_roots(b, err);
 }

@@ -24,8 +24,8 @@ static uint64_t power_of_two(uint64_t value) {
     return power;
 }
 
-/* Work of one pair's index (attention/index_build.c): keys as f32 and lists of tokens; beside them
- * first what clustering needs, keys as bytes, more lists and centroids, then the blob. */
+/* Work of one pair's index (attention/index_build.c): keys as f32, lists of tokens, sums; beside
+ * them first what clustering needs, keys as bytes, more lists and centroids, then the blob. */
 static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
     uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1, groups = tokens / LOCI_LEAF_TOKENS + 1;
     uint64_t node = sizeof(loci_node) + sizeof(loci_root) + 4 * dim;
@@ -33,13 +33,13 @@ static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
     uint64_t blob = tokens * (5 * dim + dim / 8 + 15) + leaves * (node + sizeof(loci_leaf)) +
                     72 * dim + LOCI_BLOCK_ALIGN * 16;
     uint64_t writing = tokens * (dim / 4) + blob;
-    return tokens * (4 * dim + 12) + (clustering > writing ? clustering : writing);
+    return tokens * (4 * dim + 14) + (clustering > writing ? clustering : writing);
 }
 
 /* What is held of the next pair while one is written: keys as f32, lists, and K and V, unless these
  * are there anyway. */
 static uint64_t overlap_memory(uint64_t tokens, uint64_t dim, bool rows) {
-    return tokens * (4 * dim + 12 + (rows ? 4 * dim : 0));
+    return tokens * (4 * dim + 14 + (rows ? 4 * dim : 0));
 }
 
 /* One pair: its K and V, its index. The list of segments and the slot map of all. */
