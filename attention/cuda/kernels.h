@@ -281,6 +281,15 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_runs(const loci_cuda_look *look) {
 #define LOCI_CUDA_SLICES 800u /* of all lists, each scored by a block, about */
 #define LOCI_CUDA_STEPS 2048u /* of shares, 16 to each power of two: the cut begins with them */
 
+/* How a vector's estimates by sketch are counted where candidates are limited: in steps, top being
+ * what a sum of 0 means to the best kept root; floor: the least key (sketches.cu) of a candidate.
+ */
+typedef struct loci_cuda_key_scale {
+    double top;
+    float step;
+    uint32_t floor;
+} loci_cuda_key_scale;
+
 /* "hr" numbers (KV head, row), a "lot" LOCI_CUDA_LOT vectors of a row. A table is what a vector
  * knows of a pair: [parts][16] entries, and base + scale * (sum of entries) the estimate behind the
  * root's centre. */
@@ -306,10 +315,14 @@ typedef struct loci_cuda_choice {
     uint4 *sums;          /* [hr][lots][words * 32]: sums of entries of the tokens of kept roots;
                              NULL where that were too much: they are added up again */
     float *floor;         /* [kv_heads][vectors] */
-    /* Where no more than `limit` tokens are to reach a floor but for ties (of one row; 0 = any
-     * number): estimates of those that do, reached_count of reached_room of them. */
+    /* Where no more than `limit` tokens are to be candidates of a vector, but for ties (of one row;
+     * 0 = any number; candidates_wanted is the same then): keys of those that reach a floor before
+     * it is known, reached_count of reached_room of them. key_reach: by how much the floor's
+     * estimate may lie below the greatest. */
     uint64_t limit, reached_room;
-    float *reached;          /* [kv_heads][vectors][reached_room], in any order */
+    double key_reach;
+    loci_cuda_key_scale *key_scale; /* [kv_heads][vectors] */
+    float *reached;                 /* [kv_heads][vectors][reached_room], in any order */
     uint32_t *reached_count; /* [kv_heads][vectors] (zeroed); may be more than there is room for */
     uint32_t *candidates;    /* a mask (zeroed) */
     uint32_t *run_count;     /* [hr][runs]: candidates of the run (zeroed) */
@@ -345,7 +358,8 @@ cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
                                const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                    const loci_cuda_choice *choice);
-/* Between these two, where there is a limit: reached and its counts; floor. */
+/* Between these two, where there is a limit: key_scale, reached and its counts; the floors there.
+ */
 cudaError_t loci_cuda_k_list_reaching(cudaStream_t stream, const loci_cuda_look *look,
                                       const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_raise_floors(cudaStream_t stream, const loci_cuda_look *look,

@@ -15,6 +15,8 @@
 #define CHUNK_BYTES ((size_t)8 << 20)
 #define KEEP_CHUNKS 8u /* more than that are given back at the next begin */
 
+#define LIMITED_GROUP 16u /* heads of a KV head, at most, whose candidates may be limited */
+
 /* --- memory ---------------------------------------------------------------------------- */
 
 static void arena_clear(lookup_arena *arena) {
@@ -69,6 +71,12 @@ void *look_put(loci_stream *stream, loci_lookup *lookup, const void *data, size_
 bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result, const char *what) {
     lookup->ready = loci_cuda_ok(stream, result, what) && lookup->ready;
     return lookup->ready;
+}
+
+uint64_t look_limit(const loci_lookup *lookup) {
+    bool applies = lookup->mode == LOCI_MODE_HIERARCHICAL && lookup->look.rows == 1 &&
+                   lookup->look.group <= LIMITED_GROUP && !lookup->params.estimate_tail;
+    return applies ? lookup->params.candidates_max : 0;
 }
 
 bool look_shared(const loci_lookup *lookup) {
@@ -283,18 +291,23 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
     size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
     size_t lots = loci_cuda_lots(look), hr = (size_t)look->kv_heads * look->rows;
     size_t sums = hr * lots * look->words * 32 * sizeof *c->sums;
-    bool keeps = look->rows * lots <= SUMS_LOTS && sums <= SUMS_BYTES;
+    bool keeps =
+        look->rows * lots <= SUMS_LOTS && sums <= SUMS_BYTES && sums <= lookup->cuda->room_bytes;
+    uint64_t limit = look_limit(lookup);
     uint32_t slices = hr < LOCI_CUDA_SLICES ? (uint32_t)(LOCI_CUDA_SLICES / hr) : 1;
     *c = (loci_cuda_choice){
         .roots_wanted = loci_select_count(params->roots, lookup->spread, lookup->live_tokens,
                                           params->roots_min),
         .candidates_wanted =
-            loci_select_count(params->candidates, sqrt((double)lookup->live_tokens),
-                              lookup->live_tokens, params->candidates_min),
+            limit ? limit
+                  : loci_select_count(params->candidates, sqrt((double)lookup->live_tokens),
+                                      lookup->live_tokens, params->candidates_min),
         .budget = params->budget,
-        .limit = look->rows == 1 ? params->candidates_max : 0,
+        .limit = limit,
+        .key_reach = slack > 0.0f ? log((double)lookup->live_tokens / (1.0 - (double)params->top_p))
+                                  : (double)INFINITY,
         .root_slack = loci_select_root_slack(params->top_p),
-        .reach = slack > 0.0f ? logf((float)lookup->live_tokens / slack) : INFINITY,
+        .reach = slack > 0.0f && !limit ? logf((float)lookup->live_tokens / slack) : INFINITY,
         .top_p = params->top_p,
         .tail = params->estimate_tail,
         .root_score = look_alloc(stream, lookup, look->roots_all * vectors * sizeof(float)),
@@ -310,6 +323,9 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
         .leaf_score = look_alloc(stream, lookup, look->leaves_all * vectors * sizeof(float)),
         .sums = keeps ? look_alloc(stream, lookup, sums) : NULL,
         .floor = look_alloc(stream, lookup, look->kv_heads * vectors * sizeof(float)),
+        .key_scale =
+            limit ? look_alloc(stream, lookup, look->kv_heads * vectors * sizeof *c->key_scale)
+                  : NULL,
         .rank = look_alloc(stream, lookup, hr * look->words * sizeof(uint32_t)),
         .slices = slices,
         .totals = look_alloc(stream, lookup, look->kv_heads * vectors * slices * 2 * sizeof(float)),

@@ -35,6 +35,14 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
                        loci_cuda_k_choice_stats(stream->stream, look, &lookup->choice, device),
                        "stats"))
         return;
+    /* Leaves play no part where candidates are limited. */
+    if (look_limit(lookup) &&
+        !look_launched(stream, lookup,
+                       cudaMemcpyAsync(&device->kv_leaf_bytes, &device->kv_bytes,
+                                       sizeof device->kv_bytes, cudaMemcpyDeviceToDevice,
+                                       stream->stream),
+                       "stats"))
+        return;
     buffer.device = (void *)device;
     loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
 }
