@@ -78,15 +78,19 @@ case " $wanted " in *" sanitize "*)
     if ! command -v compute-sanitizer >/dev/null; then
         rows+=("sanitizers                           skipped: compute-sanitizer is not installed")
     else
-        # All of sampling, look-ups and the twin take racecheck longer than that.
-        for test in 'pointwise *' 'dense *' 'ranking *' 'lookup test_a_single_row' \
-            'twin test_limited_*' 'clusters test_overlapped_pairs' 'clusters test_bundled_pair' \
-            'sample *' 'lookup *'; do
-            for tool in memcheck racecheck; do
-                case "$tool $test" in 'racecheck sample *' | 'racecheck lookup *') continue ;; esac
-                check "$tool-${test%% *}" 90 env LOCI_TEST_FILTER="${test#* }" compute-sanitizer \
-                    --tool "$tool" --error-exitcode 9 "$bin/test_cuda_${test%% *}"
-            done
+        # sanitize TOOL TOPIC TESTS: those whose names match
+        sanitize() {
+            check "$1-$2" 90 env LOCI_TEST_FILTER="$3" compute-sanitizer --tool "$1" \
+                --error-exitcode 9 "$bin/test_cuda_$2"
+        }
+        for topic in pointwise sample dense ranking lookup; do sanitize memcheck "$topic" '*'; done
+        sanitize memcheck twin 'test_limited_*'
+        # All of sampling, of look-ups, of the twin and of clusters take longer than that.
+        for topic in pointwise dense ranking; do sanitize racecheck "$topic" '*'; done
+        sanitize racecheck lookup test_a_single_row
+        for tool in memcheck racecheck; do
+            sanitize "$tool" clusters test_overlapped_pairs
+            sanitize "$tool" clusters test_bundled_pair
         done
     fi
     ;;
