@@ -74,7 +74,7 @@ void settle(loci_engine *engine, const char *corpus) {
     loci_ingest_progress progress;
     loci_error err = {0};
     loci_ingest_settle(ingest, corpus);
-    for (int i = 0; i < 6000 && !loci_ingest_settled(ingest, corpus); i++) loci_sleep_ms(10);
+    for (int i = 0; i < 30000 && !loci_ingest_settled(ingest, corpus); i++) loci_sleep_ms(10);
     assert_int_equal(loci_ingest_progress_of(ingest, corpus, &progress, &err), LOCI_OK);
     if (!loci_ingest_settled(ingest, corpus)) fail_msg("%s", progress.failure.text);
 }
