@@ -30,6 +30,8 @@ struct loci_corpus_view;
 struct loci_keys;
 struct loci_clusters;
 
+/* Numbers of rows that products treat alike: from 1 to FEW, and from STEADY on. */
+#define LOCI_GEMM_FEW_ROWS 8u
 #define LOCI_GEMM_STEADY_ROWS 32u
 #define LOCI_ATTEND_EXACT_QUERIES 8u
 
@@ -188,8 +190,9 @@ typedef struct loci_backend_ops {
     void (*weight_free)(loci_backend *self, loci_weight *weight);
 
     /* Dense operations; all refs f32 unless said. */
-    /* y [rows][weight rows] (+)= x [rows][cols] W^T. From LOCI_GEMM_STEADY_ROWS rows on, a row's
-     * result depends neither on the other rows nor on how many they are. */
+    /* y [rows][weight rows] (+)= x [rows][cols] W^T. A row's result does not depend on the other
+     * rows; nor on how many they are, from 1 to LOCI_GEMM_FEW_ROWS, and from LOCI_GEMM_STEADY_ROWS
+     * on. */
     void (*gemm)(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
                  const loci_weight *weight, bool accumulate);
     /* y [rows][cols] = table[ids[row]]; ids i32 in range (checked by the caller) */
@@ -206,6 +209,10 @@ typedef struct loci_backend_ops {
     void (*swiglu)(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows, uint32_t cols);
     /* dst (dst_dtype) [rows][cols], row stride dst_stride elements, = src (f32, src_stride) */
     void (*convert)(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_dtype dst_dtype,
+                    loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols);
+    /* Row at[row] of dst = row of src, f32 rows of `cols`; strides in elements; at: i32 [rows], in
+     * range (checked by the caller), all different. */
+    void (*scatter)(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_ref at,
                     loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols);
     void (*attend_dense)(loci_stream *stream, const loci_attend_dense *args);
     /* out (rows x heads x head_dim) and lse (rows x heads) of part `a` become the merge of a and b

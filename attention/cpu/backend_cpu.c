@@ -198,6 +198,7 @@ const loci_backend_ops loci_backend_cpu = {
     .rope = loci_cpu_rope,
     .swiglu = loci_cpu_swiglu,
     .convert = loci_cpu_convert,
+    .scatter = loci_cpu_scatter,
     .attend_dense = loci_cpu_attend_dense,
     .merge = loci_cpu_merge,
     .sample = loci_cpu_sample,

@@ -92,6 +92,8 @@ void loci_cpu_rms_norm(loci_stream *stream, loci_ref y, loci_ref x, loci_ref gai
 void loci_cpu_rope(loci_stream *stream, loci_ref x, uint32_t stride, loci_ref positions,
                    loci_ref inv_freq, uint32_t rows, uint32_t heads, uint32_t head_dim);
 void loci_cpu_swiglu(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows, uint32_t cols);
+void loci_cpu_scatter(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_ref at,
+                      loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols);
 void loci_cpu_convert(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_dtype dst_dtype,
                       loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols);
 /* dense.c */

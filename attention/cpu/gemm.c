@@ -31,12 +31,10 @@
 #define TILE_ROWS 32u
 #define WIDE_COLUMNS 256u
 /* Up to here our kernels win: they read the weights as fast as memory gives them. */
-#define FEW_ROWS 8u
+#define FEW_ROWS LOCI_GEMM_FEW_ROWS
 /* Tiles that one task runs under the same columns, to read these from the cache. */
 #define GROUP_TILES_MAX 8u
 #define PARTS_MAX 3u
-
-_Static_assert(FEW_ROWS < LOCI_GEMM_STEADY_ROWS, "the contract of gemm in backend.h");
 
 struct loci_weight {
     uint32_t rows, cols;

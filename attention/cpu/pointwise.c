@@ -120,6 +120,19 @@ void loci_cpu_swiglu(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
     loci_cpu_for_rows(stream, rows, 4 * (size_t)cols, swiglu_rows, &job);
 }
 
+void loci_cpu_scatter(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_ref at,
+                      loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols) {
+    (void)stream;
+    if (rows == 0) return;
+    const int32_t *to = loci_cpu_ptr(at, rows * sizeof *to);
+    const float *from = loci_cpu_ptr(src, ((size_t)(rows - 1) * src_stride + cols) * sizeof *from);
+    for (uint32_t r = 0; r < rows; r++, from += src_stride) {
+        loci_ref row = dst;
+        row.offset += (size_t)to[r] * dst_stride * sizeof *from;
+        memcpy(loci_cpu_ptr(row, cols * sizeof *from), from, cols * sizeof *from);
+    }
+}
+
 typedef struct convert_job {
     const loci_cpu_kernels *kernels;
     uint8_t *dst;

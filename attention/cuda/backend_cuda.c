@@ -401,6 +401,7 @@ const loci_backend_ops loci_backend_cuda = {
     .rope = loci_cuda_rope,
     .swiglu = loci_cuda_swiglu,
     .convert = loci_cuda_convert,
+    .scatter = loci_cuda_scatter,
     .attend_dense = loci_cuda_attend_dense,
     .merge = loci_cuda_merge,
     .sample = loci_cuda_sample,

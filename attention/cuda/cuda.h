@@ -100,6 +100,8 @@ void loci_cuda_rope(loci_stream *stream, loci_ref x, uint32_t stride, loci_ref p
 void loci_cuda_swiglu(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows, uint32_t cols);
 void loci_cuda_convert(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_dtype dst_dtype,
                        loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols);
+void loci_cuda_scatter(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_ref at,
+                       loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols);
 void loci_cuda_attend_dense(loci_stream *stream, const loci_attend_dense *args);
 void loci_cuda_merge(loci_stream *stream, loci_ref out_a, uint32_t stride_a, loci_ref lse_a,
                      loci_ref out_b, uint32_t stride_b, loci_ref lse_b, uint32_t rows,

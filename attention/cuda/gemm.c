@@ -2,17 +2,20 @@
  *
  * Weights and matrix products. A weight stands row by row in its precision, rows filled up with
  * zeros to 16 bytes; x is converted to the same form in the stream's scratch. From
- * LOCI_GEMM_STEADY_ROWS rows on one plan serves all numbers of rows, so that a row's result does
- * not depend on them; fewer rows have a plan for each number, made when it is first asked for.
+ * LOCI_GEMM_STEADY_ROWS rows on one plan of cuBLASLt, without split sums, serves all numbers of
+ * rows; fewer go through our own kernel (few.cu), so many at a time as it takes. So a row's result
+ * does not depend on the others. (Plans for few rows read the weights at a tenth of the rate where
+ * these are narrow and long.)
  */
 #include <stdlib.h>
 #include <string.h>
 
 #include "attention/cuda/cublaslt.h"
 #include "attention/cuda/cuda.h"
+#include "attention/cuda/few.h"
 #include "base/half.h"
 
-#define STEADY_ROWS 256u /* what the one plan is made for */
+#define PLAN_ROWS 256u /* what the one plan is made for */
 #define PACK_BYTES ((size_t)64 << 20)
 
 struct loci_weight {
@@ -20,8 +23,7 @@ struct loci_weight {
     uint32_t rows, cols, cols_padded;
     loci_dtype precision;
     void *data;
-    /* [y aligned][0] for many rows, [][rows] for few */
-    loci_cublaslt_plan *plans[2][LOCI_GEMM_STEADY_ROWS];
+    loci_cublaslt_plan *plans[2]; /* [y aligned] */
 };
 
 typedef struct pack_job {
@@ -122,23 +124,18 @@ void loci_cuda_weight_free(loci_backend *self, loci_weight *weight) {
     (void)self;
     if (!weight) return;
     if (weight->data) (void)cudaFree(weight->data);
-    for (size_t i = 0; i < 2 * LOCI_GEMM_STEADY_ROWS; i++)
-        loci_cublaslt_plan_free(
-            weight->plans[i / LOCI_GEMM_STEADY_ROWS][i % LOCI_GEMM_STEADY_ROWS]);
+    for (size_t i = 0; i < 2; i++) loci_cublaslt_plan_free(weight->plans[i]);
     free(weight);
 }
 
-static loci_status plan_of(const loci_weight *weight, uint32_t rows, bool aligned,
-                           const loci_cublaslt_plan **out, loci_error *err) {
+static loci_status plan_of(const loci_weight *weight, bool aligned, const loci_cublaslt_plan **out,
+                           loci_error *err) {
     loci_weight *w = (loci_weight *)(uintptr_t)weight; /* plans are a cache, behind the lock */
-    bool few = rows < LOCI_GEMM_STEADY_ROWS;
-    loci_cublaslt_plan **plan = &w->plans[aligned][few ? rows : 0];
+    loci_cublaslt_plan **plan = &w->plans[aligned];
     loci_cublaslt_shape shape = {w->rows, w->cols, w->cols_padded, w->precision, aligned};
     loci_status status = LOCI_OK;
     pthread_mutex_lock(&w->cuda->lock);
-    if (!*plan)
-        status =
-            loci_cublaslt_plan_make(w->cuda->blas, &shape, few ? rows : STEADY_ROWS, plan, err);
+    if (!*plan) status = loci_cublaslt_plan_make(w->cuda->blas, &shape, PLAN_ROWS, plan, err);
     *out = *plan;
     pthread_mutex_unlock(&w->cuda->lock);
     return status;
@@ -162,6 +159,29 @@ static const void *prepare_x(loci_stream *stream, const loci_weight *w, const fl
     return loci_cuda_ok(stream, result, "conversion for a product") ? scratch : NULL;
 }
 
+static loci_status run_plan(loci_stream *stream, const loci_weight *w, float *y, const void *x,
+                            uint32_t rows, bool accumulate, void *workspace, loci_error *err) {
+    const loci_cublaslt_plan *plan;
+    bool aligned = w->rows % 4 == 0 && (uintptr_t)y % 16 == 0;
+    LOCI_TRY(plan_of(w, aligned, &plan, err));
+    return loci_cublaslt_run(w->cuda->blas, plan, rows, x, w->data, y, accumulate, workspace,
+                             stream->stream, err);
+}
+
+static loci_status run_few(loci_stream *stream, const loci_weight *w, float *y, const void *x,
+                           uint32_t rows, bool accumulate, loci_error *err) {
+    size_t row_bytes = w->cols_padded * size_of(w->precision);
+    for (uint32_t first = 0; first < rows; first += LOCI_CUDA_FEW_ROWS) {
+        uint32_t count = rows - first < LOCI_CUDA_FEW_ROWS ? rows - first : LOCI_CUDA_FEW_ROWS;
+        LOCI_TRY(loci_cuda_try(loci_cuda_k_few(stream->stream, y + (size_t)first * w->rows,
+                                               (const uint8_t *)x + first * row_bytes, w->data,
+                                               w->precision == LOCI_BF16, count, w->rows,
+                                               w->cols_padded, accumulate),
+                               "a kernel", err));
+    }
+    return LOCI_OK;
+}
+
 void loci_cuda_gemm(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
                     const loci_weight *weight, bool accumulate) {
     if (rows == 0) return;
@@ -172,16 +192,12 @@ void loci_cuda_gemm(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
     uint8_t *scratch =
         from && to ? loci_cuda_scratch(stream, LOCI_CUBLASLT_WORKSPACE + x_bytes) : NULL;
     if (!scratch) return;
+    const void *ready = prepare_x(stream, w, from, rows, scratch + LOCI_CUBLASLT_WORKSPACE);
+    if (!ready) return;
     loci_error err;
-    const loci_cublaslt_plan *plan;
-    bool aligned = w->rows % 4 == 0 && (uintptr_t)to % 16 == 0;
-    loci_status status = plan_of(w, rows, aligned, &plan, &err);
-    if (status == LOCI_OK) {
-        const void *ready = prepare_x(stream, w, from, rows, scratch + LOCI_CUBLASLT_WORKSPACE);
-        if (!ready) return;
-        status = loci_cublaslt_run(w->cuda->blas, plan, rows, ready, w->data, to, accumulate,
-                                   scratch, stream->stream, &err);
-    }
+    loci_status status = rows < LOCI_GEMM_STEADY_ROWS
+                             ? run_few(stream, w, to, ready, rows, accumulate, &err)
+                             : run_plan(stream, w, to, ready, rows, accumulate, scratch, &err);
     if (status != LOCI_OK)
         loci_cuda_fail(stream, status, "a product of %u x %u x %u: %s", rows, w->rows, w->cols,
                        err.text);

@@ -7,6 +7,7 @@
 
 #include "attention/common.h"
 #include "attention/cuda/cuda.h"
+#include "attention/cuda/few.h"
 
 #define HEAD_DIM_MAX 512u
 /* Tasks that a span is cut into at most, where its keys suffice: four blocks on each multiprocessor
@@ -74,6 +75,19 @@ void loci_cuda_convert(loci_stream *stream, loci_ref dst, uint32_t dst_stride, l
             : loci_cuda_k_to_bf16(stream->stream, to, dst_stride, from, src_stride, rows, cols,
                                   cols);
     (void)loci_cuda_ok(stream, result, "convert");
+}
+
+void loci_cuda_scatter(loci_stream *stream, loci_ref dst, uint32_t dst_stride, loci_ref at,
+                       loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols) {
+    if (rows == 0 || cols == 0) return;
+    float *to = loci_cuda_ptr(stream, dst, cols * sizeof(float));
+    const int32_t *where = loci_cuda_ptr(stream, at, rows * sizeof(int32_t));
+    const float *from = strided(stream, src, rows, src_stride, cols, sizeof(float));
+    if (to && where && from)
+        (void)loci_cuda_ok(stream,
+                           loci_cuda_k_scatter(stream->stream, to, dst_stride, where, from,
+                                               src_stride, rows, cols),
+                           "scatter");
 }
 
 void loci_cuda_merge(loci_stream *stream, loci_ref out_a, uint32_t stride_a, loci_ref lse_a,

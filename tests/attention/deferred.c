@@ -329,6 +329,23 @@ static void convert(loci_stream *s, loci_ref dst, uint32_t dst_stride, loci_dtyp
     c->n[3] = cols;
 }
 
+static void replay_scatter(loci_stream *s, call *c) {
+    inner_ops(s)->scatter(s->inner, inside(c->ref[0]), c->n[0], inside(c->ref[1]),
+                          inside(c->ref[2]), c->n[1], c->n[2], c->n[3]);
+}
+
+static void scatter(loci_stream *s, loci_ref dst, uint32_t dst_stride, loci_ref at, loci_ref src,
+                    uint32_t src_stride, uint32_t rows, uint32_t cols) {
+    call *c = record(s, "scatter", replay_scatter);
+    c->ref[0] = dst;
+    c->ref[1] = at;
+    c->ref[2] = src;
+    c->n[0] = dst_stride;
+    c->n[1] = src_stride;
+    c->n[2] = rows;
+    c->n[3] = cols;
+}
+
 static void replay_dense(loci_stream *s, call *c) {
     loci_attend_dense args = *c->dense;
     args.q = inside(args.q);
@@ -607,6 +624,7 @@ static const loci_backend_ops table = {
     .rope = rope,
     .swiglu = swiglu,
     .convert = convert,
+    .scatter = scatter,
     .attend_dense = attend_dense,
     .merge = merge,
     .sample = sample,

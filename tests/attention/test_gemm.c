@@ -200,23 +200,17 @@ static void row_among(rig *r, const loci_weight *weight, uint32_t rows, uint32_t
     free(y);
 }
 
-/* The contract from LOCI_GEMM_STEADY_ROWS rows on; on the CPU also among few rows, and at any
- * number of threads. */
+/* In both ranges of the contract, and at any number of threads. */
 static void test_a_row_does_not_depend_on_the_others(void **state) {
     (void)state;
-    static const uint32_t many[] = {32, 33, 64, 77, 256, 700, 2100}, few[] = {1, 2, 3, 4, 6, 7, 8};
+    static const uint32_t ranges[2][7] = {{1, 2, 3, 4, 6, 7, 8}, {32, 33, 64, 77, 256, 700, 2100}};
     enum { N = 330, K = 384 };
     float *w = random_floats((size_t)N * K), *row = random_floats(K), first[N], y[N];
     const void *parts[] = {w};
     const uint32_t rows_of[] = {N};
-#ifdef LOCI_TEST_CPU
-    const int groups = 2;
-#else
-    const int groups = 1;
-#endif
     for (size_t i = 0; i < ISA_COUNT; i++)
         for (int precision = LOCI_F32; precision <= LOCI_BF16; precision++)
-            for (int group = 0; group < groups; group++)
+            for (int range = 0; range < 2; range++)
                 for (unsigned threads = 1, made = 0; threads <= 3; threads += 2) {
                     rig r = rig_open(isas[i], threads);
                     loci_weight *weight;
@@ -224,7 +218,7 @@ static void test_a_row_does_not_depend_on_the_others(void **state) {
                                                 (loci_dtype)precision, &weight, &r.err));
                     size_t sizes = i < 2 ? 5 : 7; /* slow kernels take the smaller ones */
                     for (size_t m = 0; m < sizes; m++) {
-                        uint32_t rows = group ? few[m] : many[m];
+                        uint32_t rows = ranges[range][m];
                         row_among(&r, weight, rows, random_u32() % rows, row, N, K,
                                   made ? y : first);
                         if (made) assert_memory_equal(y, first, sizeof y);

@@ -147,6 +147,36 @@ static void test_convert(void **state) {
     free(x);
 }
 
+/* Rows go where they are told, and nothing else changes. */
+static void test_scatter(void **state) {
+    (void)state;
+    enum { ROWS = 41, COLS = 300, FROM = 307, TO = 333, PLACES = 100 };
+    float *x = random_floats(ROWS * FROM), *old = random_floats(PLACES * TO);
+    float *y = grab(PLACES * TO * sizeof *y), *want = grab(PLACES * TO * sizeof *want);
+    int32_t at[ROWS];
+    memcpy(want, old, PLACES * TO * sizeof *want);
+    for (size_t row = 0; row < ROWS; row++) {
+        at[row] = (int32_t)((row * 37 + 11) % PLACES);
+        memcpy(want + (size_t)at[row] * TO, x + row * FROM, COLS * sizeof *want);
+    }
+    for (size_t i = 0; i < ISA_COUNT; i++) {
+        rig r = rig_open(isas[i], 2);
+        loci_ref xd = put(&r, x, ROWS * FROM * sizeof *x);
+        loci_ref yd = put(&r, old, PLACES * TO * sizeof *old), td = put(&r, at, sizeof at);
+        r.ops->scatter(r.stream, yd, TO, td, xd, FROM, ROWS, COLS);
+        get(&r, y, yd, PLACES * TO * sizeof *y);
+        assert_memory_equal(y, want, PLACES * TO * sizeof *y);
+        drop(&r, xd);
+        drop(&r, yd);
+        drop(&r, td);
+        rig_close(&r);
+    }
+    free(x);
+    free(y);
+    free(old);
+    free(want);
+}
+
 /* The vectors' exp, seen through exp_sum, to 1e-6 over its whole range. */
 #ifdef LOCI_TEST_CPU
 static void test_exp(void **state) {
@@ -188,7 +218,8 @@ static void test_f16(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_rms_norm), cmocka_unit_test(test_swiglu), cmocka_unit_test(test_rope),
+        cmocka_unit_test(test_rms_norm), cmocka_unit_test(test_swiglu),
+        cmocka_unit_test(test_rope),     cmocka_unit_test(test_scatter),
         cmocka_unit_test(test_convert),  cmocka_unit_test(test_f16),
 #ifdef LOCI_TEST_CPU
         cmocka_unit_test(test_exp),

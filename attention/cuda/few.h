@@ -1,0 +1,28 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Launchers of few.cu; see kernels.h.
+ */
+#ifndef LOCI_ATTENTION_CUDA_FEW_H
+#define LOCI_ATTENTION_CUDA_FEW_H
+
+#include "attention/cuda/kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define LOCI_CUDA_FEW_ROWS 8u
+/* y [rows][columns] (+)= x [rows][width] w^T, w [columns][width]; x and w both bf16 or both f32, at
+ * 16-byte addresses, width a multiple of 16 bytes, at most LOCI_CUDA_FEW_ROWS rows. A row's result
+ * depends on no other row and not on how many they are. */
+cudaError_t loci_cuda_k_few(cudaStream_t stream, float *y, const void *x, const void *w, bool bf16,
+                            uint32_t rows, uint32_t columns, uint32_t width, bool accumulate);
+cudaError_t loci_cuda_k_scatter(cudaStream_t stream, float *dst, uint32_t dst_stride,
+                                const int32_t *at, const float *src, uint32_t src_stride,
+                                uint32_t rows, uint32_t cols);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
