@@ -13,6 +13,7 @@ loci_status loci_decoder_scratch_open(const loci_model *model, uint32_t rows,
     size_t row_bytes = (size_t)rows * sizeof(float), size = 0;
     size_t ids = loci_decoder_reserve(&size, row_bytes);
     size_t positions = loci_decoder_reserve(&size, row_bytes);
+    size_t places = loci_decoder_reserve(&size, row_bytes);
     size_t zeros = loci_decoder_reserve(&size, c->qkv_bias ? row_bytes : 0);
     size_t hidden = loci_decoder_reserve(&size, row_bytes * c->hidden);
     size_t normed = loci_decoder_reserve(&size, row_bytes * c->hidden);
@@ -26,6 +27,7 @@ loci_status loci_decoder_scratch_open(const loci_model *model, uint32_t rows,
     LOCI_TRY(model->backend->ops->alloc(model->backend, size, &out->buffer, err));
     out->ids = loci_ref_at(out->buffer, ids);
     out->positions = loci_ref_at(out->buffer, positions);
+    out->places = loci_ref_at(out->buffer, places);
     out->zeros = loci_ref_at(out->buffer, zeros);
     out->heads = loci_ref_at(out->buffer, heads);
     out->hidden = loci_ref_at(out->buffer, hidden);

@@ -50,6 +50,7 @@ typedef struct loci_decoder_scratch {
     loci_buffer *buffer;
     uint32_t rows;
     loci_ref ids, positions;     /* i32 [rows] */
+    loci_ref places;             /* i32 [rows]; of sequences: rows of their cache */
     loci_ref zeros;              /* i32 [rows], as allocated: ids into qkv_bias */
     loci_ref hidden, normed;     /* f32 [rows][hidden] */
     loci_ref qkv;                /* [rows][loci_decoder_qkv_width] */

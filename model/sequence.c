@@ -2,8 +2,8 @@
  *
  * Sequences: tokens appended to a KV cache of their own, logits and sampling.
  *
- * Keys and values are kept as f32, for each layer K and V of [tokens_max][kv_heads][head_dim].
- * Appended tokens run in chunks of at most CHUNK_ROWS rows; the stream is synced after each
+ * Keys and values are kept as f32, side by side for each token.
+ * Appended tokens run in chunks of at most LOCI_CHUNK_ROWS rows; the stream is synced after each
  * chunk, so host arguments live in the sequence and are reused by the next one. length
  * moves only when a chunk has succeeded: a failed or cancelled append leaves the
  * sequence as after its last whole chunk.
@@ -11,90 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "model/decoder.h"
+#include "model/sequence.h"
 
-#define CHUNK_ROWS 256u
-
-struct loci_sequence {
-    loci_model *model;
-    loci_stream *stream;
-    loci_decoder_scratch scratch;
-    loci_decoder_pass pass;
-    uint32_t tokens_max, length;
-    uint32_t skipped;      /* positions without a token */
-    uint32_t layers_valid; /* layers whose cache holds all tokens: fewer after a stopped pass */
-    loci_buffer *cache;
-    size_t cache_bytes;    /* of K or of V of one layer */
-    loci_buffer *lse;      /* f32 [rows][q_heads] */
-    float attention_scale; /* of logits in retrieval layers */
-    loci_attend_fn attend;
-    void *attend_ctx;
-    int stop_after; /* retrieval layer of the append under way; -1 = none */
-    loci_attend_span span;
-    loci_attend_dense *attention; /* one for each layer: the stream reads them until sync */
-    int32_t positions[CHUNK_ROWS];
-    loci_buffer *logits; /* f32 [logits_capacity][vocab] */
-    float *host_logits;
-    uint32_t logits_capacity, logits_rows;
-    bool logits_on_host;
-    loci_buffer *sampled; /* i32 id, f32 logprob */
-};
-
-static loci_ref cache_at(const loci_sequence *s, uint32_t layer, bool value, uint32_t row) {
-    const loci_model_config *c = &s->model->config;
-    size_t at = (2 * (size_t)layer + value) * s->cache_bytes;
-    return loci_ref_at(s->cache, at + (size_t)row * c->kv_heads * c->head_dim * sizeof(float));
-}
-
-static loci_status reach_corpus(loci_sequence *s, uint32_t retrieval, loci_error *err) {
-    const loci_attend_dense *own = &s->attention[s->model->config.retrieval_layer[retrieval]];
-    loci_attend_call call = {
-        .stream = s->stream,
-        .retrieval_index = retrieval,
-        .rows = s->pass.rows,
-        .row_position = s->length,
-        .q_heads = own->q_heads,
-        .head_dim = own->head_dim,
-        .q = own->q,
-        .q_stride = own->q_stride,
-        .scale = own->scale,
-        .out = own->out,
-        .out_stride = own->out_stride,
-        .lse = own->lse,
-    };
-    return s->attend(s->attend_ctx, &call, err);
-}
-
-static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err) {
-    loci_sequence *s = ctx;
-    const loci_model_config *c = &s->model->config;
-    const loci_backend_ops *ops = s->model->backend->ops;
-    uint32_t width = c->kv_heads * c->head_dim;
-    for (uint32_t value = 0; value < 2; value++)
-        ops->convert(s->stream, cache_at(s, layer, value != 0, s->length), width, LOCI_F32,
-                     loci_decoder_heads(&s->pass, c->q_heads + value * c->kv_heads),
-                     loci_decoder_qkv_width(c), s->pass.rows, width);
-    loci_attend_dense *args = &s->attention[layer];
-    *args = loci_decoder_attention(&s->pass, layer);
-    args->k = cache_at(s, layer, false, 0);
-    args->v = cache_at(s, layer, true, 0);
-    args->kv_stride = width;
-    args->kv_dtype = LOCI_F32;
-    args->spans = &s->span;
-    args->span_count = 1;
-    if (c->layer[layer].retrieval) args->scale *= s->attention_scale;
-    bool reaches = c->layer[layer].retrieval && s->attend;
-    if (reaches) args->lse = loci_ref_at(s->lse, 0);
-    ops->attend_dense(s->stream, args);
-    if (!c->layer[layer].retrieval) return LOCI_OK;
-    uint32_t retrieval = 0;
-    while (c->retrieval_layer[retrieval] != layer) retrieval++;
-    if (reaches) LOCI_TRY(reach_corpus(s, retrieval, err));
-    *stop = s->stop_after == (int)retrieval;
-    return LOCI_OK;
-}
-
-loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max, loci_sequence **out,
+loci_status loci_sequence_make(loci_model *model, uint32_t tokens_max, loci_buffer *cache,
+                               uint32_t cache_rows, uint32_t cache_row, loci_sequence **out,
                                loci_error *err) {
     *out = NULL;
     const loci_model_config *c = &model->config;
@@ -104,18 +24,20 @@ loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max, loci_sequ
                          tokens_max, c->positions_max);
     loci_sequence *s = calloc(1, sizeof *s);
     if (!s) return loci_fail(err, LOCI_E_NOMEM, "no memory for a sequence");
-    uint32_t rows = tokens_max < CHUNK_ROWS ? tokens_max : CHUNK_ROWS;
+    uint32_t rows = tokens_max < LOCI_CHUNK_ROWS ? tokens_max : LOCI_CHUNK_ROWS;
     s->model = model;
     s->tokens_max = tokens_max;
     s->layers_valid = c->layers;
-    s->stop_after = -1;
     s->attention_scale = 1;
-    s->cache_bytes = (size_t)tokens_max * c->kv_heads * c->head_dim * sizeof(float);
+    s->cache = cache;
+    s->cache_rows = cache_rows;
+    s->cache_row = cache_row;
+    s->owns_cache = cache == NULL;
+    size_t cache_bytes = (size_t)c->layers * cache_rows * loci_cache_width(c) * sizeof(float);
     loci_status status;
     LOCI_TRY_GOTO(backend->ops->stream_open(backend, &s->stream, err), fail);
     LOCI_TRY_GOTO(loci_decoder_scratch_open(model, rows, &s->scratch, err), fail);
-    LOCI_TRY_GOTO(backend->ops->alloc(backend, 2 * c->layers * s->cache_bytes, &s->cache, err),
-                  fail);
+    if (!cache) LOCI_TRY_GOTO(backend->ops->alloc(backend, cache_bytes, &s->cache, err), fail);
     LOCI_TRY_GOTO(
         backend->ops->alloc(backend, (size_t)rows * c->q_heads * sizeof(float), &s->lse, err),
         fail);
@@ -125,13 +47,6 @@ loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max, loci_sequ
         status = loci_fail(err, LOCI_E_NOMEM, "no memory for a sequence");
         goto fail;
     }
-    s->pass = (loci_decoder_pass){
-        .model = model,
-        .stream = s->stream,
-        .scratch = &s->scratch,
-        .attend = attend,
-        .ctx = s,
-    };
     *out = s;
     return LOCI_OK;
 fail:
@@ -139,12 +54,18 @@ fail:
     return status;
 }
 
+loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max, loci_sequence **out,
+                               loci_error *err) {
+    return loci_sequence_make(model, tokens_max, NULL, tokens_max, 0, out, err);
+}
+
 void loci_sequence_close(loci_sequence *s) {
     if (!s) return;
     loci_backend *backend = s->model->backend;
+    loci_batch_leave(s);
     if (s->stream) backend->ops->stream_close(backend, s->stream);
     loci_decoder_scratch_close(&s->scratch);
-    backend->ops->free(backend, s->cache);
+    if (s->owns_cache) backend->ops->free(backend, s->cache);
     backend->ops->free(backend, s->lse);
     backend->ops->free(backend, s->logits);
     backend->ops->free(backend, s->sampled);
@@ -208,23 +129,15 @@ static loci_status reserve_logits(loci_sequence *s, uint32_t rows, loci_error *e
     return LOCI_OK;
 }
 
-/* Runs one chunk; its last logits_rows rows fill the logits from row logits_at on. */
-static loci_status run_chunk(loci_sequence *s, const uint32_t *tokens, uint32_t rows,
-                             uint32_t logits_rows, uint32_t logits_at, loci_error *err) {
-    const loci_backend_ops *ops = s->model->backend->ops;
-    for (uint32_t i = 0; i < rows; i++) s->positions[i] = (int32_t)(s->skipped + s->length + i);
-    s->span = (loci_attend_span){0, rows, 0, s->length + rows};
-    s->pass.rows = rows;
-    ops->upload(s->stream, s->scratch.ids, tokens, rows * sizeof *tokens);
-    ops->upload(s->stream, s->scratch.positions, s->positions, rows * sizeof *s->positions);
-    loci_status status = loci_decoder_run(&s->pass, err);
-    if (status == LOCI_OK && logits_rows > 0) {
-        size_t at = (size_t)logits_at * s->model->config.vocab * sizeof(float);
-        loci_decoder_logits(&s->pass, rows - logits_rows, logits_rows, loci_ref_at(s->logits, at));
-    }
-    status = loci_decoder_finish(&s->pass, status, err);
-    if (status == LOCI_OK) s->length += rows;
-    return status;
+/* Runs one chunk; steps of decoding in the company of others where there is a batch. */
+static loci_status run_chunk(loci_sequence *s, const loci_step *chunk, loci_error *err) {
+    s->step = *chunk;
+    if (s->batch && chunk->stop_after < 0 && chunk->rows <= LOCI_GEMM_FEW_ROWS)
+        loci_batch_run(s);
+    else
+        loci_pass_run(&(loci_pass){.member = {s}, .count = 1});
+    if (err && s->step.error.status != LOCI_OK) *err = s->step.error;
+    return s->step.status;
 }
 
 static loci_status check_append(const loci_sequence *s, const uint32_t *tokens, uint32_t count,
@@ -259,14 +172,18 @@ loci_status loci_sequence_append(loci_sequence *s, const uint32_t *tokens, uint3
     s->logits_on_host = false;
     LOCI_TRY(check_append(s, tokens, count, logits_rows, stop_after_retrieval, layers, err));
     LOCI_TRY(reserve_logits(s, logits_rows, err));
-    s->stop_after = stop_after_retrieval;
-    s->pass.cancel = cancel;
     uint32_t quiet = count - logits_rows; /* rows without logits */
     for (uint32_t done = 0; done < count;) {
         uint32_t rows = count - done < s->scratch.rows ? count - done : s->scratch.rows;
         uint32_t end = done + rows, before = done > quiet ? done - quiet : 0;
         uint32_t wanted = end > quiet ? end - quiet - before : 0;
-        LOCI_TRY(run_chunk(s, tokens + done, rows, wanted, before, err));
+        loci_step chunk = {.tokens = tokens + done,
+                           .rows = rows,
+                           .logits_rows = wanted,
+                           .logits_at = before,
+                           .stop_after = stop_after_retrieval,
+                           .cancel = cancel};
+        LOCI_TRY(run_chunk(s, &chunk, err));
         s->layers_valid = layers;
         done = end;
     }
@@ -287,10 +204,10 @@ loci_status loci_sequence_read_kv(loci_sequence *s, const loci_encode_out *out, 
             bool value = i >= c->kv_heads;
             uint32_t head = i % c->kv_heads;
             loci_ref half = loci_ref_at(halves, i * bytes);
-            loci_ref from = cache_at(s, c->retrieval_layer[r], value, 0);
-            from.offset += (size_t)head * c->head_dim * sizeof(float);
-            backend->ops->convert(s->stream, half, c->head_dim, LOCI_BF16, from, width, s->length,
-                                  c->head_dim);
+            loci_ref from = loci_cache_at(s, c->retrieval_layer[r], s->cache_row);
+            from.offset += ((size_t)value * width + (size_t)head * c->head_dim) * sizeof(float);
+            backend->ops->convert(s->stream, half, c->head_dim, LOCI_BF16, from, 2 * width,
+                                  s->length, c->head_dim);
             uint16_t *to = (value ? out->v : out->k)[r * c->kv_heads + head];
             backend->ops->download(s->stream, to, half, bytes);
         }

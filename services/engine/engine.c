@@ -225,9 +225,12 @@ static loci_status open_slots(loci_engine *engine, unsigned count, loci_error *e
     engine->slots = calloc(count, sizeof *engine->slots);
     if (!engine->slots) return loci_fail(err, LOCI_E_NOMEM, "no memory for %u questions", count);
     engine->slot_count = count;
+    uint32_t tokens = engine->sequence_tokens;
+    if (count > 1) LOCI_TRY(loci_batch_open(engine->model, count, tokens, &engine->batch, err));
     for (unsigned i = 0; i < count; i++) {
-        loci_slot *slot = &engine->slots[i];
-        LOCI_TRY(loci_sequence_open(engine->model, engine->sequence_tokens, &slot->sequence, err));
+        loci_sequence **sequence = &engine->slots[i].sequence;
+        LOCI_TRY(engine->batch ? loci_batch_add(engine->batch, sequence, err)
+                               : loci_sequence_open(engine->model, tokens, sequence, err));
     }
     return LOCI_OK;
 }
@@ -244,6 +247,7 @@ static void close_slots(loci_engine *engine) {
     for (unsigned i = 0; i < engine->slot_count; i++) {
         loci_slot_close(engine, &engine->slots[i]);
     }
+    loci_batch_close(engine->batch);
     free(engine->slots);
 }
 

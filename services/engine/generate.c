@@ -85,6 +85,7 @@ loci_status loci_generate(loci_query *query, const loci_answer_request *request,
     loci_status status = LOCI_OK;
     *out = (loci_generation){.text = LOCI_BUF_INIT, .stop = "length"};
     none_probability(query, out);
+    loci_sequence_decoding(query->slot->sequence, true);
     while (out->tokens < most) {
         uint32_t id = 0;
         float logprob = 0;
@@ -108,6 +109,7 @@ loci_status loci_generate(loci_query *query, const loci_answer_request *request,
     }
     status = loci_answer_text_take(&text, true, err);
 out:
+    loci_sequence_decoding(query->slot->sequence, false);
     loci_buf_fini(&text.raw);
     if (status == LOCI_OK)
         out->text = text.text;

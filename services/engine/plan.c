@@ -109,16 +109,17 @@ static uint64_t model_bytes(const loci_plan_request *r, bool mapped) {
 /* A row of activations (model/decoder.c). */
 static uint64_t row_bytes(const loci_model_config *c) {
     uint64_t q = (uint64_t)c->q_heads * c->head_dim, kv = (uint64_t)c->kv_heads * c->head_dim;
-    return sizeof(float) * (2 + 2ull * c->hidden + (q + 2 * kv) + q + 3ull * c->intermediate);
+    return sizeof(float) * (3 + 2ull * c->hidden + (q + 2 * kv) + q + 3ull * c->intermediate);
 }
 
-/* A sequence (model/sequence.c) and the parts of its attention (corpus_attend.c). */
+/* A sequence (model/sequence.c), its row of what a batch shares (model/batch.h) and the parts of
+ * its attention (corpus_attend.c). */
 uint64_t loci_plan_slot_bytes(const loci_model_config *c, bool on_device, uint32_t tokens) {
     if (on_device) return 4ull * c->vocab * sizeof(float) + MIB;
     uint64_t width = (uint64_t)c->kv_heads * c->head_dim;
     uint64_t cache = 2ull * c->layers * tokens * width * sizeof(float);
     uint64_t part = (uint64_t)tokens * c->q_heads * (c->head_dim + 4ull) * sizeof(float);
-    return cache + part + SEQUENCE_ROWS * row_bytes(c) + 4ull * c->vocab * sizeof(float) + MIB;
+    return cache + part + SEQUENCE_ROWS * row_bytes(c) + 5ull * c->vocab * sizeof(float) + MIB;
 }
 
 /* Rows, and their K and V on their way out (model/encode.c). */

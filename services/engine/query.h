@@ -4,13 +4,15 @@
  *
  * A slot is the reusable working memory of a question (sequence, look-ups, device buffers); the
  * engine has queries_max of them and a question owns one from admission to its end. All of a slot
- * is touched by the question's thread only.
+ * is touched by the question's thread only, but the sequence by whoever runs its pass
+ * (model/batch.h).
  */
 #ifndef LOCI_SERVICES_ENGINE_QUERY_H
 #define LOCI_SERVICES_ENGINE_QUERY_H
 
 #include <pthread.h>
 
+#include "model/batch.h"
 #include "services/engine/answer_text.h"
 #include "services/engine/engine.h"
 #include "services/engine/plan.h"
@@ -63,6 +65,7 @@ struct loci_engine {
     double lexical_percent;
     pthread_mutex_t lock;
     pthread_cond_t slot_free;
+    loci_batch *batch; /* of the slots' sequences; NULL where there is one slot */
     loci_slot *slots;
     unsigned slot_count, waiting, waiting_max;
     loci_squeezed_table squeezed; /* the last one used; under lock */

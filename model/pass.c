@@ -1,0 +1,203 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * One forward pass over chunks of one or several sequences; see sequence.h.
+ *
+ * Who fails or is cancelled is left out of attention from that layer on. The rows run on, since
+ * taking them out would move the others; they touch nobody else's.
+ */
+#include "model/sequence.h"
+
+static loci_ref at_row(loci_ref ref, uint32_t row, size_t width) {
+    ref.offset += row * width * sizeof(float);
+    return ref;
+}
+
+static bool in_pass(const loci_sequence *s) {
+    return s->step.status == LOCI_OK;
+}
+
+static bool anybody_left(const loci_pass *p) {
+    for (uint32_t i = 0; i < p->count; i++)
+        if (in_pass(p->member[i])) return true;
+    return false;
+}
+
+static void drop_cancelled(loci_pass *p, uint32_t layer) {
+    for (uint32_t i = 0; i < p->count; i++) {
+        loci_step *step = &p->member[i]->step;
+        loci_status cancelled = loci_cancel_check(step->cancel);
+        if (step->status == LOCI_OK && cancelled != LOCI_OK)
+            step->status = loci_fail(&step->error, cancelled,
+                                     "the forward pass was stopped in layer %u of %u: %s", layer,
+                                     p->decoder.model->config.layers, loci_status_text(cancelled));
+    }
+}
+
+/* The new keys and values of all rows join their caches, which are one buffer. */
+static void keep_keys(const loci_pass *p, uint32_t layer) {
+    const loci_model_config *c = &p->decoder.model->config;
+    p->decoder.model->backend->ops->scatter(
+        p->decoder.stream, loci_cache_at(p->member[0], layer, 0), loci_cache_width(c),
+        p->decoder.scratch->places, loci_decoder_heads(&p->decoder, c->q_heads),
+        loci_decoder_qkv_width(c), p->decoder.rows, loci_cache_width(c));
+}
+
+static float scale_of(const loci_sequence *s, uint32_t layer) {
+    return s->model->config.layer[layer].retrieval ? s->attention_scale : 1;
+}
+
+/* The own attention of members [first, end), which have the same scale. */
+static void attend_own(const loci_pass *p, uint32_t first, uint32_t end, uint32_t layer) {
+    const loci_sequence *s = p->member[first];
+    const loci_model_config *c = &s->model->config;
+    loci_attend_dense *args = &s->attention[layer];
+    *args = loci_decoder_attention(&p->decoder, layer);
+    args->k = args->v = loci_cache_at(s, layer, p->count == 1 ? s->cache_row : 0);
+    args->v.offset += loci_cache_width(c) / 2 * sizeof(float);
+    args->kv_stride = loci_cache_width(c);
+    args->kv_dtype = LOCI_F32;
+    args->scale *= scale_of(s, layer);
+    args->spans = &p->span[first];
+    args->span_count = end - first;
+    if (c->layer[layer].retrieval) args->lse = loci_ref_at(p->member[0]->lse, 0);
+    s->model->backend->ops->attend_dense(p->decoder.stream, args);
+}
+
+void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
+    loci_step *step = &s->step;
+    uint32_t layer = s->model->config.retrieval_layer[step->retrieval];
+    loci_attend_dense own = loci_decoder_attention(&p->decoder, layer);
+    loci_attend_call call = {
+        .stream = s->stream,
+        .retrieval_index = step->retrieval,
+        .rows = step->rows,
+        .row_position = s->length,
+        .q_heads = own.q_heads,
+        .head_dim = own.head_dim,
+        .q = at_row(own.q, step->row, own.q_stride),
+        .q_stride = own.q_stride,
+        .scale = own.scale * scale_of(s, layer),
+        .out = at_row(own.out, step->row, own.out_stride),
+        .out_stride = own.out_stride,
+        .lse = at_row(loci_ref_at(p->member[0]->lse, 0), step->row, own.q_heads),
+    };
+    const loci_backend_ops *ops = s->model->backend->ops;
+    step->status = s->attend(s->attend_ctx, &call, &step->error);
+    bool leader = s == p->member[0];
+    /* The others of a pass go on: what failed on the stream must not be found again later. */
+    if (!leader || (p->count > 1 && step->status != LOCI_OK)) {
+        loci_status synced = ops->sync(s->stream, step->status == LOCI_OK ? &step->error : NULL);
+        if (step->status == LOCI_OK) step->status = synced;
+    }
+}
+
+static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err) {
+    loci_pass *p = ctx;
+    const loci_model_config *c = &p->decoder.model->config;
+    bool reaches = false;
+    drop_cancelled(p, layer);
+    keep_keys(p, layer);
+    for (uint32_t i = 0, end; i < p->count; i = end) {
+        const loci_sequence *s = p->member[i];
+        for (end = i + 1; end < p->count && in_pass(s); end++)
+            if (!in_pass(p->member[end]) || scale_of(p->member[end], layer) != scale_of(s, layer))
+                break;
+        if (in_pass(s)) attend_own(p, i, end, layer);
+        for (uint32_t j = i; j < end; j++) reaches |= in_pass(p->member[j]) && p->member[j]->attend;
+    }
+    if (c->layer[layer].retrieval) {
+        uint32_t retrieval = 0;
+        while (c->retrieval_layer[retrieval] != layer) retrieval++;
+        for (uint32_t i = 0; i < p->count; i++) p->member[i]->step.retrieval = retrieval;
+        /* Others' streams read what this one has written; and a failure up to here is of all. */
+        if (reaches && p->count > 1)
+            LOCI_TRY(p->decoder.model->backend->ops->sync(p->decoder.stream, err));
+        if (reaches && p->count > 1)
+            loci_batch_reach(p);
+        else if (reaches)
+            loci_pass_reach(p, p->member[0]);
+        *stop = p->member[0]->step.stop_after == (int)retrieval;
+    }
+    return anybody_left(p) ? LOCI_OK : LOCI_E_CANCELLED; /* each knows why */
+}
+
+/* Logits that are wanted of neighbouring rows are one product while these are few: the vocabulary
+ * is the largest weight. */
+static void put_logits(const loci_pass *p) {
+    const loci_backend_ops *ops = p->decoder.model->backend->ops;
+    size_t row_bytes = (size_t)p->decoder.model->config.vocab * sizeof(float);
+    uint32_t most = 0;
+    loci_ref shared = {NULL, 0};
+    if (p->count > 1) shared = loci_batch_logits(p->batch, &most);
+    for (uint32_t i = 0, next; i < p->count; i = next) {
+        const loci_step *step = &p->member[i]->step;
+        uint32_t count = step->logits_rows, begin = step->row + step->rows - count;
+        for (next = i + 1; count > 0 && next < p->count; next++) {
+            const loci_step *more = &p->member[next]->step;
+            if (more->logits_rows != more->rows || count + more->rows > most) break;
+            count += more->rows;
+        }
+        if (count == 0) continue;
+        loci_ref own = loci_ref_at(p->member[i]->logits, step->logits_at * row_bytes);
+        bool joint = next > i + 1;
+        loci_ref from = joint ? shared : own;
+        loci_decoder_logits(&p->decoder, begin, count, from);
+        for (uint32_t j = i; joint && j < next; j++) {
+            const loci_step *to = &p->member[j]->step;
+            size_t bytes = to->logits_rows * row_bytes;
+            ops->copy(p->decoder.stream,
+                      loci_ref_at(p->member[j]->logits, to->logits_at * row_bytes), from, bytes);
+            from.offset += bytes;
+        }
+    }
+}
+
+/* Ids, positions and places of all rows, one chunk after another. */
+static void upload_rows(loci_pass *p) {
+    const loci_backend_ops *ops = p->decoder.model->backend->ops;
+    uint32_t ids[LOCI_CHUNK_ROWS];
+    int32_t positions[LOCI_CHUNK_ROWS], places[LOCI_CHUNK_ROWS];
+    p->decoder.rows = 0;
+    for (uint32_t i = 0; i < p->count; i++) {
+        loci_sequence *s = p->member[i];
+        loci_step *step = &s->step;
+        step->row = p->decoder.rows;
+        /* Alone its keys are counted from its own first one: some backends prepare all before. */
+        p->span[i] = (loci_attend_span){step->row, step->rows, p->count == 1 ? 0 : s->cache_row,
+                                        s->length + step->rows};
+        LOCI_ASSERT(step->rows <= p->decoder.scratch->rows - step->row);
+        for (uint32_t r = 0; r < step->rows; r++) {
+            ids[step->row + r] = step->tokens[r];
+            positions[step->row + r] = (int32_t)(s->skipped + s->length + r);
+            places[step->row + r] = (int32_t)(s->cache_row + s->length + r);
+        }
+        p->decoder.rows += step->rows;
+    }
+    uint32_t rows = p->decoder.rows;
+    ops->upload(p->decoder.stream, p->decoder.scratch->ids, ids, rows * sizeof *ids);
+    ops->upload(p->decoder.stream, p->decoder.scratch->positions, positions,
+                rows * sizeof *positions);
+    ops->upload(p->decoder.stream, p->decoder.scratch->places, places, rows * sizeof *places);
+}
+
+void loci_pass_run(loci_pass *p) {
+    loci_sequence *leader = p->member[0];
+    loci_error err = {0};
+    p->decoder = (loci_decoder_pass){.model = leader->model,
+                                     .stream = leader->stream,
+                                     .scratch = &leader->scratch,
+                                     .attend = attend,
+                                     .ctx = p};
+    upload_rows(p);
+    loci_status status = loci_decoder_run(&p->decoder, &err);
+    if (status == LOCI_OK) put_logits(p);
+    status = loci_decoder_finish(&p->decoder, status, &err);
+    for (uint32_t i = 0; i < p->count; i++) {
+        loci_sequence *s = p->member[i];
+        if (in_pass(s) && status != LOCI_OK) {
+            s->step.status = status;
+            s->step.error = err;
+        }
+        if (in_pass(s)) s->length += s->step.rows;
+    }
+}
