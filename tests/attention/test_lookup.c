@@ -173,6 +173,36 @@ static void test_kth_equals_sorting(void **state) {
     }
 }
 
+/* Keys of few values and of many, fewer of them than are sampled and more. */
+static void test_kth_key_equals_sorting(void **state) {
+    (void)state;
+    enum { N = 20000 };
+    static uint16_t key[N], sample[N];
+    static choice order[N];
+    uint64_t rng = 778;
+    loci_cpu_isa best;
+    loci_error err;
+    assert_int_equal(loci_cpu_isa_detect(NULL, &best, &err), LOCI_OK);
+    for (int round = 0; round < 120; round++) {
+        size_t n = fixture_random(&rng) % (round % 2 ? N : 2000) / 32 * 32, above = 0;
+        uint32_t range = round % 3 == 0 ? 5 : round % 3 == 1 ? 700 : 65536;
+        bool rising = round % 5 == 0; /* a sample that misleads */
+        for (size_t i = 0; i < n; i++) {
+            uint32_t x = (uint32_t)(fixture_random(&rng) % range);
+            if (rising && i / 32 % 16 == 0) x = 0;
+            key[i] = (uint16_t)(fixture_random(&rng) % 4 == 0 ? 0 : x);
+            order[i] = (choice){(float)key[i], (uint32_t)i};
+            above += key[i] > 1;
+        }
+        qsort(order, n, sizeof *order, compare_choices);
+        loci_cpu_isa isa = (loci_cpu_isa)(round % 3);
+        const loci_corpus_kernels *kernels = loci_corpus_kernels_of(isa < best ? isa : best);
+        size_t k = 1 + fixture_random(&rng) % (n + 1);
+        uint16_t expected = k <= above ? (uint16_t)order[k - 1].value : 1;
+        assert_int_equal(lookup_kth_key(kernels, key, n, k, sample), expected);
+    }
+}
+
 #endif
 
 /* --- hierarchical -------------------------------------------------------------------- */
@@ -635,6 +665,7 @@ int main(int argc, char **argv) {
 #ifdef LOCI_TEST_CPU
         cmocka_unit_test(test_choose_equals_sorting),
         cmocka_unit_test(test_kth_equals_sorting),
+        cmocka_unit_test(test_kth_key_equals_sorting),
         cmocka_unit_test(test_instruction_sets_and_threads_agree),
 #endif
         cmocka_unit_test(test_selection_equals_reference),

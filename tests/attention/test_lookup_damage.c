@@ -27,7 +27,7 @@ static loci_status look_up(scene *s, loci_select_params params, loci_error *err)
 
 /* A flipped bit is a named error, or was not read and changes nothing. tail: leaf nodes and value
  * means are read as well. */
-static void damage_is_named_or_unread(bool int8, uint32_t rows, bool tail) {
+static void damage_is_named_or_unread(bool int8, uint32_t rows, bool tail, uint32_t limit) {
     setting c = usual;
     c.dim = 16;
     c.kv_int8 = int8;
@@ -36,6 +36,7 @@ static void damage_is_named_or_unread(bool int8, uint32_t rows, bool tail) {
     loci_select_params params = narrow(0.9f, 100);
     if (rows == 1) params = narrow(0.999f, 400); /* so that enough is read */
     params.estimate_tail = tail;
+    params.candidates_max = limit;
     loci_error err;
     size_t values = (size_t)s.rows * s.f.q_heads * s.f.dim, found = 0;
     assert_int_equal(look_up(&s, params, &err), LOCI_OK);
@@ -80,7 +81,8 @@ static void damage_is_named_or_unread(bool int8, uint32_t rows, bool tail) {
 
 static void test_damage_is_named_or_unread(void **state) {
     (void)state;
-    for (int i = 0; i < 4; i++) damage_is_named_or_unread(i % 2, i < 2 ? usual.rows : 1, i < 2);
+    for (int i = 0; i < 6; i++)
+        damage_is_named_or_unread(i % 2, i < 2 ? usual.rows : 1, i < 2, i < 4 ? 0 : 500);
 }
 
 #ifdef LOCI_TEST_CPU
