@@ -46,27 +46,6 @@ static __device__ __forceinline__ void run_logits(const uint16_t *q, uint32_t re
     }
 }
 
-/* Queries of 16 rows as the left sides of products, rounded and the rest, in registers. */
-template <int DIM> struct query_parts { uint32_t high[DIM / 16][4], rest[DIM / 16][4]; };
-
-/* Logits of 16 rows with a run of keys in k, as run_logits has them. */
-template <int DIM>
-static __device__ __forceinline__ void part_logits(const query_parts<DIM> &q, const uint16_t *k,
-                                                   uint32_t dim, float (&logit)[2][4]) {
-    uint32_t lane = threadIdx.x % 32;
-    const uint16_t *k_row = k + (lane / 16 * 8 + lane % 8) * WIDTH_OF(DIM) + lane / 8 % 2 * 8;
-#pragma unroll
-    for (uint32_t i = 0; i < DIM / 16; i++) {
-        uint32_t keys[4];
-        if (i * 16 >= dim) break;
-        load_matrices(keys, k_row + i * 16);
-        multiply(logit[0], q.high[i], keys[0], keys[1]);
-        multiply(logit[1], q.high[i], keys[2], keys[3]);
-        multiply(logit[0], q.rest[i], keys[0], keys[1]);
-        multiply(logit[1], q.rest[i], keys[2], keys[3]);
-    }
-}
-
 /* exp(x), or 2^x to about 2^-22. */
 template <bool BASE2> static __device__ __forceinline__ float weight_of(float x) {
     if (!BASE2) return expf(x);

@@ -123,26 +123,21 @@ static __device__ __forceinline__ void gather(uint32_t begin, uint32_t count, ui
     close_group();
 }
 
-/* Keys 0 to `count` through all warps, STAGES runs of each under way. logits_of(k, logit): those of
- * the tile's vectors with a run; sees(row, i): whether vector `row` of the tile has key i. */
-template <int DIM, int STAGES, typename ROW_OF, typename LOGITS_OF, typename SEES>
-static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, uint16_t *own,
-                                                   uint32_t count, uint32_t dim, ROW_OF row_of,
-                                                   LOGITS_OF logits_of, SEES sees) {
+/* Keys 0 to `count` through all warps. sees(row, i): whether vector `row` of the tile has key i. */
+template <int DIM, typename ROW_OF, typename SEES>
+static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uint16_t *q,
+                                                   uint16_t *own, uint32_t count, uint32_t dim,
+                                                   ROW_OF row_of, SEES sees) {
     const uint32_t stage = 2 * RUN * WIDTH_OF(DIM), step = TILE_WARPS * RUN;
     uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * RUN, turn = 0;
-#pragma unroll
-    for (uint32_t i = 0; i + 1 < STAGES; i++)
-        gather<DIM>(first + i * step, count, dim, own + i * stage, row_of);
-    for (uint32_t begin = first; begin < count; begin += step) {
-        uint32_t next = turn == 0 ? STAGES - 1 : turn - 1;
-        gather<DIM>(begin + (STAGES - 1) * step, count, dim, own + next * stage, row_of);
-        wait_groups<STAGES - 1>();
+    gather<DIM>(first, count, dim, own, row_of);
+    for (uint32_t begin = first; begin < count; begin += step, turn ^= 1) {
+        gather<DIM>(begin + step, count, dim, own + (turn ^ 1) * stage, row_of);
+        wait_groups<1>();
         __syncwarp();
         const uint16_t *k = own + turn * stage;
-        turn = turn + 1 == STAGES ? 0 : turn + 1;
         float logit[2][4] = {};
-        logits_of(k, logit);
+        run_logits<DIM, 1, true>(q, ROWS, k, dim, logit);
 #pragma unroll
         for (uint32_t i = 0; i < 8; i++) {
             uint32_t key = begin + i / 4 * 8 + lane % 4 * 2 + i % 2;
@@ -183,12 +178,9 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
     bool alone = w.row_low == w.row_high; /* the list is what every vector selected */
     const uint16_t *kv = w.pair->kv + (size_t)w.first * 2 * look.dim;
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
-    attend_keys<DIM, 2>(
-        s, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
+    attend_keys<DIM>(
+        s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
         [&](uint32_t i) { return kv + (size_t)list[i] * 2 * look.dim; },
-        [&](const uint16_t *k, float(&logit)[2][4]) {
-            run_logits<DIM, 1, true>(q, ROWS, k, look.dim, logit);
-        },
         [&](uint32_t row, uint32_t i) {
             return alone || selected(look, w, row, w.first + list[i]);
         });
@@ -197,33 +189,6 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
 }
 
 #define LIST_EACH 4u /* candidates of a thread */
-
-/* Stages of a warp, and shared memory, where a block attends over a list. */
-template <int DIM> static __host__ __device__ constexpr int listed_stages(void) {
-    return DIM <= 128 ? 3 : 2; /* as many as two blocks of a multiprocessor have room for */
-}
-
-template <int DIM> static __host__ __device__ constexpr uint32_t listed_halves(void) {
-    return listed_stages<DIM>() * 2 * TILE_WARPS * RUN * WIDTH_OF(DIM);
-}
-
-/* The vectors of a KV head, no more than ROWS. */
-template <int DIM>
-static __device__ __forceinline__ void load_parts(const loci_cuda_look &look, uint32_t kv_head,
-                                                  query_parts<DIM> &to) {
-    uint32_t lane = threadIdx.x % 32;
-    const float *q = look.q + (size_t)kv_head * look.vectors * look.dim;
-#pragma unroll
-    for (uint32_t i = 0; i < DIM / 16; i++)
-#pragma unroll
-        for (uint32_t j = 0; j < 4; j++) {
-            uint32_t row = lane / 4 + j % 2 * 8, d = i * 16 + lane % 4 * 2 + j / 2 * 8;
-            float2 x = {0.0f, 0.0f};
-            if (row < look.vectors && d < look.dim)
-                x = *(const float2 *)(q + (size_t)row * look.dim + d);
-            to.high[i][j] = split_pair(x.x, x.y, &to.rest[i][j]);
-        }
-}
 
 /* The same for one row over a share of a head's candidates, of which the cut says what is selected:
  * as many candidates for each block, wherever they stand. */
@@ -242,12 +207,11 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
         put_nothing(partial, look.dim);
         return;
     }
-    uint16_t *stages = (uint16_t *)shared;
+    uint16_t *q = (uint16_t *)shared, *stages = q + 2 * ROWS * WIDTH_OF(DIM);
     const uint32_t *slots = c.slots + (size_t)h * c.room;
     const float *shares = c.share + (size_t)h * c.room;
     const loci_cuda_cut cut = c.cut[h];
-    query_parts<DIM> q;
-    load_parts(look, h, q);
+    split_vectors<DIM>(look, h, 0, q);
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
     for (; begin < end; begin += LIST_EACH * SPARSE_THREADS) {
         uint32_t place[LIST_EACH], taken = 0, count;
@@ -266,11 +230,9 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
             list[at++] = pair->kv + (size_t)(place[j] - pair->word_base * 32) * 2 * look.dim;
         }
         __syncthreads();
-        attend_keys<DIM, listed_stages<DIM>()>(
-            s, stages + threadIdx.x / 32 * listed_stages<DIM>() * 2 * RUN * WIDTH_OF(DIM), count,
-            look.dim, [&](uint32_t i) { return list[i]; },
-            [&](const uint16_t *k, float(&logit)[2][4]) { part_logits(q, k, look.dim, logit); },
-            [](uint32_t, uint32_t) { return true; });
+        attend_keys<DIM>(
+            s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
+            [&](uint32_t i) { return list[i]; }, [](uint32_t, uint32_t) { return true; });
         __syncthreads();
     }
     merge_warps<DIM>(s, look.dim, look.vectors, (float *)stages, partial);
@@ -292,7 +254,7 @@ template <int DIM>
 static cudaError_t launch_listed(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_choice *choice, const loci_cuda_attend *args) {
     return launch_behind(stream, k_attend_listed<DIM>, look->kv_heads * args->parts, SPARSE_THREADS,
-                         listed_halves<DIM>() * sizeof(uint16_t), *look, *choice, *args);
+                         sparse_halves<DIM>() * sizeof(uint16_t), *look, *choice, *args);
 }
 
 extern "C" cudaError_t loci_cuda_k_attend_listed(cudaStream_t stream, const loci_cuda_look *look,
