@@ -14,6 +14,7 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "base/clock.h"
 
@@ -115,7 +116,9 @@ unsigned loci_pool_quota(const char *path) {
 /* Threads that spin for CPUs which they do not get are slower than fewer. */
 static unsigned usable_cpus(void) {
     cpu_set_t set;
-    unsigned cpus = sched_getaffinity(0, sizeof set, &set) == 0 ? (unsigned)CPU_COUNT(&set) : 1;
+    long online = sysconf(_SC_NPROCESSORS_ONLN); /* where there are more than a set can hold */
+    unsigned cpus = online > 0 ? (unsigned)online : 1;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = (unsigned)CPU_COUNT(&set);
     unsigned quota = loci_pool_quota("/sys/fs/cgroup/cpu.max");
     return quota != 0 && quota < cpus ? quota : cpus;
 }

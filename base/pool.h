@@ -20,7 +20,8 @@ typedef struct loci_pool loci_pool;
 typedef void (*loci_pool_fn)(void *arg, size_t index, unsigned thread);
 
 /* threads counts the caller; 0 = one for each CPU that the calling thread may run on (taskset,
- * cpusets), or as many as the cgroup's quota of processor time is worth where that is fewer. */
+ * cpusets), or as many as the cgroup's quota of processor time (v2, as containers see it) is worth
+ * where that is fewer. */
 loci_status loci_pool_create(unsigned threads, loci_pool **out, loci_error *err);
 void loci_pool_destroy(loci_pool *pool); /* NULL is allowed */
 unsigned loci_pool_threads(const loci_pool *pool);

@@ -14,8 +14,8 @@
 
 #define LIST_ROWS 8u
 
-/* Adds 32 bytes of a code to eight partial sums; in 16 bits (AVX2) two products of at most 15 * 127
- * a step, which four steps, the most there are, do not overflow. */
+/* Adds 32 bytes of a code to eight partial sums; in 16 bits (AVX2) four products of at most 15 *
+ * 127 a step, which four steps, the most there are, do not overflow. */
 static inline __m256i list_step(__m256i sum, __m256i low, __m256i high, const int8_t *even,
                                 const int8_t *odd) {
     __m256i q_even = _mm256_loadu_si256((const void *)even);

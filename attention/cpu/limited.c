@@ -237,6 +237,7 @@ void lookup_key_floors_task(void *arg, size_t index, unsigned thread) {
         }
         head->listed += lookup->kernels->count_keys(key, n, scale->floor);
     }
+    if (head->listed > n) head->listed = n; /* who reaches several floors is listed once */
 }
 
 /* --- lists ----------------------------------------------------------------------------- */

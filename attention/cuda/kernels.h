@@ -282,7 +282,7 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_runs(const loci_cuda_look *look) {
 #define LOCI_CUDA_STEPS 2048u /* of shares, 16 to each power of two: the cut begins with them */
 
 /* How a vector's estimates by sketch are counted where candidates are limited: in steps, top being
- * what a sum of 0 means to the best kept root; floor: the least key (sketches.cu) of a candidate.
+ * what a sum of 0 means to the best kept root; floor: the least key (candidates.cu) of a candidate.
  */
 typedef struct loci_cuda_key_scale {
     double top;

@@ -58,6 +58,7 @@ static loci_status list_candidates(rank_state *state, const loci_attend_call *ca
     loci_lookup_stats stats;
     loci_select_params params = query->params;
     loci_select_reach(&params, LOCI_REACH_RANKING);
+    params.candidates_max = 0; /* of all rows, whose masses are compared */
     loci_ref q = call->q;
     q.offset += (size_t)call->q_stride * sizeof(float); /* the question's tokens, not <q> */
     lse.offset += (size_t)call->q_heads * sizeof(float);
