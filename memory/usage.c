@@ -24,22 +24,27 @@ static uint64_t power_of_two(uint64_t value) {
     return power;
 }
 
+/* Keys as bytes, lists and centroids. */
+static uint64_t clustering_memory(uint64_t tokens, uint64_t dim) {
+    return tokens * (dim + 36) + (tokens / LOCI_LEAF_TOKENS + 1) * (dim + 16);
+}
+
 /* Work of one pair's index (attention/index_build.c): keys as f32, lists of tokens, sums; beside
- * them first what clustering needs, keys as bytes, more lists and centroids, then the blob. */
+ * them first what clustering needs, then the blob. */
 static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
-    uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1, groups = tokens / LOCI_LEAF_TOKENS + 1;
+    uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1;
     uint64_t node = sizeof(loci_node) + sizeof(loci_root) + 4 * dim;
-    uint64_t clustering = tokens * (dim + 36) + groups * (dim + 16);
+    uint64_t clustering = clustering_memory(tokens, dim);
     uint64_t blob = tokens * (5 * dim + dim / 8 + 15) + leaves * (node + sizeof(loci_leaf)) +
                     72 * dim + LOCI_BLOCK_ALIGN * 16;
     uint64_t writing = tokens * (dim / 4) + blob;
     return tokens * (4 * dim + 14) + (clustering > writing ? clustering : writing);
 }
 
-/* What is held of the next pair while one is written: keys as f32, lists, and K and V, unless these
- * are there anyway. */
+/* What is held of the next pair while one is written: keys as f32, lists, what clustering needs if
+ * the CPU has to do it, and K and V, unless these are there anyway. */
 static uint64_t overlap_memory(uint64_t tokens, uint64_t dim, bool rows) {
-    return tokens * (4 * dim + 14 + (rows ? 4 * dim : 0));
+    return tokens * (4 * dim + 14 + (rows ? 4 * dim : 0)) + clustering_memory(tokens, dim);
 }
 
 /* One pair: its K and V, its index. The list of segments and the slot map of all. */

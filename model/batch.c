@@ -133,18 +133,29 @@ static void add_member(loci_pass *pass, loci_sequence *sequence) {
     pass->rows += sequence->step.rows;
 }
 
-/* The first of the queue and those behind it. Who was cancelled while waiting need not wait on. */
+/* The first of the queue and those behind it, in order. Who was cancelled while waiting need not
+ * wait on, wherever it stands. */
 static void gather(loci_batch *batch, loci_pass *pass) {
     uint32_t room = batch->first->scratch.rows;
     uint32_t most = room < LOCI_GEMM_FEW_ROWS ? room : LOCI_GEMM_FEW_ROWS;
-    do {
-        loci_sequence *next = batch->first;
-        batch->first = next->next;
+    bool full = false;
+    batch->last = NULL;
+    for (loci_sequence **at = &batch->first; *at;) {
+        loci_sequence *next = *at;
+        loci_status cancelled = LOCI_OK; /* of the leader's own the pass takes care */
+        if (pass->count > 0) {
+            cancelled = loci_cancel_check(next->step.cancel);
+            full = full || (cancelled == LOCI_OK && next->step.rows > most - pass->rows);
+        }
+        if (cancelled == LOCI_OK && full) {
+            batch->last = next;
+            at = &next->next;
+            continue;
+        }
+        *at = next->next;
         next->next = NULL;
         batch->usage.waiting--;
-        loci_status cancelled = loci_cancel_check(next->step.cancel);
-        if (pass->count == 0 ||
-            cancelled == LOCI_OK) { /* of the leader's own the pass takes care */
+        if (cancelled == LOCI_OK) {
             add_member(pass, next);
             continue;
         }
@@ -152,8 +163,7 @@ static void gather(loci_batch *batch, loci_pass *pass) {
             loci_fail(&next->step.error, cancelled, "%s before the forward pass began",
                       loci_status_text(cancelled));
         end_step(next);
-    } while (batch->first && batch->first->step.rows <= most - pass->rows);
-    if (!batch->first) batch->last = NULL;
+    }
 }
 
 /* Runs the pass that this thread's sequence leads, the first of the queue. The lock is held. */
@@ -223,9 +233,11 @@ static void sleep_in(loci_batch *batch, loci_sequence *sequence) {
         pthread_cond_wait(&sequence->turn, &batch->lock);
 }
 
+/* Who is away is waited for, unless a pass can be filled without it. */
 static bool may_lead(const loci_batch *batch, const loci_sequence *sequence) {
     return batch->first == sequence && !batch->running &&
-           (batch->away == 0 || loci_now_ns() >= batch->patience_ends_ns);
+           (batch->away == 0 || batch->usage.waiting >= LOCI_GEMM_FEW_ROWS ||
+            loci_now_ns() >= batch->patience_ends_ns);
 }
 
 void loci_batch_run(loci_sequence *sequence) {
@@ -235,7 +247,7 @@ void loci_batch_run(loci_sequence *sequence) {
     sequence->step.state = LOCI_STEP_WAITING;
     *(batch->first ? &batch->last->next : &batch->first) = sequence;
     batch->last = sequence;
-    batch->usage.waiting++;
+    if (++batch->usage.waiting >= LOCI_GEMM_FEW_ROWS) wake_first(batch);
     while (sequence->step.state != LOCI_STEP_DONE) {
         if (sequence->step.state == LOCI_STEP_ATTENDING)
             reach(batch, sequence);

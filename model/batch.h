@@ -5,11 +5,11 @@
  *
  * Whoever appends up to LOCI_GEMM_FEW_ROWS tokens, a step of decoding, to a sequence of a batch
  * joins a queue. When no shared pass runs, the first thread of the queue runs one for all that
- * wait; who comes meanwhile waits for the next. There is no thread beside those of the callers, and
- * a caller that is alone waits for nobody. Longer chunks fill the machine by themselves: they run
- * alone, beside the shared passes, so a step never waits for a prefill. Since products do not tell
- * one row from LOCI_GEMM_FEW_ROWS (attention/backend.h), a sequence's results are the same, to the
- * bit, in any company and in none.
+ * wait; who comes meanwhile waits for the next. There is no thread beside those of the callers.
+ * Longer chunks fill the machine by themselves: they run alone, beside the shared passes, so a step
+ * waits for the last few rows of a prefill at most. Since products do not tell one row from
+ * LOCI_GEMM_FEW_ROWS (attention/backend.h), a sequence's results are the same, to the bit, in any
+ * company and in none.
  *
  * In retrieval layers each caller's thread runs its own callback on its own stream; the pass waits
  * for all of them. An error or a cancel ends the one sequence's append when the pass is through,

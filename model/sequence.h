@@ -24,7 +24,7 @@ _Static_assert(LOCI_PASS_MEMBERS >= LOCI_GEMM_FEW_ROWS, "a pass has as many chun
 /* Where a chunk is on its way through a batch; under the batch's lock. */
 typedef enum loci_step_state {
     LOCI_STEP_DONE,
-    LOCI_STEP_WAITING,  /* in the queue of its lane */
+    LOCI_STEP_WAITING,  /* in the queue of its batch */
     LOCI_STEP_RUNNING,  /* in a pass that another thread runs */
     LOCI_STEP_ATTENDING /* as before, and it is this thread's turn to reach the corpus */
 } loci_step_state;
@@ -72,7 +72,7 @@ struct loci_sequence {
     loci_sequence *next; /* in the queue */
     loci_pass *pass;     /* ATTENDING: that waits */
     bool decoding;       /* its owner will bring the next token */
-    uint64_t away;       /* the pass (lane.number) after which it is waited for; 0 = it is not */
+    uint64_t away;       /* the pass (by number) after which it is waited for; 0 = it is not */
 };
 
 struct loci_pass {

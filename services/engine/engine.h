@@ -6,7 +6,7 @@
  * Threading: one engine serves any number of threads; at most options.queries_max questions run
  * at once, others wait for a place (bounded by their cancel) or get LOCI_E_LIMIT when more than
  * options.queries_waiting_max wait. Those that run share forward passes (model/batch.h); what each
- * is answered does not depend on the others.
+ * is answered does not depend on the others, but how long it takes does.
  *
  * Memory: options.memory_bytes bounds what the process allocates (plan.h, base/budget.h). What a
  * question needs beyond its slot is refused with LOCI_E_LIMIT, reason MEMORY_BUDGET, when it does

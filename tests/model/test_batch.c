@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Sequences that share passes: the same bits as alone, whatever the company; errors and cancels
- * that stay with their sequence; lanes that do not wait for one another.
+ * that stay with their sequence; steps that do not wait for prompts.
  *
- * Where the order matters a sequence holds its lane from within its callback until the others wait
+ * Where the order matters a sequence holds its batch from within its callback until the others wait
  * in the queue, which is then as the test wants it.
  */
 #include <pthread.h>
@@ -113,7 +113,7 @@ static loci_status reach(void *ctx, const loci_attend_call *call, loci_error *er
     if (number == 1 && w->hold_until_waiting && !wait_for(w, w->hold_until_waiting, NULL))
         return loci_fail(err, LOCI_E_TIMEOUT, "nobody came");
     if (number == 1 && w->hold_until && !wait_for(w, 0, w->hold_until))
-        return loci_fail(err, LOCI_E_TIMEOUT, "the other lane was held up");
+        return loci_fail(err, LOCI_E_TIMEOUT, "the others were held up");
     if (w->hold_ms) loci_sleep_ms(w->hold_ms);
     if (number == w->fail_in_call)
         return loci_fail(err, LOCI_E_CORRUPT, "extent of seed %u is damaged", (unsigned)w->seed);
@@ -242,7 +242,7 @@ static void test_company_changes_no_bit(void **state) {
 
 /* --- A queue as the test wants it ------------------------------------------------------------ */
 
-/* The first holds the lane with one row; the others queue up behind it in order and make the next
+/* The first holds the batch with one row; the others queue up behind it in order and make the next
  * pass, led by the second. */
 typedef struct scene {
     loci_batch *batch;
@@ -392,7 +392,7 @@ static void test_a_cancel_in_the_queue(void **state) {
     scene_check(&s);
 }
 
-/* --- Lanes, chunks -----------------------------------------------------------------------------
+/* --- Prompts, chunks ---------------------------------------------------------------------------
  */
 
 /* A prefill stands still in its first chunk until a step of decoding and a short question, which
