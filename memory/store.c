@@ -22,13 +22,11 @@ const char *const loci_failpoints[] = {
 };
 
 void loci_store_options_default(loci_store_options *options) {
-    options->document_bytes_max = 64u << 20;
-    options->memory_bytes = 256u << 20;
-    options->extent_tokens = LOCI_EXTENT_SEAL_TOKENS;
-    options->merge_tokens = LOCI_EXTENT_TOKENS_MAX;
-    options->merge_calm_ms = 3000;
-    options->fingerprint = NULL;
-    options->budget = NULL;
+    *options = (loci_store_options){.document_bytes_max = 64u << 20,
+                                    .memory_bytes = 256u << 20,
+                                    .extent_tokens = LOCI_EXTENT_SEAL_TOKENS,
+                                    .merge_tokens = LOCI_EXTENT_TOKENS_MAX,
+                                    .merge_calm_ms = 3000};
 }
 
 static loci_status fail_path(loci_error *err, const char *what, const char *path) {
