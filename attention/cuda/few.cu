@@ -102,9 +102,10 @@ static __global__ void k_scatter(float *dst, uint32_t dst_stride, const int32_t 
     for (uint32_t i = threadIdx.x; i < cols; i += blockDim.x) to[i] = from[i];
 }
 
-extern "C" cudaError_t loci_cuda_k_scatter(cudaStream_t stream, float *dst, uint32_t dst_stride,
-                                           const int32_t *at, const float *src, uint32_t src_stride,
-                                           uint32_t rows, uint32_t cols) {
+extern "C" cudaError_t loci_cuda_k_scatter_rows(cudaStream_t stream, float *dst,
+                                                uint32_t dst_stride, const int32_t *at,
+                                                const float *src, uint32_t src_stride,
+                                                uint32_t rows, uint32_t cols) {
     k_scatter<<<rows, 256, 0, stream>>>(dst, dst_stride, at, src, src_stride, cols);
     return cudaGetLastError();
 }

@@ -17,9 +17,9 @@ extern "C" {
  * depends on no other row and not on how many they are. */
 cudaError_t loci_cuda_k_few(cudaStream_t stream, float *y, const void *x, const void *w, bool bf16,
                             uint32_t rows, uint32_t columns, uint32_t width, bool accumulate);
-cudaError_t loci_cuda_k_scatter(cudaStream_t stream, float *dst, uint32_t dst_stride,
-                                const int32_t *at, const float *src, uint32_t src_stride,
-                                uint32_t rows, uint32_t cols);
+cudaError_t loci_cuda_k_scatter_rows(cudaStream_t stream, float *dst, uint32_t dst_stride,
+                                     const int32_t *at, const float *src, uint32_t src_stride,
+                                     uint32_t rows, uint32_t cols);
 
 #ifdef __cplusplus
 }

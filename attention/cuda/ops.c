@@ -85,8 +85,8 @@ void loci_cuda_scatter(loci_stream *stream, loci_ref dst, uint32_t dst_stride, l
     const float *from = strided(stream, src, rows, src_stride, cols, sizeof(float));
     if (to && where && from)
         (void)loci_cuda_ok(stream,
-                           loci_cuda_k_scatter(stream->stream, to, dst_stride, where, from,
-                                               src_stride, rows, cols),
+                           loci_cuda_k_scatter_rows(stream->stream, to, dst_stride, where, from,
+                                                    src_stride, rows, cols),
                            "scatter");
 }
 
