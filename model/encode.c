@@ -54,8 +54,7 @@ static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err
     encoder *e = ctx;
     const loci_model_config *c = &e->model->config;
     if (c->layer[layer].retrieval) {
-        uint32_t retrieval = 0;
-        while (c->retrieval_layer[retrieval] != layer) retrieval++;
+        uint32_t retrieval = loci_retrieval_index(c, layer);
         put_kv(e, retrieval);
         *stop = retrieval + 1 == c->retrieval_count;
         if (*stop) return LOCI_OK;

@@ -49,6 +49,13 @@ typedef struct loci_model_config {
     uint32_t retrieval_layer[LOCI_LAYERS_MAX]; /* layer numbers of the retrieval layers */
 } loci_model_config;
 
+/* The place of a retrieval layer among them. */
+static inline uint32_t loci_retrieval_index(const loci_model_config *config, uint32_t layer) {
+    uint32_t index = 0;
+    while (config->retrieval_layer[index] != layer) index++;
+    return index;
+}
+
 /* The special tokens by which the built-in family reads text (shared notes: "how it sees
  * text"); UINT32_MAX where the tokenizer has none. bos: "<bos>", else the token that the tokenizer
  * puts before every text. begin, always there, stands before every text that is encoded by itself,

@@ -106,8 +106,7 @@ static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err
         for (uint32_t j = i; j < end; j++) reaches |= in_pass(p->member[j]) && p->member[j]->attend;
     }
     if (c->layer[layer].retrieval) {
-        uint32_t retrieval = 0;
-        while (c->retrieval_layer[retrieval] != layer) retrieval++;
+        uint32_t retrieval = loci_retrieval_index(c, layer);
         for (uint32_t i = 0; i < p->count; i++) p->member[i]->step.retrieval = retrieval;
         /* Others' streams read what this one has written; and a failure up to here is of all. */
         if (reaches && p->count > 1)

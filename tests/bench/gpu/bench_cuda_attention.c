@@ -32,6 +32,7 @@
 #include "base/clock.h"
 #include "base/half.h"
 #include "tests/attention/corpus_fixture.h"
+#include "tests/bench/gpu/bench.h"
 
 #define TOPICS 2000u
 #define SEGMENT_TOKENS 256u /* divides an extent */
@@ -64,17 +65,6 @@ typedef struct bench {
     cudaEvent_t begin, end, stage[STAGES];
     loci_error err;
 } bench;
-
-static void must(bench *b, loci_status status) {
-    if (status == LOCI_OK) return;
-    (void)fprintf(stderr, "bench_cuda_attention: %s\n", b->err.text);
-    exit(1);
-}
-
-static void *need(void *memory) {
-    LOCI_ASSERT(memory != NULL);
-    return memory;
-}
 
 /* --- the corpus ------------------------------------------------------------------------ */
 
@@ -138,8 +128,8 @@ static void copy_layers(bench *b) {
         b->views[l] = need(calloc(f->extents, sizeof *b->views[l]));
         for (uint32_t e = 0; e < f->extents; e++) {
             b->views[l][e] = f->views[e];
-            must(b, f->backend->ops->wrap(f->backend, f->memory[e], f->memory_bytes[e],
-                                          &b->views[l][e].buffer, &b->err));
+            must(&b->err, f->backend->ops->wrap(f->backend, f->memory[e], f->memory_bytes[e],
+                                                &b->views[l][e].buffer, &b->err));
         }
     }
 }
@@ -271,13 +261,14 @@ static void look_up(bench *b, loci_lookup *lookup, const loci_corpus_view *view,
     ops->lookup_stats(stream, lookup, &r->stats);
     ops->download(stream, r->out, p.out, p.values);
     ops->download(stream, r->lse, p.lse, p.heads);
-    must(b, ops->sync(stream, &b->err));
+    must(&b->err, ops->sync(stream, &b->err));
     for (int i = 0; i < STAGES && staged; i++)
-        must(b, loci_cuda_try(cudaEventElapsedTime(&r->stage_ms[i], i ? b->stage[i - 1] : b->begin,
-                                                   b->stage[i]),
-                              "event", &b->err));
-    must(b, loci_cuda_try(cudaEventElapsedTime(&r->ms, b->begin, b->stage[STAGES - 1]), "event",
-                          &b->err));
+        must(&b->err,
+             loci_cuda_try(
+                 cudaEventElapsedTime(&r->stage_ms[i], i ? b->stage[i - 1] : b->begin, b->stage[i]),
+                 "event", &b->err));
+    must(&b->err, loci_cuda_try(cudaEventElapsedTime(&r->ms, b->begin, b->stage[STAGES - 1]),
+                                "event", &b->err));
 }
 
 static int compare_floats(const void *a, const void *b) {
@@ -367,8 +358,8 @@ static void run_mode(bench *b, uint32_t rows, const char *mode, const loci_selec
                .host_ms = need(calloc(steps, sizeof(float)))};
     result sparse = new_result(b), dense = new_result(b);
     source from = open_source(b, rows);
-    must(b, ops->lookup_create(b->f.backend, &lookup, &b->err));
-    must(b, ops->lookup_create(b->f.backend, &whole, &b->err));
+    must(&b->err, ops->lookup_create(b->f.backend, &lookup, &b->err));
+    must(&b->err, ops->lookup_create(b->f.backend, &whole, &b->err));
     loci_corpus_view view = {0};
     for (uint32_t s = 0; s < 2 * steps + b->o.layers; s++) { /* first each layer once */
         bool staged = s >= steps + b->o.layers;
@@ -437,7 +428,7 @@ static void score_level(bench *b, loci_lookup *lookup, source *from, unsigned le
     ops->score_nodes(b->f.stream, lookup);
     ops->lookup_squeezed(b->f.stream, lookup, level, scores, tokens, level ? scores + room : NULL,
                          room, &found);
-    must(b, ops->sync(b->f.stream, &b->err));
+    must(&b->err, ops->sync(b->f.stream, &b->err));
     LOCI_ASSERT(found <= room);
     for (size_t i = 0; i < found; i++)
         out[(*count)++] = (scored){scores[i], level ? scores[room + i] : 1.0f, tokens[i]};
@@ -451,7 +442,7 @@ static void set_thresholds(bench *b, uint32_t rows, loci_select_params *params) 
     size_t room = (size_t)b->o.tokens * b->o.kv_heads / 4;
     scored *nodes = need(malloc(DRAWS * room * sizeof *nodes));
     loci_lookup *lookup;
-    must(b, ops->lookup_create(b->f.backend, &lookup, &b->err));
+    must(&b->err, ops->lookup_create(b->f.backend, &lookup, &b->err));
     for (unsigned level = 0; level < 2; level++) {
         source from = open_source(b, rows);
         size_t count = 0;
@@ -475,11 +466,11 @@ static double copy_rate(bench *b) {
     cudaStream_t stream = b->f.stream->stream;
     for (int i = 0; i < 6; i++) {
         (void)cudaEventRecord(b->begin, stream);
-        must(b, loci_cuda_try(cudaMemcpyAsync(b->flush->device, b->flush->device + half, half,
-                                              cudaMemcpyDeviceToDevice, stream),
-                              "copy", &b->err));
+        must(&b->err, loci_cuda_try(cudaMemcpyAsync(b->flush->device, b->flush->device + half, half,
+                                                    cudaMemcpyDeviceToDevice, stream),
+                                    "copy", &b->err));
         (void)cudaEventRecord(b->end, stream);
-        must(b, loci_cuda_try(cudaStreamSynchronize(stream), "copy", &b->err));
+        must(&b->err, loci_cuda_try(cudaStreamSynchronize(stream), "copy", &b->err));
         (void)cudaEventElapsedTime(&ms, b->begin, b->end);
         if (i > 0 && ms < best) best = ms;
     }
@@ -506,7 +497,7 @@ static void run_plain(bench *b, uint32_t query_rows, double gbps) {
             memcpy(rows + r * b->o.dim,
                    (i ? b->f.v : b->f.k)[r % b->o.kv_heads] + r / b->o.kv_heads * b->o.dim,
                    b->o.dim * sizeof *rows);
-        must(b, ops->alloc(b->f.backend, bytes, &kv[i], &b->err));
+        must(&b->err, ops->alloc(b->f.backend, bytes, &kv[i], &b->err));
         ops->upload(b->f.stream, loci_ref_at(kv[i], 0), rows, bytes);
     }
     free(rows);
@@ -533,7 +524,7 @@ static void run_plain(bench *b, uint32_t query_rows, double gbps) {
         (void)cudaEventRecord(b->begin, b->f.stream->stream);
         ops->attend_dense(b->f.stream, &args);
         (void)cudaEventRecord(b->end, b->f.stream->stream);
-        must(b, ops->sync(b->f.stream, &b->err));
+        must(&b->err, ops->sync(b->f.stream, &b->err));
         (void)cudaEventElapsedTime(&ms, b->begin, b->end);
         if (s < WARM_STEPS) continue;
         t.ms[t.steps++] = ms;
@@ -598,14 +589,14 @@ static void open_or_skip(bench *b) {
         printf("skipped: %s\n", b->err.text);
         exit(77);
     }
-    must(b, status);
+    must(&b->err, status);
     loci_backend_close(backend);
 }
 
 /* Takes shape and queries from a dump. */
 static void load(bench *b) {
     options *o = &b->o;
-    must(b, fixture_load(&b->f, o->kv, &b->err));
+    must(&b->err, fixture_load(&b->f, o->kv, &b->err));
     o->layers = b->f.layers;
     o->q_heads = b->f.q_heads;
     o->kv_heads = b->f.kv_heads;
@@ -624,7 +615,7 @@ static void build(bench *b) {
     double generated = (double)(loci_now_ns() - start) / 1e9;
     loci_pair_build_options usual = {0};
     start = loci_now_ns();
-    must(b, fixture_build(&b->f, NULL, 0, LOCI_EXTENT_TOKENS_MAX, 0, &usual, &b->err));
+    must(&b->err, fixture_build(&b->f, NULL, 0, LOCI_EXTENT_TOKENS_MAX, 0, &usual, &b->err));
     printf("{\"bench\":\"index_build_cpu\",\"tokens\":%u,\"pairs\":%u,\"generate_s\":%.1f,"
            "\"build_s\":%.1f}\n",
            b->f.tokens, b->f.extents * b->f.layers * b->f.kv_heads, generated,
@@ -635,12 +626,12 @@ static void build(bench *b) {
 static void open_device(bench *b) {
     const loci_backend_ops *ops = b->f.backend->ops;
     b->flush_bytes = (size_t)1 << 30;
-    must(b, ops->alloc(b->f.backend, b->flush_bytes, &b->flush, &b->err));
-    must(b, ops->alloc(b->f.backend, (size_t)b->rows_max * b->o.q_heads * (b->o.dim + 1) * 8,
-                       &b->memory, &b->err));
+    must(&b->err, ops->alloc(b->f.backend, b->flush_bytes, &b->flush, &b->err));
+    must(&b->err, ops->alloc(b->f.backend, (size_t)b->rows_max * b->o.q_heads * (b->o.dim + 1) * 8,
+                             &b->memory, &b->err));
     for (int i = -2; i < STAGES; i++) {
         cudaEvent_t *event = i < 0 ? (i < -1 ? &b->begin : &b->end) : &b->stage[i];
-        must(b, loci_cuda_try(cudaEventCreate(event), "event", &b->err));
+        must(&b->err, loci_cuda_try(cudaEventCreate(event), "event", &b->err));
     }
     if (!b->o.kv) copy_layers(b);
 }

@@ -21,6 +21,7 @@
 #include "base/half.h"
 #include "base/pool.h"
 #include "tests/attention/corpus_fixture.h"
+#include "tests/bench/gpu/bench.h"
 
 #define SETS 2u
 
@@ -33,17 +34,6 @@ typedef struct bench {
     uint64_t first_put, last_put, bytes, check;
     loci_error err;
 } bench;
-
-static void must(bench *b, loci_status status) {
-    if (status == LOCI_OK) return;
-    (void)fprintf(stderr, "bench_cuda_index: %s\n", b->err.text);
-    exit(1);
-}
-
-static void *need(void *memory) {
-    LOCI_ASSERT(memory != NULL);
-    return memory;
-}
 
 typedef struct drawing {
     const bench *b;
@@ -106,10 +96,10 @@ static void time_parts(bench *b, double *cluster_ms, double *finish_ms, double *
     loci_pair_job *job = NULL;
     loci_buf blob = LOCI_BUF_INIT;
     uint64_t hash, start = loci_now_ns();
-    must(b, read_pair(b, 0, &rows, &options, &b->err));
-    must(b, loci_pair_begin(&rows, &options, loci_backend_pool(b->backend), &job, &b->err));
+    must(&b->err, read_pair(b, 0, &rows, &options, &b->err));
+    must(&b->err, loci_pair_begin(&rows, &options, loci_backend_pool(b->backend), &job, &b->err));
     uint64_t begun = loci_now_ns();
-    must(b, loci_pair_finish(job, &blob, &hash, &b->err));
+    must(&b->err, loci_pair_finish(job, &blob, &hash, &b->err));
     uint64_t end = loci_now_ns();
     loci_buf_fini(&blob);
     *whole_ms = (double)(end - start) / 1e6;
@@ -122,7 +112,7 @@ static void time_parts(bench *b, double *cluster_ms, double *finish_ms, double *
     loci_keys keys = {x, n, b->dim, 6, NULL};
     loci_clusters clusters = {lists, lists + n, lists + 2 * (size_t)n, 0, 0};
     start = loci_now_ns();
-    must(b, b->backend->ops->cluster_keys(b->backend, &keys, &clusters, &b->err));
+    must(&b->err, b->backend->ops->cluster_keys(b->backend, &keys, &clusters, &b->err));
     *cluster_ms = (double)(loci_now_ns() - start) / 1e6;
     free(lists);
     free(x);
@@ -164,7 +154,7 @@ int main(int argc, char **argv) {
         printf("skipped: %s\n", b.err.text);
         return 77;
     }
-    must(&b, status);
+    must(&b.err, status);
     for (uint32_t s = 0; s < SETS; s++) {
         b.k[s] = draw(&b, 2 * s + 1);
         b.v[s] = draw(&b, 2 * s + 2);
@@ -177,7 +167,7 @@ int main(int argc, char **argv) {
     loci_pair_work work = {&b, read_pair, put_pair};
     struct rusage before, after;
     (void)getrusage(RUSAGE_SELF, &before);
-    must(&b, loci_pairs_build(&work, b.pairs, !b.cpu, loci_backend_pool(b.backend), &b.err));
+    must(&b.err, loci_pairs_build(&work, b.pairs, !b.cpu, loci_backend_pool(b.backend), &b.err));
     (void)getrusage(RUSAGE_SELF, &after);
     double user = seconds(after.ru_utime) - seconds(before.ru_utime);
     double system = seconds(after.ru_stime) - seconds(before.ru_stime);

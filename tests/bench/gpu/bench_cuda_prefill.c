@@ -17,6 +17,7 @@
 #include "attention/cuda/cuda.h"
 #include "base/half.h"
 #include "tests/attention/corpus_fixture.h"
+#include "tests/bench/gpu/bench.h"
 
 #define FLUSH_BYTES ((size_t)1 << 30)
 #define WARM_STEPS 3u
@@ -30,17 +31,6 @@ typedef struct bench {
     cudaEvent_t begin, end;
     loci_error err;
 } bench;
-
-static void must(bench *b, loci_status status) {
-    if (status == LOCI_OK) return;
-    (void)fprintf(stderr, "bench_cuda_prefill: %s\n", b->err.text);
-    exit(1);
-}
-
-static void *need(void *memory) {
-    LOCI_ASSERT(memory != NULL);
-    return memory;
-}
 
 static size_t values_of(const bench *b, uint32_t heads) {
     return (size_t)b->segments * b->tokens * heads * b->dim;
@@ -56,13 +46,13 @@ static void draw(bench *b, uint64_t seed, uint32_t heads, loci_buffer **out, loc
         x[i] = fixture_normal(&seed);
         rounded[i] = loci_f32_to_bf16(x[i]);
     }
-    must(b, ops->alloc(b->backend, n * sizeof *x, out, &b->err));
+    must(&b->err, ops->alloc(b->backend, n * sizeof *x, out, &b->err));
     ops->upload(b->stream, loci_ref_at(*out, 0), x, n * sizeof *x);
     if (half) {
-        must(b, ops->alloc(b->backend, n * sizeof *rounded, half, &b->err));
+        must(&b->err, ops->alloc(b->backend, n * sizeof *rounded, half, &b->err));
         ops->upload(b->stream, loci_ref_at(*half, 0), rounded, n * sizeof *rounded);
     }
-    must(b, ops->sync(b->stream, &b->err));
+    must(&b->err, ops->sync(b->stream, &b->err));
     free(x);
     free(rounded);
 }
@@ -93,16 +83,18 @@ static float run(bench *b, loci_dtype dtype, loci_dtype precision, float *out) {
                               .span_count = b->segments};
     float *ms = need(malloc((b->steps + WARM_STEPS) * sizeof *ms));
     for (uint32_t s = 0; s < b->steps + WARM_STEPS; s++) {
-        must(b, loci_cuda_try(cudaMemsetAsync(b->flush->device, 1, FLUSH_BYTES, b->stream->stream),
-                              "flush", &b->err));
+        must(&b->err,
+             loci_cuda_try(cudaMemsetAsync(b->flush->device, 1, FLUSH_BYTES, b->stream->stream),
+                           "flush", &b->err));
         (void)cudaEventRecord(b->begin, b->stream->stream);
         ops->attend_dense(b->stream, &args);
         (void)cudaEventRecord(b->end, b->stream->stream);
-        must(b, ops->sync(b->stream, &b->err));
-        must(b, loci_cuda_try(cudaEventElapsedTime(&ms[s], b->begin, b->end), "event", &b->err));
+        must(&b->err, ops->sync(b->stream, &b->err));
+        must(&b->err,
+             loci_cuda_try(cudaEventElapsedTime(&ms[s], b->begin, b->end), "event", &b->err));
     }
     ops->download(b->stream, out, args.out, values_of(b, b->q_heads) * sizeof *out);
-    must(b, ops->sync(b->stream, &b->err));
+    must(&b->err, ops->sync(b->stream, &b->err));
     qsort(ms + WARM_STEPS, b->steps, sizeof *ms, compare_floats);
     float median = ms[WARM_STEPS + b->steps / 2];
     free(ms);
@@ -165,14 +157,14 @@ int main(int argc, char **argv) {
         printf("skipped: %s\n", b.err.text);
         return 77;
     }
-    must(&b, status);
+    must(&b.err, status);
     const loci_backend_ops *ops = b.backend->ops;
-    must(&b, ops->stream_open(b.backend, &b.stream, &b.err));
-    must(&b, loci_cuda_try(cudaEventCreate(&b.begin), "event", &b.err));
-    must(&b, loci_cuda_try(cudaEventCreate(&b.end), "event", &b.err));
-    must(&b, ops->alloc(b.backend, FLUSH_BYTES, &b.flush, &b.err));
+    must(&b.err, ops->stream_open(b.backend, &b.stream, &b.err));
+    must(&b.err, loci_cuda_try(cudaEventCreate(&b.begin), "event", &b.err));
+    must(&b.err, loci_cuda_try(cudaEventCreate(&b.end), "event", &b.err));
+    must(&b.err, ops->alloc(b.backend, FLUSH_BYTES, &b.flush, &b.err));
     size_t values = values_of(&b, b.q_heads);
-    must(&b, ops->alloc(b.backend, values * sizeof(float), &b.out, &b.err));
+    must(&b.err, ops->alloc(b.backend, values * sizeof(float), &b.out, &b.err));
     draw(&b, 1, b.q_heads, &b.q, NULL);
     draw(&b, 2, b.kv_heads, &b.k, &b.half_k);
     draw(&b, 3, b.kv_heads, &b.v, &b.half_v);
