@@ -2,13 +2,16 @@
  *
  * What the candidates of a look-up say about segments: for each vector and segment the log of one
  * plus the mass of its candidates over the vector's floor. One block a row and KV head; masses are
- * added up as integers, so that the order does not matter.
+ * added up as integers, so that the order does not matter, relative to the segment's own best
+ * score: scores reach down to 60 below the vector's best, which no unit common to all would hold.
  */
 #include "attention/cuda/look.cuh"
+#include "attention/cuda/radix.cuh"
 
 #define THREADS 1024u
 #define MASS_UNIT 1099511627776.0 /* 2^40 */
 #define FLOOR_BELOW 60.0f         /* as on the CPU */
+#define MASS_BELOW -87.0f         /* masses below e^-87 of the largest are 0 there */
 
 /* The highest a token that this vector has not scored could about have. */
 static __device__ float floor_of(const loci_cuda_look &look, const loci_cuda_choice &c, uint32_t h,
@@ -35,19 +38,36 @@ static __device__ float sink_logit(const loci_cuda_look &look, const loci_cuda_g
     return block_sum(sum, buffer);
 }
 
-/* Adds exp(score - max) of each candidate to its segment. */
+/* The segment of a slot; `segments` where it has none. */
+static __device__ uint32_t segment_of(const loci_cuda_look &look, uint32_t h, uint32_t slot,
+                                      uint32_t segments) {
+    uint32_t e = extent_at(look, h, slot / 32);
+    const loci_cuda_pair *pair = &look.pairs[(size_t)e * look.kv_heads + h];
+    uint32_t segment = slot_word(pair, slot - pair->word_base * 32, look.dim) >> 16;
+    if (segment >= pair->segments) return segments;
+    return min(pair->segment_base + segment, segments);
+}
+
+/* The best score of each segment's candidates (`ordered`; tops and sums: zeroed), then the sum of
+ * exp(score - best) in MASS_UNIT. */
 static __device__ void add_tokens(const loci_cuda_look &look, const loci_cuda_choice &c,
-                                  const float *score, float max, uint32_t h,
-                                  unsigned long long *sums, uint32_t segments) {
+                                  const loci_cuda_gain &args, const float *score, float max,
+                                  uint32_t h, uint32_t *tops, unsigned long long *sums) {
     const uint32_t *slots = c.slots + (size_t)blockIdx.x * c.room;
-    for (uint32_t i = threadIdx.x; i < c.count[blockIdx.x]; i += THREADS) {
-        uint32_t e = extent_at(look, h, slots[i] / 32);
-        const loci_cuda_pair *pair = &look.pairs[(size_t)e * look.kv_heads + h];
-        uint32_t segment = slot_word(pair, slots[i] - pair->word_base * 32, look.dim) >> 16;
-        uint32_t to = pair->segment_base + segment;
-        if (segment < pair->segments && to < segments)
-            atomicAdd(&sums[to], (unsigned long long)((double)expf(score[i] - max) * MASS_UNIT));
+    uint32_t count = c.count[blockIdx.x];
+    for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
+        uint32_t to = segment_of(look, h, slots[i], args.segments);
+        if (to < args.segments && score[i] - max >= MASS_BELOW)
+            atomicMax(&tops[to], ordered(score[i]));
     }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
+        uint32_t to = segment_of(look, h, slots[i], args.segments);
+        if (to >= args.segments || score[i] - max < MASS_BELOW) continue;
+        float weight = expf(score[i] - unordered(tops[to]));
+        atomicAdd(&sums[to], (unsigned long long)((double)weight * MASS_UNIT));
+    }
+    __syncthreads();
 }
 
 static __global__ void __launch_bounds__(THREADS)
@@ -55,6 +75,7 @@ static __global__ void __launch_bounds__(THREADS)
     __shared__ float buffer[WARPS_MAX];
     uint32_t h = blockIdx.x / look.rows, row = blockIdx.x % look.rows;
     unsigned long long *sums = args.sums + (size_t)blockIdx.x * args.segments;
+    uint32_t *tops = args.tops + (size_t)blockIdx.x * args.segments;
     float *gain = args.gain + (size_t)blockIdx.x * args.segments;
     for (uint32_t s = threadIdx.x; s < args.segments; s += THREADS) gain[s] = 0.0f;
     for (uint32_t g = 0; g < look.group; g++) {
@@ -68,12 +89,12 @@ static __global__ void __launch_bounds__(THREADS)
         float floor = floor_of(look, c, h, v, buffer);
         floor = fmaxf(floor, sink_logit(look, args, h, v, buffer));
         floor = fmaxf(floor, max - FLOOR_BELOW);
-        add_tokens(look, c, score, max, h, sums, args.segments);
-        __syncthreads();
-        float inverse = expf(max - floor);
+        add_tokens(look, c, args, score, max, h, tops, sums);
         for (uint32_t s = threadIdx.x; s < args.segments; s += THREADS) {
-            if (sums[s] > 0) gain[s] += log1pf((float)((double)sums[s] / MASS_UNIT) * inverse);
+            float over = tops[s] ? expf(unordered(tops[s]) - floor) : 0.0f;
+            gain[s] += log1pf((float)((double)sums[s] / MASS_UNIT) * over);
             sums[s] = 0;
+            tops[s] = 0;
         }
         __syncthreads();
     }

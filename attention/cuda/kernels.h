@@ -386,6 +386,7 @@ cudaError_t loci_cuda_k_choice_stats(cudaStream_t stream, const loci_cuda_look *
 typedef struct loci_cuda_gain {
     const float *sink_k;      /* [kv_heads][dim]; NULL = none */
     uint32_t segments;        /* of extents */
+    uint32_t *tops;           /* [hr][segments], zeroed */
     unsigned long long *sums; /* [hr][segments], zeroed */
     float *gain;              /* [hr][segments] */
     float *total;             /* [segments] */

@@ -321,11 +321,15 @@ static void take_gained(loci_stream *stream, loci_lookup *lookup, uint32_t limit
     loci_cuda_gain gain = {
         .sink_k = sink_of(stream, lookup),
         .segments = all,
+        .tops = look_alloc(stream, lookup, sums * sizeof *gain.tops),
         .sums = look_alloc(stream, lookup, sums * sizeof *gain.sums),
         .gain = look_alloc(stream, lookup, sums * sizeof *gain.gain),
         .total = look_alloc(stream, lookup, all * sizeof *gain.total),
     };
-    if (gain.sums && gain.gain && gain.total &&
+    if (gain.tops && gain.sums && gain.gain && gain.total &&
+        look_launched(stream, lookup,
+                      cudaMemsetAsync(gain.tops, 0, sums * sizeof *gain.tops, stream->stream),
+                      "cudaMemset") &&
         look_launched(stream, lookup,
                       cudaMemsetAsync(gain.sums, 0, sums * sizeof *gain.sums, stream->stream),
                       "cudaMemset") &&

@@ -307,7 +307,7 @@ static void test_squeezed_scores_equal_the_cpu(void **state) {
     close_scene(&s);
 }
 
-static void rank_segments(const fixture *f, const scene *s, bool sink, float *scores,
+static void rank_segments(const fixture *f, const scene *s, float scale, bool sink, float *scores,
                           uint32_t *candidates, uint32_t *count) {
     const loci_backend_ops *ops = f->backend->ops;
     size_t heads = (size_t)s->rows * f->q_heads * sizeof(float), values = heads * f->dim;
@@ -330,11 +330,11 @@ static void rank_segments(const fixture *f, const scene *s, bool sink, float *sc
     loci_ref out = loci_ref_at(memory, 2 * (values + heads));
     ops->upload(f->stream, q, s->q, values);
     ops->upload(f->stream, steady, s->steady, heads);
-    ops->score_segments(f->stream, &view, 0, q, f->q_heads * f->dim, s->rows, f->q_heads, 0.2f,
+    ops->score_segments(f->stream, &view, 0, q, f->q_heads * f->dim, s->rows, f->q_heads, scale,
                         segments, f->segments, out);
     ops->download(f->stream, scores, out, f->segments * sizeof(float));
     ops->lookup_begin(f->stream, lookup, &view, 0, q, f->q_heads * f->dim, s->rows, f->q_heads,
-                      0.2f, steady, &params);
+                      scale, steady, &params);
     ops->score_nodes(f->stream, lookup);
     ops->score_codes(f->stream, lookup);
     ops->lookup_candidates(f->stream, lookup, 16, candidates, count);
@@ -357,10 +357,12 @@ static void test_segments_equal_the_cpu(void **state) {
         twin t = twin_open(&s.f);
         float *ours = calloc(s.f.segments, sizeof *ours);
         float *theirs = calloc(s.f.segments, sizeof *theirs);
+        /* With the larger one some candidates have less than 2^-40 of the best's mass. */
+        float scale = round % 2 ? 0.4f : 0.2f;
         uint32_t candidates[2][16], counts[2] = {0, 0}, common = 0;
         assert_true(ours && theirs);
-        rank_segments(&s.f, &s, round > 2, ours, candidates[0], &counts[0]);
-        rank_segments(&t.f, &s, round > 2, theirs, candidates[1], &counts[1]);
+        rank_segments(&s.f, &s, scale, round > 2, ours, candidates[0], &counts[0]);
+        rank_segments(&t.f, &s, scale, round > 2, theirs, candidates[1], &counts[1]);
         compare_values(ours, theirs, s.f.segments, 1e-4, "segments");
         assert_int_equal(counts[0], counts[1]);
         for (uint32_t i = 0; i < counts[0]; i++)

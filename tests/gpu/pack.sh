@@ -30,7 +30,8 @@ done | sort -u |
     while read -r library; do
         strip --strip-unneeded -o "$out/pack/lib/$(basename "$library")" "$library"
     done
-tar -C "$out" -c pack | xz -T2 -6 >"$out/pack.tar.xz"
+# The programs hold the same kernels: a dictionary as large as all of them finds that.
+tar -C "$out" -c pack | xz --lzma2=preset=6,dict=256MiB >"$out/pack.tar.xz"
 rm -rf "$out/pack"
 size=$(stat -c %s "$out/pack.tar.xz")
 echo "$out/pack.tar.xz: $size bytes, ${#programs[@]} programs"

@@ -80,7 +80,8 @@ case " $wanted " in *" sanitize "*)
     else
         # sanitize TOOL TOPIC TESTS: those whose names match
         sanitize() {
-            check "$1-$2" 90 env LOCI_TEST_FILTER="$3" compute-sanitizer --tool "$1" \
+            local part=${3//[!a-z_]/}
+            check "$1-$2${part:+-$part}" 90 env LOCI_TEST_FILTER="$3" compute-sanitizer --tool "$1" \
                 --error-exitcode 9 "$bin/test_cuda_$2"
         }
         for topic in pointwise sample dense ranking lookup; do sanitize memcheck "$topic" '*'; done
