@@ -155,7 +155,8 @@ static cudaError_t launch(cudaStream_t stream, const loci_cuda_dense *args) {
     uintptr_t at = (uintptr_t)args->k | (uintptr_t)args->v;
     bool wide = args->dim % 8 == 0 && args->kv_stride % 8 == 0 && at % 16 == 0;
     cudaError_t result = cudaFuncSetAttribute(
-        k_attend_dense<DIM, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+        k_attend_dense<DIM, T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        (int)(attend_floats(DIM) * sizeof(float))); /* the same in every thread's launch */
     if (result != cudaSuccess) return result;
     k_attend_dense<DIM, T><<<args->tasks, ATTEND_THREADS, bytes, stream>>>(*args, wide);
     return cudaGetLastError();

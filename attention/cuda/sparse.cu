@@ -472,11 +472,13 @@ extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cud
                                              const loci_cuda_attribution *args) {
     size_t bytes = attend_floats(look->dim) * sizeof(float);
     uint32_t chunk = loci_cuda_chunk(look), chunks = loci_cuda_chunks(look->tokens_max, chunk);
+    /* The same in every thread's launch. */
+    int most = (int)(attend_floats(MAX_DIM) * sizeof(float));
     cudaError_t result =
-        cudaFuncSetAttribute(k_attribute, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+        cudaFuncSetAttribute(k_attribute, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (result == cudaSuccess)
         result = cudaFuncSetAttribute(k_attribute_flat, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      (int)bytes);
+                                      most);
     if (result == cudaSuccess && look->extents > 0) {
         dim3 grid(look->extents * look->kv_heads * chunks, loci_cuda_tiles(look->vectors));
         k_attribute<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args, chunk, chunks);

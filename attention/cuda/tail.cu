@@ -105,7 +105,8 @@ static cudaError_t launch_tail(cudaStream_t stream, const loci_cuda_look *look,
                                const loci_cuda_choice *choice, const loci_cuda_attend *args) {
     size_t bytes = attend_floats(look->dim) * sizeof(float);
     cudaError_t result = cudaFuncSetAttribute(
-        k_attend_tail<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+        k_attend_tail<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+        (int)(attend_floats(DIM) * sizeof(float))); /* the same in every thread's launch */
     if (result != cudaSuccess) return result;
     dim3 grid(look->extents * look->kv_heads, loci_cuda_tiles(look->vectors));
     k_attend_tail<DIM><<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *choice, *args);

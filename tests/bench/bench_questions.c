@@ -104,6 +104,7 @@ static loci_buf read_text(const char *path) {
     return text;
 }
 
+/* Until the text is searchable and its extents are merged, as in a corpus at rest. */
 static void register_text(loci_engine *engine, const loci_buf *text) {
     loci_error err = {0};
     loci_corpus_info info;
@@ -124,6 +125,10 @@ static void register_text(loci_engine *engine, const loci_buf *text) {
         check(loci_ingest_progress_of(ingest, "bench", &progress, &err), &err);
         check(progress.failure.status, &progress.failure);
         loci_sleep_ms(20);
+    }
+    for (;; loci_sleep_ms(20)) {
+        check(loci_corpus_get(store, "bench", &info, &err), &err);
+        if (info.merged) return;
     }
 }
 

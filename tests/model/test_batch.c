@@ -392,6 +392,41 @@ static void test_a_cancel_in_the_queue(void **state) {
     scene_check(&s);
 }
 
+/* Behind a pass that has no room left: told when that pass begins, not when its turn comes. */
+static void test_a_cancel_behind_a_full_pass(void **state) {
+    (void)state;
+    loci_batch *batch;
+    loci_error err;
+    loci_cancel cancel;
+    worker w[4]; /* who runs, a short prompt, a step, a cancelled step */
+    open_model(NULL, LOCI_F32);
+    ok(loci_batch_open(model, 4, TOKENS, &batch, &err), &err);
+    loci_cancel_init(&cancel, 0);
+    loci_cancel_request(&cancel);
+    for (uint32_t i = 0; i < 4; i++) {
+        worker_open(&w[i], batch, i);
+        w[i].count = i == 1 ? LOCI_GEMM_FEW_ROWS : 1;
+        w[i].logits_rows = 1;
+    }
+    w[0].hold_until_waiting = 3;
+    w[1].hold_until = &w[3].done; /* within its pass */
+    w[3].cancel = &cancel;
+    for (uint32_t i = 0; i < 4; i++) {
+        start(&w[i], append_once);
+        if (i == 0)
+            while (atomic_load(&w[0].calls) == 0) loci_sleep_ms(1);
+        else if (i < 3)
+            assert_true(wait_for(&w[0], i, NULL)); /* in this order */
+    }
+    for (uint32_t i = 0; i < 4; i++) join(&w[i]);
+    for (uint32_t i = 0; i < 3; i++) ok(w[i].status, &w[i].err);
+    assert_int_equal(w[3].status, LOCI_E_CANCELLED);
+    assert_int_equal(atomic_load(&w[3].calls), 0);
+    for (uint32_t i = 0; i < 4; i++) worker_close(&w[i]);
+    loci_batch_close(batch);
+    close_model();
+}
+
 /* --- Prompts, chunks ---------------------------------------------------------------------------
  */
 
@@ -520,6 +555,7 @@ int main(void) {
         cmocka_unit_test(test_a_cancel_is_one_questions_own),
         cmocka_unit_test(test_a_pass_that_nobody_wants_stops),
         cmocka_unit_test(test_a_cancel_in_the_queue),
+        cmocka_unit_test(test_a_cancel_behind_a_full_pass),
         cmocka_unit_test(test_a_long_prefill_holds_up_nobody),
         cmocka_unit_test(test_a_cancel_takes_effect_within_a_chunk),
         cmocka_unit_test(test_decoding_stays_together),
