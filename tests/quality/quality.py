@@ -37,14 +37,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 COMPARED = ("hierarchical", "dense")
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def normalize(text):
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
-    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    text = text.lower().translate(NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
@@ -188,7 +190,7 @@ def run_qa(options):
         emit(row="register", **{k: done[k] for k in ("documents", "tokens", "segments", "seconds")})
         search_qa(daemon, questions, options.seed)
         for mode in [] if options.search_only else options.modes:
-            answer_qa(daemon, questions, mode)
+            answer_qa(daemon, questions, mode, options)
 
 
 def search_qa(daemon, questions, seed):
@@ -201,20 +203,27 @@ def search_qa(daemon, questions, seed):
          **{f"recall@{k}": percent(sum(r < k for r in ranks), len(ranks), 1) for k in (1, 4, 8)})
 
 
-def answer_qa(daemon, questions, mode):
-    scores, forced, exact, found, times = [], [], [], [], []
-    for _, question, gold in questions:
+def side_by_side(options, work, items):
+    """work(item) of all items, in order, so many at a time."""
+    with ThreadPoolExecutor(options.clients) as pool:
+        return list(pool.map(work, items))
+
+
+def answer_qa(daemon, questions, mode, options):
+    def ask(asked):
+        _, question, gold = asked
         answer, readings = daemon.ask("qa", question, "--mode", mode)
         best = max(readings, key=lambda e: e["score"])["answer"] if readings else ""
-        scores.append(f1(answer["answer"], gold))
-        forced.append(f1(best, gold))  # the likeliest reading, whether or not it was believed
-        exact.append(normalize(answer["answer"]) == normalize(gold))
-        found.append(answer["found"])
-        times.append(answer["usage"]["total_ms"])
+        # The likeliest reading, whether or not it was believed, comes second.
+        return (f1(answer["answer"], gold), f1(best, gold),
+                normalize(answer["answer"]) == normalize(gold), answer["found"],
+                answer["usage"]["total_ms"])
+    scores, forced, exact, found, times = zip(*side_by_side(options, ask, questions))
     count = len(scores)
     emit(row="read_twice", mode=mode, questions=count, f1=percent(sum(scores), count),
          f1_forced=percent(sum(forced), count), exact=percent(sum(exact), count),
-         found=percent(sum(found), count, 1), median_ms=round(median(times)))
+         found=percent(sum(found), count, 1), clients=options.clients,
+         median_ms=round(median(times)))
 
 
 # --- gold among so many ------------------------------------------------------------------------
@@ -253,11 +262,11 @@ def place(wanted, ranked):
     return ranked.index(wanted) if wanted in ranked else 1000
 
 
-def unanswered_block(blocks, paragraphs, home, answer):
+def unanswered_block(blocks, normalized, home, answer):
     """A block other than `home` in which the answer does not stand; None without one."""
     for step in range(1, len(blocks)):
         other = (home + step) % len(blocks)
-        if all(normalize(answer) not in normalize(paragraphs[i]) for i in blocks[other]):
+        if all(normalize(answer) not in normalized[i] for i in blocks[other]):
             return other
     return None
 
@@ -265,46 +274,49 @@ def unanswered_block(blocks, paragraphs, home, answer):
 def run_among(options):
     paragraphs, questions = load_qa(options)
     questions = questions[:options.count]
-    for size in (16, 256, len(paragraphs)):
+    for size in options.among or (16, 256, len(paragraphs)):
         with Daemon(options) as daemon:
-            blocks = make_blocks(len(paragraphs), size, random.Random(options.seed))
+            blocks = make_blocks(len(paragraphs), min(size, len(paragraphs)),
+                                 random.Random(options.seed))
             ask_among(daemon, paragraphs, questions, blocks, options)
 
 
 def ask_among(daemon, paragraphs, questions, blocks, options):
     home = {i: b for b, block in reversed(list(enumerate(blocks))) for i in block}
+    normalized = [normalize(text) for text in paragraphs]
+    silent_in = [unanswered_block(blocks, normalized, home[gold], answer)
+                 for gold, _, answer in questions]
     rankers = {}
+    for b in sorted({home[gold] for gold, _, _ in questions} | set(silent_in) - {None}):
+        daemon.run("register", f"b{b}", write_qa(daemon, ((i, paragraphs[i]) for i in blocks[b])),
+                   "--create")
+        rankers[b] = bm25_ranker([paragraphs[i] for i in blocks[b]])
 
-    def block_corpus(b):
-        if b not in rankers:
-            daemon.run("register", f"b{b}", write_qa(daemon, ((i, paragraphs[i]) for i in blocks[b])),
-                       "--create")
-            rankers[b] = bm25_ranker([paragraphs[i] for i in blocks[b]])
-        return f"b{b}"
-
-    scores, exact, found, ranks, base, silent = [], [], [], [], [], []
-    for gold, question, answer in questions:
+    def ask(at):
+        gold, question, answer = questions[at]
         b = home[gold]
-        corpus = block_corpus(b)
-        hits = daemon.last("search", corpus, question, "-k", "20")["hits"]
-        ranks.append(place(f"p{gold}", list(dict.fromkeys(h["document"] for h in hits))))
-        if rankers[b]:
-            base.append(place(gold, [blocks[b][i] for i in rankers[b](question)]))
-        given = daemon.last("ask", corpus, question)
-        scores.append(f1(given["answer"], answer))
-        exact.append(normalize(given["answer"]) == normalize(answer))
-        found.append(given["found"])
-        other = unanswered_block(blocks, paragraphs, b, answer)
-        if other is not None:
-            silent.append(not daemon.last("ask", block_corpus(other), question)["found"])
-    count = len(questions)
+        hits = daemon.last("search", f"b{b}", question, "-k", "20")["hits"]
+        given = daemon.last("ask", f"b{b}", question)
+        return {"f1": f1(given["answer"], answer),
+                "exact": normalize(given["answer"]) == normalize(answer),
+                "found": given["found"],
+                "rank": place(f"p{gold}", list(dict.fromkeys(h["document"] for h in hits))),
+                "base": rankers[b] and place(gold, [blocks[b][i] for i in rankers[b](question)]),
+                "silent": None if silent_in[at] is None else
+                          not daemon.last("ask", f"b{silent_in[at]}", question)["found"]}
+
+    rows = side_by_side(options, ask, range(len(questions)))
+    count, base = len(rows), [row["base"] for row in rows if row["base"] is not None]
     emit(row="among", among=len(blocks[0]), questions=count, seed=options.seed,
-         f1=percent(sum(scores), count), exact=percent(sum(exact), count, 1),
-         **recalls("recall", ranks), **(recalls("bm25", base) if base else {}))
+         f1=percent(sum(row["f1"] for row in rows), count),
+         exact=percent(sum(row["exact"] for row in rows), count, 1),
+         **recalls("recall", [row["rank"] for row in rows]),
+         **(recalls("bm25", base) if base else {}))
+    silent = [row["silent"] for row in rows if row["silent"] is not None]
     if silent:
         emit(row="silence", among=len(blocks[0]), questions=len(silent), seed=options.seed,
              refused_percent=percent(sum(silent), len(silent), 1),
-             answerable_refused_percent=percent(count - sum(found), count, 1))
+             answerable_refused_percent=percent(sum(not row["found"] for row in rows), count, 1))
 
 
 # --- needles ---------------------------------------------------------------------------------
@@ -567,6 +579,9 @@ def main():
     parser.add_argument("--questions", help="qa, among: a file of questions instead of qa_valid's")
     parser.add_argument("--compare-dense", action="store_true",
                         help="needles: hierarchical and dense side by side")
+    parser.add_argument("--among", type=int, nargs="*", help="among: so many paragraphs")
+    parser.add_argument("--clients", type=int, default=1,
+                        help="qa, among: questions asked at the same time")
     parser.add_argument("--search-only", action="store_true", help="qa: no answers")
     parser.add_argument("--verbose", action="store_true")
     options = parser.parse_args()
