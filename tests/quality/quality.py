@@ -181,6 +181,12 @@ def write_qa(daemon, paragraphs):
     return path
 
 
+def side_by_side(options, work, items):
+    """work(item) of all items, in order, so many at a time."""
+    with ThreadPoolExecutor(options.clients) as pool:
+        return list(pool.map(work, items))
+
+
 def run_qa(options):
     paragraphs, questions = load_qa(options)
     questions = questions[:options.count]
@@ -188,25 +194,21 @@ def run_qa(options):
         daemon.run("corpus", "create", "qa")
         done = daemon.last("register", "qa", write_qa(daemon, enumerate(paragraphs)))
         emit(row="register", **{k: done[k] for k in ("documents", "tokens", "segments", "seconds")})
-        search_qa(daemon, questions, options.seed)
+        search_qa(daemon, questions, options)
         for mode in [] if options.search_only else options.modes:
             answer_qa(daemon, questions, mode, options)
 
 
-def search_qa(daemon, questions, seed):
-    ranks = []
-    for gold, question, _ in questions:
-        hits = daemon.last("search", "qa", question, "-k", "20")["hits"]
-        documents = list(dict.fromkeys(h["document"] for h in hits))
-        ranks.append(documents.index(f"p{gold}") if f"p{gold}" in documents else 1000)
-    emit(row="search", questions=len(ranks), seed=seed,
+def rank_of(daemon, corpus, gold, question):
+    """The place of paragraph `gold` among the documents found, from 0; 1000 where it is not."""
+    hits = daemon.last("search", corpus, question, "-k", "20")["hits"]
+    return place(f"p{gold}", list(dict.fromkeys(h["document"] for h in hits)))
+
+
+def search_qa(daemon, questions, options):
+    ranks = side_by_side(options, lambda asked: rank_of(daemon, "qa", *asked[:2]), questions)
+    emit(row="search", questions=len(ranks), seed=options.seed,
          **{f"recall@{k}": percent(sum(r < k for r in ranks), len(ranks), 1) for k in (1, 4, 8)})
-
-
-def side_by_side(options, work, items):
-    """work(item) of all items, in order, so many at a time."""
-    with ThreadPoolExecutor(options.clients) as pool:
-        return list(pool.map(work, items))
 
 
 def answer_qa(daemon, questions, mode, options):
@@ -295,12 +297,11 @@ def ask_among(daemon, paragraphs, questions, blocks, options):
     def ask(at):
         gold, question, answer = questions[at]
         b = home[gold]
-        hits = daemon.last("search", f"b{b}", question, "-k", "20")["hits"]
         given = daemon.last("ask", f"b{b}", question)
         return {"f1": f1(given["answer"], answer),
                 "exact": normalize(given["answer"]) == normalize(answer),
                 "found": given["found"],
-                "rank": place(f"p{gold}", list(dict.fromkeys(h["document"] for h in hits))),
+                "rank": rank_of(daemon, f"b{b}", gold, question),
                 "base": rankers[b] and place(gold, [blocks[b][i] for i in rankers[b](question)]),
                 "silent": None if silent_in[at] is None else
                           not daemon.last("ask", f"b{silent_in[at]}", question)["found"]}
