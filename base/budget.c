@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #define SHORTAGE_MAX 4u
 
@@ -28,6 +29,28 @@ static const struct {
     LOCI_MEMORY_MAP(X)
 #undef X
 };
+
+/* The limit of the memory cgroup that the process lives in (v2, then v1), as containers see it. */
+static uint64_t cgroup_limit(void) {
+    static const char *const paths[] = {"/sys/fs/cgroup/memory.max",
+                                        "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+    for (size_t i = 0; i < 2; i++) {
+        unsigned long long bytes;
+        FILE *file = fopen(paths[i], "r");
+        if (!file) continue;
+        int found = fscanf(file, "%llu", &bytes);
+        fclose(file);
+        if (found == 1) return bytes;
+    }
+    return UINT64_MAX;
+}
+
+uint64_t loci_memory_limit(void) {
+    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
+    uint64_t ram = pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size : 8ull << 30;
+    uint64_t limit = cgroup_limit();
+    return limit < ram ? limit : ram;
+}
 
 const char *loci_memory_part_name(loci_memory_part part) {
     LOCI_ASSERT((unsigned)part < LOCI_MEMORY_PARTS);

@@ -37,6 +37,9 @@ typedef enum loci_memory_part {
         LOCI_MEMORY_PARTS
 } loci_memory_part;
 
+/* Memory that the process may use: the machine's, or that of its memory cgroup (a container's). */
+uint64_t loci_memory_limit(void);
+
 const char *loci_memory_part_name(loci_memory_part part);
 
 typedef struct loci_budget loci_budget;

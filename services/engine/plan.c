@@ -27,26 +27,8 @@
 #define PACK_BYTES (64 * MIB)    /* most of a weight that is packed at once */
 #define TOKEN_BYTES 64u          /* what the host knows of a token that is encoded */
 
-/* The limit of the memory cgroup that the process lives in (v2, then v1), as containers see it. */
-static uint64_t cgroup_limit(void) {
-    static const char *const paths[] = {"/sys/fs/cgroup/memory.max",
-                                        "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
-    for (size_t i = 0; i < 2; i++) {
-        unsigned long long bytes;
-        FILE *file = fopen(paths[i], "r");
-        if (!file) continue;
-        int found = fscanf(file, "%llu", &bytes);
-        fclose(file);
-        if (found == 1) return bytes;
-    }
-    return UINT64_MAX;
-}
-
 uint64_t loci_plan_default_limit(void) {
-    long pages = sysconf(_SC_PHYS_PAGES), size = sysconf(_SC_PAGESIZE);
-    uint64_t ram = pages > 0 && size > 0 ? (uint64_t)pages * (uint64_t)size : 8ull << 30;
-    uint64_t limit = cgroup_limit();
-    return (limit < ram ? limit : ram) / 2;
+    return loci_memory_limit() / 2;
 }
 
 static uint64_t round_up(uint64_t value, uint64_t unit) {
