@@ -129,6 +129,13 @@ typedef struct loci_lookup_stats {
     uint64_t candidate_tokens;
 } loci_lookup_stats;
 
+/* Where a device has the extents that look-ups read: in its own memory, and keys and values that do
+ * not fit in memory of the host below it; rows: keys and values of tokens read from there, of which
+ * hits were cached on the device. Rows count since the backend opened. */
+typedef struct loci_tier_stats {
+    uint64_t device_bytes, device_budget, host_bytes, host_budget, row_hits, row_misses;
+} loci_tier_stats;
+
 /* Is asked before the memory of look-ups grows by `bytes` > 0, and may refuse with a status and a
  * sentence; is told of memory given back with `bytes` < 0. Any thread. */
 typedef loci_status (*loci_lookup_memory_fn)(void *ctx, int64_t bytes, loci_error *err);
@@ -283,6 +290,8 @@ typedef struct loci_backend_ops {
     void (*lookup_squeezed)(loci_stream *stream, loci_lookup *lookup, unsigned level, float *scores,
                             uint32_t *tokens, float *root_scores, size_t capacity, size_t *count);
 
+    /* (optional) Any thread, without waiting for long. */
+    void (*tiers)(loci_backend *self, loci_tier_stats *out);
     /* (optional) Clusters the keys of one pair (attention/cluster.h) with the result that the CPU
      * has, to the bit. Host arrays; returns when it is done. Any thread. LOCI_E_NOMEM: the CPU is
      * to do it; LOCI_E_CANCELLED. */

@@ -377,6 +377,19 @@ void *loci_cuda_scratch(loci_stream *stream, size_t bytes) {
     return memory;
 }
 
+static void cuda_tiers(loci_backend *self, loci_tier_stats *out) {
+    loci_cuda_pairs_stats stats;
+    loci_cuda_pairs_last_stats(((loci_cuda *)self->ctx)->pairs, &stats);
+    *out = (loci_tier_stats){
+        .device_bytes = stats.bytes,
+        .device_budget = stats.budget,
+        .host_bytes = stats.host_bytes,
+        .host_budget = stats.host_budget,
+        .row_hits = stats.row_hits,
+        .row_misses = stats.row_misses,
+    };
+}
+
 const loci_backend_ops loci_backend_cuda = {
     .name = "cuda",
     .on_device = true,
@@ -419,5 +432,6 @@ const loci_backend_ops loci_backend_cuda = {
     .lookup_selected = loci_cuda_lookup_selected,
     .lookup_squeezed = loci_cuda_lookup_squeezed,
     .lookup_stats = loci_cuda_lookup_stats,
+    .tiers = cuda_tiers,
     .cluster_keys = loci_cuda_cluster_keys,
 };

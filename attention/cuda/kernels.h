@@ -104,7 +104,9 @@ typedef struct loci_cuda_root {
 } loci_cuda_root;
 
 /* One pair on the device. Nodes: float centroid and variance scale, int8 centroid[dim], uint8
- * variance[dim]. Records: code[dim / 2], slot word, check. kv: K row and V row of each slot. */
+ * variance[dim]. Records: code[dim / 2], slot word, check. kv: K row and V row of each slot, on the
+ * device or in mapped memory of the host; there frame_of, unless NULL, has for each slot 1 + the
+ * frame of the row cache that holds its rows, or 0. */
 typedef struct loci_cuda_pair {
     const uint8_t *blob, *root_nodes, *leaf_nodes, *records, *position_codes;
     const uint16_t *kv, *value_means; /* means: roots, then leaves */
@@ -114,6 +116,7 @@ typedef struct loci_cuda_pair {
     const uint32_t *leaf_root;  /* [leaves] */
     uint32_t tokens, leaves, roots, node_stride, record_stride;
     uint32_t root_tokens; /* of the largest root */
+    uint32_t *frame_of;
     /* Added by a look-up: */
     const uint64_t *live;          /* a bit a slot; NULL: all */
     const uint32_t *segment_begin; /* positions; NULL where not needed */
@@ -122,6 +125,36 @@ typedef struct loci_cuda_pair {
     uint32_t word_base;            /* of its first mask word among those of the head */
     uint32_t segments, segment_base;
 } loci_cuda_pair;
+
+/* --- rows.cu: the cache of K and V rows ------------------------------------------------- */
+
+#define LOCI_CUDA_FRAME_LOT 16u /* frames are a multiple of it */
+
+enum { LOCI_CUDA_FRAME_IDLE = 0, LOCI_CUDA_FRAME_USED = 1, LOCI_CUDA_FRAME_FREE = 2 };
+
+/* On the device. head and tail count what was taken from and put into the ring of free frames; in
+ * a step head may run past tail. hand: where the next sweep begins. */
+typedef struct loci_cuda_row_state {
+    unsigned long long hits, misses, evicted;
+    uint32_t head, tail, hand;
+} loci_cuda_row_state;
+
+/* Frames hold K row and V row of a slot, 4 dim bytes. No frames: all NULL. rows.h says who may use
+ * it when. */
+typedef struct loci_cuda_row_cache {
+    uint16_t *frames;
+    uint8_t *use;     /* [count]: idle, read since the hand came by, or free */
+    uint32_t **owner; /* [count]: the entry of a frame_of that names it; NULL = none */
+    uint32_t *ring;   /* [ring_count], a power of two */
+    loci_cuda_row_state *state;
+    uint32_t count, ring_count, dim;
+} loci_cuda_row_cache;
+
+/* Refills the ring: frames from the hand on, used ones only marked idle (CLOCK). */
+cudaError_t loci_cuda_k_rows_sweep(cudaStream_t stream, const loci_cuda_row_cache *cache);
+/* Entries [table, table + tokens) go: their frames have no owner any more. */
+cudaError_t loci_cuda_k_rows_forget(cudaStream_t stream, const loci_cuda_row_cache *cache,
+                                    const uint32_t *table, uint32_t tokens);
 
 /* --- look-ups -------------------------------------------------------------------------- */
 
@@ -208,9 +241,13 @@ typedef struct loci_cuda_attend {
     uint32_t chunk, chunks, parts;
     float *out, *lse;
     uint32_t out_stride;
+    loci_cuda_row_cache cache; /* of pairs with frame_of */
 } loci_cuda_attend;
 
-/* sparse.cu */
+/* sparse.cu. fetch_rows: before attend_sparse of modes that leave tokens out, into the row cache.
+ */
+cudaError_t loci_cuda_k_fetch_rows(cudaStream_t stream, const loci_cuda_look *look,
+                                   const loci_cuda_attend *args);
 cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci_cuda_look *look,
                                       const loci_cuda_attend *args);
 cudaError_t loci_cuda_k_join(cudaStream_t stream, const loci_cuda_look *look,
@@ -229,6 +266,7 @@ typedef struct loci_cuda_attribution {
     const uint16_t *flat_k;
     const uint32_t *flat_segment_begin;
     uint32_t flat_tokens, flat_segments, flat_segment_base;
+    loci_cuda_row_cache cache;
 } loci_cuda_attribution;
 
 cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,

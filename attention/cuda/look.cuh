@@ -77,7 +77,7 @@ static __device__ __forceinline__ bool is_chosen(const loci_cuda_cut &cut, float
 /* The sum of what threads before this one have; *all: of all THREADS of the block. */
 template <uint32_t THREADS>
 static __device__ __forceinline__ uint32_t sum_before(uint32_t own, uint32_t *all) {
-    __shared__ uint32_t warps[THREADS / 32];
+    __shared__ __align__(16) uint32_t warps[THREADS / 32]; /* read in words of 16 bytes */
     uint32_t sum = own, lane = threadIdx.x % 32;
     for (int offset = 1; offset < 32; offset *= 2) {
         uint32_t before = __shfl_up_sync(FULL_WARP, sum, offset);

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "attention/common.h"
+#include "attention/cuda/rows.h"
 #include "attention/index_layout.h"
 
 #define CHUNK_BYTES ((size_t)8 << 20)
@@ -151,20 +152,40 @@ static uint64_t live_tokens(const loci_extent_view *extent, const uint64_t *live
     return count + (uint64_t)__builtin_popcountll(last);
 }
 
-/* Pins one pair and numbers its roots, leaves and words. */
+static loci_status pin_pairs(loci_lookup *lookup, bool below, loci_error *err) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    for (uint32_t e = 0; e < corpus->extent_count; e++)
+        for (uint32_t h = 0; h < corpus->kv_heads; h++) {
+            size_t at = (size_t)e * corpus->kv_heads + h;
+            LOCI_TRY(loci_cuda_pairs_pin(lookup->cuda->pairs, &corpus->extents[e], lookup->layer,
+                                         corpus->kv_heads, h, corpus->head_dim, below,
+                                         &lookup->pinned[at], &lookup->pairs[at], err));
+            lookup->pinned_count = at + 1;
+            if (lookup->pairs[at].frame_of) lookup->cached = true;
+        }
+    return LOCI_OK;
+}
+
+/* Pins all pairs of the layer; a second time where their own keys and values, pinned before, stood
+ * in the way of an index. */
+static bool pin_layer(loci_stream *stream, loci_lookup *lookup) {
+    loci_error err;
+    loci_status status = pin_pairs(lookup, false, &err);
+    if (status == LOCI_E_LIMIT) {
+        unpin(lookup);
+        loci_cuda_pairs_lower(lookup->cuda->pairs);
+        status = pin_pairs(lookup, true, &err);
+    }
+    if (status != LOCI_OK) loci_cuda_fail(stream, err.status, "%s", err.text);
+    return status == LOCI_OK;
+}
+
+/* Numbers roots, leaves and words of one pair. */
 static bool open_pair(loci_stream *stream, loci_lookup *lookup, uint32_t e, uint32_t h) {
     const loci_corpus_view *corpus = lookup->corpus;
     const loci_extent_view *extent = &corpus->extents[e];
-    size_t at = (size_t)e * corpus->kv_heads + h;
     loci_cuda_head *head = &lookup->heads[h];
-    loci_cuda_pair *pair = &lookup->pairs[at];
-    loci_error err;
-    if (loci_cuda_pairs_pin(lookup->cuda->pairs, extent, lookup->layer, corpus->kv_heads, h,
-                            corpus->head_dim, &lookup->pinned[at], pair, &err) != LOCI_OK) {
-        loci_cuda_fail(stream, err.status, "%s", err.text);
-        return false;
-    }
-    lookup->pinned_count = at + 1;
+    loci_cuda_pair *pair = &lookup->pairs[(size_t)e * corpus->kv_heads + h];
     pair->kv_head = h;
     pair->root_base = head->roots;
     pair->leaf_base = head->leaves;
@@ -199,7 +220,8 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
     const loci_corpus_view *corpus = lookup->corpus;
     loci_cuda_look *look = &lookup->look;
     size_t pairs = (size_t)corpus->extent_count * corpus->kv_heads;
-    if (!reserve_tables(stream, lookup, pairs, corpus->kv_heads)) return false;
+    if (!reserve_tables(stream, lookup, pairs, corpus->kv_heads) || !pin_layer(stream, lookup))
+        return false;
     for (uint32_t e = 0; e < corpus->extent_count; e++) {
         for (uint32_t h = 0; h < corpus->kv_heads; h++)
             if (!open_pair(stream, lookup, e, h)) return false;
@@ -384,7 +406,7 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
     lookup->layer = retrieval_layer;
     lookup->ready = true;
     lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
-    lookup->masked = lookup->counted = lookup->deletions = false;
+    lookup->masked = lookup->counted = lookup->deletions = lookup->cached = false;
     lookup->live_tokens = 0;
     lookup->spread = 0.0;
     lookup->look = (loci_cuda_look){
@@ -550,6 +572,44 @@ void loci_cuda_select(loci_stream *stream, loci_lookup *lookup) {
     lookup->tokens_selected = lookup->ready;
 }
 
+/* Between these two, work that reads rows of pairs. */
+static void enter_rows(loci_stream *stream, loci_lookup *lookup, loci_cuda_row_cache *cache) {
+    *cache = (loci_cuda_row_cache){0};
+    if (!lookup->cached) return;
+    cudaError_t result =
+        loci_cuda_rows_enter(loci_cuda_pairs_rows(lookup->cuda->pairs), stream->stream, cache);
+    if (cache->dim != lookup->look.dim) *cache = (loci_cuda_row_cache){0};
+    (void)look_launched(stream, lookup, result, "the cache of rows");
+}
+
+static void leave_rows(loci_stream *stream, loci_lookup *lookup, bool used) {
+    if (!lookup->cached) return;
+    (void)look_launched(
+        stream, lookup,
+        loci_cuda_rows_leave(loci_cuda_pairs_rows(lookup->cuda->pairs), stream->stream, used),
+        "the cache of rows");
+}
+
+/* Attention over what is selected, from the list or from the mask. Of all tokens' rows none are
+ * kept: they would drive out the others. */
+static bool attend_rows(loci_stream *stream, loci_lookup *lookup, bool listed,
+                        loci_cuda_attend *args) {
+    const loci_cuda_look *look = &lookup->look;
+    enter_rows(stream, lookup, &args->cache);
+    bool fetches = args->cache.frames && lookup->mode != LOCI_MODE_DENSE;
+    if (lookup->ready && fetches && !listed)
+        (void)look_launched(stream, lookup, loci_cuda_k_fetch_rows(stream->stream, look, args),
+                            "attend_sparse");
+    if (lookup->ready)
+        (void)look_launched(
+            stream, lookup,
+            listed ? loci_cuda_k_attend_listed(stream->stream, look, &lookup->choice, args)
+                   : loci_cuda_k_attend_sparse(stream->stream, look, args),
+            "attend_sparse");
+    leave_rows(stream, lookup, fetches);
+    return lookup->ready;
+}
+
 void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
                              uint32_t out_stride, loci_ref lse) {
     if (!lookup->ready || !lookup->tokens_selected) return;
@@ -576,12 +636,7 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
     args.partial = look_alloc(stream, lookup, partials * (look->dim + 2) * sizeof(float));
     if (!args.partial || !args.out || !args.lse) return;
     if (!listed && !look_mask(stream, lookup)) return;
-    if (!look_launched(stream, lookup,
-                       listed
-                           ? loci_cuda_k_attend_listed(stream->stream, look, &lookup->choice, &args)
-                           : loci_cuda_k_attend_sparse(stream->stream, look, &args),
-                       "attend_sparse"))
-        return;
+    if (!attend_rows(stream, lookup, listed, &args)) return;
     if (tail && !look_count(stream, lookup)) return;
     if (tail && !look_launched(
                     stream, lookup,
@@ -617,9 +672,13 @@ void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref tota
                                     args.flat_tokens * row);
         if (!args.flat_segment_begin || !args.flat_k) return;
     }
-    if (look_launched(stream, lookup,
-                      cudaMemsetAsync(args.mass, 0, segments * sizeof *args.mass, stream->stream),
-                      "cudaMemset"))
+    if (!look_launched(stream, lookup,
+                       cudaMemsetAsync(args.mass, 0, segments * sizeof *args.mass, stream->stream),
+                       "cudaMemset"))
+        return;
+    enter_rows(stream, lookup, &args.cache);
+    if (lookup->ready)
         (void)look_launched(stream, lookup, loci_cuda_k_attribute(stream->stream, look, &args),
                             "attribute");
+    leave_rows(stream, lookup, false);
 }

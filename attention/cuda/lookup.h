@@ -29,6 +29,7 @@ struct loci_lookup {
     bool tokens_scored, tokens_selected, attended;
     bool masked, counted; /* by look_mask, by look_count */
     bool deletions;       /* tokens of a pair are not live */
+    bool cached;          /* rows of a pair go through the cache of rows */
     uint32_t layer;
     uint64_t live_tokens;
     double spread; /* sum over extents of the square root of their live tokens */

@@ -1,27 +1,31 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * See pairs.h. One lock for the whole cache, held while a pair is verified and copied: look-ups of
- * other threads that miss, too, would wait for the same bus.
+ * See pairs.h. One lock for all pairs, held while a part is verified and copied: look-ups of other
+ * threads that miss, too, would wait for the same bus. It is taken before the lock of rows.h.
  */
 #include "attention/cuda/pairs.h"
 
 #include <stdlib.h>
-#include <string.h>
 
+#include "attention/cuda/pair_blob.h"
+#include "attention/cuda/rows.h"
 #include "attention/index_layout.h"
+#include "base/budget.h"
 
 #define BUCKETS 1024u
-#define STAGING_BYTES ((size_t)8 << 20)
-#define CHECK_SLOTS 1024u /* of one task */
+#define IDLE_ROUNDS 4u  /* an index is idle that was not used while all could have been so often */
+#define ROWS_ROUNDS 16u /* until rows are cached again, in the same measure */
 
 struct loci_cuda_pair_entry {
     const loci_buffer *buffer;
     uint64_t at;
-    uint8_t *device;
-    size_t bytes;
+    uint8_t *index, *kv; /* NULL = not there */
+    bool kv_below;       /* kv is memory of the host */
+    size_t index_bytes, kv_bytes;
+    uint32_t *frame_of; /* on the device; only of kv below, NULL where rows are not cached */
     uint32_t pins;
     bool gone;     /* its buffer is; it goes with its last pin */
-    uint64_t used; /* by the cache's clock */
+    uint64_t used; /* by the clock, which counts pins */
     loci_cuda_pair pair;
     loci_cuda_pair_entry *next;
 };
@@ -30,298 +34,292 @@ struct loci_cuda_pairs {
     loci_cuda *cuda;
     pthread_mutex_t lock;
     loci_cuda_pair_entry *buckets[BUCKETS];
+    loci_cuda_pair_entry *gone; /* still pinned */
+    size_t count;
     uint64_t clock;
     loci_cuda_pairs_stats stats;
-    uint8_t *staging[2];   /* page-locked */
-    cudaEvent_t copied[2]; /* the staging is free again */
+    loci_cuda_staging staging;
+    loci_cuda_rows rows;
+    uint64_t rows_after; /* by the clock: when rows that gave way may be cached again */
+    pthread_mutex_t told_lock;
+    loci_cuda_pairs_stats told;
 };
 
-/* --- verification ---------------------------------------------------------------------- */
+/* --- parts that go --------------------------------------------------------------------- */
 
-typedef struct check_job {
-    const uint8_t *blob;
-    loci_error *errors; /* one a task */
-} check_job;
-
-static size_t tasks_of(uint32_t tokens) {
-    return (tokens + CHECK_SLOTS - 1) / CHECK_SLOTS;
+static size_t table_bytes(const loci_cuda_pair_entry *entry) {
+    return entry->pair.tokens * sizeof *entry->frame_of;
 }
 
-static void check_slots(void *arg, size_t index, unsigned thread) {
-    (void)thread;
-    check_job *job = arg;
-    uint32_t tokens = loci_pair_header_of(job->blob)->tokens, begin = (uint32_t)index * CHECK_SLOTS;
-    uint32_t end = tokens - begin < CHECK_SLOTS ? tokens : begin + CHECK_SLOTS;
-    loci_error *err = &job->errors[index];
-    for (uint32_t s = begin; s < end && err->status == LOCI_OK; s++) {
-        if (!loci_slot_check_record(job->blob, s))
-            (void)loci_fail(err, LOCI_E_CORRUPT, "record of slot %u: wrong hash", s);
-        else if (!loci_slot_check_kv(job->blob, s))
-            (void)loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", s);
+static void drop_table(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) {
+    if (!entry->frame_of) return;
+    loci_cuda_rows_forget(&pairs->rows, entry->frame_of, entry->pair.tokens);
+    (void)cudaFree(entry->frame_of);
+    entry->frame_of = NULL;
+    pairs->stats.bytes -= table_bytes(entry);
+}
+
+static void drop_index(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) {
+    if (!entry->index) return;
+    drop_table(pairs, entry);
+    (void)cudaFree(entry->index);
+    entry->index = NULL;
+    pairs->stats.bytes -= entry->index_bytes;
+}
+
+static void drop_kv(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) {
+    if (!entry->kv) return;
+    if (entry->kv_below) {
+        drop_table(pairs, entry);
+        (void)cudaFreeHost(entry->kv);
+        pairs->stats.host_bytes -= entry->kv_bytes;
+    } else {
+        (void)cudaFree(entry->kv);
+        pairs->stats.bytes -= entry->kv_bytes;
+        pairs->stats.kv_bytes -= entry->kv_bytes;
     }
+    entry->kv = NULL;
+    entry->kv_below = false;
 }
 
-static bool means_ok(const uint8_t *blob, uint32_t first, uint32_t count, uint64_t hash) {
-    size_t bytes = (size_t)count * 2 * loci_pair_header_of(blob)->head_dim;
-    return loci_hash_bytes(loci_pair_value_mean(blob, first), bytes) == hash;
-}
-
-static loci_status check_means(const uint8_t *blob, loci_error *err) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    if (!means_ok(blob, 0, header->roots, header->hash_root_values))
-        return loci_fail(err, LOCI_E_CORRUPT, "value means of roots from 0: wrong hash");
-    for (uint32_t i = 0; i < header->roots; i++) {
-        const loci_root *root = loci_pair_root(blob, i);
-        if (!means_ok(blob, header->roots + root->begin, root->count, root->hash_values))
-            return loci_fail(err, LOCI_E_CORRUPT, "value means of root %u: wrong hash", i);
-    }
-    return LOCI_OK;
-}
-
-static loci_status check_positions(const uint8_t *blob, loci_error *err) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    if (header->position_codes_at == 0) return LOCI_OK;
-    uint32_t blocks = (header->tokens + LOCI_POSITION_BLOCK - 1) / LOCI_POSITION_BLOCK;
-    const uint64_t *hashes = (const void *)(blob + header->position_hashes_at);
-    if (loci_hash_bytes(hashes, blocks * sizeof *hashes) != header->hash_position_hashes)
-        return loci_fail(err, LOCI_E_CORRUPT, "position hashes: wrong hash");
-    size_t row = header->head_dim / 2;
-    for (uint32_t b = 0; b < blocks; b++) {
-        uint32_t from = b * LOCI_POSITION_BLOCK, left = header->tokens - from;
-        size_t count = left < LOCI_POSITION_BLOCK ? left : LOCI_POSITION_BLOCK;
-        if (loci_hash_bytes(blob + header->position_codes_at + from * row, count * row) !=
-            hashes[b])
-            return loci_fail(err, LOCI_E_CORRUPT, "position codes of block %u: wrong hash", b);
-    }
-    return LOCI_OK;
-}
-
-static loci_status check_pair(loci_cuda *cuda, const uint8_t *blob, uint64_t bytes, uint64_t hash,
-                              loci_error *err) {
-    LOCI_TRY(loci_pair_open_check(blob, bytes, hash, err));
-    size_t tasks = tasks_of(loci_pair_header_of(blob)->tokens);
-    check_job job = {blob, calloc(tasks, sizeof *job.errors)};
-    if (!job.errors) return loci_fail(err, LOCI_E_NOMEM, "no memory to verify an extent");
-    loci_pool_run(cuda->pool, tasks, check_slots, &job);
-    loci_status status = LOCI_OK;
-    for (size_t i = 0; i < tasks && status == LOCI_OK; i++) {
-        status = job.errors[i].status;
-        if (status != LOCI_OK) *err = job.errors[i];
-    }
-    free(job.errors);
-    LOCI_TRY(status);
-    LOCI_TRY(check_means(blob, err));
-    return check_positions(blob, err);
-}
-
-/* --- layout on the device -------------------------------------------------------------- */
-
-/* K and V are bf16 on the device, as they are read back from an int8 pair; what follows them in the
- * blob then stands so much further on. */
-static size_t widening(const uint8_t *blob) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    size_t tokens = header->tokens, wide = tokens * loci_kv_stride(header->head_dim, LOCI_BF16);
-    return loci_block_aligned(header->kv_at + wide) -
-           loci_block_aligned(header->kv_at + tokens * loci_pair_kv_stride(blob));
-}
-
-static size_t device_bytes(const uint8_t *blob) {
-    return loci_pair_header_of(blob)->blob_bytes + widening(blob);
-}
-
-/* Behind the blob: what a look-up would have to add up from roots and leaves. */
-typedef struct extras {
-    loci_cuda_root *roots;
-    uint32_t *leaf_begin; /* leaves + 1 */
-    uint32_t *leaf_root;
-    size_t roots_bytes, begin_bytes, root_bytes;
-} extras;
-
-static size_t rounded(size_t bytes) {
-    return (bytes + 255) / 256 * 256;
-}
-
-static size_t extras_bytes(const extras *x) {
-    return x->roots_bytes + x->begin_bytes + x->root_bytes;
-}
-
-static bool make_extras(const uint8_t *blob, extras *out, uint8_t **memory) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    out->roots_bytes = rounded(header->roots * sizeof *out->roots);
-    out->begin_bytes = rounded((header->leaves + 1) * sizeof *out->leaf_begin);
-    out->root_bytes = rounded(header->leaves * sizeof *out->leaf_root);
-    *memory = calloc(1, extras_bytes(out));
-    if (!*memory) return false;
-    out->roots = (void *)*memory;
-    out->leaf_begin = (void *)(*memory + out->roots_bytes);
-    out->leaf_root = (void *)(*memory + out->roots_bytes + out->begin_bytes);
-    uint32_t slot = 0;
-    for (uint32_t i = 0; i < header->roots; i++) {
-        const loci_root *root = loci_pair_root(blob, i);
-        const loci_leaf *leaves = loci_root_leaves(blob, root);
-        size_t at = (size_t)(loci_root_sketches(blob, root) - blob);
-        out->roots[i] =
-            (loci_cuda_root){slot, root->tokens, root->begin, root->count, (uint32_t)at};
-        for (uint32_t l = 0; l < root->count; l++) {
-            out->leaf_begin[root->begin + l] = leaves[l].begin;
-            out->leaf_root[root->begin + l] = i;
-        }
-        slot += root->tokens;
-    }
-    out->leaf_begin[header->leaves] = slot;
-    return true;
-}
-
-static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const extras *x) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    uint32_t dim = header->head_dim;
-    const uint8_t *behind = device + rounded(device_bytes(blob));
-    uint32_t root_tokens = 0;
-    for (uint32_t i = 0; i < header->roots; i++)
-        if (x->roots[i].tokens > root_tokens) root_tokens = x->roots[i].tokens;
-#define AT(pointer) (device + ((const uint8_t *)(pointer)-blob))
-    loci_cuda_pair pair = {
-        .blob = device,
-        .root_nodes = AT(loci_pair_root_node(blob, 0)),
-        .leaf_nodes = AT(loci_pair_leaf_node(blob, 0)),
-        .records = AT(loci_slot_record(blob, 0)),
-        .kv = (const void *)AT(loci_slot_kv(blob, 0)),
-        .value_means = (const void *)AT(loci_pair_value_mean(blob, 0)),
-        .mean = (const void *)AT(loci_pair_mean(blob)),
-        .code_scale = (const void *)AT(loci_pair_code_scale(blob)),
-        .codebook = (const void *)AT(loci_pair_codebook(blob)),
-        .position_codes =
-            header->position_codes_at ? device + header->position_codes_at + widening(blob) : NULL,
-        .root_table = (const void *)behind,
-        .leaf_begin = (const void *)(behind + x->roots_bytes),
-        .leaf_root = (const void *)(behind + x->roots_bytes + x->begin_bytes),
-        .tokens = header->tokens,
-        .leaves = header->leaves,
-        .roots = header->roots,
-        .root_tokens = root_tokens,
-        .node_stride = (uint32_t)loci_node_stride(dim),
-        .record_stride = (uint32_t)loci_record_stride(dim),
-    };
-#undef AT
-    return pair;
-}
-
-/* --- copying --------------------------------------------------------------------------- */
-
-/* Waits until the staging is free again. */
-static loci_status take_staging(loci_cuda_pairs *pairs, size_t turn, loci_error *err) {
-    return loci_cuda_try(cudaEventSynchronize(pairs->copied[turn]), "cudaEvent", err);
-}
-
-static loci_status send_staging(loci_cuda_pairs *pairs, size_t turn, uint8_t *to, size_t bytes,
-                                loci_error *err) {
-    cudaStream_t stream = pairs->cuda->copies;
-    LOCI_TRY(loci_cuda_try(
-        cudaMemcpyAsync(to, pairs->staging[turn], bytes, cudaMemcpyHostToDevice, stream),
-        "cudaMemcpy", err));
-    return loci_cuda_try(cudaEventRecord(pairs->copied[turn], stream), "cudaEvent", err);
-}
-
-static loci_status copy_bytes(loci_cuda_pairs *pairs, uint8_t *to, const uint8_t *from,
-                              size_t bytes, loci_error *err) {
-    for (size_t at = 0, turn = 0; at < bytes; turn = 1 - turn) {
-        size_t count = bytes - at < STAGING_BYTES ? bytes - at : STAGING_BYTES;
-        LOCI_TRY(take_staging(pairs, turn, err));
-        memcpy(pairs->staging[turn], from + at, count);
-        LOCI_TRY(send_staging(pairs, turn, to + at, count, err));
-        at += count;
-    }
-    return loci_cuda_try(cudaStreamSynchronize(pairs->cuda->copies), "cudaMemcpy", err);
-}
-
-/* K and V of an int8 pair, as bf16. */
-static loci_status copy_widened(loci_cuda_pairs *pairs, uint8_t *to, const uint8_t *blob,
-                                loci_error *err) {
-    uint32_t tokens = loci_pair_header_of(blob)->tokens, dim = loci_pair_header_of(blob)->head_dim;
-    size_t row = loci_kv_stride(dim, LOCI_BF16), turn = 0;
-    for (uint32_t slot = 0; slot < tokens; turn = 1 - turn) {
-        uint32_t most = (uint32_t)(STAGING_BYTES / row), left = tokens - slot;
-        uint32_t count = left < most ? left : most;
-        LOCI_TRY(take_staging(pairs, turn, err));
-        for (uint32_t i = 0; i < count; i++) {
-            uint16_t *k = (void *)(pairs->staging[turn] + i * row);
-            loci_slot_read(blob, slot + i, k, k + dim);
-        }
-        LOCI_TRY(send_staging(pairs, turn, to + slot * row, count * row, err));
-        slot += count;
-    }
-    return loci_cuda_try(cudaStreamSynchronize(pairs->cuda->copies), "cudaMemcpy", err);
-}
-
-static loci_status copy_blob(loci_cuda_pairs *pairs, uint8_t *to, const uint8_t *blob,
-                             loci_error *err) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    if (header->kv_dtype != LOCI_I8) return copy_bytes(pairs, to, blob, header->blob_bytes, err);
-    size_t end = loci_block_aligned(header->kv_at + header->tokens * loci_pair_kv_stride(blob));
-    LOCI_TRY(copy_bytes(pairs, to, blob, header->kv_at, err));
-    LOCI_TRY(copy_widened(pairs, to + header->kv_at, blob, err));
-    return copy_bytes(pairs, to + end + widening(blob), blob + end, header->blob_bytes - end, err);
+static loci_cuda_pair_entry **link_of(loci_cuda_pairs *pairs, const loci_buffer *buffer,
+                                      uint64_t at) {
+    size_t bucket = (size_t)(((uintptr_t)buffer / 16 * 0x9e3779b97f4a7c15u + at) >> 7) % BUCKETS;
+    loci_cuda_pair_entry **link = &pairs->buckets[bucket];
+    while (*link && ((*link)->buffer != buffer || (*link)->at != at)) link = &(*link)->next;
+    return link;
 }
 
 static void release(loci_cuda_pairs *pairs, loci_cuda_pair_entry **link) {
     loci_cuda_pair_entry *entry = *link;
     *link = entry->next;
-    pairs->stats.bytes -= entry->bytes;
-    (void)cudaFree(entry->device);
+    drop_index(pairs, entry);
+    drop_kv(pairs, entry);
+    pairs->count--;
     free(entry);
 }
 
-/* The least recently used pair that nobody has pinned goes; false if there is none. */
-static bool evict_one(loci_cuda_pairs *pairs) {
-    loci_cuda_pair_entry **oldest = NULL;
-    for (size_t b = 0; b < BUCKETS; b++)
-        for (loci_cuda_pair_entry **at = &pairs->buckets[b]; *at; at = &(*at)->next)
-            if ((*at)->pins == 0 && (!oldest || (*at)->used < (*oldest)->used)) oldest = at;
-    if (!oldest) return false;
-    /* A look-up that has moved on may still be running on it. */
+/* What goes may still be read by a look-up that has moved on. */
+static void evict(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry, bool index) {
     (void)cudaDeviceSynchronize();
-    release(pairs, oldest);
+    (index ? drop_index : drop_kv)(pairs, entry);
     pairs->stats.evictions++;
-    return true;
+    if (!entry->index && !entry->kv) release(pairs, link_of(pairs, entry->buffer, entry->at));
 }
 
-static loci_status take_memory(loci_cuda_pairs *pairs, size_t bytes, uint8_t **out,
-                               loci_error *err) {
-    void *device = NULL;
-    cudaError_t result = cudaErrorMemoryAllocation;
-    for (;;) {
-        if (pairs->stats.bytes + bytes <= pairs->stats.budget) result = cudaMalloc(&device, bytes);
-        if (result != cudaErrorMemoryAllocation) break;
-        (void)cudaGetLastError();
-        if (!evict_one(pairs))
-            return loci_fail(err, LOCI_E_LIMIT,
-                             "a layer of this corpus does not fit the GPU: %zu bytes more than the "
-                             "%llu of %llu MiB for extents that are in use",
-                             bytes, (unsigned long long)(pairs->stats.bytes >> 20),
-                             (unsigned long long)(pairs->stats.budget >> 20));
+typedef bool (*entry_test)(const loci_cuda_pair_entry *entry);
+
+static bool has_kv_on_device(const loci_cuda_pair_entry *entry) {
+    return entry->kv && !entry->kv_below;
+}
+
+static bool has_kv_below(const loci_cuda_pair_entry *entry) {
+    return entry->kv && entry->kv_below;
+}
+
+static bool has_index(const loci_cuda_pair_entry *entry) {
+    return entry->index != NULL;
+}
+
+/* The least recently used one that nobody has pinned, last used before a time; NULL if there is
+ * none. */
+static loci_cuda_pair_entry *oldest(loci_cuda_pairs *pairs, entry_test test, uint64_t before) {
+    loci_cuda_pair_entry *found = NULL;
+    for (size_t b = 0; b < BUCKETS; b++)
+        for (loci_cuda_pair_entry *e = pairs->buckets[b]; e; e = e->next)
+            if (e->pins == 0 && e->used < before && test(e) && (!found || e->used < found->used))
+                found = e;
+    return found;
+}
+
+/* --- memory ---------------------------------------------------------------------------- */
+
+/* Page-locked memory, for which K and V last used before a time give way; NULL: no room. */
+static uint8_t *take_host(loci_cuda_pairs *pairs, size_t bytes, uint64_t before) {
+    void *host = NULL;
+    if (bytes > pairs->stats.host_budget) return NULL;
+    while (pairs->stats.host_bytes + bytes > pairs->stats.host_budget) {
+        loci_cuda_pair_entry *old = oldest(pairs, has_kv_below, before);
+        if (!old) return NULL;
+        evict(pairs, old, false);
     }
-    *out = device;
-    return loci_cuda_try(result, "cudaMalloc", err);
+    if (cudaHostAlloc(&host, bytes, cudaHostAllocPortable | cudaHostAllocMapped) != cudaSuccess) {
+        (void)cudaGetLastError(); /* the system locks no more */
+        return NULL;
+    }
+    pairs->stats.host_bytes += bytes;
+    return host;
 }
 
-/* Verifies and copies. */
-static loci_status load(loci_cuda_pairs *pairs, const uint8_t *blob, uint64_t bytes, uint64_t hash,
-                        loci_cuda_pair_entry *entry, loci_error *err) {
-    LOCI_TRY(check_pair(pairs->cuda, blob, bytes, hash, err));
-    extras x;
-    uint8_t *memory = NULL;
-    if (!make_extras(blob, &x, &memory))
-        return loci_fail(err, LOCI_E_NOMEM, "no memory to copy an extent");
-    size_t whole = device_bytes(blob);
-    entry->bytes = rounded(whole) + extras_bytes(&x);
-    loci_status status = take_memory(pairs, entry->bytes, &entry->device, err);
-    if (status == LOCI_OK) status = copy_blob(pairs, entry->device, blob, err);
-    if (status == LOCI_OK)
-        status = copy_bytes(pairs, entry->device + rounded(whole), memory, extras_bytes(&x), err);
-    if (status == LOCI_OK) entry->pair = describe(blob, entry->device, &x);
-    if (status != LOCI_OK && entry->device) (void)cudaFree(entry->device);
-    free(memory);
+/* K and V from the device to the host, or away where there is no room. */
+static void lower(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) {
+    uint8_t *host = take_host(pairs, entry->kv_bytes, entry->used);
+    (void)cudaDeviceSynchronize();
+    if (host &&
+        cudaMemcpy(host, entry->kv, entry->kv_bytes, cudaMemcpyDeviceToHost) != cudaSuccess) {
+        (void)cudaGetLastError();
+        (void)cudaFreeHost(host);
+        pairs->stats.host_bytes -= entry->kv_bytes;
+        host = NULL;
+    }
+    if (!host) {
+        evict(pairs, entry, false);
+        return;
+    }
+    drop_kv(pairs, entry);
+    entry->kv = host;
+    entry->kv_below = true;
+    pairs->stats.lowered++;
+}
+
+/* Device memory within the budget as things are; NULL: no room. */
+static uint8_t *take_free(loci_cuda_pairs *pairs, size_t bytes) {
+    void *device = NULL;
+    if (pairs->stats.bytes + bytes > pairs->stats.budget) return NULL;
+    if (cudaMalloc(&device, bytes) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return NULL;
+    }
+    pairs->stats.bytes += bytes;
+    return device;
+}
+
+/* What is free, or would be if K and V went down. */
+static uint64_t room(const loci_cuda_pairs *pairs) {
+    uint64_t fixed = pairs->stats.bytes;
+    for (size_t b = 0; b < BUCKETS; b++)
+        for (const loci_cuda_pair_entry *e = pairs->buckets[b]; e; e = e->next)
+            if (e->pins == 0 && has_kv_on_device(e)) fixed -= e->kv_bytes;
+    return fixed < pairs->stats.budget ? pairs->stats.budget - fixed : 0;
+}
+
+/* The same, for which K and V of others go down; none do if that is not enough. */
+static uint8_t *take_lowering(loci_cuda_pairs *pairs, size_t bytes) {
+    if (bytes > room(pairs)) return NULL;
+    while (pairs->stats.bytes + bytes > pairs->stats.budget)
+        lower(pairs, oldest(pairs, has_kv_on_device, UINT64_MAX));
+    return take_free(pairs, bytes);
+}
+
+static void drop_rows(loci_cuda_pairs *pairs) {
+    pairs->stats.bytes -= pairs->rows.bytes;
+    loci_cuda_rows_drop(&pairs->rows);
+    for (size_t b = 0; b <= BUCKETS; b++)
+        for (loci_cuda_pair_entry *e = b < BUCKETS ? pairs->buckets[b] : pairs->gone; e;
+             e = e->next)
+            if (e->frame_of) (void)cudaMemset(e->frame_of, 0, table_bytes(e));
+    (void)cudaDeviceSynchronize();
+}
+
+/* One thing gives way: K and V that can go down, an idle index, the cached rows, any other index.
+ * False if there is none. */
+static bool give_way(loci_cuda_pairs *pairs) {
+    loci_cuda_pair_entry *old = oldest(pairs, has_kv_on_device, UINT64_MAX);
+    if (old) {
+        lower(pairs, old);
+        return true;
+    }
+    old = oldest(pairs, has_index, UINT64_MAX);
+    bool idle = old && pairs->clock - old->used > IDLE_ROUNDS * pairs->count;
+    if (pairs->rows.memory && !idle) {
+        drop_rows(pairs);
+        pairs->rows_after = pairs->clock + ROWS_ROUNDS * pairs->count;
+        return true;
+    }
+    if (old) evict(pairs, old, true);
+    return old != NULL;
+}
+
+static loci_status take_device(loci_cuda_pairs *pairs, size_t bytes, const char *what,
+                               uint8_t **out, loci_error *err) {
+    while (!(*out = take_free(pairs, bytes)))
+        if (!give_way(pairs))
+            return loci_fail(err, LOCI_E_LIMIT,
+                             "a layer of this corpus does not fit the GPU: %zu bytes of %s more "
+                             "than the %llu of %llu MiB for extents that are in use",
+                             bytes, what, (unsigned long long)(pairs->stats.bytes >> 20),
+                             (unsigned long long)(pairs->stats.budget >> 20));
+    return LOCI_OK;
+}
+
+/* --- loading --------------------------------------------------------------------------- */
+
+static loci_status load_index(loci_cuda_pairs *pairs, const uint8_t *blob,
+                              loci_cuda_pair_entry *entry, loci_error *err) {
+    uint8_t *device = NULL;
+    LOCI_TRY(loci_cuda_blob_check_index(pairs->cuda->pool, blob, err));
+    entry->index_bytes = loci_cuda_blob_index_bytes(blob);
+    LOCI_TRY(take_device(pairs, entry->index_bytes, "index", &device, err));
+    entry->index = device;
+    loci_status status = loci_cuda_blob_put_index(&pairs->staging, blob, device, &entry->pair, err);
+    if (status != LOCI_OK) drop_index(pairs, entry);
     return status;
+}
+
+/* On the device, where older ones go down for it; or below; or, where there is nothing below, in
+ * the place of whatever can go. */
+static loci_status load_kv(loci_cuda_pairs *pairs, const uint8_t *blob, bool below,
+                           loci_cuda_pair_entry *entry, loci_error *err) {
+    size_t bytes = loci_cuda_blob_kv_bytes(blob);
+    LOCI_TRY(loci_cuda_blob_check_kv(pairs->cuda->pool, blob, err));
+    uint8_t *at = below ? NULL : take_lowering(pairs, bytes);
+    bool host = !at;
+    if (host) at = take_host(pairs, bytes, UINT64_MAX);
+    if (!at) {
+        host = false;
+        LOCI_TRY(take_device(pairs, bytes, "keys and values", &at, err));
+    }
+    entry->kv = at;
+    entry->kv_below = host;
+    entry->kv_bytes = bytes;
+    if (!host) pairs->stats.kv_bytes += bytes;
+    loci_status status = loci_cuda_blob_put_kv(host ? NULL : &pairs->staging, blob, at, err);
+    if (status != LOCI_OK) drop_kv(pairs, entry);
+    return status;
+}
+
+/* The cache of rows is set up when the first pair needs it, and takes no more than half of what is
+ * left then: tables and indexes come, too. */
+static void set_up_rows(loci_cuda_pairs *pairs, uint32_t dim) {
+    size_t bytes = pairs->stats.budget / 100 * LOCI_CUDA_ROWS_PERCENT, half = room(pairs) / 2;
+    loci_error err;
+    if (pairs->rows.memory || pairs->clock < pairs->rows_after) return;
+    if (bytes > half) bytes = half;
+    uint8_t *device = bytes < loci_cuda_rows_least(dim) ? NULL : take_lowering(pairs, bytes);
+    if (device && loci_cuda_rows_use(&pairs->rows, device, bytes, dim, &err) == LOCI_OK) return;
+    if (device) (void)cudaFree(device);
+    if (device) pairs->stats.bytes -= bytes;
+    pairs->rows_after = pairs->clock + ROWS_ROUNDS * pairs->count;
+}
+
+/* What the cache of rows needs to know of a pair below. Without, its rows are read where they are.
+ */
+static void cache_rows(loci_cuda_pairs *pairs, uint32_t dim, loci_cuda_pair_entry *entry) {
+    if (!has_kv_below(entry)) return;
+    set_up_rows(pairs, dim);
+    if (entry->frame_of || !pairs->rows.memory || pairs->rows.cache.dim != dim) return;
+    uint8_t *table = take_lowering(pairs, table_bytes(entry));
+    if (!table) return;
+    entry->frame_of = (void *)table;
+    if (cudaMemset(table, 0, table_bytes(entry)) == cudaSuccess &&
+        cudaDeviceSynchronize() == cudaSuccess)
+        return;
+    (void)cudaGetLastError();
+    drop_table(pairs, entry);
+}
+
+static loci_status load(loci_cuda_pairs *pairs, const loci_extent_view *extent, uint64_t hash,
+                        bool below, loci_cuda_pair_entry *entry, loci_error *err) {
+    const uint8_t *blob = extent->buffer->host + entry->at;
+    if (entry->index && entry->kv) {
+        pairs->stats.hits++;
+        return LOCI_OK;
+    }
+    LOCI_TRY(loci_cuda_blob_open(blob, extent->buffer->bytes - entry->at, hash, err));
+    if (!entry->index) LOCI_TRY(load_index(pairs, blob, entry, err));
+    if (!entry->kv) LOCI_TRY(load_kv(pairs, blob, below, entry, err));
+    pairs->stats.misses++;
+    return LOCI_OK;
 }
 
 /* --- the cache ------------------------------------------------------------------------- */
@@ -332,18 +330,14 @@ loci_status loci_cuda_pairs_open(loci_cuda *cuda, loci_cuda_pairs **out, loci_er
     if (!pairs) return loci_fail(err, LOCI_E_NOMEM, "no memory for the cache of extents");
     pairs->cuda = cuda;
     pthread_mutex_init(&pairs->lock, NULL);
+    pthread_mutex_init(&pairs->told_lock, NULL);
     size_t available = 0, total = 0;
     loci_status status = loci_cuda_try(cudaMemGetInfo(&available, &total), "cudaMemGetInfo", err);
     pairs->stats.budget = available / 100 * LOCI_CUDA_CACHE_PERCENT;
-    for (int i = 0; i < 2 && status == LOCI_OK; i++) {
-        void *staging = NULL;
-        status = loci_cuda_try(cudaMallocHost(&staging, STAGING_BYTES), "cudaMallocHost", err);
-        pairs->staging[i] = staging;
-        if (status == LOCI_OK)
-            status =
-                loci_cuda_try(cudaEventCreateWithFlags(&pairs->copied[i], cudaEventDisableTiming),
-                              "cudaEvent", err);
-    }
+    pairs->stats.host_budget = loci_memory_limit() / 100 * LOCI_CUDA_HOST_PERCENT;
+    pairs->told = pairs->stats;
+    if (status == LOCI_OK) status = loci_cuda_staging_open(&pairs->staging, cuda->copies, err);
+    if (status == LOCI_OK) status = loci_cuda_rows_init(&pairs->rows, cuda->copies, err);
     if (status != LOCI_OK) {
         loci_cuda_pairs_close(pairs);
         return status;
@@ -356,71 +350,68 @@ void loci_cuda_pairs_close(loci_cuda_pairs *pairs) {
     if (!pairs) return;
     for (size_t b = 0; b < BUCKETS; b++)
         while (pairs->buckets[b]) release(pairs, &pairs->buckets[b]);
-    for (int i = 0; i < 2; i++) {
-        if (pairs->staging[i]) (void)cudaFreeHost(pairs->staging[i]);
-        if (pairs->copied[i]) (void)cudaEventDestroy(pairs->copied[i]);
-    }
+    loci_cuda_rows_fini(&pairs->rows);
+    loci_cuda_staging_close(&pairs->staging);
     pthread_mutex_destroy(&pairs->lock);
+    pthread_mutex_destroy(&pairs->told_lock);
     free(pairs);
 }
 
-static size_t bucket_of(const loci_buffer *buffer, uint64_t at) {
-    return (size_t)(((uintptr_t)buffer / 16 * 0x9e3779b97f4a7c15u + at) >> 7) % BUCKETS;
+/* The entry of a pair, made where there is none; NULL without memory. */
+static loci_cuda_pair_entry *entry_of(loci_cuda_pairs *pairs, const loci_buffer *buffer,
+                                      uint64_t at) {
+    loci_cuda_pair_entry **link = link_of(pairs, buffer, at);
+    if (*link) return *link;
+    *link = calloc(1, sizeof **link);
+    if (!*link) return NULL;
+    (*link)->buffer = buffer;
+    (*link)->at = at;
+    pairs->count++;
+    return *link;
 }
 
-static loci_status find_or_load(loci_cuda_pairs *pairs, const loci_extent_view *extent, uint64_t at,
-                                uint64_t hash, loci_cuda_pair_entry **out, loci_error *err) {
-    loci_cuda_pair_entry **bucket = &pairs->buckets[bucket_of(extent->buffer, at)];
-    for (loci_cuda_pair_entry *e = *bucket; e; e = e->next) {
-        if (e->buffer != extent->buffer || e->at != at) continue;
-        pairs->stats.hits++;
-        *out = e;
-        return LOCI_OK;
-    }
-    loci_cuda_pair_entry *entry = calloc(1, sizeof *entry);
-    if (!entry) return loci_fail(err, LOCI_E_NOMEM, "no memory for the cache of extents");
-    entry->buffer = extent->buffer;
-    entry->at = at;
-    loci_status status =
-        load(pairs, extent->buffer->host + at, extent->buffer->bytes - at, hash, entry, err);
-    if (status != LOCI_OK) {
-        free(entry);
-        return status;
-    }
-    pairs->stats.misses++;
-    pairs->stats.bytes += entry->bytes;
-    entry->next = *bucket;
-    *bucket = entry;
-    *out = entry;
-    return LOCI_OK;
-}
-
-loci_status loci_cuda_pairs_pin(loci_cuda_pairs *pairs, const loci_extent_view *extent,
-                                uint32_t layer, uint32_t kv_heads, uint32_t kv_head,
-                                uint32_t head_dim, loci_cuda_pair_entry **entry,
-                                loci_cuda_pair *out, loci_error *err) {
-    uint32_t index = layer * kv_heads + kv_head;
-    uint64_t at = extent->pair_at[index];
-    loci_status status;
-    *entry = NULL;
-    pthread_mutex_lock(&pairs->lock);
+/* With the lock. */
+static loci_status pin(loci_cuda_pairs *pairs, const loci_extent_view *extent, uint64_t at,
+                       uint64_t hash, uint32_t head_dim, bool below, loci_cuda_pair_entry **out,
+                       loci_error *err) {
     if (!extent->buffer->host)
-        status = loci_fail(err, LOCI_E_INTERNAL, "its buffer is not wrapped host memory");
-    else if (at > extent->buffer->bytes || at % 8 != 0)
-        status = loci_fail(err, LOCI_E_CORRUPT, "pair lies outside its block");
-    else
-        status = find_or_load(pairs, extent, at, extent->pair_hash[index], entry, err);
+        return loci_fail(err, LOCI_E_INTERNAL, "its buffer is not wrapped host memory");
+    if (at > extent->buffer->bytes || at % 8 != 0)
+        return loci_fail(err, LOCI_E_CORRUPT, "pair lies outside its block");
+    loci_cuda_pair_entry *entry = entry_of(pairs, extent->buffer, at);
+    if (!entry) return loci_fail(err, LOCI_E_NOMEM, "no memory for the cache of extents");
+    entry->pins++;
+    entry->used = ++pairs->clock;
+    loci_status status = load(pairs, extent, hash, below, entry, err);
     if (status == LOCI_OK) {
         const loci_pair_header *header = loci_pair_header_of(extent->buffer->host + at);
         if (header->head_dim != head_dim || header->tokens != extent->tokens)
             status = loci_fail(err, LOCI_E_CORRUPT, "header: of another shape than its extent");
     }
     if (status == LOCI_OK) {
-        (*entry)->pins++;
-        (*entry)->used = ++pairs->clock;
+        cache_rows(pairs, head_dim, entry);
+        *out = entry;
+        return LOCI_OK;
+    }
+    entry->pins--;
+    if (entry->pins == 0 && !(entry->index && entry->kv))
+        release(pairs, link_of(pairs, extent->buffer, at));
+    return status;
+}
+
+loci_status loci_cuda_pairs_pin(loci_cuda_pairs *pairs, const loci_extent_view *extent,
+                                uint32_t layer, uint32_t kv_heads, uint32_t kv_head,
+                                uint32_t head_dim, bool below, loci_cuda_pair_entry **entry,
+                                loci_cuda_pair *out, loci_error *err) {
+    uint32_t index = layer * kv_heads + kv_head;
+    *entry = NULL;
+    pthread_mutex_lock(&pairs->lock);
+    loci_status status = pin(pairs, extent, extent->pair_at[index], extent->pair_hash[index],
+                             head_dim, below, entry, err);
+    if (status == LOCI_OK) {
         *out = (*entry)->pair;
-    } else {
-        *entry = NULL;
+        out->kv = (const void *)(*entry)->kv;
+        out->frame_of = (*entry)->frame_of;
     }
     pthread_mutex_unlock(&pairs->lock);
     if (status != LOCI_OK)
@@ -434,8 +425,10 @@ void loci_cuda_pairs_unpin(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) 
     LOCI_ASSERT(entry->pins > 0);
     entry->pins--;
     if (entry->gone && entry->pins == 0) {
+        loci_cuda_pair_entry **link = &pairs->gone;
+        while (*link != entry) link = &(*link)->next;
         (void)cudaDeviceSynchronize();
-        release(pairs, &entry);
+        release(pairs, link);
     }
     pthread_mutex_unlock(&pairs->lock);
 }
@@ -450,8 +443,11 @@ void loci_cuda_pairs_forget(loci_cuda_pairs *pairs, const loci_buffer *buffer) {
                 continue;
             }
             if ((*at)->pins > 0) {
-                (*at)->gone = true;
-                *at = (*at)->next;
+                loci_cuda_pair_entry *entry = *at;
+                *at = entry->next;
+                entry->gone = true;
+                entry->next = pairs->gone;
+                pairs->gone = entry;
                 continue;
             }
             if (!waited) (void)cudaDeviceSynchronize();
@@ -466,19 +462,57 @@ bool loci_cuda_pairs_shrink(loci_cuda_pairs *pairs, size_t bytes) {
     pthread_mutex_lock(&pairs->lock);
     uint64_t before = pairs->stats.bytes;
     bool any = false;
-    while (before - pairs->stats.bytes < bytes && evict_one(pairs)) any = true;
+    while (before - pairs->stats.bytes < bytes && give_way(pairs)) any = true;
     pthread_mutex_unlock(&pairs->lock);
     return any;
 }
 
-void loci_cuda_pairs_stats_of(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out) {
+void loci_cuda_pairs_lower(loci_cuda_pairs *pairs) {
+    loci_cuda_pair_entry *old;
     pthread_mutex_lock(&pairs->lock);
-    *out = pairs->stats;
+    while ((old = oldest(pairs, has_kv_on_device, UINT64_MAX)) != NULL) lower(pairs, old);
     pthread_mutex_unlock(&pairs->lock);
 }
 
-void loci_cuda_pairs_limit(loci_cuda_pairs *pairs, uint64_t bytes) {
+loci_cuda_rows *loci_cuda_pairs_rows(loci_cuda_pairs *pairs) {
+    return &pairs->rows;
+}
+
+/* With the lock. */
+static void tell_stats(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out) {
+    loci_cuda_row_state rows;
+    loci_cuda_rows_figures(&pairs->rows, &rows);
+    pairs->stats.frames = pairs->rows.cache.count;
+    pairs->stats.row_hits = rows.hits;
+    pairs->stats.row_misses = rows.misses;
+    pairs->stats.row_evictions = rows.evicted;
+    *out = pairs->stats;
+    pthread_mutex_lock(&pairs->told_lock);
+    pairs->told = pairs->stats;
+    pthread_mutex_unlock(&pairs->told_lock);
+}
+
+void loci_cuda_pairs_stats_of(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out) {
+    pthread_mutex_lock(&pairs->lock);
+    tell_stats(pairs, out);
+    pthread_mutex_unlock(&pairs->lock);
+}
+
+void loci_cuda_pairs_last_stats(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out) {
+    if (pthread_mutex_trylock(&pairs->lock) == 0) {
+        tell_stats(pairs, out);
+        pthread_mutex_unlock(&pairs->lock);
+        return;
+    }
+    pthread_mutex_lock(&pairs->told_lock);
+    *out = pairs->told;
+    pthread_mutex_unlock(&pairs->told_lock);
+}
+
+void loci_cuda_pairs_limit(loci_cuda_pairs *pairs, uint64_t bytes, uint64_t host_bytes) {
     pthread_mutex_lock(&pairs->lock);
     pairs->stats.budget = bytes;
+    pairs->stats.host_budget = host_bytes;
+    pairs->rows_after = 0;
     pthread_mutex_unlock(&pairs->lock);
 }

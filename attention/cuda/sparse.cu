@@ -15,6 +15,7 @@
 #include "attention/cuda/attend.cuh"
 #include "attention/cuda/attend_mma.cuh"
 #include "attention/cuda/look.cuh"
+#include "attention/cuda/rows.cuh"
 
 #define WORDS_MAX (LOCI_CUDA_CHUNK_MAX / 32)
 
@@ -123,11 +124,29 @@ static __device__ __forceinline__ void gather(uint32_t begin, uint32_t count, ui
     close_group();
 }
 
-/* Keys 0 to `count` through all warps. sees(row, i): whether vector `row` of the tile has key i. */
-template <int DIM, typename ROW_OF, typename SEES>
+/* Rows of a run that are to be kept, from shared memory to their frames, by one warp. */
+template <int DIM, typename FRAME_OF>
+static __device__ __forceinline__ void keep_rows(uint32_t begin, uint32_t count, uint32_t dim,
+                                                 const uint16_t *k, FRAME_OF frame_of) {
+    uint32_t lane = threadIdx.x % 32;
+    uint16_t *own = lane < RUN && begin + lane < count ? frame_of(begin + lane) : NULL;
+    for (uint32_t left = __ballot_sync(FULL_WARP, own != NULL); left; left &= left - 1) {
+        uint32_t r = (uint32_t)__ffs((int)left) - 1;
+        uint4 *to = (uint4 *)__shfl_sync(FULL_WARP, (unsigned long long)own, (int)r);
+        for (uint32_t p = lane; p < dim / 4; p += 32) {
+            bool value = p >= dim / 8;
+            const uint16_t *from = k + (value ? RUN + r : r) * WIDTH_OF(DIM);
+            to[p] = ((const uint4 *)from)[value ? p - dim / 8 : p];
+        }
+    }
+}
+
+/* Keys 0 to `count` through all warps. sees(row, i): whether vector `row` of the tile has key i.
+ * KEEP: frame_of(i): where the rows of key i go, or NULL. */
+template <int DIM, bool KEEP, typename ROW_OF, typename SEES, typename FRAME_OF>
 static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uint16_t *q,
                                                    uint16_t *own, uint32_t count, uint32_t dim,
-                                                   ROW_OF row_of, SEES sees) {
+                                                   ROW_OF row_of, SEES sees, FRAME_OF frame_of) {
     const uint32_t stage = 2 * RUN * WIDTH_OF(DIM), step = TILE_WARPS * RUN;
     uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * RUN, turn = 0;
     gather<DIM>(first, count, dim, own, row_of);
@@ -136,6 +155,7 @@ static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uin
         wait_groups<1>();
         __syncwarp();
         const uint16_t *k = own + turn * stage;
+        if (KEEP) keep_rows<DIM>(begin, count, dim, k, frame_of);
         float logit[2][4] = {};
         run_logits<DIM, 1, true>(q, ROWS, k, dim, logit);
 #pragma unroll
@@ -157,7 +177,12 @@ static __device__ __forceinline__ void put_nothing(float *partial, uint32_t dim)
     partial[(size_t)threadIdx.x * (dim + 2) + dim + 1] = 0.0f;
 }
 
-template <int DIM>
+static __device__ __forceinline__ uint16_t *no_frame(uint32_t) {
+    return NULL;
+}
+
+/* TIERED: of some pairs K and V are in memory of the host. */
+template <int DIM, bool TIERED>
 static __global__ void __launch_bounds__(SPARSE_THREADS)
     k_attend_sparse(const loci_cuda_look look, const loci_cuda_attend args) {
     extern __shared__ float4 shared[];
@@ -178,26 +203,72 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
     bool alone = w.row_low == w.row_high; /* the list is what every vector selected */
     const uint16_t *kv = w.pair->kv + (size_t)w.first * 2 * look.dim;
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
-    attend_keys<DIM>(
+    attend_keys<DIM, false>(
         s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
-        [&](uint32_t i) { return kv + (size_t)list[i] * 2 * look.dim; },
+        [&](uint32_t i) {
+            return TIERED ? rows_at(args.cache, w.pair, w.first + list[i], look.dim)
+                          : kv + (size_t)list[i] * 2 * look.dim;
+        },
         [&](uint32_t row, uint32_t i) {
             return alone || selected(look, w, row, w.first + list[i]);
-        });
+        },
+        no_frame);
     __syncthreads();
     merge_warps<DIM>(s, look.dim, look.vectors - w.tile * ROWS, (float *)stages, partial);
 }
 
 #define LIST_EACH 4u /* candidates of a thread */
 
+static __device__ __forceinline__ const loci_cuda_pair *
+pair_at(const loci_cuda_look &look, uint32_t h, uint32_t place, uint32_t *slot) {
+    size_t index = (size_t)extent_at(look, h, place / 32) * look.kv_heads + h;
+    const loci_cuda_pair *pair = &look.pairs[index];
+    *slot = place - pair->word_base * 32;
+    return pair;
+}
+
+/* Where listed rows stand, and to where those go that come from the host: as many as there are free
+ * frames. taken: a bit for each of this thread's places, which come from `at` on in the lists. */
+static __device__ __forceinline__ void list_tiered(const loci_cuda_look &look,
+                                                   const loci_cuda_row_cache &cache, uint32_t h,
+                                                   const uint32_t (&place)[LIST_EACH],
+                                                   uint32_t taken, uint32_t at,
+                                                   const uint16_t **rows, uint16_t **frames) {
+    __shared__ uint32_t turn;
+    uint32_t missed = 0, hits = 0, sum, slot, to = at;
+#pragma unroll
+    for (uint32_t j = 0; j < LIST_EACH; j++) {
+        if (!(taken >> j & 1)) continue;
+        const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
+        uint32_t frame = frame_at(cache, pair, slot);
+        frames[to] = NULL;
+        rows[to++] = frame ? frame_rows(cache, frame) : pair->kv + (size_t)slot * 2 * look.dim;
+        if (!pair->frame_of || !cache.frames) continue;
+        if (frame) cache.use[frame - 1] = LOCI_CUDA_FRAME_USED;
+        if (frame) hits++;
+        if (!frame) missed |= 1u << j;
+    }
+    uint32_t before = sum_before<SPARSE_THREADS>((uint32_t)__popc(missed) | hits << 16, &sum);
+    if (threadIdx.x == 0) turn = sum ? count_reads(cache, sum >> 16, sum & 0xffff) : 0;
+    __syncthreads();
+    uint32_t next = turn + (before & 0xffff);
+#pragma unroll
+    for (uint32_t j = 0; j < LIST_EACH; j++) {
+        if (!(missed >> j & 1)) continue;
+        const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
+        frames[at + __popc(taken & ((1u << j) - 1))] = take_frame(cache, pair, slot, next++);
+    }
+}
+
 /* The same for one row over a share of a head's candidates, of which the cut says what is selected:
  * as many candidates for each block, wherever they stand. */
-template <int DIM>
+template <int DIM, bool TIERED>
 static __global__ void __launch_bounds__(SPARSE_THREADS)
     k_attend_listed(const loci_cuda_look look, const loci_cuda_choice c,
                     const loci_cuda_attend args) {
     extern __shared__ float4 shared[];
     __shared__ const uint16_t *list[LIST_EACH * SPARSE_THREADS];
+    __shared__ uint16_t *frames[TIERED ? LIST_EACH * SPARSE_THREADS : 1];
     await_previous();
     uint32_t h = blockIdx.x / args.parts, part = blockIdx.x % args.parts, n = c.count[h];
     uint32_t share = (n + args.parts - 1) / args.parts, begin = part * share;
@@ -222,39 +293,79 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
             if (i < end && is_chosen(cut, shares[i], i)) taken |= 1u << j;
         }
         uint32_t at = sum_before<SPARSE_THREADS>(__popc(taken), &count);
+        if (TIERED) list_tiered(look, args.cache, h, place, taken, at, list, frames);
 #pragma unroll
         for (uint32_t j = 0; j < LIST_EACH; j++) {
-            if (!(taken >> j & 1)) continue;
-            size_t index = (size_t)extent_at(look, h, place[j] / 32) * look.kv_heads + h;
-            const loci_cuda_pair *pair = &look.pairs[index];
-            list[at++] = pair->kv + (size_t)(place[j] - pair->word_base * 32) * 2 * look.dim;
+            if (TIERED || !(taken >> j & 1)) continue;
+            uint32_t slot;
+            const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
+            list[at++] = pair->kv + (size_t)slot * 2 * look.dim;
         }
         __syncthreads();
-        attend_keys<DIM>(
+        attend_keys<DIM, TIERED>(
             s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
-            [&](uint32_t i) { return list[i]; }, [](uint32_t, uint32_t) { return true; });
+            [&](uint32_t i) { return list[i]; }, [](uint32_t, uint32_t) { return true; },
+            [&](uint32_t i) { return frames[i]; });
         __syncthreads();
     }
     merge_warps<DIM>(s, look.dim, look.vectors, (float *)stages, partial);
 }
 
-template <int DIM>
+/* Before tiles of many vectors: what any row selected and only the host has comes into frames, as
+ * far as there are free ones. A warp has a row at a time; a slot is looked at by one warp alone. */
+static __global__ void __launch_bounds__(SPARSE_THREADS)
+    k_fetch_rows(const loci_cuda_look look, const loci_cuda_attend args) {
+    __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
+    chunk_work w;
+    if (!chunk_of(look, args.chunk, args.chunks, &w) || !w.pair->frame_of) return;
+    w.row_low = 0;
+    w.row_high = look.mask_rows - 1;
+    uint32_t count = list_slots<SPARSE_THREADS>(look, w, list), lane = threadIdx.x % 32, hits = 0;
+    for (uint32_t i = threadIdx.x / 32; i < count; i += TILE_WARPS) {
+        uint32_t slot = w.first + list[i], frame = frame_at(args.cache, w.pair, slot);
+        unsigned long long to = 0;
+        __syncwarp();
+        if (frame) {
+            if (lane == 0) args.cache.use[frame - 1] = LOCI_CUDA_FRAME_USED;
+            hits++;
+            continue;
+        }
+        if (lane == 0)
+            to = (unsigned long long)take_frame(args.cache, w.pair, slot,
+                                                count_reads(args.cache, 0, 1));
+        to = __shfl_sync(FULL_WARP, to, 0);
+        const uint4 *from = (const uint4 *)(w.pair->kv + (size_t)slot * 2 * look.dim);
+        for (uint32_t p = lane; p < look.dim / 4 && to; p += 32) ((uint4 *)to)[p] = from[p];
+    }
+    if (lane == 0) (void)count_reads(args.cache, hits, 0);
+}
+
+template <int DIM, bool TIERED>
 static cudaError_t launch_attend(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_attend *args) {
     size_t bytes = sparse_halves<DIM>() * sizeof(uint16_t);
     cudaError_t result = cudaFuncSetAttribute(
-        k_attend_sparse<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+        k_attend_sparse<DIM, TIERED>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result != cudaSuccess) return result;
     dim3 grid(look->extents * look->kv_heads * args->chunks, loci_cuda_tiles(look->vectors));
-    k_attend_sparse<DIM><<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *args);
+    k_attend_sparse<DIM, TIERED><<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *args);
     return cudaGetLastError();
 }
 
+/* What waits for an event of another stream does not overlap the kernel before. */
 template <int DIM>
 static cudaError_t launch_listed(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_choice *choice, const loci_cuda_attend *args) {
-    return launch_behind(stream, k_attend_listed<DIM>, look->kv_heads * args->parts, SPARSE_THREADS,
-                         sparse_halves<DIM>() * sizeof(uint16_t), *look, *choice, *args);
+    size_t bytes = sparse_halves<DIM>() * sizeof(uint16_t);
+    uint32_t grid = look->kv_heads * args->parts;
+    if (!args->cache.frames)
+        return launch_behind(stream, k_attend_listed<DIM, false>, grid, SPARSE_THREADS, bytes,
+                             *look, *choice, *args);
+    cudaError_t result = cudaFuncSetAttribute(
+        k_attend_listed<DIM, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (result != cudaSuccess) return result;
+    k_attend_listed<DIM, true><<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *choice, *args);
+    return cudaGetLastError();
 }
 
 extern "C" cudaError_t loci_cuda_k_attend_listed(cudaStream_t stream, const loci_cuda_look *look,
@@ -266,13 +377,27 @@ extern "C" cudaError_t loci_cuda_k_attend_listed(cudaStream_t stream, const loci
     return launch_listed<256>(stream, look, choice, args);
 }
 
+template <bool TIERED>
+static cudaError_t launch_sparse(cudaStream_t stream, const loci_cuda_look *look,
+                                 const loci_cuda_attend *args) {
+    if (look->dim <= 32) return launch_attend<32, TIERED>(stream, look, args);
+    if (look->dim <= 64) return launch_attend<64, TIERED>(stream, look, args);
+    if (look->dim <= 128) return launch_attend<128, TIERED>(stream, look, args);
+    return launch_attend<256, TIERED>(stream, look, args);
+}
+
 extern "C" cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci_cuda_look *look,
                                                  const loci_cuda_attend *args) {
     if (look->extents == 0) return cudaSuccess;
-    if (look->dim <= 32) return launch_attend<32>(stream, look, args);
-    if (look->dim <= 64) return launch_attend<64>(stream, look, args);
-    if (look->dim <= 128) return launch_attend<128>(stream, look, args);
-    return launch_attend<256>(stream, look, args);
+    return args->cache.frames ? launch_sparse<true>(stream, look, args)
+                              : launch_sparse<false>(stream, look, args);
+}
+
+extern "C" cudaError_t loci_cuda_k_fetch_rows(cudaStream_t stream, const loci_cuda_look *look,
+                                              const loci_cuda_attend *args) {
+    k_fetch_rows<<<look->extents * look->kv_heads * args->chunks, SPARSE_THREADS, 0, stream>>>(
+        *look, *args);
+    return cudaGetLastError();
 }
 
 /* --- the merge of all parts ------------------------------------------------------------ */
@@ -367,11 +492,12 @@ static __device__ __forceinline__ void load_vectors(const loci_cuda_look &look, 
 }
 
 static __device__ __forceinline__ void load_keys(const loci_cuda_look &look, const chunk_work &w,
+                                                 const loci_cuda_row_cache &cache,
                                                  const attend_memory &m, const uint16_t *list,
                                                  uint32_t begin, uint32_t count) {
     uint32_t key = threadIdx.x / 8, lane = threadIdx.x % 8;
     const uint16_t *k = NULL;
-    if (begin + key < count) k = w.pair->kv + (size_t)(w.first + list[begin + key]) * 2 * look.dim;
+    if (begin + key < count) k = rows_at(cache, w.pair, w.first + list[begin + key], look.dim);
     load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, lane, 8);
 }
 
@@ -409,7 +535,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
     load_vectors(look, w, m);
     for (uint32_t begin = 0; begin < count; begin += KEYS) {
         __syncthreads();
-        load_keys(look, w, m, list, begin, count);
+        load_keys(look, w, args.cache, m, list, begin, count);
         __syncthreads();
         add_weights(
             look, args, m, w.pair->kv_head, w.tile,

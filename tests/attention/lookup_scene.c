@@ -31,6 +31,22 @@ static float bf16(uint16_t x) {
     return loci_bf16_to_f32(x);
 }
 
+setting random_setting(uint64_t *rng) {
+    static const uint32_t dims[] = {16, 32, 48, 64, 128, 256}, groups[] = {1, 2, 3, 7, 16, 5};
+    setting c = usual;
+    c.dim = dims[fixture_random(rng) % 6];
+    c.group = groups[fixture_random(rng) % 6];
+    c.kv_heads = 1 + (uint32_t)(fixture_random(rng) % 3);
+    c.rows = 1 + (uint32_t)(fixture_random(rng) % 9);
+    c.tokens = 42 + (uint32_t)(fixture_random(rng) % 2500);
+    c.extent_tokens = 100 + (uint32_t)(fixture_random(rng) % 1500);
+    c.flat_segments = (uint32_t)(fixture_random(rng) % 2);
+    c.spread = 0.4f + fixture_uniform(rng);
+    c.sharpness = 0.3f + fixture_uniform(rng);
+    c.seed = fixture_random(rng) % 100000;
+    return c;
+}
+
 scene open_scene(setting c) {
     scene s = {.rows = c.rows, .rng = c.seed * 2 + 1};
     loci_error err = {0};

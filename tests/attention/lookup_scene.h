@@ -30,6 +30,8 @@ typedef struct setting {
 
 extern const setting usual;
 
+/* Another shape, odd ones among them. */
+setting random_setting(uint64_t *rng);
 scene open_scene(setting c);
 void close_scene(scene *s);
 /* Parameters that really leave things out. */

@@ -82,22 +82,6 @@ static void twin_close(twin *t) {
     loci_backend_close(t->f.backend);
 }
 
-static setting random_setting(uint64_t *rng) {
-    static const uint32_t dims[] = {16, 32, 48, 64, 128, 256}, groups[] = {1, 2, 3, 7, 16, 5};
-    setting c = usual;
-    c.dim = dims[fixture_random(rng) % 6];
-    c.group = groups[fixture_random(rng) % 6];
-    c.kv_heads = 1 + (uint32_t)(fixture_random(rng) % 3);
-    c.rows = 1 + (uint32_t)(fixture_random(rng) % 9);
-    c.tokens = 42 + (uint32_t)(fixture_random(rng) % 2500);
-    c.extent_tokens = 100 + (uint32_t)(fixture_random(rng) % 1500);
-    c.flat_segments = (uint32_t)(fixture_random(rng) % 2);
-    c.spread = 0.4f + fixture_uniform(rng);
-    c.sharpness = 0.3f + fixture_uniform(rng);
-    c.seed = fixture_random(rng) % 100000;
-    return c;
-}
-
 static void describe(char what[160], const setting *c, const loci_select_params *p) {
     (void)snprintf(what, 160,
                    "seed %llu: mode %d, tail %d, %u tokens of %u, %u rows, %u x %u heads, %u an "
@@ -383,8 +367,8 @@ static loci_cuda_pairs *pairs_of(const scene *s) {
     return ((loci_cuda *)s->f.backend->ctx)->pairs;
 }
 
-/* With room for one layer the other goes, and comes back the same; with less room a look-up is
- * refused, and the backend goes on. */
+/* With room for one layer and nothing below the other goes, and comes back the same; with less room
+ * a look-up is refused, and the backend goes on. */
 static void test_the_cache_gives_up_what_is_not_in_use(void **state) {
     (void)state;
     scene s = open_scene(usual);
@@ -399,7 +383,7 @@ static void test_the_cache_gives_up_what_is_not_in_use(void **state) {
     loci_cuda_pairs_stats_of(pairs_of(&s), &stats);
     assert_int_equal(stats.misses, s.f.extents * s.f.kv_heads);
     assert_int_equal(stats.evictions, 0);
-    loci_cuda_pairs_limit(pairs_of(&s), stats.bytes + stats.bytes / 4);
+    loci_cuda_pairs_limit(pairs_of(&s), stats.bytes + stats.bytes / 4, 0);
     fixture_run other = {.layer = 1,
                          .rows = s.rows,
                          .q = s.q,
@@ -412,10 +396,10 @@ static void test_the_cache_gives_up_what_is_not_in_use(void **state) {
     assert_true(stats.evictions > 0 && stats.bytes <= stats.budget);
     (void)run(&s, params, false);
     assert_memory_equal(before, s.out, values * sizeof *before);
-    loci_cuda_pairs_limit(pairs_of(&s), stats.budget / 2);
+    loci_cuda_pairs_limit(pairs_of(&s), stats.budget / 2, 0);
     assert_int_equal(fixture_look_up(&s.f, &other, &err), LOCI_E_LIMIT);
     assert_non_null(strstr(err.text, "does not fit the GPU"));
-    loci_cuda_pairs_limit(pairs_of(&s), stats.budget);
+    loci_cuda_pairs_limit(pairs_of(&s), stats.budget, 0);
     (void)run(&s, params, false);
     assert_memory_equal(before, s.out, values * sizeof *before);
     free(before);
