@@ -431,6 +431,7 @@ static uint32_t default_dense_layers(const loci_engine *engine) {
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out) {
     *out = (loci_engine_status){.memory_used_bytes = anonymous_bytes()};
     loci_budget_usage_of(engine->budget, &out->memory);
+    if (engine->backend->ops->tiers) engine->backend->ops->tiers(engine->backend, &out->tiers);
     count_questions(engine, out);
     if (engine->also) count_questions(engine->also, out);
 }

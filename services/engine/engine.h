@@ -54,6 +54,7 @@ typedef struct loci_engine_status {
     loci_budget_usage memory;
     uint64_t memory_used_bytes; /* anonymous memory of the process */
     unsigned queries_running, queries_waiting;
+    loci_tier_stats tiers; /* zero where the backend has no memory of its own */
 } loci_engine_status;
 void loci_engine_status_of(loci_engine *engine, loci_engine_status *out);
 

@@ -44,6 +44,15 @@ static json_t *status_json(const Loci__V1__NodeStatus *s, const char *address) {
         json_object_set_new(parts, s->memory_parts[i]->name,
                             json_integer((json_int_t)s->memory_parts[i]->reserved_bytes));
     json_object_set_new(object, "memory_parts", parts);
+    const Loci__V1__DeviceExtents *d = s->device_extents;
+    if (d)
+        json_object_set_new(
+            object, "device_extents",
+            json_pack("{s:I,s:I,s:I,s:I,s:I,s:I}", "device_bytes", (json_int_t)d->device_bytes,
+                      "device_budget_bytes", (json_int_t)d->device_budget_bytes, "host_bytes",
+                      (json_int_t)d->host_bytes, "host_budget_bytes",
+                      (json_int_t)d->host_budget_bytes, "row_hits", (json_int_t)d->row_hits,
+                      "row_misses", (json_int_t)d->row_misses));
     return object;
 }
 
@@ -57,6 +66,21 @@ static void print_parts(const Loci__V1__NodeStatus *s) {
                loci_format_size(size, s->memory_parts[i]->reserved_bytes));
         before = ", ";
     }
+    printf("\n");
+}
+
+/* "device    3.1 GiB of 96 GiB, 12 GiB of 31 GiB below it (cached rows: 97% of 120k reads)". */
+static void print_device(const Loci__V1__DeviceExtents *d) {
+    char bytes[32], budget[32], host[32], host_budget[32], reads[32];
+    printf("device    %s of %s for extents", loci_format_size(bytes, d->device_bytes),
+           loci_format_size(budget, d->device_budget_bytes));
+    if (d->host_bytes > 0)
+        printf(", %s of %s below it", loci_format_size(host, d->host_bytes),
+               loci_format_size(host_budget, d->host_budget_bytes));
+    uint64_t all = d->row_hits + d->row_misses;
+    if (all > 0)
+        printf(" (cached rows: %.0f%% of %s reads)", 100.0 * (double)d->row_hits / (double)all,
+               loci_format_count(reads, all));
     printf("\n");
 }
 
@@ -79,6 +103,7 @@ static void print_status(const Loci__V1__NodeStatus *s, const char *address) {
            loci_format_size(reserved, s->memory_reserved_bytes),
            loci_format_size(budget, s->memory_budget_bytes));
     print_parts(s);
+    if (s->device_extents) print_device(s->device_extents);
     if (s->also_model[0])
         printf("also      %s (%.12s), for corpora that it encoded\n", s->also_model,
                s->also_model_fingerprint);

@@ -79,6 +79,14 @@ static loci_status get_status(loci_rpc_call *call, void *ctx, loci_error *err) {
     reply.memory_parts = part_list;
     reply.active_calls = load.active; /* this one not counted */
     reply.queued_calls = load.queued;
+    Loci__V1__DeviceExtents device = LOCI__V1__DEVICE_EXTENTS__INIT;
+    device.device_bytes = engine.tiers.device_bytes;
+    device.device_budget_bytes = engine.tiers.device_budget;
+    device.host_bytes = engine.tiers.host_bytes;
+    device.host_budget_bytes = engine.tiers.host_budget;
+    device.row_hits = engine.tiers.row_hits;
+    device.row_misses = engine.tiers.row_misses;
+    if (engine.tiers.device_budget > 0) reply.device_extents = &device;
     loci_store_figures figures;
     loci_store_figures_of(loci_engine_store(node->engine), &figures);
     reply.mapped_bytes = figures.mapped_bytes;
