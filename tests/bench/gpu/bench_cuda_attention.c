@@ -23,7 +23,6 @@
  * look-up's figures.
  */
 #include <math.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -33,10 +32,8 @@
 #include "base/half.h"
 #include "tests/attention/corpus_fixture.h"
 #include "tests/bench/gpu/bench.h"
+#include "tests/bench/gpu/structured.h"
 
-#define TOPICS 2000u
-#define SEGMENT_TOKENS 256u /* divides an extent */
-#define SPREAD 0.7f
 #define REACHES_MAX 8u
 #define ROWS_MAX 4u
 #define DRAWS 8u /* of queries that thresholds of mode squeezed are made of */
@@ -67,58 +64,6 @@ typedef struct bench {
 } bench;
 
 /* --- the corpus ------------------------------------------------------------------------ */
-
-typedef struct generator {
-    fixture *f;
-    uint32_t head;
-} generator;
-
-/* As fixture_generate, a KV head a thread. */
-static void *generate_head(void *arg) {
-    const generator *g = arg;
-    fixture *f = g->f;
-    uint64_t rng = 11 + g->head;
-    uint32_t dim = f->dim;
-    float *topic = need(malloc((size_t)(TOPICS + 1) * dim * sizeof *topic));
-    float *offset = topic + (size_t)TOPICS * dim;
-    for (uint32_t i = 0; i < dim; i++) offset[i] = 2.0f * fixture_normal(&rng);
-    for (size_t i = 0; i < (size_t)TOPICS * dim; i++) topic[i] = fixture_normal(&rng);
-    for (size_t t = 0; t < f->tokens; t++) {
-        float u = fixture_uniform(&rng);
-        const float *from = topic + (size_t)(u * u * (float)TOPICS) * dim;
-        for (uint32_t i = 0; i < dim; i++) {
-            float key = offset[i] + from[i] + SPREAD * fixture_normal(&rng);
-            f->k[g->head][t * dim + i] = loci_f32_to_bf16(key);
-            f->v[g->head][t * dim + i] = loci_f32_to_bf16(fixture_normal(&rng));
-        }
-    }
-    free(topic);
-    return NULL;
-}
-
-static void generate(bench *b) {
-    fixture *f = &b->f;
-    uint32_t tokens = b->o.tokens, heads = b->o.kv_heads;
-    *f = (fixture){.layers = 1, .kv_heads = heads, .dim = b->o.dim, .q_heads = b->o.q_heads};
-    f->tokens = tokens;
-    f->segments = (tokens + SEGMENT_TOKENS - 1) / SEGMENT_TOKENS;
-    f->segment_begin = need(malloc((f->segments + 1) * sizeof *f->segment_begin));
-    for (uint32_t s = 0; s <= f->segments; s++)
-        f->segment_begin[s] = s < f->segments ? s * SEGMENT_TOKENS : tokens;
-    f->k = need(calloc(heads, sizeof *f->k));
-    f->v = need(calloc(heads, sizeof *f->v));
-    pthread_t *threads = need(calloc(heads, sizeof *threads));
-    generator *work = need(calloc(heads, sizeof *work));
-    for (uint32_t h = 0; h < heads; h++) {
-        f->k[h] = need(malloc((size_t)tokens * f->dim * sizeof **f->k));
-        f->v[h] = need(malloc((size_t)tokens * f->dim * sizeof **f->v));
-        work[h] = (generator){f, h};
-        LOCI_ASSERT(pthread_create(&threads[h], NULL, generate_head, &work[h]) == 0);
-    }
-    for (uint32_t h = 0; h < heads; h++) (void)pthread_join(threads[h], NULL);
-    free(threads);
-    free(work);
-}
 
 /* A view of the extents for each layer, over buffers of its own. */
 static void copy_layers(bench *b) {
@@ -611,7 +556,10 @@ static void load(bench *b) {
 
 static void build(bench *b) {
     uint64_t start = loci_now_ns();
-    (b->o.kv ? load : generate)(b);
+    if (b->o.kv)
+        load(b);
+    else
+        structured_generate(&b->f, b->o.tokens, b->o.q_heads, b->o.kv_heads, b->o.dim);
     double generated = (double)(loci_now_ns() - start) / 1e9;
     loci_pair_build_options usual = {0};
     start = loci_now_ns();
