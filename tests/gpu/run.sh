@@ -86,6 +86,10 @@ case " $wanted " in *" sanitize "*)
         }
         for topic in pointwise sample dense ranking lookup; do sanitize memcheck "$topic" '*'; done
         sanitize memcheck twin 'test_limited_*'
+        sanitize memcheck tiers 'test_streams*'
+        for tests in 'test_figures*' test_sweeps; do
+            for tool in memcheck racecheck; do sanitize "$tool" tiers "$tests"; done
+        done
         # All of sampling, of look-ups, of the twin and of clusters take longer than that.
         for topic in pointwise dense ranking; do sanitize racecheck "$topic" '*'; done
         sanitize racecheck lookup test_a_single_row
@@ -107,6 +111,7 @@ case " $wanted " in *" bench "*)
     done
     check bench_torch 60 python3 tests/bench/gpu/dense_torch.py "${queries[@]}" "${tokens[@]}"
     check bench_index 90 "$bin/bench_cuda_index"
+    check bench_tiers 120 "$bin/bench_cuda_tiers" --keep 0.9 --keep 0.5 --keep 1 "${tokens[-1]}"
     [ -z "${BENCH_KV:-}" ] ||
         check bench_model 120 "$bin/bench_cuda_attention" --rows 1 --rows 2 --kv "$BENCH_KV"
     [ -z "${BENCH_KERNELS:-}" ] ||

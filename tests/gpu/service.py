@@ -100,6 +100,14 @@ def compare(name, expected, daemon, questions, modes=MODES):
     return good
 
 
+def told(daemon):
+    """What `loci status` says of the extents on the device."""
+    device = json.loads(daemon.run("status", "--json").stdout)["device_extents"]
+    print(f"extents on the device: {device}")
+    return (0 < device["device_bytes"] <= device["device_budget_bytes"]
+            and device["host_bytes"] <= device["host_budget_bytes"])
+
+
 def check(folder, model, work):
     questions = rows("handbook-questions.jsonl") + rows("handbook-unanswerable.jsonl")
     documents = os.path.join(work, "fill.jsonl")
@@ -115,6 +123,7 @@ def check(folder, model, work):
         finally:
             cpu.stop()
         good = compare("registered on cuda", expected, daemon, questions)
+        good = told(daemon) and good
         daemon.stop()
         daemon = Daemon(folder, own, "cuda", model, work)
         good = compare("after a restart", expected, daemon, questions, MODES[:1]) and good
