@@ -90,9 +90,21 @@ static loci_status put_logs(loci_cuda *cuda, loci_error *err) {
                          "cudaMemcpy", err);
 }
 
+static void free_stream(loci_stream *stream) {
+    if (stream->stream) (void)cudaStreamDestroy(stream->stream);
+    if (stream->scratch) (void)cudaFree(stream->scratch);
+    if (stream->fault) (void)cudaFreeHost(stream->fault);
+    if (stream->staging) (void)cudaFreeHost(stream->staging);
+    free(stream);
+}
+
 static void cuda_close(loci_backend *self) {
     loci_cuda *cuda = self->ctx;
     if (!cuda) return;
+    for (loci_stream *next, *idle = cuda->idle; idle; idle = next) {
+        next = idle->next;
+        free_stream(idle);
+    }
     loci_cuda_pairs_close(cuda->pairs);
     loci_cublaslt_close(cuda->blas);
     if (cuda->logs) (void)cudaFree(cuda->logs);
@@ -222,44 +234,63 @@ void *loci_cuda_ptr(loci_stream *stream, loci_ref ref, size_t bytes) {
 /* --- streams --------------------------------------------------------------------------- */
 
 static void cuda_stream_close(loci_backend *self, loci_stream *stream) {
-    (void)self;
+    loci_cuda *cuda = self->ctx;
     if (!stream) return;
-    if (stream->stream) {
-        (void)cudaStreamSynchronize(stream->stream);
-        (void)cudaStreamDestroy(stream->stream);
+    (void)cudaStreamSynchronize(stream->stream);
+    memset(&stream->error, 0, sizeof stream->error);
+    *stream->fault = (loci_cuda_fault){0};
+    stream->download_count = 0;
+    stream->staged = 0;
+    if (stream->scratch_bytes > LOCI_CUDA_IDLE_SCRATCH) {
+        (void)cudaFree(stream->scratch);
+        stream->scratch = NULL;
+        stream->scratch_bytes = 0;
     }
-    if (stream->fault) (void)cudaFree(stream->fault);
-    if (stream->scratch) (void)cudaFree(stream->scratch);
-    if (stream->faults) (void)cudaFreeHost(stream->faults);
-    if (stream->staging) (void)cudaFreeHost(stream->staging);
-    free(stream);
+    pthread_mutex_lock(&cuda->lock);
+    bool keep = cuda->idle_count < LOCI_CUDA_IDLE_STREAMS;
+    if (keep) {
+        stream->next = cuda->idle;
+        cuda->idle = stream;
+        cuda->idle_count++;
+    }
+    pthread_mutex_unlock(&cuda->lock);
+    if (!keep) free_stream(stream);
+}
+
+static loci_stream *take_idle_stream(loci_cuda *cuda) {
+    pthread_mutex_lock(&cuda->lock);
+    loci_stream *stream = cuda->idle;
+    if (stream) {
+        cuda->idle = stream->next;
+        cuda->idle_count--;
+    }
+    pthread_mutex_unlock(&cuda->lock);
+    return stream;
 }
 
 static loci_status cuda_stream_open(loci_backend *self, loci_stream **out, loci_error *err) {
-    *out = NULL;
+    *out = take_idle_stream(self->ctx);
+    if (*out) return LOCI_OK;
     loci_stream *stream = calloc(1, sizeof *stream);
     if (!stream) return loci_fail(err, LOCI_E_NOMEM, "no memory for a stream");
     stream->cuda = self->ctx;
-    void *fault = NULL, *faults = NULL, *staging = NULL;
+    void *fault = NULL, *staging = NULL;
     loci_status status;
     LOCI_TRY_GOTO(loci_cuda_try(cudaStreamCreateWithFlags(&stream->stream, cudaStreamNonBlocking),
                                 "cudaStreamCreate", err),
                   out);
-    LOCI_TRY_GOTO(loci_cuda_malloc(stream->cuda, sizeof *stream->fault, &fault, err), out);
-    stream->fault = fault;
     LOCI_TRY_GOTO(
-        loci_cuda_try(cudaMallocHost(&faults, sizeof *stream->faults), "cudaMallocHost", err), out);
-    stream->faults = faults;
+        loci_cuda_try(cudaMallocHost(&fault, sizeof *stream->fault), "cudaMallocHost", err), out);
+    stream->fault = fault;
+    *stream->fault = (loci_cuda_fault){0};
     LOCI_TRY_GOTO(
         loci_cuda_try(cudaMallocHost(&staging, LOCI_CUDA_STAGING_BYTES), "cudaMallocHost", err),
         out);
     stream->staging = staging;
-    LOCI_TRY_GOTO(loci_cuda_try(cudaMemsetAsync(fault, 0, sizeof *stream->fault, stream->stream),
-                                "cudaMemset", err),
-                  out);
+    stream->staging_bytes = LOCI_CUDA_STAGING_BYTES;
     *out = stream;
 out:
-    if (status != LOCI_OK) cuda_stream_close(self, stream);
+    if (status != LOCI_OK) free_stream(stream);
     return status;
 }
 
@@ -283,32 +314,43 @@ static void report_fault(loci_stream *stream, const loci_cuda_fault *fault) {
     }
 }
 
-/* Waits, and hands out the downloads that stood in staging. */
+static void copy_download(void *arg, size_t index, unsigned thread) {
+    const loci_stream *stream = arg;
+    const loci_cuda_download *download = &stream->downloads[index];
+    (void)thread;
+    memcpy(download->to, stream->staging + download->at, download->bytes);
+}
+
+/* Waits, and hands out the downloads that stood in staging; many bytes by all threads. */
 static void settle(loci_stream *stream) {
-    if (!loci_cuda_ok(stream, cudaStreamSynchronize(stream->stream), "a kernel")) {
-        stream->download_count = 0;
-        stream->staged = 0;
-        return;
-    }
-    for (unsigned i = 0; i < stream->download_count; i++)
-        memcpy(stream->downloads[i].to, stream->staging + stream->downloads[i].at,
-               stream->downloads[i].bytes);
+    if (loci_cuda_ok(stream, cudaStreamSynchronize(stream->stream), "a kernel"))
+        loci_pool_run(stream->staged > LOCI_CUDA_STAGING_BYTES ? stream->cuda->pool : NULL,
+                      stream->download_count, copy_download, stream);
     stream->download_count = 0;
     stream->staged = 0;
 }
 
+/* Makes room for more downloads at a time; nothing stands in it. */
+static void grow_staging(loci_stream *stream) {
+    void *more = NULL;
+    size_t bytes = 4 * stream->staging_bytes;
+    if (bytes > LOCI_CUDA_STAGING_MOST) bytes = LOCI_CUDA_STAGING_MOST;
+    if (bytes == stream->staging_bytes) return;
+    if (cudaMallocHost(&more, bytes) != cudaSuccess) {
+        (void)cudaGetLastError(); /* it goes on with what it has */
+        return;
+    }
+    (void)cudaFreeHost(stream->staging);
+    stream->staging = more;
+    stream->staging_bytes = bytes;
+}
+
 static loci_status cuda_sync(loci_stream *stream, loci_error *err) {
-    bool told = loci_cuda_ok(stream,
-                             cudaMemcpyAsync(stream->faults, stream->fault, sizeof *stream->fault,
-                                             cudaMemcpyDeviceToHost, stream->stream),
-                             "cudaMemcpy");
     settle(stream);
-    if (told && stream->error.status == LOCI_OK && stream->faults->code != LOCI_CUDA_FAULT_NONE)
-        report_fault(stream, stream->faults);
-    if (told && stream->faults->code != LOCI_CUDA_FAULT_NONE)
-        (void)loci_cuda_ok(stream,
-                           cudaMemsetAsync(stream->fault, 0, sizeof *stream->fault, stream->stream),
-                           "cudaMemset");
+    /* Read after the stream has come to rest, through memory that kernels may have written. */
+    loci_cuda_fault fault = *(volatile loci_cuda_fault *)stream->fault;
+    report_fault(stream, &fault);
+    *stream->fault = (loci_cuda_fault){0};
     loci_status status = stream->error.status;
     if (status != LOCI_OK && err) *err = stream->error;
     memset(&stream->error, 0, sizeof stream->error);
@@ -331,18 +373,18 @@ static void cuda_upload(loci_stream *stream, loci_ref dst, const void *src, size
 static void cuda_download(loci_stream *stream, void *dst, loci_ref src, size_t bytes) {
     const void *from = bytes ? loci_cuda_ptr(stream, src, bytes) : NULL;
     if (!from) return;
-    size_t room = LOCI_CUDA_STAGING_BYTES - stream->staged;
-    if (stream->download_count == LOCI_CUDA_DOWNLOADS || bytes > room) {
+    if (stream->download_count == LOCI_CUDA_DOWNLOADS ||
+        bytes > stream->staging_bytes - stream->staged) {
         settle(stream); /* in their order: the same bytes may be asked for twice */
-        room = LOCI_CUDA_STAGING_BYTES;
+        grow_staging(stream);
     }
     void *to = dst;
-    if (bytes <= room) {
+    if (bytes <= stream->staging_bytes) {
         to = stream->staging + stream->staged;
         stream->downloads[stream->download_count++] =
             (loci_cuda_download){dst, stream->staged, bytes};
         stream->staged += (bytes + 15) / 16 * 16;
-        if (stream->staged > LOCI_CUDA_STAGING_BYTES) stream->staged = LOCI_CUDA_STAGING_BYTES;
+        if (stream->staged > stream->staging_bytes) stream->staged = stream->staging_bytes;
     }
     (void)loci_cuda_ok(stream,
                        cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->stream),

@@ -5,8 +5,8 @@
  * once (one for the roots, one for each root, one for each run that is halved), and the rounds of
  * all sets are the same, since those that change nothing do no harm.
  *
- * All device memory of a call is one block, which is there while it runs; each call has a stream of
- * its own, so that calls may come from any thread.
+ * All device memory of a call is one block, the scratch of a stream of its own, so that calls may
+ * come from any thread; both are kept for the next one (cuda.h).
  */
 #include "attention/cluster.h"
 
@@ -25,7 +25,8 @@ typedef struct run {
 } run;
 
 typedef struct work {
-    cudaStream_t stream;
+    loci_stream *owner;
+    cudaStream_t stream; /* of the owner */
     const loci_keys *keys;
     loci_error *err;
     uint8_t *memory; /* NULL while the size is added up */
@@ -110,7 +111,7 @@ static void place_all(work *w) {
     w->bundle.ids = w->iota;
 }
 
-static loci_status open_work(work *w, loci_cuda *cuda) {
+static loci_status open_work(work *w, loci_backend *self) {
     size_t n = w->n;
     uint32_t bundled = (uint32_t)(n * LOCI_PROBES / LOCI_CUDA_TILE) + LOCI_BUNDLES_MAX + 1;
     /* Roots are cut into pieces of at least an eighth of what is cut, so of 48 keys or more, and
@@ -131,20 +132,17 @@ static loci_status open_work(work *w, loci_cuda *cuda) {
     LOCI_TRY(check(w, loci_cuda_k_sort(NULL, NULL, &w->temp_bytes, NULL, NULL, NULL, NULL,
                                        w->n * LOCI_PROBES, 32)));
     place_all(w);
-    void *memory = NULL;
-    LOCI_TRY(loci_cuda_malloc(cuda, w->used, &memory, w->err));
-    w->memory = memory;
+    LOCI_TRY(loci_backend_cuda.stream_open(self, &w->owner, w->err));
+    w->stream = w->owner->stream;
+    w->memory = loci_cuda_scratch(w->owner, w->used);
+    if (!w->memory) return loci_backend_cuda.sync(w->owner, w->err);
     w->used = 0;
     place_all(w);
-    return check(w, cudaStreamCreateWithFlags(&w->stream, cudaStreamNonBlocking));
+    return LOCI_OK;
 }
 
-static void close_work(work *w) {
-    if (w->stream) {
-        (void)cudaStreamSynchronize(w->stream);
-        (void)cudaStreamDestroy(w->stream);
-    }
-    if (w->memory) (void)cudaFree(w->memory);
+static void close_work(loci_backend *self, work *w) {
+    loci_backend_cuda.stream_close(self, w->owner);
     free(w->host_tiles);
     free(w->host_sets);
     free(w->list);
@@ -459,8 +457,8 @@ loci_status loci_cuda_cluster_keys(loci_backend *self, const struct loci_keys *k
                                    struct loci_clusters *out, loci_error *err) {
     work w = {.keys = keys, .err = err, .n = keys->tokens};
     out->leaves = out->roots = 0;
-    loci_status status = open_work(&w, self->ctx);
+    loci_status status = open_work(&w, self);
     if (status == LOCI_OK) status = run_all(&w, out);
-    close_work(&w);
+    close_work(self, &w);
     return status;
 }

@@ -30,9 +30,11 @@ typedef struct loci_cuda {
     loci_pool *pool; /* of the CPU: index building, packing of weights */
     struct loci_cublaslt *blas;
     struct loci_cuda_pairs *pairs;
-    pthread_mutex_t lock; /* device copies of wrapped buffers, plans of weights */
-    cudaStream_t copies;  /* what no stream of a caller waits for */
-    float *logs;          /* log n for n <= LOCI_CUDA_LOGS, on the device */
+    pthread_mutex_t lock; /* device copies of wrapped buffers, plans of weights, idle streams */
+    loci_stream *idle;    /* closed ones, with what they hold: to be opened again */
+    unsigned idle_count;
+    cudaStream_t copies; /* what no stream of a caller waits for */
+    float *logs;         /* log n for n <= LOCI_CUDA_LOGS, on the device */
     int multiprocessors;
     size_t block_bytes;  /* most shared memory of a block */
     uint64_t room_bytes; /* most that a look-up reserves of one kind before it knows how much it
@@ -47,20 +49,24 @@ typedef struct loci_cuda_download {
 } loci_cuda_download;
 
 #define LOCI_CUDA_STAGING_BYTES ((size_t)1 << 20)
-#define LOCI_CUDA_DOWNLOADS 64u
+#define LOCI_CUDA_STAGING_MOST ((size_t)64 << 20) /* about a pass of the encoder */
+#define LOCI_CUDA_DOWNLOADS 512u
+/* Closed streams that are kept, and the most scratch that each keeps. */
+#define LOCI_CUDA_IDLE_STREAMS 8u
+#define LOCI_CUDA_IDLE_SCRATCH ((size_t)256 << 20)
 
 struct loci_stream {
     loci_cuda *cuda;
     cudaStream_t stream;
-    loci_error error;        /* first failure since the last sync; status OK = none */
-    loci_cuda_fault *fault;  /* on the device: the first failure of a kernel */
-    loci_cuda_fault *faults; /* page-locked copy */
-    uint8_t *scratch;        /* growable; contents do not survive an operation */
+    loci_error error;       /* first failure since the last sync; status OK = none */
+    loci_cuda_fault *fault; /* the first failure of a kernel; page-locked, kernels write there */
+    uint8_t *scratch;       /* growable; contents do not survive an operation */
     size_t scratch_bytes;
-    uint8_t *staging; /* page-locked, LOCI_CUDA_STAGING_BYTES */
-    size_t staged;
+    uint8_t *staging; /* page-locked; grows, to LOCI_CUDA_STAGING_MOST */
+    size_t staging_bytes, staged;
     loci_cuda_download downloads[LOCI_CUDA_DOWNLOADS];
     unsigned download_count;
+    loci_stream *next; /* while it is idle */
 };
 
 /* Device pointer of a ref; asserts that [offset, offset + bytes) lies in the buffer. NULL, and a

@@ -41,7 +41,7 @@ static __device__ __forceinline__ void load_queries(const attend_memory &m,
 
 template <int DIM, typename T>
 static __global__ void __launch_bounds__(ATTEND_THREADS)
-    k_attend_dense(const loci_cuda_dense args, bool wide) {
+    k_attend_dense(const __grid_constant__ loci_cuda_dense args, bool wide) {
     extern __shared__ float4 shared[];
     attend_memory m = attend_layout((float *)shared, args.dim);
     const dense_place p = find_task(args, blockIdx.x);
@@ -101,9 +101,11 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
 
 /* A block for a row of a (KV head, tile) of a span whose partial results are merged: the weights of
  * a lot of splits stand in shared memory, then a thread adds up its channels. */
-static __global__ void __launch_bounds__(MERGE_THREADS) k_merge_splits(const loci_cuda_dense args) {
+static __global__ void __launch_bounds__(MERGE_THREADS)
+    k_merge_splits(const __grid_constant__ loci_cuda_dense args) {
     __shared__ float buffer[WARPS_MAX], weight[MERGE_THREADS];
-    const loci_cuda_span span = args.spans[span_of(args.spans, args.span_count, blockIdx.x, true)];
+    const loci_cuda_span *spans = spans_of(args);
+    const loci_cuda_span span = spans[span_of(spans, args.span_count, blockIdx.x, true)];
     uint32_t index = blockIdx.x - span.first_merge, local = blockIdx.y, t = threadIdx.x;
     uint32_t kv_head = index / span.tiles, tile = index % span.tiles;
     uint32_t row = tile * span.rows + local, group = args.q_heads / args.kv_heads;

@@ -29,10 +29,16 @@ static __device__ __forceinline__ uint32_t span_of(const loci_cuda_span *spans, 
     return low;
 }
 
+/* Kernels take args as a __grid_constant__, so that this is no copy of them. */
+static __device__ __forceinline__ const loci_cuda_span *spans_of(const loci_cuda_dense &args) {
+    return args.spans ? args.spans : args.few;
+}
+
 static __device__ __forceinline__ dense_place find_task(const loci_cuda_dense &args,
                                                         uint32_t index) {
     dense_place p;
-    p.span = args.spans[span_of(args.spans, args.span_count, index, false)];
+    const loci_cuda_span *spans = spans_of(args);
+    p.span = spans[span_of(spans, args.span_count, index, false)];
     index -= p.span.first_task;
     p.partial = p.span.first_partial + index * p.span.rows;
     p.tile = index % p.span.tiles;

@@ -161,7 +161,8 @@ static __device__ __forceinline__ row_view view_of(const loci_cuda_dense &args,
 }
 
 template <int DIM, bool EXACT>
-static __global__ void __launch_bounds__(THREADS) k_attend_tiles(const loci_cuda_dense args) {
+static __global__ void __launch_bounds__(THREADS)
+    k_attend_tiles(const __grid_constant__ loci_cuda_dense args) {
     extern __shared__ float4 shared[];
     const dense_place p = find_task(args, blockIdx.x);
     uint32_t warp = threadIdx.x / 32, begin, end;

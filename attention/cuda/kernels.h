@@ -69,6 +69,8 @@ typedef struct loci_cuda_span {
     uint32_t first_task, first_partial, first_merge, merged;
 } loci_cuda_span;
 
+#define LOCI_CUDA_FEW_SPANS 8u
+
 typedef struct loci_cuda_dense {
     const float *q;
     const void *k, *v;
@@ -78,7 +80,8 @@ typedef struct loci_cuda_dense {
     bool kv_bf16, causal, sink;
     float scale, bias;
     uint32_t window;
-    const loci_cuda_span *spans; /* on the device */
+    loci_cuda_span few[LOCI_CUDA_FEW_SPANS]; /* no more stand here, ... */
+    const loci_cuda_span *spans;             /* ... others on the device */
     uint32_t span_count, tasks, merges;
     uint32_t partials, merge_rows; /* rows of partial; the most of a tile that is merged */
     float *partial;                /* [partials][dim + 2]: sums, maximum, sum of exponentials */
@@ -204,7 +207,7 @@ cudaError_t loci_cuda_k_mask_live(cudaStream_t stream, const loci_cuda_look *loo
 
 /* Most slots that one block attends over, and least. */
 #define LOCI_CUDA_CHUNK_MAX 8192u
-#define LOCI_CUDA_CHUNK_MIN 1024u
+#define LOCI_CUDA_CHUNK_MIN 256u
 
 #ifdef __CUDACC__
 #define LOCI_CUDA_BOTH static __host__ __device__ __forceinline__

@@ -111,6 +111,11 @@ void loci_cuda_lookup_free(loci_backend *self, loci_lookup *lookup) {
     if (!lookup) return;
     unpin(lookup);
     arena_clear(&lookup->arena);
+    for (uint32_t i = 0; i < lookup->table_count; i++) {
+        free(lookup->tables[i].host);
+        if (lookup->tables[i].device) (void)cudaFree(lookup->tables[i].device);
+    }
+    free(lookup->tables);
     free(lookup->arena.chunks);
     free(lookup->pinned);
     free(lookup->pairs);
@@ -139,6 +144,45 @@ static bool reserve_tables(loci_stream *stream, loci_lookup *lookup, size_t pair
     lookup->heads = (void *)(lookup->pairs + pairs);
     memset(lookup->heads, 0, kv_heads * sizeof *lookup->heads);
     return true;
+}
+
+static lookup_table *table_of(loci_lookup *lookup, uint32_t layer) {
+    if (layer >= lookup->table_count) {
+        lookup_table *tables = realloc(lookup->tables, (layer + 1u) * sizeof *tables);
+        if (!tables) return NULL;
+        memset(tables + lookup->table_count, 0,
+               (layer + 1u - lookup->table_count) * sizeof *tables);
+        lookup->tables = tables;
+        lookup->table_count = layer + 1;
+    }
+    return &lookup->tables[layer];
+}
+
+/* The tables on the device; sent unless they are there from the last look-up of the layer. */
+static const void *put_tables(loci_stream *stream, loci_lookup *lookup, size_t bytes) {
+    lookup_table *table = table_of(lookup, lookup->layer);
+    if (table && table->bytes == bytes && memcmp(table->host, lookup->pairs, bytes) == 0)
+        return table->device;
+    void *host = table ? realloc(table->host, bytes) : NULL, *device = NULL;
+    if (!host) {
+        loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for a look-up");
+        return NULL;
+    }
+    table->host = host;
+    if (table->bytes != bytes) {
+        loci_error err;
+        table->bytes = 0;
+        if (table->device) (void)cudaFree(table->device);
+        table->device = NULL;
+        if (loci_cuda_malloc(lookup->cuda, bytes, &device, &err) != LOCI_OK) {
+            loci_cuda_fail(stream, err.status, "%s", err.text);
+            return NULL;
+        }
+        table->device = device;
+    }
+    memcpy(host, lookup->pairs, bytes);
+    table->bytes = loci_cuda_send(stream, table->device, host, bytes) ? bytes : 0;
+    return table->bytes ? table->device : NULL;
 }
 
 /* Tokens of an extent that are not deleted; all its pairs have the same. */
@@ -235,7 +279,7 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
         look->leaves_all += lookup->heads[h].leaves;
     }
     size_t heads = corpus->kv_heads * sizeof *lookup->heads;
-    look->pairs = look_put(stream, lookup, lookup->pairs, pairs * sizeof *lookup->pairs + heads);
+    look->pairs = put_tables(stream, lookup, pairs * sizeof *lookup->pairs + heads);
     look->heads = look->pairs ? (const void *)(look->pairs + pairs) : NULL;
     return look->pairs != NULL;
 }

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The state of one look-up on the device, shared by lookup.c (begin, stages) and report.c (what it
- * tells the host). All device memory is the look-up's arena, which begin resets; the pairs of the
- * layer stay pinned from begin to the next begin or the end.
+ * tells the host). Its device memory is its arena, which begin resets, and the tables of each
+ * layer; the pairs of the layer stay pinned from begin to the next begin or the end.
  */
 #ifndef LOCI_ATTENTION_CUDA_LOOKUP_H
 #define LOCI_ATTENTION_CUDA_LOOKUP_H
@@ -19,6 +19,14 @@ typedef struct lookup_arena {
     lookup_chunk *chunks;
     size_t count, current, used;
 } lookup_arena;
+
+/* Pairs and heads of a layer as they were sent last: from one token to the next they rarely change.
+ */
+typedef struct lookup_table {
+    void *host;
+    uint8_t *device;
+    size_t bytes;
+} lookup_table;
 
 struct loci_lookup {
     loci_cuda *cuda;
@@ -40,6 +48,8 @@ struct loci_lookup {
     size_t pinned_count, pinned_room;
     loci_cuda_pair *pairs; /* host copy of look.pairs */
     loci_cuda_head *heads; /* host copy of look.heads, [look.kv_heads], behind pairs */
+    lookup_table *tables;  /* [table_count], by layer */
+    uint32_t table_count;
     lookup_arena arena;
 };
 

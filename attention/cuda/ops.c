@@ -177,11 +177,13 @@ static bool round_keys(loci_stream *stream, loci_cuda_dense *path, size_t keys, 
     return true;
 }
 
-/* Cuts all spans, path by path, and puts them and room for partial results, and for rounded K and
- * V, into the stream's scratch. */
+/* Cuts all spans, path by path, and puts them, unless they are few, and room for partial results,
+ * and for rounded K and V, into the stream's scratch. */
 static bool cut_spans(loci_stream *stream, const loci_attend_dense *args, size_t keys, bool tensor,
                       loci_cuda_dense *paths) {
-    loci_cuda_span *spans = malloc(args->span_count * sizeof *spans);
+    bool few = args->span_count <= LOCI_CUDA_FEW_SPANS;
+    loci_cuda_span own[LOCI_CUDA_FEW_SPANS];
+    loci_cuda_span *spans = few ? own : malloc(args->span_count * sizeof *spans);
     if (!spans) {
         loci_cuda_fail(stream, LOCI_E_NOMEM, "no memory for %u spans", args->span_count);
         return false;
@@ -193,23 +195,25 @@ static bool cut_spans(loci_stream *stream, const loci_attend_dense *args, size_t
             if (path_of(args, &args->spans[i], tensor) == path)
                 add_span(&paths[path], spans + count,
                          cut_span(&args->spans[i], group, args->kv_heads, path));
+        if (few) memcpy(paths[path].few, spans + count, paths[path].span_count * sizeof *spans);
         count += paths[path].span_count;
         partials += paths[path].partials;
     }
     bool round = args->kv_dtype == LOCI_F32 && paths[PATH_ROUNDED].span_count > 0;
-    size_t spans_bytes = (args->span_count * sizeof *spans + 255) / 256 * 256;
+    size_t spans_bytes = few ? 0 : (args->span_count * sizeof *spans + 255) / 256 * 256;
     size_t partial_bytes = (partials * row + 255) / 256 * 256;
     size_t keys_bytes = round ? 2 * keys * args->kv_heads * args->head_dim * sizeof(uint16_t) : 0;
     uint8_t *scratch = loci_cuda_scratch(stream, spans_bytes + partial_bytes + keys_bytes);
-    bool ok = scratch && loci_cuda_send(stream, scratch, spans, args->span_count * sizeof *spans);
-    free(spans);
+    bool ok = scratch &&
+              (few || loci_cuda_send(stream, scratch, spans, args->span_count * sizeof *spans));
+    if (!few) free(spans);
     if (!ok) return false;
-    const loci_cuda_span *next = (const void *)scratch;
+    const loci_cuda_span *next = few ? NULL : (const void *)scratch;
     float *partial = (float *)(void *)(scratch + spans_bytes);
     for (int path = 0; path < PATHS; path++) {
         paths[path].spans = next;
         paths[path].partial = partial;
-        next += paths[path].span_count;
+        if (next) next += paths[path].span_count;
         partial += paths[path].partials * (size_t)(args->head_dim + 2);
     }
     return !round ||

@@ -20,14 +20,19 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
     if (!lookup->ready || !lookup->tokens_selected || !look_mask(stream, lookup)) return;
     const loci_cuda_look *look = &lookup->look;
     loci_cuda_stats first = {0};
-    for (uint32_t h = 0; h < look->kv_heads && lookup->mode == LOCI_MODE_SQUEEZED; h++) {
+    bool squeezed = lookup->mode == LOCI_MODE_SQUEEZED;
+    for (uint32_t h = 0; h < look->kv_heads && squeezed; h++) {
         /* Centroids of both levels, twice. */
         first.root_bytes += 2ull * lookup->heads[h].roots * (sizeof(float) + look->dim);
         first.leaf_bytes += 2ull * lookup->heads[h].leaves * (sizeof(float) + look->dim);
     }
     loci_buffer buffer = {.bytes = sizeof first};
-    loci_cuda_stats *device = look_put(stream, lookup, &first, sizeof first);
+    loci_cuda_stats *device = squeezed ? look_put(stream, lookup, &first, sizeof first)
+                                       : look_alloc(stream, lookup, sizeof first);
     if (!device ||
+        (!squeezed &&
+         !look_launched(stream, lookup, cudaMemsetAsync(device, 0, sizeof first, stream->stream),
+                        "stats")) ||
         !look_launched(stream, lookup, loci_cuda_k_stats(stream->stream, look, device), "stats"))
         return;
     if (lookup->tokens_scored &&
