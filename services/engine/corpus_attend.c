@@ -43,10 +43,16 @@ loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err) {
     return LOCI_OK;
 }
 
-/* Everything one step needs on the host until sync. */
-typedef struct step {
+/* Exact attention over some rows. */
+typedef struct exact_part {
     loci_attend_span span;
     loci_attend_dense args;
+} exact_part;
+
+/* Everything one step needs on the host until sync. A step waits once, at its end: on a device the
+ * host is ahead of it, and does not let it stand still. */
+typedef struct step {
+    exact_part sink, flat;
     loci_select_params params; /* of this layer */
     loci_lookup_stats stats;
     loci_ref out, lse; /* of one part */
@@ -66,11 +72,11 @@ static loci_select_params layer_params(const loci_query *query, uint32_t layer) 
     return params;
 }
 
-static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus_view *view,
-                        loci_ref k, loci_ref v, loci_dtype dtype, uint32_t count, float scale,
-                        float bias) {
-    s->span = (loci_attend_span){0, call->rows, 0, count};
-    s->args = (loci_attend_dense){
+static void attend_rows(step *s, exact_part *part, const loci_attend_call *call,
+                        const loci_corpus_view *view, loci_ref k, loci_ref v, loci_dtype dtype,
+                        uint32_t count, float scale, float bias) {
+    part->span = (loci_attend_span){0, call->rows, 0, count};
+    part->args = (loci_attend_dense){
         .q = call->q,
         .k = k,
         .v = v,
@@ -86,7 +92,7 @@ static void attend_rows(step *s, const loci_attend_call *call, const loci_corpus
         .scale = scale,
         .first_key_is_sink = bias != 0,
         .first_key_bias = bias,
-        .spans = &s->span,
+        .spans = &part->span,
         .span_count = 1,
     };
 }
@@ -98,41 +104,36 @@ static void merge(const loci_backend *backend, const loci_attend_call *call, loc
 }
 
 /* The sink as one row that stands for live_segments identical ones; a causal corpus has one. */
-static loci_status attend_sink(loci_query *query, const loci_attend_call *call, step *s,
-                               loci_error *err) {
+static void attend_sink(loci_query *query, const loci_attend_call *call, step *s) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
     uint64_t sinks = query->causal ? 1 : view->live_segments;
-    if (!view->has_sink || sinks == 0) return LOCI_OK;
+    if (!view->has_sink || sinks == 0) return;
     size_t row = (size_t)view->kv_heads * view->head_dim * sizeof(float);
     loci_ref k = view->sink_k, v = view->sink_v;
     k.offset += call->retrieval_index * row;
     v.offset += call->retrieval_index * row;
-    attend_rows(s, call, view, k, v, LOCI_F32, 1, call->scale, logf((float)sinks));
-    backend->ops->attend_dense(call->stream, &s->args);
+    attend_rows(s, &s->sink, call, view, k, v, LOCI_F32, 1, call->scale, logf((float)sinks));
+    backend->ops->attend_dense(call->stream, &s->sink.args);
     merge(backend, call, call->out, call->out_stride, call->lse, s->out, s->lse);
     backend->ops->download(call->stream, s->host, s->lse,
                            (size_t)call->rows * call->q_heads * sizeof(float));
-    return backend->ops->sync(call->stream, err);
 }
 
 /* The open segments, exactly. */
-static loci_status attend_flat(loci_query *query, const loci_attend_call *call, step *s,
-                               loci_error *err) {
+static void attend_flat(loci_query *query, const loci_attend_call *call, step *s) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
-    if (view->flat_tokens == 0) return LOCI_OK;
+    if (view->flat_tokens == 0) return;
     loci_ref k = loci_ref_at(view->flat_k[call->retrieval_index], 0);
     loci_ref v = loci_ref_at(view->flat_v[call->retrieval_index], 0);
-    attend_rows(s, call, view, k, v, LOCI_BF16, view->flat_tokens, s->scale, 0);
-    backend->ops->attend_dense(call->stream, &s->args);
+    attend_rows(s, &s->flat, call, view, k, v, LOCI_BF16, view->flat_tokens, s->scale, 0);
+    backend->ops->attend_dense(call->stream, &s->flat.args);
     merge(backend, call, s->all, s->all_stride, s->all_lse, s->out, s->lse);
-    LOCI_TRY(backend->ops->sync(call->stream, err));
     uint64_t bytes = (uint64_t)view->flat_tokens * view->kv_heads * view->head_dim * 4u;
     query->usage.kv_read_bytes += bytes;
     if (s->dense_reads) query->usage.kv_dense_bytes += bytes;
     query->step_bytes += bytes;
-    return LOCI_OK;
 }
 
 static void look_up(loci_query *query, const loci_attend_call *call, step *s) {
@@ -185,6 +186,7 @@ static loci_status join_apart(const loci_query *query, const loci_attend_call *c
     return LOCI_OK;
 }
 
+/* And waits for all of the step. */
 static loci_status attend_extents(loci_query *query, const loci_attend_call *call, step *s,
                                   uint32_t row_begin, loci_error *err) {
     const loci_backend_ops *ops = query->engine->backend->ops;
@@ -196,6 +198,8 @@ static loci_status attend_extents(loci_query *query, const loci_attend_call *cal
         ops->attribute(call->stream, query->slot->lookup, apart ? s->lse : call->lse, row_begin,
                        loci_ref_at(query->slot->mass, 0));
     ops->lookup_stats(call->stream, query->slot->lookup, &s->stats);
+    size_t count = (size_t)call->rows * call->q_heads;
+    ops->download(call->stream, s->host + count, call->lse, count * sizeof(float));
     LOCI_TRY(loci_query_settle(query, call->stream, err));
     uint64_t index =
         s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes + s->stats.hash_bytes;
@@ -220,7 +224,6 @@ static void add_sink_mass(loci_query *query, const loci_attend_call *call, const
 /* All parts for the rows of one tile. */
 static loci_status attend_tile(loci_query *query, const loci_attend_call *call, bool dense_reads,
                                loci_error *err) {
-    const loci_backend *backend = query->engine->backend;
     LOCI_TRY(loci_cancel_check(query->cancel));
     uint32_t row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
     size_t lse_count = (size_t)call->rows * call->q_heads;
@@ -239,11 +242,9 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call, 
                                  call->q_heads, call->head_dim, 0, &s.out, &s.lse, err),
                   out);
     if (apart) begin_apart(query, call, &s, s.host + 3 * lse_count);
-    LOCI_TRY_GOTO(attend_sink(query, call, &s, err), out);
-    LOCI_TRY_GOTO(attend_flat(query, call, &s, err), out);
+    attend_sink(query, call, &s);
+    attend_flat(query, call, &s);
     LOCI_TRY_GOTO(attend_extents(query, call, &s, row_begin, err), out);
-    backend->ops->download(call->stream, s.host + lse_count, call->lse, lse_count * sizeof(float));
-    LOCI_TRY_GOTO(backend->ops->sync(call->stream, err), out);
     add_sink_mass(query, call, &s, row_begin);
 out:
     free(s.host);
