@@ -222,13 +222,16 @@ typedef struct loci_pair_work {
                        loci_error *err);
 } loci_pair_work;
 
-/* Whether it is worth the memory to overlap pairs: the backend clusters keys while the host writes.
- * NULL allowed. */
-bool loci_pairs_overlap(const loci_backend *backend);
-/* Builds `count` pairs, or ends with the first failure. overlap: the next pair is read and begun,
- * on another thread, while one is finished and put, so that two pairs' rows and keys are held. */
+/* How many pairs of so many tokens are worth the memory to be begun ahead, since the backend
+ * clusters keys while the host writes; 0: it does not. NULL allowed. */
+#define LOCI_PAIRS_AHEAD_MOST 4u
+uint32_t loci_pairs_ahead(const loci_backend *backend, uint32_t tokens);
+/* Builds `count` pairs, or ends with the first failure. ahead: so many pairs are read, one after
+ * another, and begun, on other threads, while one is finished and put, so that the rows and keys of
+ * ahead + 1 are held. */
 LOCI_MUST_CHECK loci_status loci_pairs_build(const loci_pair_work *work, uint32_t count,
-                                             bool overlap, struct loci_pool *pool, loci_error *err);
+                                             uint32_t ahead, struct loci_pool *pool,
+                                             loci_error *err);
 
 /* Checks everything about a blob that can be checked without reading codes and KV:
  * magic, version, sizes, offsets inside `bytes`, header hash, root hash, that roots and

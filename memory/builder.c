@@ -9,9 +9,9 @@
 
 #define FLAT_HEAD_BYTES (LOCI_FINGERPRINT_LEN + 16u)
 
-uint32_t loci_extent_tokens_max(const loci_geometry *geometry, uint32_t limit) {
-    uint64_t most = LOCI_EXTENT_KV_BYTES_MAX / loci_geometry_kv_bytes(geometry);
-    if (most > limit) most = limit;
+uint32_t loci_extent_tokens_max(const loci_geometry *geometry, const loci_store_options *options) {
+    uint64_t most = options->extent_kv_bytes / loci_geometry_kv_bytes(geometry);
+    if (most > options->extent_tokens) most = options->extent_tokens;
     if (most < geometry->segment_tokens) most = geometry->segment_tokens;
     return most < LOCI_EXTENT_SEAL_TOKENS ? (uint32_t)most : LOCI_EXTENT_SEAL_TOKENS;
 }

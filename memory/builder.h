@@ -9,10 +9,6 @@
 #include "memory/ingest.h"
 #include "memory/manifest.h"
 
-/* KV of a sealed extent is at most this much, so that models with large KV stay within bounds too.
- */
-#define LOCI_EXTENT_KV_BYTES_MAX (256u << 20)
-
 typedef struct loci_built_segment {
     uint64_t sequence, start, end;
     uint8_t content[LOCI_CONTENT_HASH_BYTES];
@@ -32,8 +28,8 @@ typedef struct loci_builder {
 /* Where an extent's K and V come from: of all segments of a builder, one pair at a time. */
 typedef struct loci_pair_source {
     void *ctx;
-    /* bf16 [tokens][head_dim]; they stay until the call after the next where pairs overlap
-     * (loci_pairs_overlap), else until the next. Calls come in the order of the pairs. */
+    /* bf16 [tokens][head_dim]; they stay until the next call but so many as pairs are begun
+     * ahead (loci_pairs_ahead). Calls come in the order of the pairs. */
     loci_status (*read)(void *ctx, uint32_t pair, const uint16_t **k, const uint16_t **v,
                         loci_error *err);
 } loci_pair_source;
@@ -43,8 +39,8 @@ static inline uint64_t loci_geometry_kv_bytes(const loci_geometry *geometry) {
     return 4u * (uint64_t)geometry->retrieval_layers * geometry->kv_heads * geometry->head_dim;
 }
 
-/* Most tokens of an extent when the store's option is `limit`. */
-uint32_t loci_extent_tokens_max(const loci_geometry *geometry, uint32_t limit);
+/* Most tokens of an extent when it is sealed. */
+uint32_t loci_extent_tokens_max(const loci_geometry *geometry, const loci_store_options *options);
 /* Fewest tokens of the tail that are worth a partial extent, where a full one has `most`. */
 uint32_t loci_tail_seal_tokens(uint32_t most);
 

@@ -219,8 +219,7 @@ void loci_corpus_fill_info(const loci_corpus *corpus, loci_corpus_info *out) {
 }
 
 loci_status loci_corpus_prepare(loci_corpus *corpus, loci_error *err) {
-    corpus->extent_tokens_max =
-        loci_extent_tokens_max(&corpus->geometry, corpus->store->options.extent_tokens);
+    corpus->extent_tokens_max = loci_extent_tokens_max(&corpus->geometry, &corpus->store->options);
     if (corpus->sink_floats == 0) return LOCI_OK;
     loci_backend *backend = corpus->store->backend;
     return backend->ops->wrap(backend, corpus->sinks, corpus->sink_floats * sizeof(float),

@@ -172,7 +172,8 @@ static loci_status write_pairs(int fd, const char *path, const extent_parts *par
     LOCI_TRY(slots_of_positions(parts->builder, &writer.slots, err));
     loci_pair_work work = {&writer, read_pair, put_pair};
     loci_status status = loci_pairs_build(&work, parts->builder->pairs,
-                                          loci_pairs_overlap(parts->backend), parts->pool, err);
+                                          loci_pairs_ahead(parts->backend, parts->builder->tokens),
+                                          parts->pool, err);
     free(writer.slots);
     return status;
 }

@@ -77,7 +77,8 @@ typedef struct loci_ingest loci_ingest;
 
 /* The most memory that registration holds for a corpus of this geometry, what the encoder itself
  * takes not counted: one document, one batch, two extents' worth of segments, one index being
- * built; and one merge. document_bytes_max, extent_tokens and merge_tokens of the options count. */
+ * built; and one merge. document_bytes_max, extent_tokens, extent_kv_bytes and merge_tokens of the
+ * options count. */
 uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_options *options);
 /* The largest merge, a power of two of sealed extents, that fits into so many bytes: for
  * merge_tokens of the options. 0 = none. */

@@ -11,11 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/pool.h"
 #include "memory/snapshot.h"
 
 /* Encoding works best on thousands of tokens at once; KV of a batch is bounded as well. */
 #define BATCH_TOKENS 4096u
-#define BATCH_KV_BYTES (64u << 20)
+#define BATCH_SHARE 4u                          /* of the KV of a sealed extent */
+#define COPIED_TOGETHER_BYTES ((size_t)1 << 20) /* that is worth waking threads */
 /* Of a causal corpus: with one segment more it is still one sequence of any model that serves. */
 #define CAUSAL_BATCH_TOKENS 1024u
 #define LENGTH_SEGMENTS 64u /* looked at together when a document is measured */
@@ -81,8 +83,9 @@ static loci_status check_model(const loci_corpus *corpus, const loci_encoder *en
                             "corpus %s was made with another geometry of its model", corpus->name);
 }
 
-uint32_t loci_pipeline_batch_tokens(const loci_geometry *geometry) {
-    uint64_t most = BATCH_KV_BYTES / loci_geometry_kv_bytes(geometry);
+uint32_t loci_pipeline_batch_tokens(const loci_geometry *geometry,
+                                    const loci_store_options *options) {
+    uint64_t most = options->extent_kv_bytes / BATCH_SHARE / loci_geometry_kv_bytes(geometry);
     return most < BATCH_TOKENS ? (uint32_t)most : BATCH_TOKENS;
 }
 
@@ -100,7 +103,7 @@ loci_status loci_pipeline_open(loci_corpus *corpus, const loci_encoder *encoder,
     pipeline->causal = corpus->geometry.causal;
     pipeline->prefix_tokens = corpus->geometry.has_sink ? 1 : 0;
     pipeline->sink_tokens = pipeline->causal ? 0 : pipeline->prefix_tokens;
-    pipeline->batch_tokens = loci_pipeline_batch_tokens(&corpus->geometry);
+    pipeline->batch_tokens = loci_pipeline_batch_tokens(&corpus->geometry, &corpus->store->options);
     if (pipeline->causal && pipeline->batch_tokens > CAUSAL_BATCH_TOKENS)
         pipeline->batch_tokens = CAUSAL_BATCH_TOKENS;
     uint32_t pairs = corpus->geometry.retrieval_layers * corpus->geometry.kv_heads;
@@ -477,18 +480,32 @@ static loci_status seal_full(loci_pipeline *pipeline, loci_error *err) {
     return status;
 }
 
+/* Rows on their way from the batch to the builder. */
+typedef struct row_copy {
+    const loci_pipeline *pipeline;
+    size_t from, to, bytes; /* places in values */
+} row_copy;
+
+static void copy_rows(void *arg, size_t pair, unsigned thread) {
+    const row_copy *copy = arg;
+    const loci_pipeline *pipeline = copy->pipeline;
+    (void)thread;
+    memcpy(pipeline->builder->k[pair] + copy->to, pipeline->k[pair] + copy->from, copy->bytes);
+    memcpy(pipeline->builder->v[pair] + copy->to, pipeline->v[pair] + copy->from, copy->bytes);
+}
+
 static loci_status take_segment(loci_pipeline *pipeline, size_t index, loci_error *err) {
     const encode_batch *batch = &pipeline->batch;
     const batch_segment *segment = &batch->segments[index];
     size_t dim = pipeline->corpus->geometry.head_dim;
     uint32_t row;
     LOCI_TRY(loci_builder_add(pipeline->builder, &segment->built, &row, err));
-    size_t from = (batch->begin[index] + pipeline->sink_tokens) * dim;
-    size_t bytes = segment->built.tokens * dim * sizeof(uint16_t);
-    for (uint32_t p = 0; p < pipeline->builder->pairs; p++) {
-        memcpy(pipeline->builder->k[p] + row * dim, pipeline->k[p] + from, bytes);
-        memcpy(pipeline->builder->v[p] + row * dim, pipeline->v[p] + from, bytes);
-    }
+    row_copy copy = {.pipeline = pipeline,
+                     .from = (batch->begin[index] + pipeline->sink_tokens) * dim,
+                     .to = row * dim,
+                     .bytes = segment->built.tokens * dim * sizeof(uint16_t)};
+    bool much = copy.bytes * pipeline->builder->pairs >= COPIED_TOGETHER_BYTES;
+    loci_pool_run(much ? pipeline->pool : NULL, pipeline->builder->pairs, copy_rows, &copy);
     pipeline->cursor = segment->after;
     return LOCI_OK;
 }

@@ -27,7 +27,8 @@ LOCI_MUST_CHECK loci_status loci_pipeline_open(loci_corpus *corpus, const loci_e
                                                loci_pipeline **out, loci_error *err);
 void loci_pipeline_close(loci_pipeline *pipeline); /* NULL allowed */
 /* Tokens that are encoded together. */
-uint32_t loci_pipeline_batch_tokens(const loci_geometry *geometry);
+uint32_t loci_pipeline_batch_tokens(const loci_geometry *geometry,
+                                    const loci_store_options *options);
 
 /* Splits the next documents into a batch. *more: something was pending. */
 LOCI_MUST_CHECK loci_status loci_pipeline_gather(loci_pipeline *pipeline, bool *more,

@@ -30,10 +30,12 @@ typedef struct rebuild {
     const loci_manifest *base; /* what the plan is of */
     const loci_rebuild_plan *plan;
     const loci_fresh *fresh; /* NULL = none */
-    loci_builder *builder;
-    loci_extent **sources; /* of a merge, [last - first]; NULL where nothing lives */
-    /* Of a merge: one pair, with room to read each source whole; two in turn where they overlap. */
-    uint16_t *k[2], *v[2];
+    loci_builder *builder;   /* only read once it is filled */
+    bool borrowed;           /* it is that of `fresh` */
+    loci_extent **sources;   /* of a merge, [last - first]; NULL where nothing lives */
+    /* Of a merge: one pair, with room to read each source whole; several in turn where they
+     * overlap. */
+    uint16_t *k[LOCI_PAIRS_AHEAD_MOST + 1], *v[LOCI_PAIRS_AHEAD_MOST + 1];
     uint32_t held;
 } rebuild;
 
@@ -158,7 +160,7 @@ static loci_status list_sources(rebuild *r, loci_error *err) {
         LOCI_TRY(add_live_segments(r->sources[i], entry, r->builder, err));
     }
     size_t bytes = room * r->corpus->geometry.head_dim * sizeof(uint16_t);
-    r->held = loci_pairs_overlap(r->corpus->store->backend) ? 2 : 1;
+    r->held = 1 + loci_pairs_ahead(r->corpus->store->backend, r->builder->tokens);
     for (uint32_t i = 0; i < r->held; i++) {
         r->k[i] = malloc(bytes);
         r->v[i] = malloc(bytes);
@@ -171,6 +173,13 @@ static loci_status list_sources(rebuild *r, loci_error *err) {
 
 static loci_status gather(rebuild *r, loci_error *err) {
     const loci_rebuild_plan *plan = r->plan;
+    bool nothing_old = plan->first == plan->last && !(plan->tail && r->base->flat_count > 0);
+    r->borrowed = r->fresh && nothing_old;
+    if (r->borrowed) {
+        r->builder = (loci_builder *)(uintptr_t)r->fresh->builder;
+        return LOCI_OK;
+    }
+    LOCI_TRY(loci_builder_create(&r->corpus->geometry, &r->builder, err));
     if (plan->merge) return list_sources(r, err);
     for (uint32_t i = plan->first; i < plan->last; i++)
         LOCI_TRY(gather_extent(r->corpus, &r->base->extents[i], r->builder, err));
@@ -531,11 +540,11 @@ static void rebuild_fini(rebuild *r) {
     for (uint32_t i = 0; r->sources && i < r->plan->last - r->plan->first; i++)
         loci_extent_unref(r->sources[i]);
     free(r->sources);
-    for (uint32_t i = 0; i < 2; i++) {
+    for (uint32_t i = 0; i <= LOCI_PAIRS_AHEAD_MOST; i++) {
         free(r->k[i]);
         free(r->v[i]);
     }
-    loci_builder_destroy(r->builder);
+    if (!r->borrowed) loci_builder_destroy(r->builder);
 }
 
 /* What could not be read may have gone since the plan was made, with its document or extent. */
@@ -553,7 +562,6 @@ loci_status loci_rebuild(loci_corpus *corpus, const loci_manifest *base,
                          const loci_rebuild_plan *plan, const loci_fresh *fresh, bool full,
                          struct loci_pool *pool, const loci_cancel *cancel, loci_error *err) {
     rebuild r = {.corpus = corpus, .base = base, .plan = plan, .fresh = fresh};
-    LOCI_TRY(loci_builder_create(&corpus->geometry, &r.builder, err));
     uint32_t seal_from = loci_tail_seal_tokens(corpus->extent_tokens_max);
     loci_status status = gather(&r, err);
     if (status != LOCI_OK) {

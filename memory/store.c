@@ -25,6 +25,7 @@ void loci_store_options_default(loci_store_options *options) {
     *options = (loci_store_options){.document_bytes_max = 64u << 20,
                                     .memory_bytes = 256u << 20,
                                     .extent_tokens = LOCI_EXTENT_SEAL_TOKENS,
+                                    .extent_kv_bytes = 256u << 20,
                                     .merge_tokens = LOCI_EXTENT_TOKENS_MAX,
                                     .merge_calm_ms = 3000};
 }

@@ -70,8 +70,10 @@ typedef struct loci_store_options {
     uint64_t document_bytes_max; /* default 64 MiB */
     uint64_t memory_bytes;       /* for RocksDB caches and write buffers; default 256 MiB */
     uint32_t extent_tokens;      /* of an extent when it is sealed; default (and most) 32768 */
+    uint64_t extent_kv_bytes;    /* of its K and V, so that models with large ones stay within
+                                    bounds; default 256 MiB */
     uint32_t merge_tokens;       /* most of a merged one; default (and most) 1 << 22, 0 = none is */
-    bool pairs_overlap;          /* loci_pairs_overlap of the backend, for what memory it takes */
+    bool pairs_overlap;          /* the backend has loci_pairs_ahead: that takes memory */
     uint32_t merge_calm_ms;      /* without a change before a merge begins; default 3000 */
     const char *fingerprint;     /* of the node's model, for the figures below; NULL = none */
     loci_budget *budget;         /* snapshots reserve their memory there; NULL = not counted */

@@ -41,10 +41,14 @@ static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
     return tokens * (4 * dim + 14) + (clustering > writing ? clustering : writing);
 }
 
-/* What is held of the next pair while one is written: keys as f32, lists, what clustering needs if
- * the CPU has to do it, and K and V, unless these are there anyway. */
+/* What is held of the pairs ahead while one is written (loci_pairs_ahead): keys as f32, lists, what
+ * clustering needs if the CPU has to do it, and K and V, unless these are there anyway. A long
+ * pair, or all that are ahead of a short one. */
 static uint64_t overlap_memory(uint64_t tokens, uint64_t dim, bool rows) {
-    return tokens * (4 * dim + 14 + (rows ? 4 * dim : 0)) + clustering_memory(tokens, dim);
+    uint64_t shorter = tokens < LOCI_EXTENT_SEAL_TOKENS ? tokens : LOCI_EXTENT_SEAL_TOKENS;
+    uint64_t held = LOCI_PAIRS_AHEAD_MOST * shorter;
+    if (held < tokens) held = tokens;
+    return held * (4 * dim + 14 + (rows ? 4 * dim : 0)) + clustering_memory(held, dim);
 }
 
 /* One pair: its K and V, its index. The list of segments and the slot map of all. */
@@ -60,8 +64,9 @@ static uint64_t merge_memory(const loci_geometry *geometry, const loci_store_opt
 
 uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_options *options) {
     uint64_t dim = geometry->head_dim, kv = loci_geometry_kv_bytes(geometry);
-    uint64_t extent = loci_extent_tokens_max(geometry, options->extent_tokens);
-    uint64_t batch = loci_pipeline_batch_tokens(geometry) + 2ull * geometry->segment_tokens;
+    uint64_t extent = loci_extent_tokens_max(geometry, options);
+    uint64_t batch =
+        loci_pipeline_batch_tokens(geometry, options) + 2ull * geometry->segment_tokens;
     uint64_t rows = power_of_two(extent < 1024 ? 1024 : extent); /* of a builder */
     return power_of_two(options->document_bytes_max) + batch * (kv + 64) + 2 * rows * kv +
            extent * dim * 4 /* K and V of a pair, read back */ + index_memory(extent, dim) +
@@ -71,7 +76,7 @@ uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_opti
 
 uint32_t loci_merge_tokens_within(const loci_geometry *geometry, const loci_store_options *options,
                                   uint64_t bytes) {
-    uint64_t tokens = 2ull * loci_extent_tokens_max(geometry, options->extent_tokens), most = 0;
+    uint64_t tokens = 2ull * loci_extent_tokens_max(geometry, options), most = 0;
     for (; tokens <= LOCI_EXTENT_TOKENS_MAX; tokens *= 2)
         if (merge_memory(geometry, options, tokens) <= bytes) most = tokens;
     return (uint32_t)most;

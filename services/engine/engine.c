@@ -169,7 +169,7 @@ static loci_status plan_memory(loci_engine *engine, const loci_engine_options *o
                                  .precision = precision,
                                  .on_device = engine->backend->ops->on_device,
                                  .threads = loci_pool_threads(loci_backend_pool(engine->backend)),
-                                 .pairs_overlap = loci_pairs_overlap(engine->backend),
+                                 .pairs_overlap = loci_pairs_ahead(engine->backend, 1) > 0,
                                  .calls_bytes = options->calls_bytes,
                                  .sequence_tokens = engine->sequence_tokens,
                                  .queries = options->queries_max,
@@ -259,6 +259,7 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
     loci_store_options_default(&options);
     options.memory_bytes = engine->plan.database;
     options.document_bytes_max = engine->plan.document_bytes_max;
+    options.extent_kv_bytes = engine->plan.extent_kv_bytes;
     options.merge_tokens = engine->plan.merge_tokens;
     options.budget = engine->budget;
     options.fingerprint = engine->geometry.fingerprint;

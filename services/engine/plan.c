@@ -16,6 +16,7 @@
 #define DATABASE_MOST (256 * MIB)
 #define DOCUMENT_LEAST (4 * MIB)
 #define DOCUMENT_MOST (64 * MIB)
+#define EXTENT_KV_LEAST (256 * MIB)
 #define LOOKUPS_LEAST (32 * MIB) /* look-ups and snapshots, so that small corpora always answer */
 #define SLOTS_DEFAULT 2u
 #define MERGE_SHARE 3u
@@ -26,6 +27,7 @@
 #define DEVICE_BYTES (128 * MIB) /* the driver's and its libraries' own */
 #define PACK_BYTES (64 * MIB)    /* most of a weight that is packed at once */
 #define TOKEN_BYTES 64u          /* what the host knows of a token that is encoded */
+#define STAGING_BYTES (64 * MIB) /* most of the memory through which K and V come back */
 
 uint64_t loci_plan_default_limit(void) {
     return loci_memory_limit() / 2;
@@ -106,16 +108,17 @@ uint64_t loci_plan_slot_bytes(const loci_model_config *c, bool on_device, uint32
 
 /* Rows, and their K and V on their way out (model/encode.c). */
 uint64_t loci_plan_encode_bytes(const loci_model_config *c, bool on_device, uint32_t tokens) {
-    if (on_device) return (uint64_t)tokens * TOKEN_BYTES;
-    return tokens * (row_bytes(c) + 4ull * c->retrieval_count * c->kv_heads * c->head_dim);
+    uint64_t kv = 4ull * c->retrieval_count * c->kv_heads * c->head_dim;
+    if (!on_device) return tokens * (row_bytes(c) + kv);
+    return tokens * TOKEN_BYTES + (tokens * kv < STAGING_BYTES ? tokens * kv : STAGING_BYTES);
 }
 
-static uint64_t registration_bytes(const loci_plan_request *r, uint64_t document_bytes,
-                                   uint32_t merge_tokens) {
+static uint64_t registration_bytes(const loci_plan_request *r, const loci_plan *plan) {
     loci_store_options options;
     loci_store_options_default(&options);
-    options.document_bytes_max = document_bytes;
-    options.merge_tokens = merge_tokens;
+    options.document_bytes_max = plan->document_bytes_max;
+    options.extent_kv_bytes = plan->extent_kv_bytes;
+    options.merge_tokens = plan->merge_tokens;
     options.pairs_overlap = r->pairs_overlap;
     return loci_ingest_memory(r->geometry, &options) +
            loci_plan_encode_bytes(r->config, r->on_device, ENCODE_ROWS) + 4 * MIB;
@@ -133,15 +136,30 @@ static unsigned long long mib(uint64_t bytes) {
     return round_up(bytes, MIB) / MIB;
 }
 
+/* Extents of models with large K and V are as long as those of others where there is memory: fewer
+ * ones are clustered, and merged, in less time. */
+static void grow_extents(const loci_plan_request *request, uint64_t over, loci_plan *plan) {
+    uint64_t least = registration_bytes(request, plan), present = least;
+    for (;;) {
+        loci_plan more = *plan;
+        more.extent_kv_bytes *= 2;
+        uint64_t bytes = registration_bytes(request, &more);
+        if (bytes == present || bytes - least > over / 8) return;
+        *plan = more;
+        present = bytes;
+    }
+}
+
 loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loci_error *err) {
     loci_plan plan = {
         .process = process_bytes(request),
         .model = model_bytes(request, false),
         .database = DATABASE_LEAST,
-        .registration = registration_bytes(request, DOCUMENT_LEAST, 0),
         .slot = loci_plan_slot_bytes(request->config, request->on_device, request->sequence_tokens),
         .slots = request->queries ? request->queries : 1,
-        .document_bytes_max = DOCUMENT_LEAST};
+        .document_bytes_max = DOCUMENT_LEAST,
+        .extent_kv_bytes = EXTENT_KV_LEAST};
+    plan.registration = registration_bytes(request, &plan);
     if (request->also_config)
         plan.also_slot = loci_plan_slot_bytes(request->also_config, request->on_device,
                                               request->also_sequence_tokens);
@@ -168,15 +186,18 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
     plan.database = grown < DATABASE_MOST ? grown : DATABASE_MOST;
     if (request->queries == 0 && plan.slot <= over / 4) plan.slots = SLOTS_DEFAULT;
     while (plan.document_bytes_max < DOCUMENT_MOST) {
-        uint64_t twice = registration_bytes(request, 2 * plan.document_bytes_max, 0);
-        if (twice - registration_bytes(request, DOCUMENT_LEAST, 0) > over / 8) break;
+        loci_plan twice = plan;
+        twice.document_bytes_max *= 2;
+        if (registration_bytes(request, &twice) - plan.registration > over / 8) break;
         plan.document_bytes_max *= 2;
     }
+    grow_extents(request, over, &plan);
     loci_store_options options;
     loci_store_options_default(&options);
     options.pairs_overlap = request->pairs_overlap;
+    options.extent_kv_bytes = plan.extent_kv_bytes;
     plan.merge_tokens = loci_merge_tokens_within(request->geometry, &options, over / MERGE_SHARE);
-    plan.registration = registration_bytes(request, plan.document_bytes_max, plan.merge_tokens);
+    plan.registration = registration_bytes(request, &plan);
     *out = plan;
     return LOCI_OK;
 }

@@ -19,7 +19,7 @@ typedef struct loci_plan_request {
     uint64_t tokenizer_bytes; /* of tokenizer.json */
     bool can_map;             /* the weights can be read from their files */
     unsigned threads;         /* of the backend */
-    bool pairs_overlap;       /* loci_pairs_overlap of the backend */
+    bool pairs_overlap;       /* the backend has loci_pairs_ahead */
     uint64_t calls_bytes;     /* messages of running calls */
     uint32_t sequence_tokens; /* of a slot */
     /* The model that only answers (locid --also-model), with one slot; config NULL = none. */
@@ -39,7 +39,8 @@ typedef struct loci_plan {
     bool mapped, also_mapped;
     uint64_t also_slot; /* of the other model; its weights are part of `model` */
     uint64_t document_bytes_max;
-    uint32_t merge_tokens; /* of the largest extent that is merged; 0 = none is */
+    uint64_t extent_kv_bytes; /* of a sealed extent */
+    uint32_t merge_tokens;    /* of the largest extent that is merged; 0 = none is */
 } loci_plan;
 
 /* Half of the RAM that this process may use. */

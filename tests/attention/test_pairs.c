@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include <cmocka.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -75,12 +76,12 @@ static loci_status put_pair(void *ctx, uint32_t pair, loci_slice blob, uint64_t 
     return loci_buf_status(&s->blobs[pair]);
 }
 
-static loci_status run(scene *s, bool overlap, loci_error *err) {
+static loci_status run(scene *s, uint32_t ahead, loci_error *err) {
     loci_pair_work work = {s, read_pair, put_pair};
     loci_pool *pool = NULL;
     assert_int_equal(loci_pool_create(3, &pool, err), LOCI_OK);
     s->reads = s->puts = 0;
-    loci_status status = loci_pairs_build(&work, PAIRS, overlap, pool, err);
+    loci_status status = loci_pairs_build(&work, PAIRS, ahead, pool, err);
     loci_pool_destroy(pool);
     return status;
 }
@@ -105,8 +106,8 @@ static void test_overlapped_or_not(void **state) {
     (void)state;
     scene *s = scene_open();
     loci_error err;
-    for (int overlap = 0; overlap < 2; overlap++) {
-        assert_int_equal(run(s, overlap, &err), LOCI_OK);
+    for (uint32_t ahead = 0; ahead <= LOCI_PAIRS_AHEAD_MOST; ahead++) {
+        assert_int_equal(run(s, ahead, &err), LOCI_OK);
         assert_int_equal(s->puts, PAIRS);
         check_blobs(s);
     }
@@ -117,21 +118,21 @@ static void test_overlapped_or_not(void **state) {
 static void test_failures_end_it(void **state) {
     (void)state;
     for (uint32_t at = 0; at < PAIRS; at++) {
-        for (int overlap = 0; overlap < 2; overlap++) {
+        for (uint32_t ahead = 0; ahead <= LOCI_PAIRS_AHEAD_MOST; ahead++) {
             scene *s = scene_open();
             loci_error err;
             s->fail_read = at;
-            assert_int_equal(run(s, overlap, &err), LOCI_E_IO);
+            assert_int_equal(run(s, ahead, &err), LOCI_E_IO);
             assert_non_null(strstr(err.text, "is gone"));
             assert_int_equal(s->puts, at);
             s->fail_read = UINT32_MAX;
             s->fail_put = at;
-            assert_int_equal(run(s, overlap, &err), LOCI_E_IO);
+            assert_int_equal(run(s, ahead, &err), LOCI_E_IO);
             assert_non_null(strstr(err.text, "has no place"));
             assert_int_equal(s->puts, at + 1);
             s->fail_put = UINT32_MAX;
             s->k[at][5 * DIM + 3] = 0x7f80; /* infinite */
-            assert_int_equal(run(s, overlap, &err), LOCI_E_INVAL);
+            assert_int_equal(run(s, ahead, &err), LOCI_E_INVAL);
             assert_non_null(strstr(err.text, "key of token 5, channel 3"));
             assert_int_equal(s->puts, at);
             scene_close(s);
@@ -139,7 +140,7 @@ static void test_failures_end_it(void **state) {
     }
 }
 
-static unsigned asked;
+static atomic_uint asked;
 static loci_status answer;
 
 /* As a device would: clusters, or fails having written something. */
@@ -159,18 +160,21 @@ static void test_backend_that_clusters(void **state) {
     loci_backend_ops ops = loci_backend_cpu;
     ops.cluster_keys = cluster_keys;
     loci_backend backend = {&ops, NULL};
-    assert_true(loci_pairs_overlap(&backend));
-    assert_false(loci_pairs_overlap(NULL));
+    assert_int_equal(loci_pairs_ahead(&backend, 40000), 1);
+    assert_int_equal(loci_pairs_ahead(&backend, 32768), LOCI_PAIRS_AHEAD_MOST);
+    assert_int_equal(loci_pairs_ahead(NULL, 1), 0);
+    assert_int_equal(loci_pairs_ahead(&(loci_backend){&loci_backend_cpu, NULL}, 1), 0);
     static const loci_status answers[] = {LOCI_OK, LOCI_E_NOMEM, LOCI_E_INTERNAL, LOCI_E_CANCELLED};
-    for (size_t i = 0; i < sizeof answers / sizeof *answers; i++) {
+    for (uint32_t i = 0; i < 4 * LOCI_PAIRS_AHEAD_MOST; i++) {
+        uint32_t ahead = 1 + i / 4;
         scene *s = scene_open();
         loci_error err;
-        bool good = answers[i] == LOCI_OK || answers[i] == LOCI_E_NOMEM;
+        answer = answers[i % 4];
+        bool good = answer == LOCI_OK || answer == LOCI_E_NOMEM;
         s->backend = &backend;
-        answer = answers[i];
         asked = 0;
-        assert_int_equal(run(s, true, &err), good ? LOCI_OK : answer);
-        assert_int_equal(asked, good ? PAIRS : 1);
+        assert_int_equal(run(s, ahead, &err), good ? LOCI_OK : answer);
+        assert_true(asked <= (good ? PAIRS : 1 + ahead) && asked >= (good ? PAIRS : 1));
         assert_int_equal(s->puts, good ? PAIRS : 0);
         if (good)
             check_blobs(s);

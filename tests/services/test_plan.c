@@ -82,6 +82,7 @@ static void check_plans(const loci_model_config *config, uint64_t most) {
         assert_true(plan.registration >= before.registration);
         assert_true(plan.document_bytes_max >= before.document_bytes_max);
         assert_true(plan.document_bytes_max <= 64 * MIB && plan.slots <= 2);
+        assert_true(plan.extent_kv_bytes >= before.extent_kv_bytes);
         loci_budget *budget = NULL;
         assert_int_equal(loci_budget_create(request.limit, &budget, &err), LOCI_OK);
         assert_int_equal(loci_plan_take(&plan, budget, &err), LOCI_OK);
@@ -114,6 +115,15 @@ static void test_plans_of_a_large_model(void **state) {
     loci_plan plan;
     assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
     assert_true(plan.model > 14 * GIB && plan.model < 16 * GIB);
+    /* 131,072 bytes a token: extents of 2,048 tokens, but of 32,768 where there is memory. */
+    assert_true(plan.extent_kv_bytes < 4 * GIB);
+    request.limit = 256 * GIB;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_int_equal(plan.extent_kv_bytes, 4 * GIB);
+    request = request_of(&large, 0);
+    request.limit = least_of(request);
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_int_equal(plan.extent_kv_bytes, 256 * MIB);
 }
 
 /* What is in the memory of a device takes none of the budget, and nothing is mapped for it. */
@@ -123,7 +133,7 @@ static void test_a_model_on_a_device_is_not_counted(void **state) {
     loci_plan plan, beside;
     request.on_device = request.can_map = true;
     request.limit = least_of(request);
-    assert_true(request.limit < GIB);
+    assert_true(request.limit < GIB + GIB / 8);
     assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
     assert_true(!plan.mapped && plan.model >= 64 * MIB && plan.model < 80 * MIB);
     assert_int_equal(loci_plan_make(&host, &beside, &err), LOCI_OK);
@@ -132,7 +142,7 @@ static void test_a_model_on_a_device_is_not_counted(void **state) {
     request.also_config = &built_in;
     request.also_tokenizer_bytes = 300000;
     request.also_sequence_tokens = 1300;
-    request.limit = GIB;
+    request.limit = 2 * GIB;
     assert_int_equal(loci_plan_make(&request, &beside, &err), LOCI_OK);
     assert_int_equal(beside.model, plan.model + 4 * 300000);
     /* Not enough for its packed weights on the CPU (below). */
