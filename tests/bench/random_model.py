@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a Llama of random bf16 weights as a Hugging Face folder, and as GGUF for llama.cpp.
 
-  random_model.py SHAPE FOLDER [--gguf FILE]     SHAPE: 30m, 500m, 1b, 8b
+  random_model.py SHAPE FOLDER [--gguf FILE] [--layers N] [--words]     SHAPE: 30m, 500m, 1b, 7b, 8b
 
-For speed and memory, not for answers: norms are ones, matrices are drawn from one block of normal
-numbers, so a folder of 16 GB is written as fast as the disk takes it. The tokenizer has a token for
-each byte; the rest of its vocabulary is words that no text becomes, so that every id has a text.
-Needs numpy; --gguf also the gguf package.
+7b is a Qwen2.5-7B, with biases (zeros). For speed and memory, not for answers: norms are ones,
+matrices are drawn from one block of normal numbers, so a folder of 16 GB is written as fast as the
+disk takes it. The tokenizer has a token for each byte and with --words one for each word of the
+prompts and of what bench_questions writes; the rest of its vocabulary is words that no text
+becomes, so that every id has a text. Needs numpy; --gguf also the gguf package.
 """
 import argparse
 import json
@@ -16,22 +17,29 @@ import struct
 
 import numpy as np
 
-# hidden, layers, q heads, KV heads, intermediate, vocabulary; heads of 64, 8b: of 128
+# hidden, layers, q heads, KV heads, intermediate, vocabulary; width of heads
 SHAPES = {
     "30m": (512, 8, 8, 4, 1408, 8192, 64),
     "500m": (1024, 24, 16, 2, 4608, 32768, 64),
     "1b": (2048, 16, 16, 4, 5632, 32768, 128),
+    "7b": (3584, 28, 28, 4, 18944, 152064, 128),
     "8b": (4096, 32, 32, 8, 14336, 128256, 128),
 }
+SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe ri so tu va".split()  # as in bench_questions.c
+PROMPT = """Answer the question from the documents alone as briefly you can If do not hold answer
+    reply Not in"""
 POSITIONS = 262144
 BLOCK = 1 << 22
 BOS, EOS = 0, 1
 
 
-def config_of(shape):
-    hidden, layers, q_heads, kv_heads, intermediate, vocab, head_dim = shape
+def config_of(name, layers=None):
+    hidden, all_layers, q_heads, kv_heads, intermediate, vocab, head_dim = SHAPES[name]
+    layers = layers or all_layers
+    family = "Qwen2" if name == "7b" else "Llama"
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab,
+        "architectures": [family + "ForCausalLM"], "model_type": family.lower(),
+        "vocab_size": vocab,
         "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
         "num_attention_heads": q_heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
         "hidden_act": "silu", "max_position_embeddings": POSITIONS, "rms_norm_eps": 1e-5,
@@ -47,9 +55,19 @@ def byte_letters():
     return [chr(b) if b in plain else chr(256 + others.index(b)) for b in range(256)]
 
 
-def tokenizer_of(vocab):
+def merges_of(words):
+    """Pairs that make a token of each word with a space before it, letter by letter."""
+    merges = {}
+    for word in words:
+        for end in range(1, len(word) + 1):
+            merges["\u0120" + word[:end - 1] + " " + word[end - 1]] = None
+    return list(merges)
+
+
+def tokenizer_of(vocab, words):
     special = ["<bos>", "<eos>"]
-    tokens = special + byte_letters()
+    merges = merges_of(words)
+    tokens = special + byte_letters() + [pair.replace(" ", "") for pair in merges]
     tokens += [f"word{i}" for i in range(vocab - len(tokens))]
     added = [{"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True} for i, text in enumerate(special)]
@@ -60,7 +78,7 @@ def tokenizer_of(vocab):
             "model": {"type": "BPE", "dropout": None, "unk_token": None,
                       "continuing_subword_prefix": None, "end_of_word_suffix": None,
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                      "vocab": {text: i for i, text in enumerate(tokens)}, "merges": []}}
+                      "vocab": {text: i for i, text in enumerate(tokens)}, "merges": merges}}
 
 
 def shapes_of(config):
@@ -75,6 +93,10 @@ def shapes_of(config):
         yield layer + "self_attn.q_proj.weight", block + "attn_q.weight", (q, hidden)
         yield layer + "self_attn.k_proj.weight", block + "attn_k.weight", (kv, hidden)
         yield layer + "self_attn.v_proj.weight", block + "attn_v.weight", (kv, hidden)
+        if config["model_type"] == "qwen2":
+            yield layer + "self_attn.q_proj.bias", block + "attn_q.bias", (q,)
+            yield layer + "self_attn.k_proj.bias", block + "attn_k.bias", (kv,)
+            yield layer + "self_attn.v_proj.bias", block + "attn_v.bias", (kv,)
         yield layer + "self_attn.o_proj.weight", block + "attn_output.weight", (hidden, q)
         yield layer + "post_attention_layernorm.weight", block + "ffn_norm.weight", (hidden,)
         yield layer + "mlp.gate_proj.weight", block + "ffn_gate.weight", (intermediate, hidden)
@@ -96,11 +118,11 @@ class Weights:
         self.normal = np.random.default_rng(1).standard_normal(BLOCK, dtype=np.float32)
         self.scaled = {}
 
-    def pieces(self, number, shape):
+    def pieces(self, number, name, shape):
         """The tensor's values, in arrays of at most BLOCK values."""
         count = int(np.prod(shape))
         if len(shape) == 1:
-            yield to_bf16(np.ones(count))
+            yield to_bf16(np.full(count, 0.0 if name.endswith("bias") else 1.0))
             return
         if shape[1] not in self.scaled:
             self.scaled = {shape[1]: to_bf16(self.normal * shape[1] ** -0.5)}
@@ -108,14 +130,14 @@ class Weights:
         for at in range(0, count, BLOCK):
             yield block[:min(BLOCK, count - at)]
 
-    def whole(self, number, shape):
-        return np.concatenate(list(self.pieces(number, shape))).reshape(shape)
+    def whole(self, number, name, shape):
+        return np.concatenate(list(self.pieces(number, name, shape))).reshape(shape)
 
 
-def write_folder(folder, config, weights):
+def write_folder(folder, config, weights, words):
     os.makedirs(folder, exist_ok=True)
     for name, content in (("config.json", config),
-                          ("tokenizer.json", tokenizer_of(config["vocab_size"]))):
+                          ("tokenizer.json", tokenizer_of(config["vocab_size"], words))):
         with open(os.path.join(folder, name), "w") as file:
             json.dump(content, file, indent=1)
     header, at = {}, 0
@@ -127,8 +149,8 @@ def write_folder(folder, config, weights):
     text += b" " * (-len(text) % 64)
     with open(os.path.join(folder, "model.safetensors"), "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for number, (_, _, shape) in enumerate(shapes_of(config)):
-            for piece in weights.pieces(number, shape):
+        for number, (name, _, shape) in enumerate(shapes_of(config)):
+            for piece in weights.pieces(number, name, shape):
                 file.write(memoryview(piece))
     return at // 2
 
@@ -157,7 +179,7 @@ def write_gguf(path, config, weights):
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_tokenizer_model("none")
     for number, (_, name, shape) in enumerate(shapes_of(config)):
-        values = weights.whole(number, shape)
+        values = weights.whole(number, name, shape)
         if len(shape) == 1:  # llama.cpp takes vectors in f32 only
             writer.add_tensor(name, (values.astype(np.uint32) << 16).view(np.float32))
             continue
@@ -172,10 +194,10 @@ def write_gguf(path, config, weights):
     writer.close()
 
 
-def write(shape, folder, gguf_path=None):
+def write(shape, folder, gguf_path=None, layers=None, words=()):
     """Number of parameters."""
-    config, weights = config_of(SHAPES[shape]), Weights()
-    parameters = write_folder(folder, config, weights)
+    config, weights = config_of(shape, layers), Weights()
+    parameters = write_folder(folder, config, weights, words)
     if gguf_path:
         write_gguf(gguf_path, config, weights)
     return parameters
@@ -187,8 +209,11 @@ def main():
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder")
     parser.add_argument("--gguf")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--words", action="store_true")
     options = parser.parse_args()
-    count = write(options.shape, options.folder, options.gguf)
+    words = [a + b for a in SYLLABLES for b in SYLLABLES] + PROMPT.split() if options.words else ()
+    count = write(options.shape, options.folder, options.gguf, options.layers, words)
     print(json.dumps({"model": options.shape, "parameters": count}))
 
 

@@ -15,7 +15,8 @@ rm -rf "$out"
 mkdir -p "$out/pack/bin" "$out/pack/lib"
 programs=()
 for path in "$build"/tests/attention/test_cuda_* "$build"/tests/model/test_cuda_* \
-    "$build"/tests/bench/bench_cuda_* "$build"/tests/bench/bench_recall "$build"/locid "$build"/loci; do
+    "$build"/tests/bench/bench_cuda_* "$build"/tests/bench/bench_recall \
+    "$build"/tests/bench/bench_questions "$build"/locid "$build"/loci; do
     if [ -f "$path" ] && [ -x "$path" ]; then programs+=("$path"); fi
 done
 [ ${#programs[@]} -gt 0 ] || {

@@ -10,7 +10,9 @@
 #   tests/gpu/run.sh [test] [service] [bench] [sanitize]      (default: all)
 #
 # BENCH_TOKENS: corpus sizes of the benchmarks (default 131072 524288). BENCH_ROWS: query tokens of a
-# step (default 1 16). BENCH_KV: a key-value dump of a model (bench_recall --dump). BENCH_KERNELS: the
+# step (default 1 16). BENCH_TEXTS: what a random model of seven billion parameters registers and is
+# asked (bench_questions; default words:4096,words:131072), where there are 100 GB of memory and of
+# space in BENCH_DATA (default /tmp). BENCH_KV: a key-value dump of a model (bench_recall --dump). BENCH_KERNELS: the
 # published kernels of Squeezed Attention (tests/bench/gpu/squeezed_triton.py).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -59,6 +61,21 @@ check() {
     esac
     rows+=("$(printf '%-28s %4d s  %s' "$name" $((SECONDS - start)) "$verdict")")
     case $status in 0 | 77) ;; *) grep -E 'ERROR|error|FAILED|=====|LINE' "$out/$name.log" | head -n 20 ;; esac
+}
+
+bench_seven_billion() {
+    local data=${BENCH_DATA:-/tmp} memory disk gpu
+    memory=$(awk '/MemAvailable/ {print int($2 / 1000000)}' /proc/meminfo)
+    disk=$(df -P "$data" | awk 'NR == 2 {print int($4 / 1000000)}')
+    gpu=$(nvidia-smi --query-gpu=memory.free --format=csv,noheader,nounits 2>/dev/null | head -n 1)
+    if [ "$memory" -lt 100 ] || [ "$disk" -lt 100 ] || [ "${gpu:-0}" -lt 90000 ]; then
+        rows+=("bench of 7 billion parameters: skipped: $memory GB of memory, $disk of disk, ${gpu:-0} MiB of the GPU's are free")
+        return
+    fi
+    check bench_7b_model 120 python3 tests/bench/random_model.py 7b "$unpacked/7b" --words
+    check bench_7b 900 "$bin/bench_questions" --data "$data" "$unpacked/7b" \
+        "${BENCH_TEXTS:-words:4096,words:131072}" cuda hierarchical,dense 4 64 1 8
+    rm -rf "$unpacked/7b"
 }
 
 case " $wanted " in *" test "*)
@@ -116,6 +133,7 @@ case " $wanted " in *" bench "*)
         check bench_model 120 "$bin/bench_cuda_attention" --rows 1 --rows 2 --kv "$BENCH_KV"
     [ -z "${BENCH_KERNELS:-}" ] ||
         check bench_triton 90 python3 tests/bench/gpu/squeezed_triton.py "$BENCH_KERNELS"
+    bench_seven_billion
     check bench_attention_small 60 "$bin/bench_cuda_attention" --heads 6 2 64 131072
     cat "$out"/bench_*.log
     ;;
