@@ -168,23 +168,45 @@ void lookup_key_task(void *arg, size_t index, unsigned thread) {
 
 /* --- floors ---------------------------------------------------------------------------- */
 
-/* The highest key that at least k of n reach, at least 1; between low, which they do or is 1, and
- * high, which they do not. */
-static uint32_t bisect(const loci_corpus_kernels *kernels, const uint16_t *key, size_t n,
-                       uint64_t k, uint32_t low, uint32_t high) {
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (kernels->count_keys(key, n, (uint16_t)middle) >= k)
-            low = middle;
-        else
-            high = middle;
+/* Keys between which the k-th highest lies: `from` reach low, at least k unless it is 1, and fewer
+ * than k, `above`, reach high. */
+typedef struct key_range {
+    uint32_t low, high;
+    uint64_t from, above;
+} key_range;
+
+/* Counts who reach `key` within the range, which becomes what is above or below it. */
+static void cut_range(const loci_corpus_kernels *kernels, const uint16_t *key, size_t n, uint64_t k,
+                      uint32_t at, key_range *range) {
+    uint64_t count = kernels->count_keys(key, n, (uint16_t)at);
+    if (count >= k) {
+        range->low = at;
+        range->from = count;
+    } else {
+        range->high = at;
+        range->above = count;
     }
-    return low;
+}
+
+/* The highest key that at least k of n reach, at least 1: by turns where it would lie if those of
+ * the range were even, and in the middle. */
+static uint32_t find_key(const loci_corpus_kernels *kernels, const uint16_t *key, size_t n,
+                         uint64_t k, key_range range) {
+    for (bool even = true; range.high - range.low > 1; even = !even) {
+        uint32_t wide = range.high - range.low, by = wide / 2;
+        if (even && range.from > k) {
+            by = (uint32_t)((double)wide * (double)(range.from - k) /
+                            (double)(range.from - range.above));
+            by = by > 0 ? by < wide ? by : wide - 1 : 1;
+        }
+        cut_range(kernels, key, n, k, range.low + by, &range);
+    }
+    return range.low;
 }
 
 uint16_t lookup_kth_key(const loci_corpus_kernels *kernels, const uint16_t *key, size_t n,
                         uint64_t k, uint16_t *sample) {
-    uint32_t low = 1, high = (uint32_t)STEPS_MAX + 1;
+    key_range all = {.low = 1, .high = (uint32_t)STEPS_MAX + 1, .from = n}, range = all;
     size_t sampled = 0;
     for (size_t i = 0; i + GROUP <= n; i += SAMPLED * GROUP, sampled += GROUP)
         memcpy(sample + sampled, key + i, GROUP * sizeof *sample);
@@ -193,20 +215,14 @@ uint16_t lookup_kth_key(const loci_corpus_kernels *kernels, const uint16_t *key,
         double spread = 3.0 * sqrt(expected) + 1.0;
         uint64_t more = (uint64_t)(expected + spread);
         uint64_t fewer = expected > spread ? (uint64_t)(expected - spread) : 0;
-        uint32_t below = bisect(kernels, sample, sampled, more, low, high);
-        uint32_t above = fewer ? bisect(kernels, sample, sampled, fewer, low, high) + 1 : high;
-        if (kernels->count_keys(key, n, (uint16_t)below) >= k)
-            low = below;
-        else
-            high = below;
-        if (above < high && above > low) {
-            if (kernels->count_keys(key, n, (uint16_t)above) >= k)
-                low = above;
-            else
-                high = above;
-        }
+        all.from = sampled;
+        uint32_t below = find_key(kernels, sample, sampled, more, all);
+        cut_range(kernels, key, n, k, below, &range);
+        uint32_t above = fewer ? find_key(kernels, sample, sampled, fewer, all) + 1 : 0;
+        if (above > range.low && above < range.high)
+            cut_range(kernels, key, n, k, above, &range);
     }
-    return (uint16_t)bisect(kernels, key, n, k, low, high > low ? high : low + 1);
+    return (uint16_t)find_key(kernels, key, n, k, range);
 }
 
 /* The least key of an estimate of at least `limit`. */
@@ -229,7 +245,8 @@ void lookup_key_floors_task(void *arg, size_t index, unsigned thread) {
         scale->floor =
             lookup_kth_key(lookup->kernels, key, n, lookup->params.candidates_max, head->sample);
         if (slack > 0.0) {
-            uint32_t most = bisect(lookup->kernels, key, n, 1, 1, (uint32_t)STEPS_MAX + 1);
+            key_range all = {.low = 1, .high = (uint32_t)STEPS_MAX + 1, .from = n};
+            uint32_t most = find_key(lookup->kernels, key, n, 1, all);
             double top = scale->top + (most - (STEPS_MAX - sum_most(lookup))) * (double)scale->step;
             top = fmax(top, (double)lookup->steady[index * lookup->group + g]);
             uint16_t reach = key_from(lookup, scale, top - log((double)head->live_tokens / slack));

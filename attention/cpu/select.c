@@ -156,16 +156,12 @@ void lookup_choose(const loci_corpus_kernels *kernels, const float *value, size_
     if (choose_by_number(kernels, value, n, target, most, taken)) return;
     choose_state state = {.value = value, .n = n, .target = target, .most = most};
     threshold t = find_threshold(&state);
-    for (size_t i = 0; i < n; i++) {
-        taken[i] = 0;
-        if (!usable(value[i])) continue;
-        uint32_t bits = bits_of(value[i]);
-        if (bits > t.above) {
-            taken[i] = 1;
-        } else if (bits == t.above && t.ties > 0) {
-            taken[i] = 1;
-            t.ties--;
-        }
+    for (size_t i = 0; i < n; i++)
+        taken[i] = (uint8_t)(usable(value[i]) & (bits_of(value[i]) > t.above));
+    for (size_t i = 0; i < n && t.ties > 0; i++) {
+        if (!usable(value[i]) || bits_of(value[i]) != t.above) continue;
+        taken[i] = 1;
+        t.ties--;
     }
 }
 

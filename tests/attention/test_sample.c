@@ -3,6 +3,7 @@
  * Sampling: greedy and its ties, bans, penalty, top-p, temperature, reproducible draws and their
  * distribution, errors.
  */
+#include "base/rng.h"
 #include "numeric.h"
 
 enum { VOCAB = 37 };
@@ -144,6 +145,65 @@ static void test_top_p_keeps_the_fewest_that_reach_it(void **state) {
     close_sampler(&s);
 }
 
+static int heavier(const void *a, const void *b) {
+    const double *x = a, *y = b; /* weight, id */
+    if (x[0] != y[0]) return x[0] > y[0] ? -1 : 1;
+    return x[1] < y[1] ? -1 : 1;
+}
+
+/* The token that sorting gives, or -1 where rounding decides. */
+static int32_t sorted_draw(const sampler *s) {
+    double order[VOCAB][2], total = 0.0, kept = 0.0, sum = 0.0;
+    float most = -INFINITY;
+    for (int i = 0; i < VOCAB; i++) most = fmaxf(most, s->row[i]);
+    for (int i = 0; i < VOCAB; i++) {
+        order[i][0] = exp((double)((s->row[i] - most) / s->params.temperature));
+        order[i][1] = i;
+        total += order[i][0];
+    }
+    qsort(order, VOCAB, sizeof order[0], heavier);
+    int chosen = 0;
+    while (chosen < VOCAB && (chosen == 0 || kept < (double)s->params.top_p * total)) {
+        if (s->params.top_p < 1.0f && fabs(kept - (double)s->params.top_p * total) < 1e-5 * total)
+            return -1;
+        kept += order[chosen++][0];
+    }
+    uint64_t draw = loci_rng_mix(s->params.seed + LOCI_RNG_GAMMA);
+    draw = loci_rng_mix(draw + LOCI_RNG_GAMMA * (s->params.step + 1));
+    draw = loci_rng_mix(draw + LOCI_RNG_GAMMA);
+    double target = (double)(draw >> 11) * 0x1.0p-53 * kept;
+    for (int i = 0; i < chosen; i++) {
+        sum += order[i][0];
+        if (fabs(sum - target) < 1e-5 * total) return -1;
+        if (sum > target) return (int32_t)order[i][1];
+    }
+    return -1;
+}
+
+/* Ties, few values and many, all of top-p. */
+static void test_draws_equal_sorting(void **state) {
+    (void)state;
+    sampler s = open_sampler();
+    int compared = 0;
+    for (uint64_t round = 0; round < 3000; round++) {
+        uint64_t rng = round;
+        for (int i = 0; i < VOCAB; i++) {
+            float x = (float)(loci_rng_next(&rng) >> 40) * 0x1p-24f;
+            s.row[i] = round % 3 ? 9.0f * x : floorf(4.0f * x);
+        }
+        s.params.temperature = round % 2 ? 0.5f : 3.0f;
+        s.params.top_p = round % 5 ? (float)(loci_rng_next(&rng) >> 40) * 0x1p-24f : 1.0f;
+        s.params.seed = round;
+        s.params.step = round % 7;
+        int32_t want = sorted_draw(&s), got = sample(&s);
+        if (want < 0) continue;
+        assert_int_equal(got, want);
+        compared++;
+    }
+    assert_true(compared > 2900);
+    close_sampler(&s);
+}
+
 static void test_a_draw_is_named_by_seed_and_step(void **state) {
     (void)state;
     sampler s = open_sampler(), other = open_sampler();
@@ -174,6 +234,7 @@ int main(void) {
         cmocka_unit_test(test_errors),
         cmocka_unit_test(test_draws_follow_the_distribution),
         cmocka_unit_test(test_top_p_keeps_the_fewest_that_reach_it),
+        cmocka_unit_test(test_draws_equal_sorting),
         cmocka_unit_test(test_a_draw_is_named_by_seed_and_step),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
