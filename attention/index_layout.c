@@ -194,7 +194,7 @@ loci_status loci_pair_check_leaf_nodes(const uint8_t *blob, uint32_t root_index,
 static inline uint64_t slot_hash(const uint8_t *blob, uint32_t slot, const void *data,
                                  size_t bytes) {
     uint64_t hash = bytes <= HASH_SHORT ? XXH3_64bits(data, bytes) : loci_hash_bytes(data, bytes);
-    return hash + loci_pair_header_of(blob)->hash_roots + slot;
+    return loci_slot_hash(blob, slot, hash);
 }
 
 uint32_t loci_record_check(const uint8_t *blob, uint32_t slot) {

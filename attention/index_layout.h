@@ -129,6 +129,12 @@ static inline const uint64_t *loci_slot_kv_hash(const uint8_t *blob, uint32_t sl
     return (const uint64_t *)(const void *)(blob + loci_pair_header_of(blob)->kv_hashes_at) + slot;
 }
 
+/* What must stand there, by the hash of its K and V alone: another slot's or another pair's are not
+ * taken for it. */
+static inline uint64_t loci_slot_hash(const uint8_t *blob, uint32_t slot, uint64_t data_hash) {
+    return data_hash + loci_pair_header_of(blob)->hash_roots + slot;
+}
+
 static inline size_t loci_pair_kv_stride(const uint8_t *blob) {
     const loci_pair_header *header = loci_pair_header_of(blob);
     return loci_kv_stride(header->head_dim, (loci_dtype)header->kv_dtype);

@@ -277,6 +277,7 @@ const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .softmax_lanes = body_softmax_lanes,
     .shift_keys = shift_keys,
     .count_keys = count_keys,
+    .hash = body_hash,
     .count_from = body_count_from,
     .exp_sub = body_exp_sub,
     .sum = body_sum,

@@ -90,6 +90,8 @@ typedef struct loci_corpus_kernels {
     void (*shift_keys)(uint16_t *key, size_t n, uint32_t times, uint16_t more, uint16_t less);
     /* How many of n keys are at least `least`; n a multiple of 32. */
     size_t (*count_keys)(const uint16_t *key, size_t n, uint16_t least);
+    /* XXH3, which the other kernels' instructions compute without a call. */
+    uint64_t (*hash)(const void *data, size_t bytes);
     /* How many of n values are at least `least`; NaN is not. */
     size_t (*count_from)(const float *x, size_t n, float least);
     /* out[i] = exp(x[i] - sub); 0 below -87. out may be x. */

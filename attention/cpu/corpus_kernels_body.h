@@ -9,6 +9,8 @@
 
 #include <math.h>
 #include <string.h>
+#define XXH_INLINE_ALL /* in the vectors of the including file */
+#include <xxhash.h>
 
 #include "attention/cpu/corpus_kernels.h"
 #include "attention/index_layout.h"
@@ -125,6 +127,10 @@ static void body_softmax_lanes(float *logits, uint32_t n, loci_lane_softmax *sta
             sum[l] += weight;
         }
     for (size_t l = 0; l < LOCI_LANES; l++) state->sum[l] = state->sum[l] * state->keep[l] + sum[l];
+}
+
+static uint64_t body_hash(const void *data, size_t bytes) {
+    return XXH3_64bits(data, bytes);
 }
 
 static void body_axpy(float *y, const float *x, size_t n, float factor) {

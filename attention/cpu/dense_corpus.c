@@ -116,26 +116,30 @@ static inline __attribute__((always_inline)) void prefetch_listed(const dense_ch
 }
 
 /* K and V of the listed slots, verified and copied together. */
-static const uint8_t *take_listed(dense_chunk *chunk, uint8_t *gathered) {
+static const uint8_t *take_listed(const loci_corpus_kernels *kernels, dense_chunk *chunk,
+                                  uint8_t *gathered) {
     const uint8_t *blob = chunk->part->blob;
     size_t stride = loci_pair_kv_stride(blob);
     for (uint32_t i = 0; i < PREFETCH_LISTED; i++) prefetch_listed(chunk, i);
     for (uint32_t i = 0; i < chunk->live; i++) {
         uint32_t slot = chunk->slots[i];
         prefetch_listed(chunk, i + PREFETCH_LISTED);
-        if (!loci_slot_check_kv(blob, slot)) {
+        const void *row = loci_slot_kv(blob, slot);
+        uint64_t hash = loci_slot_hash(blob, slot, kernels->hash(row, stride));
+        if (hash != *loci_slot_kv_hash(blob, slot)) {
             (void)fault(chunk, "KV of slot", slot);
             return NULL;
         }
-        memcpy(gathered + i * stride, loci_slot_kv(blob, slot), stride);
+        memcpy(gathered + i * stride, row, stride);
     }
     return gathered;
 }
 
 /* K and V of the chunk's slots, verified, one after another: in place when all are live. */
-static const uint8_t *take_kv(dense_chunk *chunk, uint8_t *gathered) {
+static const uint8_t *take_kv(const loci_corpus_kernels *kernels, dense_chunk *chunk,
+                              uint8_t *gathered) {
     const uint8_t *blob = chunk->part->blob;
-    if (chunk->slots) return take_listed(chunk, gathered);
+    if (chunk->slots) return take_listed(kernels, chunk, gathered);
     bool blocks = loci_pair_has_kv_blocks(blob);
     for (uint32_t first = chunk->begin; first < chunk->end; first += LOCI_KV_BLOCK) {
         uint32_t left = chunk->end - first;
@@ -170,7 +174,7 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
         return;
     }
     uint32_t *first = (uint32_t *)(void *)(scratch + 2 * tile + logits), *last = first + ROWS_MAX;
-    const uint8_t *kv = take_kv(chunk, (uint8_t *)(last + ROWS_MAX));
+    const uint8_t *kv = take_kv(lookup->kernels, chunk, (uint8_t *)(last + ROWS_MAX));
     if (!kv) return;
     for (uint32_t i = 0; i < ROWS_MAX; i++) {
         first[i] = 0;
