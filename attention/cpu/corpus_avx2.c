@@ -263,11 +263,17 @@ static size_t count_keys(const uint16_t *key, size_t n, uint16_t least) {
     return count;
 }
 
+static size_t list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, size_t stride,
+                            uint32_t groups, const uint16_t *least, uint32_t count) {
+    return body_list_reaching(out, first, sum, stride, groups, least, count, reaching);
+}
+
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
     .masked_tops = masked_tops,
     .reaching = reaching,
+    .list_reaching = list_reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = body_unpack,

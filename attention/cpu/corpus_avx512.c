@@ -227,6 +227,25 @@ static uint32_t reaching(const uint16_t *sum, size_t stride, const uint16_t *lea
     return mask;
 }
 
+static size_t list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, size_t stride,
+                            uint32_t groups, const uint16_t *least, uint32_t count) {
+    const __m512i sixteen = _mm512_set1_epi32(16);
+    __m512i number =
+        _mm512_add_epi32(_mm512_set1_epi32((int)first),
+                         _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+    size_t n = 0;
+    for (uint32_t g = 0; g < groups; g++, sum += 32) {
+        uint32_t mask = reaching(sum, stride, least, count);
+        for (int half = 0; half < 2; half++, mask >>= 16) {
+            __mmask16 some = (__mmask16)mask;
+            _mm512_storeu_si512((void *)(out + n), _mm512_maskz_compress_epi32(some, number));
+            n += (size_t)__builtin_popcount(some);
+            number = _mm512_add_epi32(number, sixteen);
+        }
+    }
+    return n;
+}
+
 static void shift_keys(uint16_t *key, size_t n, uint32_t times, uint16_t more, uint16_t less) {
     const __m512i factor = _mm512_set1_epi16((short)times);
     for (size_t i = 0; i < n; i += 32) {
@@ -253,6 +272,7 @@ const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .sketch_sums = sketch_sums,
     .masked_tops = masked_tops,
     .reaching = reaching,
+    .list_reaching = list_reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = unpack,

@@ -85,6 +85,10 @@ typedef struct loci_corpus_kernels {
                         uint32_t mask);
     /* For which i < 32 some sum[v * stride + i] is at least least[v], a bit each. */
     uint32_t (*reaching)(const uint16_t *sum, size_t stride, const uint16_t *least, uint32_t count);
+    /* The numbers from `first` on of those in `groups` groups of 32 which `reaching` says; returns
+     * how many. Up to 16 entries behind them are written over. */
+    size_t (*list_reaching)(uint32_t *out, uint32_t first, const uint16_t *sum, size_t stride,
+                            uint32_t groups, const uint16_t *least, uint32_t count);
     /* key[i] * times / 2^16 (times <= 2^16) + more - less, bounded by 0 and 65535; n a multiple of
      * 32. */
     void (*shift_keys)(uint16_t *key, size_t n, uint32_t times, uint16_t more, uint16_t less);

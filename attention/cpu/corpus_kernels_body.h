@@ -209,6 +209,20 @@ static inline uint32_t body_reaching(const uint16_t *sum, size_t stride, const u
     return mask;
 }
 
+typedef uint32_t (*body_mask)(const uint16_t *sum, size_t stride, const uint16_t *least,
+                              uint32_t count);
+
+/* Inlined with the mask of one instruction set. */
+static inline __attribute__((always_inline)) size_t
+body_list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, size_t stride,
+                   uint32_t groups, const uint16_t *least, uint32_t count, body_mask mask_of) {
+    size_t n = 0;
+    for (uint32_t g = 0; g < groups; g++, first += 32, sum += 32)
+        for (uint32_t mask = mask_of(sum, stride, least, count); mask; mask &= mask - 1)
+            out[n++] = first + (uint32_t)__builtin_ctz(mask);
+    return n;
+}
+
 static inline void body_shift_keys(uint16_t *key, size_t n, uint32_t times, uint16_t more,
                                    uint16_t less) {
     for (size_t i = 0; i < n; i++) {

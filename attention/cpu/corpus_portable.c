@@ -71,11 +71,17 @@ static void sketch_sums(uint16_t *out, size_t stride, const uint8_t *sketches, u
     }
 }
 
+static size_t list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, size_t stride,
+                            uint32_t groups, const uint16_t *least, uint32_t count) {
+    return body_list_reaching(out, first, sum, stride, groups, least, count, body_reaching);
+}
+
 const loci_corpus_kernels loci_corpus_kernels_portable = {
     .sketch_table = body_sketch_table,
     .sketch_sums = sketch_sums,
     .masked_tops = body_masked_tops,
     .reaching = body_reaching,
+    .list_reaching = list_reaching,
     .dot_u8 = dot_u8,
     .argmax_u8 = argmax_u8,
     .unpack = body_unpack,

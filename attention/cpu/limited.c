@@ -36,10 +36,22 @@ static double base_of(const loci_lookup *lookup, const lookup_part *part, uint32
 
 /* --- keys ------------------------------------------------------------------------------ */
 
+/* The tables of a part, and what the most of its kept roots gives to each head. */
 static void make_tables(void *arg, size_t index, unsigned thread) {
     (void)thread;
     const loci_lookup *lookup = arg;
-    lookup_make_tables(lookup, &lookup->parts[index]);
+    const lookup_part *part = &lookup->parts[index];
+    const lookup_head *head = &lookup->heads[part->kv_head];
+    lookup_make_tables(lookup, part);
+    for (uint32_t g = 0; g < lookup->group; g++) {
+        const float *centre = head->root_centre + (size_t)g * head->roots;
+        float most = -INFINITY;
+        for (uint32_t r = part->root_base + part->first; r < part->root_base + part->end; r++) {
+            float here = head->root_kept[r] ? centre[r] : -INFINITY;
+            most = here > most ? here : most;
+        }
+        lookup->part_most[index * lookup->group + g] = most;
+    }
 }
 
 /* The step of each head, and the highest sum of 0 of its kept roots. */
@@ -52,9 +64,10 @@ static void find_steps(loci_lookup *lookup) {
         lookup_head *head = &lookup->heads[part->kv_head];
         for (uint32_t g = 0; g < lookup->group; g++) {
             lookup_key_scale *scale = &head->scale[g];
-            scale->step = fmaxf(scale->step, table_of(lookup, part, g)->scale);
-            for (uint32_t r = part->root_base + part->first; r < part->root_base + part->end; r++)
-                if (head->root_kept[r]) scale->top = fmax(scale->top, base_of(lookup, part, r, g));
+            const loci_sketch_table *table = table_of(lookup, part, g);
+            scale->step = fmaxf(scale->step, table->scale);
+            scale->top = fmax(scale->top, (double)lookup->part_most[p * lookup->group + g] +
+                                              (double)table->base);
         }
     }
     for (uint32_t h = 0; h < lookup->kv_heads; h++)
@@ -83,7 +96,9 @@ bool lookup_prepare_keys(loci_stream *stream, loci_lookup *lookup) {
     if (!ok) return false;
     for (uint32_t h = 0; ok && h < lookup->kv_heads; h++)
         ok = place_keys(lookup, &lookup->heads[h]);
-    if (!ok) {
+    size_t most = lookup->part_count * lookup->group;
+    lookup->part_most = ok ? lookup_alloc(lookup, most * sizeof *lookup->part_most) : NULL;
+    if (!lookup->part_most) {
         lookup_no_memory(stream, lookup);
         return false;
     }
@@ -219,8 +234,7 @@ uint16_t lookup_kth_key(const loci_corpus_kernels *kernels, const uint16_t *key,
         uint32_t below = find_key(kernels, sample, sampled, more, all);
         cut_range(kernels, key, n, k, below, &range);
         uint32_t above = fewer ? find_key(kernels, sample, sampled, fewer, all) + 1 : 0;
-        if (above > range.low && above < range.high)
-            cut_range(kernels, key, n, k, above, &range);
+        if (above > range.low && above < range.high) cut_range(kernels, key, n, k, above, &range);
     }
     return (uint16_t)find_key(kernels, key, n, k, range);
 }
@@ -259,24 +273,11 @@ void lookup_key_floors_task(void *arg, size_t index, unsigned thread) {
 
 /* --- lists ----------------------------------------------------------------------------- */
 
-/* Lists the tokens of a kept root that reach a floor; returns how many. */
-static size_t list_root(const loci_lookup *lookup, const lookup_head *head, uint32_t root,
-                        const uint16_t *floors, uint32_t *slots) {
-    size_t all = head->key_at[head->roots], n = 0;
-    for (uint32_t i = 0; i < head->root_groups[root]; i++) {
-        const uint16_t *key = head->key + head->key_at[root] + (size_t)i * GROUP;
-        uint32_t mask = lookup->kernels->reaching(key, all, floors, lookup->group);
-        for (; mask; mask &= mask - 1)
-            slots[n++] = head->root_first[root] + i * GROUP + (uint32_t)__builtin_ctz(mask);
-    }
-    return n;
-}
-
 bool lookup_prepare_list(loci_stream *stream, loci_lookup *lookup) {
     bool ok = lookup->ready;
     for (uint32_t h = 0; ok && h < lookup->kv_heads; h++) {
         lookup_head *head = &lookup->heads[h];
-        head->slots = lookup_alloc(lookup, head->listed * sizeof *head->slots);
+        head->slots = lookup_alloc(lookup, (head->listed + 16) * sizeof *head->slots);
         head->token_score =
             lookup_alloc(lookup, lookup->group * head->listed * sizeof *head->token_score);
         if (head->slots && head->token_score) continue;
@@ -299,7 +300,10 @@ void lookup_list_task(void *arg, size_t index, unsigned thread) {
         if (part->kv_head != index) continue;
         part->list_begin = n;
         for (uint32_t r = part->root_base + part->first; r < part->root_base + part->end; r++)
-            if (head->root_kept[r]) n += list_root(lookup, head, r, floors, head->slots + n);
+            if (head->root_kept[r])
+                n += lookup->kernels->list_reaching(
+                    head->slots + n, head->root_first[r], head->key + head->key_at[r],
+                    head->key_at[head->roots], head->root_groups[r], floors, lookup->group);
         part->list_end = n;
     }
     head->listed = n;

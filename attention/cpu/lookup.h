@@ -123,6 +123,7 @@ struct loci_lookup {
     lookup_head *heads;        /* [kv_heads] */
     float *task_terms;         /* [parts][blocks * 16]: q.mean */
     loci_sketch_table *tables; /* [parts][vectors] */
+    float *part_most;          /* limited.c: [parts][group] of its kept roots' root_centre */
     uint8_t *folded;           /* [threads][folded_stride]: queries with a pair's code scales */
     size_t folded_stride;
     float **scratch;  /* [threads] */
@@ -247,8 +248,8 @@ void lookup_leaf_task(void *arg, size_t index, unsigned thread);
 void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
                        uint32_t block, float *out, float *centre);
-/* The next root of a part, from `local` on, with entries; the end if there is none. Its block is on
- * its way to the cache. */
+/* The next root of a part, from `local` on, with entries; the end if there is none. The first lines
+ * of its block are on their way to the cache. */
 uint32_t lookup_next_kept(const loci_lookup *lookup, const lookup_part *part, uint32_t local);
 /* sketches.c: tables of one part, then the leaves of one of its roots for all rows that keep it. */
 bool lookup_prepare_sketches(loci_stream *stream, loci_lookup *lookup);

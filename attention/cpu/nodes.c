@@ -9,6 +9,9 @@
 #include "attention/cpu/lookup.h"
 
 #define TILE 64u /* nodes scored together */
+/* Of a block, which is read in order: what follows, the CPU fetches by itself, and more at once are
+ * more lines than can be under way. */
+#define PREFETCH_BYTES 256u
 
 void lookup_score_tile(const loci_lookup *lookup, const lookup_part *part, const loci_node *first,
                        uint32_t count, const uint32_t *size, const float *mean_terms,
@@ -127,7 +130,7 @@ uint32_t lookup_next_kept(const loci_lookup *lookup, const lookup_part *part, ui
     const loci_root *root = loci_pair_root(part->blob, local);
     const uint8_t *block = (const void *)loci_root_leaves(part->blob, root);
     size_t bytes = loci_block_bytes(lookup->dim, root->count, root->tokens);
-    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + i);
+    for (size_t i = 0; i < bytes && i < PREFETCH_BYTES; i += 64) __builtin_prefetch(block + i);
     return local;
 }
 

@@ -82,6 +82,11 @@ static void check_sums(const loci_corpus_kernels *kernels, const uint8_t *sketch
         }
     }
     assert_int_equal(kernels->reaching(sums + at, stride, least, vectors), reached);
+    uint32_t listed[32 + 16], n = 0;
+    assert_int_equal(kernels->list_reaching(listed, 7, sums + at, stride, 1, least, vectors),
+                     __builtin_popcount(reached));
+    for (uint32_t i = 0; i < 32; i++)
+        if (reached >> i & 1) assert_int_equal(listed[n++], 7 + i);
     kernels->masked_tops(tops, sums + at, stride, vectors, mask);
     assert_memory_equal(tops, top, vectors * sizeof *top);
     memset(top, 0, sizeof top);
