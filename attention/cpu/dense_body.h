@@ -95,22 +95,42 @@ VINLINE void dense_load(const loci_dense_job *job, uint32_t begin, uint32_t coun
     memset(job->v_tile + used, 0, (all - used) * sizeof(float));
 }
 
-/* logits[j] = q . k[j] for all keys of the tile: VW keys at once, each with a vector of partial
- * sums, which are then added across in one go. */
-VINLINE void dense_logits(float *logits, const float *q, const dense_tile *tile, loci_dtype type,
-                          uint32_t dim) {
-    for (uint32_t j = 0; j < LOCI_DENSE_KEYS && j < tile->count; j += VW) {
+/* Its share of what is read next, of some keys of the tile. */
+VINLINE void dense_ahead(const loci_dense_job *job, const dense_tile *tile, uint32_t j,
+                         uint32_t count) {
+    if (!job->ahead) return;
+    size_t lines = job->ahead_bytes / 64, first = tile->begin + j;
+    size_t end = lines * (first + count) / job->key_end;
+    for (size_t at = lines * first / job->key_end; at < end; at++)
+        __builtin_prefetch(job->ahead + 64 * at, 0, 2);
+}
+
+/* logits = q . k for all keys of the tile and `rows` rows: VW products at once, each with a vector
+ * of partial sums, which are then added across in one go. */
+VINLINE void dense_logits(const loci_dense_job *job, const dense_tile *tile, loci_dtype type,
+                          uint32_t row, int rows) {
+    const int keys = VW / rows;
+    const uint32_t dim = job->head_dim;
+    const float *q = job->q + (size_t)row * dim;
+    float *logits = job->logits + (size_t)row * LOCI_DENSE_KEYS, dot[VW];
+    for (uint32_t j = 0; j < LOCI_DENSE_KEYS && j < tile->count; j += (uint32_t)keys) {
         vf sum[VW];
         size_t at = (size_t)j * tile->stride;
+        if (row == 0) dense_ahead(job, tile, j, (uint32_t)keys);
         for (int i = 0; i < VW; i++) sum[i] = v_zero();
-        for (uint32_t d = 0; d < dim; d += VW) {
-            vf a = v_load(q + d);
-            for (int i = 0; i < VW; i++)
-                sum[i] =
-                    v_fma(a, dense_read(tile->k, type, at + (size_t)i * tile->stride + d), sum[i]);
-        }
-        vf dot = v_sum_rows(sum);
-        v_store(logits + j, type == LOCI_I8 ? v_mul(dot, v_load(tile->k_scale + j)) : dot);
+        for (uint32_t d = 0; d < dim; d += VW)
+            for (int i = 0; i < keys; i++) {
+                vf k = dense_read(tile->k, type, at + (size_t)i * tile->stride + d);
+                for (int r = 0; r < rows; r++)
+                    sum[r * keys + i] =
+                        v_fma(v_load(q + (size_t)r * dim + d), k, sum[r * keys + i]);
+            }
+        v_store(dot, v_sum_rows(sum));
+        for (int r = 0; r < rows; r++)
+            for (int i = 0; i < keys; i++) {
+                float scale = type == LOCI_I8 ? tile->k_scale[j + (uint32_t)i] : 1.0f;
+                logits[(uint32_t)r * LOCI_DENSE_KEYS + j + (uint32_t)i] = dot[r * keys + i] * scale;
+            }
     }
 }
 
@@ -197,15 +217,19 @@ VINLINE void dense_keep(const loci_dense_job *job, const dense_tile *tile, uint3
 }
 
 VINLINE void dense_tile_rows(const loci_dense_job *job, const dense_tile *tile, loci_dtype type) {
-    for (uint32_t row = 0; row < job->rows; row++) {
+    uint32_t row = 0;
+#if VW > 1
+    for (; row + 2 <= job->rows; row += 2) dense_logits(job, tile, type, row, 2);
+#endif
+    for (; row < job->rows; row++) dense_logits(job, tile, type, row, 1);
+    for (row = 0; row < job->rows; row++) {
         float *logits = job->logits + (size_t)row * LOCI_DENSE_KEYS;
-        dense_logits(logits, job->q + (size_t)row * job->head_dim, tile, type, job->head_dim);
         dense_softmax(job, tile, row, logits);
         if (job->keep) dense_keep(job, tile, row, logits);
         for (uint32_t j = 0; type == LOCI_I8 && j < LOCI_DENSE_KEYS; j += VW)
             v_store(logits + j, v_mul(v_load(logits + j), v_load(tile->v_scale + j)));
     }
-    uint32_t row = 0;
+    row = 0;
     for (; row + 4 <= job->rows; row += 4) dense_values_rows(job, tile, type, row, 4);
     for (; row + 2 <= job->rows; row += 2) dense_values_rows(job, tile, type, row, 2);
     for (; row < job->rows; row++) dense_values_rows(job, tile, type, row, 1);

@@ -27,7 +27,7 @@
 #define KEPT_MOST ((size_t)64 << 20) /* bytes of weights that are kept */
 #define CHUNK_FEW 512u
 #define CHUNK_MANY 4096u
-#define CHUNK_LISTED 128u   /* whose copies fit into the first cache */
+#define CHUNK_LISTED 512u   /* at the beginning of each, nothing is under way */
 #define PREFETCH_LISTED 64u /* ahead: each is in another page, which takes long to find */
 
 typedef struct dense_chunk {
@@ -51,9 +51,10 @@ struct corpus_job {
     uint32_t out_stride;
     const float *total_lse;
     uint32_t row_begin;
-    double **mass; /* [pairs][segments of the extent] */
-    bool listed;   /* the chunks have lists of slots */
-    bool kept;     /* the chunks have their weights */
+    double **mass;    /* [pairs][segments of the extent] */
+    float *flat_mass; /* [flat segments] */
+    bool listed;      /* the chunks have lists of slots */
+    bool kept;        /* the chunks have their weights */
     _Atomic bool failed;
 };
 typedef struct corpus_job corpus_job;
@@ -181,6 +182,13 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
         last[i] = chunk->live;
     }
     const float *q = lookup->q + (size_t)chunk->part->kv_head * lookup->vectors * dim;
+    size_t next = index + loci_pool_threads(lookup->cpu->pool), ahead_bytes = 0;
+    const uint8_t *ahead = NULL;
+    if (!chunk->slots && next < job->chunk_count) {
+        const dense_chunk *then = &job->chunks[next];
+        ahead = loci_slot_kv(then->part->blob, then->begin);
+        ahead_bytes = (then->end - then->begin) * stride;
+    }
     for (uint32_t v = 0; v < lookup->vectors; v += ROWS_MAX) {
         loci_dense_job dense = {
             .q = q + (size_t)v * dim,
@@ -198,6 +206,8 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
             .logits = scratch + 2 * tile,
             .keep = chunk->weights, /* of so few vectors that there is one turn */
             .keep_max = chunk->weight_max,
+            .ahead = ahead,
+            .ahead_bytes = ahead_bytes,
             .out = chunk->out + (size_t)v * dim,
             .max = chunk->max + v,
             .sum = chunk->sum + v,
@@ -450,13 +460,17 @@ void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref o
 /* --- attribution ----------------------------------------------------------------------- */
 
 /* weights [live]: of the chunk's tokens, summed over rows from row_begin on and query heads. */
+static float total_of(const corpus_job *job, uint32_t kv_head, uint32_t vector) {
+    uint32_t group = job->lookup->group, head = kv_head * group + vector % group;
+    return job->total_lse[(size_t)(vector / group) * job->lookup->q_heads + head];
+}
+
 static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weights) {
     const loci_lookup *lookup = job->lookup;
     uint32_t tiles = tiles_of(chunk);
     memset(weights, 0, chunk->live * sizeof *weights);
     for (uint32_t v = job->row_begin * lookup->group; v < lookup->vectors; v++) {
-        uint32_t head = chunk->part->kv_head * lookup->group + v % lookup->group;
-        float total = job->total_lse[(size_t)(v / lookup->group) * lookup->q_heads + head];
+        float total = total_of(job, chunk->part->kv_head, v);
         for (uint32_t t = 0; t < tiles; t++) {
             uint32_t at = t * LOCI_DENSE_KEYS, left = chunk->live - at;
             float factor = expf(chunk->weight_max[v * tiles + t] - total);
@@ -546,6 +560,65 @@ static void attribute_whole(loci_stream *stream, corpus_job *job, float *mass) {
     }
 }
 
+/* One flat segment; of few vectors, whose lanes a block would leave mostly empty. */
+static void attribute_flat(void *arg, size_t index, unsigned thread) {
+    corpus_job *job = arg;
+    const loci_lookup *lookup = job->lookup;
+    const loci_corpus_view *corpus = lookup->corpus;
+    uint32_t begin = corpus->flat_segment_begin[index], end = corpus->flat_segment_begin[index + 1];
+    uint32_t dim = lookup->dim, vectors = lookup->vectors, stride = lookup->kv_heads * dim;
+    size_t tile = (size_t)LOCI_DENSE_KEYS * dim, logits = (size_t)vectors * LOCI_DENSE_KEYS;
+    size_t floats = 2 * tile + logits + vectors * (dim + 4u);
+    float *scratch =
+        loci_cpu_scratch_get(&lookup->cpu->thread_scratch[thread], floats * sizeof *scratch);
+    if (!scratch) {
+        job->failed = true;
+        return;
+    }
+    float *out = scratch + 2 * tile + logits, *max = out + (size_t)vectors * dim;
+    float *sum = max + vectors;
+    uint32_t *first = (uint32_t *)(void *)(sum + vectors), *last = first + vectors;
+    const loci_cpu_kernels *kernels = lookup->cpu->kernels;
+    if (dim % kernels->dense_multiple != 0) kernels = &loci_cpu_kernels_portable;
+    const uint16_t *keys = (const void *)corpus->flat_k[lookup->layer]->data;
+    double mass = 0.0;
+    for (uint32_t t = begin, n; t < end; t += n) {
+        n = end - t < LOCI_DENSE_KEYS ? end - t : LOCI_DENSE_KEYS;
+        for (uint32_t h = 0; h < lookup->kv_heads; h++) {
+            const uint16_t *k = keys + (size_t)t * stride + (size_t)h * dim;
+            memset(out, 0, (size_t)vectors * dim * sizeof *out);
+            for (uint32_t v = 0; v < vectors; v++) {
+                max[v] = -INFINITY;
+                sum[v] = 0.0f;
+                first[v] = 0;
+                last[v] = n;
+            }
+            loci_dense_job dense = {
+                .q = lookup->q + (size_t)h * vectors * dim,
+                .rows = vectors,
+                .head_dim = dim,
+                .k = k,
+                .v = k, /* what it would attend to is not wanted */
+                .kv_stride = stride,
+                .kv_dtype = LOCI_BF16,
+                .key_end = n,
+                .first = first,
+                .last = last,
+                .k_tile = scratch,
+                .v_tile = scratch + tile,
+                .logits = scratch + 2 * tile,
+                .out = out,
+                .max = max,
+                .sum = sum,
+            };
+            kernels->dense(&dense);
+            for (uint32_t v = job->row_begin * lookup->group; v < vectors; v++)
+                mass += (double)(sum[v] * expf(max[v] - total_of(job, h, v)));
+        }
+    }
+    job->flat_mass[index] += (float)mass;
+}
+
 void loci_cpu_attribute_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                                uint32_t row_begin, loci_ref mass) {
     corpus_job *job = lookup->dense;
@@ -560,6 +633,13 @@ void loci_cpu_attribute_corpus(loci_stream *stream, loci_lookup *lookup, loci_re
     job->row_begin = row_begin;
     attribute_whole(stream, job, loci_cpu_ptr(mass, segments * sizeof(float)));
     if (!lookup->ready) return;
+    if (lookup->vectors <= FEW_VECTORS) {
+        job->flat_mass =
+            (float *)loci_cpu_ptr(mass, segments * sizeof(float)) + corpus->flat_segment_base;
+        loci_pool_run(lookup->cpu->pool, corpus->flat_segments, attribute_flat, job);
+        if (job->failed) lookup_no_memory(stream, lookup);
+        return;
+    }
     /* The flat part, as for every mode. */
     loci_corpus_view flat = *corpus;
     flat.extent_count = 0;

@@ -70,6 +70,9 @@ typedef struct loci_dense_job {
     /* (optional) exp(logit - keep_max) of all keys, [rows][key_end], and [rows][tiles] the maximum
      * when the tile was taken; `dense` only, key_begin 0. */
     float *keep, *keep_max;
+    /* (optional) What is read next, on its way to the cache meanwhile; `dense` only. */
+    const uint8_t *ahead;
+    size_t ahead_bytes;
     /* State and result: out [rows][head_dim] unnormalised, running maximum and sum of each row.
      * The caller starts them at 0, -INFINITY and 0. */
     float *out, *max, *sum;
