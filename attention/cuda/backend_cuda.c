@@ -111,6 +111,7 @@ static void cuda_close(loci_backend *self) {
     if (cuda->copies) (void)cudaStreamDestroy(cuda->copies);
     loci_pool_destroy(cuda->pool);
     pthread_mutex_destroy(&cuda->lock);
+    pthread_mutex_destroy(&cuda->idle_lock);
     free(cuda);
     self->ctx = NULL;
 }
@@ -121,6 +122,7 @@ static loci_status cuda_open(const loci_backend_options *options, loci_backend *
     if (!cuda) return loci_fail(err, LOCI_E_NOMEM, "no memory for the cuda backend");
     self->ctx = cuda;
     pthread_mutex_init(&cuda->lock, NULL);
+    pthread_mutex_init(&cuda->idle_lock, NULL);
     loci_status status;
     LOCI_TRY_GOTO(open_device(cuda, err), out);
     LOCI_TRY_GOTO(loci_pool_create(options->threads, &cuda->pool, err), out);
@@ -145,10 +147,25 @@ static loci_pool *cuda_pool(loci_backend *self) {
 
 /* --- memory ---------------------------------------------------------------------------- */
 
+/* Gives up what idle streams keep; false if that is nothing. */
+static bool shrink_idle(loci_cuda *cuda) {
+    bool freed = false;
+    pthread_mutex_lock(&cuda->idle_lock);
+    for (loci_stream *idle = cuda->idle; idle; idle = idle->next) {
+        freed = freed || idle->scratch;
+        if (idle->scratch) (void)cudaFree(idle->scratch);
+        idle->scratch = NULL;
+        idle->scratch_bytes = 0;
+    }
+    pthread_mutex_unlock(&cuda->idle_lock);
+    return freed;
+}
+
 loci_status loci_cuda_malloc(loci_cuda *cuda, size_t bytes, void **out, loci_error *err) {
     *out = NULL;
     cudaError_t result = cudaMalloc(out, bytes ? bytes : 1);
-    while (result == cudaErrorMemoryAllocation && loci_cuda_pairs_shrink(cuda->pairs, bytes)) {
+    while (result == cudaErrorMemoryAllocation &&
+           (shrink_idle(cuda) || loci_cuda_pairs_shrink(cuda->pairs, bytes))) {
         (void)cudaGetLastError();
         result = cudaMalloc(out, bytes ? bytes : 1);
     }
@@ -246,25 +263,25 @@ static void cuda_stream_close(loci_backend *self, loci_stream *stream) {
         stream->scratch = NULL;
         stream->scratch_bytes = 0;
     }
-    pthread_mutex_lock(&cuda->lock);
+    pthread_mutex_lock(&cuda->idle_lock);
     bool keep = cuda->idle_count < LOCI_CUDA_IDLE_STREAMS;
     if (keep) {
         stream->next = cuda->idle;
         cuda->idle = stream;
         cuda->idle_count++;
     }
-    pthread_mutex_unlock(&cuda->lock);
+    pthread_mutex_unlock(&cuda->idle_lock);
     if (!keep) free_stream(stream);
 }
 
 static loci_stream *take_idle_stream(loci_cuda *cuda) {
-    pthread_mutex_lock(&cuda->lock);
+    pthread_mutex_lock(&cuda->idle_lock);
     loci_stream *stream = cuda->idle;
     if (stream) {
         cuda->idle = stream->next;
         cuda->idle_count--;
     }
-    pthread_mutex_unlock(&cuda->lock);
+    pthread_mutex_unlock(&cuda->idle_lock);
     return stream;
 }
 

@@ -30,8 +30,9 @@ typedef struct loci_cuda {
     loci_pool *pool; /* of the CPU: index building, packing of weights */
     struct loci_cublaslt *blas;
     struct loci_cuda_pairs *pairs;
-    pthread_mutex_t lock; /* device copies of wrapped buffers, plans of weights, idle streams */
-    loci_stream *idle;    /* closed ones, with what they hold: to be opened again */
+    pthread_mutex_t lock; /* device copies of wrapped buffers, plans of weights */
+    pthread_mutex_t idle_lock;
+    loci_stream *idle; /* closed ones, with what they hold: to be opened again */
     unsigned idle_count;
     cudaStream_t copies; /* what no stream of a caller waits for */
     float *logs;         /* log n for n <= LOCI_CUDA_LOGS, on the device */

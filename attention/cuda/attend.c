@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The last stages of a look-up, which read keys and values: attention over what is selected, and
+ * how much of it each segment has. Rows may stand in memory of the host (rows.h).
+ */
+#include "attention/cuda/lookup.h"
+#include "attention/cuda/rows.h"
+
+/* Between these two, work that reads rows of pairs. */
+static void enter_rows(loci_stream *stream, loci_lookup *lookup, loci_cuda_row_cache *cache) {
+    *cache = (loci_cuda_row_cache){0};
+    if (!lookup->cached) return;
+    cudaError_t result =
+        loci_cuda_rows_enter(loci_cuda_pairs_rows(lookup->cuda->pairs), stream->stream, cache);
+    if (cache->dim != lookup->look.dim) *cache = (loci_cuda_row_cache){0};
+    (void)look_launched(stream, lookup, result, "the cache of rows");
+}
+
+static void leave_rows(loci_stream *stream, loci_lookup *lookup, bool used) {
+    if (!lookup->cached) return;
+    (void)look_launched(
+        stream, lookup,
+        loci_cuda_rows_leave(loci_cuda_pairs_rows(lookup->cuda->pairs), stream->stream, used),
+        "the cache of rows");
+}
+
+/* Attention over what is selected, from the list or from the mask. Of all tokens' rows none are
+ * kept: they would drive out the others. */
+static bool attend_rows(loci_stream *stream, loci_lookup *lookup, bool listed,
+                        loci_cuda_attend *args) {
+    const loci_cuda_look *look = &lookup->look;
+    enter_rows(stream, lookup, &args->cache);
+    bool fetches = args->cache.frames && lookup->mode != LOCI_MODE_DENSE;
+    if (lookup->ready && fetches && !listed)
+        (void)look_launched(stream, lookup, loci_cuda_k_fetch_rows(stream->stream, look, args),
+                            "attend_sparse");
+    if (lookup->ready)
+        (void)look_launched(
+            stream, lookup,
+            listed ? loci_cuda_k_attend_listed(stream->stream, look, &lookup->choice, args)
+                   : loci_cuda_k_attend_sparse(stream->stream, look, args),
+            "attend_sparse");
+    leave_rows(stream, lookup, fetches);
+    return lookup->ready;
+}
+
+void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
+                             uint32_t out_stride, loci_ref lse) {
+    if (!lookup->ready || !lookup->tokens_selected) return;
+    const loci_cuda_look *look = &lookup->look;
+    bool tail = lookup->params.estimate_tail && lookup->mode == LOCI_MODE_HIERARCHICAL;
+    size_t last = (size_t)(look->rows - 1) * out_stride + (size_t)look->q_heads * look->dim;
+    loci_cuda_attend args = {
+        .chunk = loci_cuda_chunk(look),
+        .extents = look->extents,
+        .out = loci_cuda_ptr(stream, out, last * sizeof(float)),
+        .lse = loci_cuda_ptr(stream, lse, (size_t)look->rows * look->q_heads * sizeof(float)),
+        .out_stride = out_stride,
+    };
+    args.chunks = loci_cuda_chunks(look->tokens_max, args.chunk);
+    args.parts = args.chunks + (tail ? 1 : 0);
+    bool listed = lookup->tokens_scored && !tail && look->rows == 1 && look->extents > 0 &&
+                  loci_cuda_tiles(look->vectors) == 1;
+    if (listed) {
+        args.extents = 1;
+        args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;
+    }
+    size_t partials = (size_t)args.extents * look->kv_heads * args.parts *
+                      loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
+    args.partial = look_alloc(stream, lookup, partials * (look->dim + 2) * sizeof(float));
+    if (!args.partial || !args.out || !args.lse) return;
+    if (!listed && !look_mask(stream, lookup)) return;
+    if (!attend_rows(stream, lookup, listed, &args)) return;
+    if (tail && !look_count(stream, lookup)) return;
+    if (tail && !look_launched(
+                    stream, lookup,
+                    loci_cuda_k_attend_tail(stream->stream, look, &lookup->choice, &args), "tail"))
+        return;
+    lookup->attended = look_launched(stream, lookup, loci_cuda_k_join(stream->stream, look, &args),
+                                     "attend_sparse");
+}
+
+void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                         uint32_t row_begin, loci_ref mass) {
+    if (!lookup->ready || !lookup->attended || !look_mask(stream, lookup)) return;
+    const loci_corpus_view *corpus = lookup->corpus;
+    const loci_cuda_look *look = &lookup->look;
+    uint32_t segments = corpus->flat_segment_base + corpus->flat_segments;
+    size_t lse = (size_t)look->rows * look->q_heads * sizeof(float);
+    loci_cuda_attribution args = {
+        .total_lse = loci_cuda_ptr(stream, total_lse, lse),
+        .row_begin = row_begin,
+        .mass = look_alloc(stream, lookup, segments * sizeof *args.mass),
+        .out = loci_cuda_ptr(stream, mass, segments * sizeof(float)),
+        .segments = segments,
+        .flat_tokens = corpus->flat_tokens,
+        .flat_segments = corpus->flat_segments,
+        .flat_segment_base = corpus->flat_segment_base,
+    };
+    if (!args.mass || !args.total_lse || !args.out) return;
+    if (args.flat_tokens > 0) {
+        size_t row = (size_t)look->kv_heads * look->dim * sizeof(uint16_t);
+        args.flat_segment_begin = look_put(stream, lookup, corpus->flat_segment_begin,
+                                           (corpus->flat_segments + 1u) * sizeof(uint32_t));
+        args.flat_k = loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
+                                    args.flat_tokens * row);
+        if (!args.flat_segment_begin || !args.flat_k) return;
+    }
+    if (!look_launched(stream, lookup,
+                       cudaMemsetAsync(args.mass, 0, segments * sizeof *args.mass, stream->stream),
+                       "cudaMemset"))
+        return;
+    enter_rows(stream, lookup, &args.cache);
+    if (lookup->ready)
+        (void)look_launched(stream, lookup, loci_cuda_k_attribute(stream->stream, look, &args),
+                            "attribute");
+    leave_rows(stream, lookup, false);
+}
