@@ -459,12 +459,13 @@ void loci_cpu_attend_corpus(loci_stream *stream, loci_lookup *lookup, loci_ref o
 
 /* --- attribution ----------------------------------------------------------------------- */
 
-/* weights [live]: of the chunk's tokens, summed over rows from row_begin on and query heads. */
+/* The log-sum-exp of all that a vector attends to. */
 static float total_of(const corpus_job *job, uint32_t kv_head, uint32_t vector) {
     uint32_t group = job->lookup->group, head = kv_head * group + vector % group;
     return job->total_lse[(size_t)(vector / group) * job->lookup->q_heads + head];
 }
 
+/* weights [live]: of the chunk's tokens, summed over rows from row_begin on and query heads. */
 static void weigh(const corpus_job *job, const dense_chunk *chunk, float *weights) {
     const loci_lookup *lookup = job->lookup;
     uint32_t tiles = tiles_of(chunk);
