@@ -16,22 +16,25 @@
  * registration leaves few of them behind, and writes each token once for that. */
 #define AT_ONCE_TOKENS (1u << 20)
 
-static uint32_t partial_place(const loci_manifest *manifest) {
+/* A partial extent from when extents were larger counts as sealed: it is not read whole. */
+static uint32_t partial_place(const loci_manifest *manifest, uint32_t extent_tokens_max) {
     uint32_t count = manifest->extent_count;
-    return count > 0 && manifest->extents[count - 1].partial ? count - 1 : count;
+    const loci_manifest_extent *last = count > 0 ? &manifest->extents[count - 1] : NULL;
+    return last && last->partial && last->tokens <= extent_tokens_max ? count - 1 : count;
 }
 
-uint32_t loci_tail_tokens(const loci_manifest *manifest) {
-    uint32_t place = partial_place(manifest);
+uint32_t loci_tail_tokens(const loci_manifest *manifest, uint32_t extent_tokens_max) {
+    uint32_t place = partial_place(manifest, extent_tokens_max);
     uint32_t tokens = (uint32_t)manifest->flat_tokens;
     if (place < manifest->extent_count)
         tokens += loci_extent_live_tokens(&manifest->extents[place]);
     return tokens;
 }
 
-loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest) {
-    return (loci_rebuild_plan){
-        .first = partial_place(manifest), .last = manifest->extent_count, .tail = true};
+loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest, uint32_t extent_tokens_max) {
+    return (loci_rebuild_plan){.first = partial_place(manifest, extent_tokens_max),
+                               .last = manifest->extent_count,
+                               .tail = true};
 }
 
 static bool quarter_dead(const loci_manifest_extent *extent) {
@@ -70,13 +73,13 @@ bool loci_rebuild_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
         return true;
     }
     if (demand == LOCI_TAIL_KEEP || manifest->flat_count == 0) return false;
-    uint32_t place = partial_place(manifest);
+    uint32_t place = partial_place(manifest, extent_tokens_max);
     bool due = manifest->flat_tokens >= loci_tail_seal_tokens(extent_tokens_max);
     if (place < manifest->extent_count)
         due = due || demand == LOCI_TAIL_ANY ||
               4 * manifest->flat_tokens >= loci_extent_live_tokens(&manifest->extents[place]);
     if (!due) return false;
-    *out = loci_tail_plan(manifest);
+    *out = loci_tail_plan(manifest, extent_tokens_max);
     return true;
 }
 
@@ -169,7 +172,7 @@ bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
     if (!calm && most > at_once) most = at_once;
     if (most == 0) return false;
     merge_search search = {manifest, extent_tokens_max, tokens_max, most, calm, 0, out};
-    uint32_t end = partial_place(manifest), first = 0;
+    uint32_t end = partial_place(manifest, extent_tokens_max), first = 0;
     for (uint32_t i = 0; i < end; i++) {
         if (!apart || !loci_id_listed(apart, manifest->extents[i].id)) continue;
         search_run(&search, first, i);

@@ -352,10 +352,10 @@ bool loci_id_listed(const loci_id_list *list, const uint8_t id[LOCI_EXTENT_ID_BY
 bool loci_merge_due(const loci_manifest *manifest, uint32_t extent_tokens_max,
                     uint32_t merge_tokens, bool calm, const loci_id_list *apart,
                     loci_rebuild_plan *out);
-/* The partial extent, if there is one, and all flat segments. */
-loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest);
+/* The partial extent, if there is one of at most so many tokens, and all flat segments. */
+loci_rebuild_plan loci_tail_plan(const loci_manifest *manifest, uint32_t extent_tokens_max);
 /* Tokens that the next full extent would already hold. */
-uint32_t loci_tail_tokens(const loci_manifest *manifest);
+uint32_t loci_tail_tokens(const loci_manifest *manifest, uint32_t extent_tokens_max);
 /* Commits fresh segments as flat ones. */
 LOCI_MUST_CHECK loci_status loci_commit_flat(loci_corpus *corpus, const loci_fresh *fresh,
                                              loci_error *err);

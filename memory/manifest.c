@@ -277,6 +277,7 @@ bool loci_manifest_replace(loci_manifest *manifest, uint32_t first, uint32_t las
         extent->runs = NULL;
     }
     manifest->extent_count = first + added + after;
+    for (uint32_t i = 0; i + 1 < manifest->extent_count; i++) grown[i].partial = false;
     return true;
 }
 

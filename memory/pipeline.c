@@ -433,7 +433,7 @@ loci_status loci_pipeline_encode(loci_pipeline *pipeline, loci_error *err) {
 static bool fits(const loci_pipeline *pipeline, uint32_t more) {
     loci_corpus *corpus = pipeline->corpus;
     pthread_mutex_lock(&corpus->lock);
-    uint32_t tail = loci_tail_tokens(corpus->manifest);
+    uint32_t tail = loci_tail_tokens(corpus->manifest, corpus->extent_tokens_max);
     pthread_mutex_unlock(&corpus->lock);
     return tail + pipeline->builder->tokens + more <= corpus->extent_tokens_max;
 }
@@ -471,7 +471,7 @@ static loci_status seal_full(loci_pipeline *pipeline, loci_error *err) {
     while (status == LOCI_E_ABORTED) {
         LOCI_TRY(loci_cancel_check(pipeline->cancel));
         loci_manifest *base = loci_corpus_manifest(corpus);
-        loci_rebuild_plan plan = loci_tail_plan(base);
+        loci_rebuild_plan plan = loci_tail_plan(base, corpus->extent_tokens_max);
         status =
             loci_rebuild(corpus, base, &plan, &fresh, true, pipeline->pool, pipeline->cancel, err);
         loci_manifest_unref(base);

@@ -206,7 +206,7 @@ static void attend_chunk(void *arg, size_t index, unsigned thread) {
             .logits = scratch + 2 * tile,
             .keep = chunk->weights, /* of so few vectors that there is one turn */
             .keep_max = chunk->weight_max,
-            .ahead = ahead,
+            .ahead = v + ROWS_MAX >= lookup->vectors ? ahead : NULL, /* once */
             .ahead_bytes = ahead_bytes,
             .out = chunk->out + (size_t)v * dim,
             .max = chunk->max + v,
@@ -634,17 +634,8 @@ void loci_cpu_attribute_corpus(loci_stream *stream, loci_lookup *lookup, loci_re
     job->row_begin = row_begin;
     attribute_whole(stream, job, loci_cpu_ptr(mass, segments * sizeof(float)));
     if (!lookup->ready) return;
-    if (lookup->vectors <= FEW_VECTORS) {
-        job->flat_mass =
-            (float *)loci_cpu_ptr(mass, segments * sizeof(float)) + corpus->flat_segment_base;
-        loci_pool_run(lookup->cpu->pool, corpus->flat_segments, attribute_flat, job);
-        if (job->failed) lookup_no_memory(stream, lookup);
-        return;
-    }
-    /* The flat part, as for every mode. */
-    loci_corpus_view flat = *corpus;
-    flat.extent_count = 0;
-    lookup->corpus = &flat;
-    loci_cpu_attribute(stream, lookup, total_lse, row_begin, mass);
-    lookup->corpus = corpus;
+    job->flat_mass =
+        (float *)loci_cpu_ptr(mass, segments * sizeof(float)) + corpus->flat_segment_base;
+    loci_pool_run(lookup->cpu->pool, corpus->flat_segments, attribute_flat, job);
+    if (job->failed) lookup_no_memory(stream, lookup);
 }

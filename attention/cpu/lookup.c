@@ -239,10 +239,16 @@ static loci_status open_pair(const loci_lookup *lookup, const loci_extent_view *
     return loci_fail(err, LOCI_E_CORRUPT, "header: of another shape than its extent");
 }
 
+/* Most roots of a part. Tables and partial results are there once a part and vector: of many rows,
+ * which keep all threads at work anyway, there are fewer, larger ones. */
+static uint32_t most_roots(const loci_lookup *lookup) {
+    return lookup->rows == 1 ? lookup->cpu->part_roots : 4 * lookup->cpu->part_roots;
+}
+
 /* Opens the pairs, numbers their roots and counts their parts. */
 static bool open_pairs(loci_stream *stream, loci_lookup *lookup, lookup_part *pairs) {
     const loci_corpus_view *corpus = lookup->corpus;
-    uint32_t most = lookup->cpu->part_roots;
+    uint32_t most = most_roots(lookup);
     for (size_t i = 0; i < (size_t)corpus->extent_count * lookup->kv_heads; i++) {
         const loci_extent_view *extent = &corpus->extents[i / lookup->kv_heads];
         uint32_t h = (uint32_t)(i % lookup->kv_heads), index = lookup->layer * lookup->kv_heads + h;
@@ -290,7 +296,7 @@ static bool make_parts(loci_stream *stream, loci_lookup *lookup) {
         return false;
     }
     for (size_t i = 0; i < pairs; i++)
-        cut_pair(&whole[i], lookup->cpu->part_roots, lookup->parts + lookup->pair_begin[i]);
+        cut_pair(&whole[i], most_roots(lookup), lookup->parts + lookup->pair_begin[i]);
     return true;
 }
 

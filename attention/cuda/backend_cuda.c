@@ -147,8 +147,7 @@ static loci_pool *cuda_pool(loci_backend *self) {
 
 /* --- memory ---------------------------------------------------------------------------- */
 
-/* Gives up what idle streams keep; false if that is nothing. */
-static bool shrink_idle(loci_cuda *cuda) {
+bool loci_cuda_shrink_idle(loci_cuda *cuda) {
     bool freed = false;
     pthread_mutex_lock(&cuda->idle_lock);
     for (loci_stream *idle = cuda->idle; idle; idle = idle->next) {
@@ -165,7 +164,7 @@ loci_status loci_cuda_malloc(loci_cuda *cuda, size_t bytes, void **out, loci_err
     *out = NULL;
     cudaError_t result = cudaMalloc(out, bytes ? bytes : 1);
     while (result == cudaErrorMemoryAllocation &&
-           (shrink_idle(cuda) || loci_cuda_pairs_shrink(cuda->pairs, bytes))) {
+           (loci_cuda_shrink_idle(cuda) || loci_cuda_pairs_shrink(cuda->pairs, bytes))) {
         (void)cudaGetLastError();
         result = cudaMalloc(out, bytes ? bytes : 1);
     }
@@ -253,7 +252,7 @@ void *loci_cuda_ptr(loci_stream *stream, loci_ref ref, size_t bytes) {
 static void cuda_stream_close(loci_backend *self, loci_stream *stream) {
     loci_cuda *cuda = self->ctx;
     if (!stream) return;
-    (void)cudaStreamSynchronize(stream->stream);
+    bool well = cudaStreamSynchronize(stream->stream) == cudaSuccess;
     memset(&stream->error, 0, sizeof stream->error);
     *stream->fault = (loci_cuda_fault){0};
     stream->download_count = 0;
@@ -264,7 +263,11 @@ static void cuda_stream_close(loci_backend *self, loci_stream *stream) {
         stream->scratch_bytes = 0;
     }
     pthread_mutex_lock(&cuda->idle_lock);
-    bool keep = cuda->idle_count < LOCI_CUDA_IDLE_STREAMS;
+    bool keep = well && cuda->idle_count < LOCI_CUDA_IDLE_STREAMS;
+    /* The encoder's staging, which has grown, is kept once. */
+    for (const loci_stream *idle = cuda->idle; idle && keep; idle = idle->next)
+        keep = stream->staging_bytes == LOCI_CUDA_STAGING_BYTES ||
+               idle->staging_bytes == LOCI_CUDA_STAGING_BYTES;
     if (keep) {
         stream->next = cuda->idle;
         cuda->idle = stream;

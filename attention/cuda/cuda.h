@@ -80,7 +80,9 @@ void loci_cuda_fail(loci_stream *stream, loci_status status, const char *format,
 bool loci_cuda_ok(loci_stream *stream, cudaError_t result, const char *what);
 /* A CUDA call outside of streams. */
 LOCI_MUST_CHECK loci_status loci_cuda_try(cudaError_t result, const char *what, loci_error *err);
-/* Device memory; gives up cached pairs before it fails. */
+/* Gives up the scratch that idle streams keep; false if that is nothing. Any thread. */
+bool loci_cuda_shrink_idle(loci_cuda *cuda);
+/* Device memory; gives up that and cached pairs before it fails. */
 LOCI_MUST_CHECK loci_status loci_cuda_malloc(loci_cuda *cuda, size_t bytes, void **out,
                                              loci_error *err);
 /* Device memory of at least `bytes`, kept for the next operation of the stream; NULL, and a failure

@@ -63,7 +63,7 @@ static __device__ void add_tokens(const loci_cuda_look &look, const loci_cuda_ch
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < count; i += THREADS) {
         uint32_t to = segment_of(look, h, slots[i], args.segments);
-        if (to >= args.segments || score[i] - max < MASS_BELOW) continue;
+        if (to >= args.segments || !(score[i] - max >= MASS_BELOW)) continue;
         float weight = expf(score[i] - unordered(tops[to]));
         atomicAdd(&sums[to], (unsigned long long)((double)weight * MASS_UNIT));
     }

@@ -176,9 +176,10 @@ static void lower(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) {
 static uint8_t *take_free(loci_cuda_pairs *pairs, size_t bytes) {
     void *device = NULL;
     if (pairs->stats.bytes + bytes > pairs->stats.budget) return NULL;
-    if (cudaMalloc(&device, bytes) != cudaSuccess) {
+    while (cudaMalloc(&device, bytes) != cudaSuccess) {
         (void)cudaGetLastError();
-        return NULL;
+        device = NULL;
+        if (!loci_cuda_shrink_idle(pairs->cuda)) return NULL;
     }
     pairs->stats.bytes += bytes;
     return device;
@@ -193,12 +194,17 @@ static uint64_t room(const loci_cuda_pairs *pairs) {
     return fixed < pairs->stats.budget ? pairs->stats.budget - fixed : 0;
 }
 
-/* The same, for which K and V of others go down; none do if that is not enough. */
+/* The same, for which K and V of others go down; none do if the budget has no room even so. The
+ * device may have less than the budget: weights and sequences come after it was made. */
 static uint8_t *take_lowering(loci_cuda_pairs *pairs, size_t bytes) {
+    uint8_t *device = NULL;
     if (bytes > room(pairs)) return NULL;
-    while (pairs->stats.bytes + bytes > pairs->stats.budget)
-        lower(pairs, oldest(pairs, has_kv_on_device, UINT64_MAX));
-    return take_free(pairs, bytes);
+    while (!(device = take_free(pairs, bytes))) {
+        loci_cuda_pair_entry *old = oldest(pairs, has_kv_on_device, UINT64_MAX);
+        if (!old) return NULL;
+        lower(pairs, old);
+    }
+    return device;
 }
 
 static void drop_rows(loci_cuda_pairs *pairs) {
@@ -281,9 +287,9 @@ static loci_status load_kv(loci_cuda_pairs *pairs, const uint8_t *blob, bool bel
 /* The cache of rows is set up when the first pair needs it, and takes no more than half of what is
  * left then: tables and indexes come, too. */
 static void set_up_rows(loci_cuda_pairs *pairs, uint32_t dim) {
-    size_t bytes = pairs->stats.budget / 100 * LOCI_CUDA_ROWS_PERCENT, half = room(pairs) / 2;
     loci_error err;
     if (pairs->rows.memory || pairs->clock < pairs->rows_after) return;
+    size_t bytes = pairs->stats.budget / 100 * LOCI_CUDA_ROWS_PERCENT, half = room(pairs) / 2;
     if (bytes > half) bytes = half;
     uint8_t *device = bytes < loci_cuda_rows_least(dim) ? NULL : take_lowering(pairs, bytes);
     if (device && loci_cuda_rows_use(&pairs->rows, device, bytes, dim, &err) == LOCI_OK) return;

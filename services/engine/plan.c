@@ -180,8 +180,8 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
             (unsigned long long)(request->limit / MIB), mib(least), mib(plan.model),
             mib(plan.registration), plan.slots, plan.slots == 1 ? "" : "s",
             mib(plan.slots * plan.slot + plan.also_slot), mib(plan.database), mib(plan.process));
-    /* Half of what is over makes the fixed shares larger, a part is for merging extents, the rest
-     * for look-ups. */
+    /* At most five eighths of what is over make the fixed shares larger, a part is for merging
+     * extents, the rest for look-ups. */
     uint64_t over = request->limit - least, grown = DATABASE_LEAST + over / 8;
     plan.database = grown < DATABASE_MOST ? grown : DATABASE_MOST;
     if (request->queries == 0 && plan.slot <= over / 4) plan.slots = SLOTS_DEFAULT;

@@ -204,12 +204,27 @@ static void test_list_scores(void **state) {
     }
 }
 
+/* The hash that stored rows have, from whatever address and of any length. */
+static void test_hash(void **state) {
+    (void)state;
+    static const size_t lengths[] = {0, 3, 64, 128, 240, 241, 256, 257, 512, 1024, 1028};
+    static uint8_t data[1028 + 8];
+    uint64_t rng = 22;
+    loci_cpu_isa best = best_isa();
+    for (size_t i = 0; i < sizeof data; i++) data[i] = (uint8_t)(256.0f * fixture_uniform(&rng));
+    for (size_t i = 0; i < sizeof lengths / sizeof *lengths; i++)
+        for (size_t at = 0; at < 8; at++)
+            for (int isa = 0; isa <= (int)best; isa++)
+                assert_int_equal(
+                    loci_corpus_kernels_of((loci_cpu_isa)isa)->hash(data + at, lengths[i]),
+                    loci_hash_bytes(data + at, lengths[i]));
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_keys),
-        cmocka_unit_test(test_list_scores),
-        cmocka_unit_test(test_sketch_tables),
-        cmocka_unit_test(test_sketch_sums),
+        cmocka_unit_test(test_keys),          cmocka_unit_test(test_list_scores),
+        cmocka_unit_test(test_sketch_tables), cmocka_unit_test(test_sketch_sums),
+        cmocka_unit_test(test_hash),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -22,7 +22,8 @@
  *   lookup_ms      of a question in look-ups (median), its prompt's included
  *   cpu_ms_per_step  processor time of the whole process; with --blocking it does not count
  *                  waiting for the device
- *   answers        a hash of all answers in order: the same for every N, or something is wrong
+ *   answers        a hash of all answers in order: the same for every N up to the number of
+ *                  questions (for a larger N more are asked), or something is wrong
  *   hits, misses, cache_mib: of pairs in the device's memory
  */
 #include <ftw.h>

@@ -55,7 +55,7 @@ static uint32_t merge_all(model *m, bool calm) {
         assert_true(plan.first < plan.last && plan.last <= m->manifest.extent_count);
         uint64_t live = 0;
         for (uint32_t i = plan.first; i < plan.last; i++) {
-            assert_false(m->extents[i].partial);
+            assert_false(m->extents[i].partial && m->extents[i].tokens <= SEALED);
             assert_in_range(m->extents[i].tokens, 1, MERGED); /* there is memory for so much */
             live += loci_extent_live_tokens(&m->extents[i]);
         }

@@ -395,6 +395,16 @@ static void test_what_tail_is_due(void **state) {
         assert_int_equal(loci_rebuild_due(&manifest, 1024, LOCI_TAIL_LARGE, &plan), cases[i].large);
         assert_int_equal(loci_rebuild_due(&manifest, 1024, LOCI_TAIL_ANY, &plan), cases[i].any);
     }
+    /* Extents are smaller than they were: this one is not gathered again. */
+    manifest.extent_count = 1;
+    flat.tokens = 512;
+    loci_manifest_sum(&manifest);
+    assert_int_equal(loci_tail_tokens(&manifest, 640), 640 + 512);
+    assert_int_equal(loci_tail_tokens(&manifest, 639), 512);
+    assert_true(loci_rebuild_due(&manifest, 639, LOCI_TAIL_ANY, &plan));
+    assert_int_equal(plan.first, 1);
+    assert_int_equal(plan.last, 1);
+    assert_true(plan.tail);
 }
 
 static void test_when_to_flush(void **state) {
