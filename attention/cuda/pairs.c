@@ -291,7 +291,9 @@ static void set_up_rows(loci_cuda_pairs *pairs, uint32_t dim) {
     if (pairs->rows.memory || pairs->clock < pairs->rows_after) return;
     size_t bytes = pairs->stats.budget / 100 * LOCI_CUDA_ROWS_PERCENT, half = room(pairs) / 2;
     if (bytes > half) bytes = half;
-    uint8_t *device = bytes < loci_cuda_rows_least(dim) ? NULL : take_lowering(pairs, bytes);
+    uint8_t *device = NULL; /* the device may have less */
+    while (bytes >= loci_cuda_rows_least(dim) && !(device = take_lowering(pairs, bytes)))
+        bytes /= 2;
     if (device && loci_cuda_rows_use(&pairs->rows, device, bytes, dim, &err) == LOCI_OK) return;
     if (device) (void)cudaFree(device);
     if (device) pairs->stats.bytes -= bytes;
