@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "attention/cpu/cpu.h"
 
@@ -29,6 +30,13 @@ const setting usual = {.tokens = 2400,
 
 static float bf16(uint16_t x) {
     return loci_bf16_to_f32(x);
+}
+
+uint64_t fresh_seed(void) {
+    const char *text = getenv("LOCI_TEST_SEED");
+    uint64_t seed = (text ? strtoull(text, NULL, 10) : (uint64_t)time(NULL)) % 1000000;
+    printf("LOCI_TEST_SEED=%llu\n", (unsigned long long)seed);
+    return seed;
 }
 
 setting random_setting(uint64_t *rng) {

@@ -30,6 +30,8 @@ typedef struct setting {
 
 extern const setting usual;
 
+/* LOCI_TEST_SEED, or another one each time; printed. */
+uint64_t fresh_seed(void);
 /* Another shape, odd ones among them. */
 setting random_setting(uint64_t *rng);
 scene open_scene(setting c);

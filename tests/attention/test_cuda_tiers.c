@@ -16,7 +16,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "attention/cuda/pairs.h"
 #include "attention/cuda/rows.h"
@@ -424,10 +423,7 @@ static void test_sweeps(void **state) {
 }
 
 int main(void) {
-    const char *text = getenv("LOCI_TEST_SEED");
-    seed = text ? strtoull(text, NULL, 10) : (uint64_t)time(NULL);
-    seed %= 1000000;
-    printf("LOCI_TEST_SEED=%llu\n", (unsigned long long)seed);
+    seed = fresh_seed();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_the_same_bits_wherever_rows_lie),
         cmocka_unit_test(test_figures_of_rows),

@@ -15,7 +15,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "attention/cuda/pairs.h"
 #include "tests/attention/lookup_scene.h"
@@ -455,10 +454,7 @@ static void test_streams_do_not_disturb_each_other(void **state) {
 }
 
 int main(void) {
-    const char *text = getenv("LOCI_TEST_SEED");
-    seed = text ? strtoull(text, NULL, 10) : (uint64_t)time(NULL);
-    seed %= 1000000;
-    printf("LOCI_TEST_SEED=%llu\n", (unsigned long long)seed);
+    seed = fresh_seed();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_modes_equal_the_cpu),
         cmocka_unit_test(test_default_reach_equals_the_cpu),

@@ -526,18 +526,6 @@ static bool parse(options *o, int argc, char **argv) {
            o->q_heads % o->kv_heads == 0 && o->dim % 16 == 0 && o->dim > 0;
 }
 
-/* Ends the program as skipped where there is no GPU. */
-static void open_or_skip(bench *b) {
-    loci_backend *backend;
-    loci_status status = loci_backend_open(LOCI_TEST_BACKEND, NULL, &backend, &b->err);
-    if (status == LOCI_E_UNAVAILABLE || status == LOCI_E_UNSUPPORTED) {
-        printf("skipped: %s\n", b->err.text);
-        exit(77);
-    }
-    must(&b->err, status);
-    loci_backend_close(backend);
-}
-
 /* Takes shape and queries from a dump. */
 static void load(bench *b) {
     options *o = &b->o;
@@ -625,7 +613,7 @@ int main(int argc, char **argv) {
                               "[--squeezed SHARE] [--kv FILE | TOKENS]\n");
         return 2;
     }
-    open_or_skip(&b);
+    loci_backend_close(open_or_skip(NULL)); /* the fixture opens its own */
     for (uint32_t i = 0; i < b.o.row_counts; i++)
         if (b.o.rows[i] > b.rows_max) b.rows_max = b.o.rows[i];
     build(&b);

@@ -149,12 +149,7 @@ int main(int argc, char **argv) {
         return 2;
     }
     loci_backend_options options = {.threads = b.threads};
-    loci_status status = loci_backend_open(LOCI_TEST_BACKEND, &options, &b.backend, &b.err);
-    if (status == LOCI_E_UNAVAILABLE || status == LOCI_E_UNSUPPORTED) {
-        printf("skipped: %s\n", b.err.text);
-        return 77;
-    }
-    must(&b.err, status);
+    b.backend = open_or_skip(&options);
     for (uint32_t s = 0; s < SETS; s++) {
         b.k[s] = draw(&b, 2 * s + 1);
         b.v[s] = draw(&b, 2 * s + 2);

@@ -152,12 +152,7 @@ int main(int argc, char **argv) {
                       "usage: bench_cuda_prefill [--steps N] [--heads Q KV DIM] SEGMENTS TOKENS\n");
         return 2;
     }
-    loci_status status = loci_backend_open(LOCI_TEST_BACKEND, NULL, &b.backend, &b.err);
-    if (status == LOCI_E_UNAVAILABLE || status == LOCI_E_UNSUPPORTED) {
-        printf("skipped: %s\n", b.err.text);
-        return 77;
-    }
-    must(&b.err, status);
+    b.backend = open_or_skip(NULL);
     const loci_backend_ops *ops = b.backend->ops;
     must(&b.err, ops->stream_open(b.backend, &b.stream, &b.err));
     must(&b.err, loci_cuda_try(cudaEventCreate(&b.begin), "event", &b.err));

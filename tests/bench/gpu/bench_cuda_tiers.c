@@ -368,18 +368,6 @@ static bool parse(options *o, int argc, char **argv) {
            o->q_heads % o->kv_heads == 0 && o->dim % 16 == 0 && o->dim > 0;
 }
 
-/* Ends the program as skipped where there is no GPU. */
-static void open_or_skip(bench *b) {
-    loci_backend *backend;
-    loci_status status = loci_backend_open(LOCI_TEST_BACKEND, NULL, &backend, &b->err);
-    if (status == LOCI_E_UNAVAILABLE || status == LOCI_E_UNSUPPORTED) {
-        printf("skipped: %s\n", b->err.text);
-        exit(77);
-    }
-    must(&b->err, status);
-    loci_backend_close(backend);
-}
-
 int main(int argc, char **argv) {
     bench b = {.o = {.layers = 4, .steps = 24, .q_heads = 28, .kv_heads = 4, .dim = 128}};
     if (!parse(&b.o, argc, argv)) {
@@ -387,7 +375,7 @@ int main(int argc, char **argv) {
                               "[--keep SHARE]... TOKENS\n");
         return 2;
     }
-    open_or_skip(&b);
+    loci_backend_close(open_or_skip(NULL)); /* the fixture opens its own */
     build(&b);
     run(&b);
     close_bench(&b);
