@@ -210,11 +210,11 @@ static loci_status make_flat(fixture *f, uint32_t first, loci_error *err) {
     return LOCI_OK;
 }
 
-loci_status fixture_build(fixture *f, const char *isa, unsigned threads, uint32_t extent_tokens,
-                          uint32_t flat_segments, const loci_pair_build_options *options,
-                          loci_error *err) {
+loci_status fixture_build_on(fixture *f, const char *backend, const char *isa, unsigned threads,
+                             uint32_t extent_tokens, uint32_t flat_segments,
+                             const loci_pair_build_options *options, loci_error *err) {
     loci_backend_options backend_options = {.threads = threads, .isa = isa};
-    LOCI_TRY(loci_backend_open(LOCI_TEST_BACKEND, &backend_options, &f->backend, err));
+    LOCI_TRY(loci_backend_open(backend, &backend_options, &f->backend, err));
     LOCI_TRY(f->backend->ops->stream_open(f->backend, &f->stream, err));
     uint32_t segments = f->segments - flat_segments;
     cut_extents(f, extent_tokens, segments);

@@ -56,9 +56,16 @@ void fixture_generate(fixture *f, const fixture_shape *shape);
 loci_status fixture_load(fixture *f, const char *path, loci_error *err);
 /* Opens the backend and builds extents of at most extent_tokens, whole segments each; the last
  * flat_segments stay flat. */
-loci_status fixture_build(fixture *f, const char *isa, unsigned threads, uint32_t extent_tokens,
-                          uint32_t flat_segments, const loci_pair_build_options *options,
-                          loci_error *err);
+loci_status fixture_build_on(fixture *f, const char *backend, const char *isa, unsigned threads,
+                             uint32_t extent_tokens, uint32_t flat_segments,
+                             const loci_pair_build_options *options, loci_error *err);
+/* On the backend under test. */
+static inline loci_status fixture_build(fixture *f, const char *isa, unsigned threads,
+                                        uint32_t extent_tokens, uint32_t flat_segments,
+                                        const loci_pair_build_options *options, loci_error *err) {
+    return fixture_build_on(f, LOCI_TEST_BACKEND, isa, threads, extent_tokens, flat_segments,
+                            options, err);
+}
 /* Marks segments (of extents) dead and makes the bitmaps. dead: one byte a segment. */
 loci_status fixture_kill(fixture *f, const uint8_t *dead, loci_error *err);
 /* Makes pairs of version 3 of all pairs: without KV blocks and slot segments. */
