@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Style rules that no compiler checks: licence line, width, lengths of functions and files, banned
-calls.
+calls; that kernels which may overlap the one before wait for it.
 
 Prints one line a finding, as FILE:LINE: text, and fails when there is any. Runs from anywhere.
 """
@@ -49,6 +49,14 @@ def long_functions(lines):
             head = None
 
 
+def unwaited_kernels(text):
+    """Kernels that launch_behind (attention/cuda/launch.cuh) launches and that do not wait."""
+    for name in set(re.findall(r"launch_behind\(\s*stream,\s*(k_\w+)", text)):
+        body = re.search(r"\s%s\([^;{]*\) \{\n(.*?)^\}" % name, text, re.DOTALL | re.MULTILINE)
+        if body and "await_previous();" not in body.group(1):
+            yield text.count("\n", 0, body.start(1)), f"{name} does not call await_previous"
+
+
 def findings(path):
     with open(path, encoding="utf-8", errors="replace") as file:
         lines = file.read().split("\n")
@@ -71,6 +79,7 @@ def findings(path):
         elif "*/" in code:
             comment = False
     if path.endswith((".c", ".cu")):
+        yield from unwaited_kernels("\n".join(lines))
         for number, length in long_functions(lines):
             yield number, f"a function of {length} lines, at most {FUNCTION_LINES_MAX}"
 

@@ -461,9 +461,28 @@ cudaError_t loci_cuda_k_score_segments(cudaStream_t stream, const loci_cuda_look
 
 /* --- sample.cu ------------------------------------------------------------------------- */
 
+/* What a block found in its part of a row: the greatest logit and the sum of exp(logit - that); the
+ * greatest one after penalty and bans, and its place. */
+typedef struct loci_cuda_sample_part {
+    float max, sum, best;
+    uint32_t place;
+} loci_cuda_sample_part;
+
+#define LOCI_CUDA_SAMPLE_PART 4096u /* tokens of a part */
+
+/* Tokens whose weight has the same first bits. */
+typedef struct loci_cuda_sample_step {
+    unsigned long long mass;
+    uint32_t count, unused;
+} loci_cuda_sample_step;
+
+#define LOCI_CUDA_SAMPLE_STEPS 2048u
+
 typedef struct loci_cuda_sample_args {
     const float *logits;
-    float *adjusted; /* [rows][vocab] */
+    float *adjusted;              /* [rows][vocab] */
+    loci_cuda_sample_part *parts; /* [rows][parts], a part for each LOCI_CUDA_SAMPLE_PART tokens */
+    loci_cuda_sample_step *steps; /* [rows][LOCI_CUDA_SAMPLE_STEPS]; of draws */
     int32_t *ids;
     float *logprob;
     uint32_t rows, vocab;

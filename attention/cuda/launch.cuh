@@ -12,7 +12,8 @@
 
 #define USUAL_SHARED_BYTES ((size_t)48 << 10) /* more than that a kernel must ask for */
 
-/* First in every kernel that launch_behind launches: nothing of memory is touched before. */
+/* First in every kernel that launch_behind launches: no memory that kernels write is touched
+ * before. */
 static __device__ __forceinline__ void await_previous(void) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

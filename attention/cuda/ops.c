@@ -283,6 +283,7 @@ void loci_cuda_sample(loci_stream *stream, loci_ref ids, loci_ref logprob, loci_
                       uint32_t recent_count) {
     if (rows == 0 || vocab == 0) return;
     size_t count = (size_t)rows * vocab, lists = (size_t)banned_count + recent_count;
+    size_t parts = rows * (((size_t)vocab + LOCI_CUDA_SAMPLE_PART - 1) / LOCI_CUDA_SAMPLE_PART);
     loci_cuda_sample_args args = {
         .logits = loci_cuda_ptr(stream, logits, count * sizeof(float)),
         .ids = loci_cuda_ptr(stream, ids, rows * sizeof(int32_t)),
@@ -298,10 +299,14 @@ void loci_cuda_sample(loci_stream *stream, loci_ref ids, loci_ref logprob, loci_
         .recent_count = recent_count,
         .fault = stream->fault,
     };
-    uint32_t *scratch = loci_cuda_scratch(stream, count * sizeof(float) + lists * sizeof(uint32_t));
-    if (!args.logits || !args.ids || !args.logprob || !scratch) return;
-    uint32_t *device_banned = scratch + count, *device_recent = device_banned + banned_count;
-    args.adjusted = (float *)(void *)scratch;
+    size_t steps = (size_t)rows * LOCI_CUDA_SAMPLE_STEPS;
+    args.steps = loci_cuda_scratch(stream, steps * sizeof *args.steps + parts * sizeof *args.parts +
+                                               count * sizeof(float) + lists * sizeof(uint32_t));
+    if (!args.logits || !args.ids || !args.logprob || !args.steps) return;
+    args.parts = (loci_cuda_sample_part *)(void *)(args.steps + steps);
+    args.adjusted = (float *)(void *)(args.parts + parts);
+    uint32_t *device_banned = (uint32_t *)(void *)(args.adjusted + count);
+    uint32_t *device_recent = device_banned + banned_count;
     args.banned = device_banned;
     args.recent = device_recent;
     if (loci_cuda_send(stream, device_banned, banned, banned_count * sizeof *banned) &&

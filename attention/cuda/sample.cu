@@ -1,14 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Choosing the next token from a row of logits, as attention/cpu/sample.c states it: penalty, bans,
- * temperature, top-p, one draw named by (seed, step, row). One block a row. Weights become integers
- * of 2^-40 of the best one's; the nucleus and the token that the draw falls on are both found by
- * radix selection, without a sort.
+ * temperature, top-p, one draw named by (seed, step, row). Blocks look through parts of a row, and
+ * one block a row makes the token of what they found; it reads the row again only to draw. Weights
+ * become integers of 2^-40 of the best one's; the nucleus and the token that the draw falls on are
+ * both found by radix selection, without a sort.
  */
+#include "attention/cuda/launch.cuh"
 #include "attention/cuda/radix.cuh"
 #include "base/rng.h"
 
 #define UNIT 1099511627776.0 /* 2^40 */
+#define PART_THREADS 256u
+#define LIST_ROOM 4096u /* tokens of one step of weights that a block keeps */
+#define PART_EACH (LOCI_CUDA_SAMPLE_PART / PART_THREADS)
+static_assert(LOCI_CUDA_SAMPLE_STEPS == RADIX_BUCKETS, "steps are the first histogram");
 
 /* Uniform in [0, 1), 53 bits. */
 static __device__ double draw(uint64_t seed, uint64_t step, uint32_t row) {
@@ -22,158 +28,297 @@ static __device__ double draw(uint64_t seed, uint64_t step, uint32_t row) {
     return (double)(state >> 11) * 0x1.0p-53;
 }
 
-/* The highest value and its lowest place; every thread gets both. */
-static __device__ void block_best(const float *x, uint32_t n, float *best, uint32_t *place) {
-    __shared__ float values[WARPS_MAX];
-    __shared__ uint32_t places[WARPS_MAX];
+/* The higher value, of equal ones the lower place. */
+static __device__ __forceinline__ void take_better(float *value, uint32_t *at, float other,
+                                                   uint32_t other_at) {
+    if (other < *value || (other == *value && other_at >= *at)) return;
+    *value = other;
+    *at = other_at;
+}
+
+static __device__ void warp_best(float *value, uint32_t *at) {
+    for (int offset = 16; offset > 0; offset /= 2) {
+        float other = __shfl_xor_sync(FULL_WARP, *value, offset);
+        uint32_t other_at = __shfl_xor_sync(FULL_WARP, *at, offset);
+        take_better(value, at, other, other_at);
+    }
+}
+
+/* Penalty and bans of the tokens [begin, begin + count), in shared memory. */
+static __device__ void adjust(const loci_cuda_sample_args &args, const float *original,
+                              uint32_t begin, uint32_t count, float *adjusted) {
+    if (args.penalty > 0.0f && args.penalty != 1.0f)
+        for (uint32_t i = threadIdx.x; i < args.recent_count; i += blockDim.x) {
+            uint32_t at = args.recent[i] - begin;
+            if (at >= count) continue;
+            float logit = original[begin + at];
+            adjusted[at] = logit > 0.0f ? logit / args.penalty : logit * args.penalty;
+        }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < args.banned_count; i += blockDim.x)
+        if (args.banned[i] - begin < count) adjusted[args.banned[i] - begin] = -INFINITY;
+    __syncthreads();
+}
+
+/* The best of a part, over the block; thread 0 has it. */
+static __device__ void part_best(const float *adjusted, uint32_t count, float *best,
+                                 uint32_t *place) {
+    __shared__ float values[PART_THREADS / 32];
+    __shared__ uint32_t places[PART_THREADS / 32];
     float value = -INFINITY;
     uint32_t at = 0xffffffffu;
-    for (uint32_t i = threadIdx.x; i < n; i += blockDim.x)
-        if (x[i] > value || at == 0xffffffffu) {
-            value = x[i];
-            at = i;
-        }
-    for (int round = 0; round < 2; round++) {
-        for (int offset = 16; offset > 0; offset /= 2) {
-            float other = __shfl_xor_sync(FULL_WARP, value, offset);
-            uint32_t other_at = __shfl_xor_sync(FULL_WARP, at, offset);
-            if (other > value || (other == value && other_at < at)) {
-                value = other;
-                at = other_at;
-            }
-        }
-        if (round == 1) break;
-        __syncthreads();
-        if (threadIdx.x % 32 == 0) {
-            values[threadIdx.x / 32] = value;
-            places[threadIdx.x / 32] = at;
-        }
-        __syncthreads();
-        unsigned lane = threadIdx.x % 32, warps = blockDim.x / 32;
-        value = lane < warps ? values[lane] : -INFINITY;
-        at = lane < warps ? places[lane] : 0xffffffffu;
+    for (uint32_t i = threadIdx.x; i < count; i += PART_THREADS)
+        take_better(&value, &at, adjusted[i], i);
+    warp_best(&value, &at);
+    if (threadIdx.x % 32 == 0) {
+        values[threadIdx.x / 32] = value;
+        places[threadIdx.x / 32] = at;
     }
+    __syncthreads();
+    for (uint32_t w = 1; threadIdx.x == 0 && w < PART_THREADS / 32; w++)
+        take_better(&value, &at, values[w], places[w]);
     *best = value;
     *place = at;
 }
 
-static __device__ bool check_row(const float *logits, uint32_t vocab, uint32_t row,
-                                 loci_cuda_fault *fault) {
-    int bad = 0;
-    for (uint32_t i = threadIdx.x; i < vocab; i += blockDim.x) {
-        if (!isnan(logits[i]) && logits[i] != INFINITY) continue;
-        bad = 1;
-        raise_fault(fault, isnan(logits[i]) ? LOCI_CUDA_FAULT_NAN : LOCI_CUDA_FAULT_INFINITE, i,
-                    row);
+static __global__ void __launch_bounds__(PART_THREADS) k_sample_parts(loci_cuda_sample_args args) {
+    __shared__ float adjusted[LOCI_CUDA_SAMPLE_PART], buffer[WARPS_MAX];
+    uint32_t row = blockIdx.y, begin = blockIdx.x * LOCI_CUDA_SAMPLE_PART;
+    const float *original = args.logits + (size_t)row * args.vocab;
+    uint32_t count = min(LOCI_CUDA_SAMPLE_PART, args.vocab - begin);
+    float x[PART_EACH], max = -INFINITY, sum = 0.0f;
+    loci_cuda_sample_part part;
+    await_previous();
+#pragma unroll
+    for (uint32_t j = 0; j < PART_EACH; j++) {
+        uint32_t i = threadIdx.x + j * PART_THREADS;
+        x[j] = i < count ? original[begin + i] : -INFINITY;
     }
-    return __syncthreads_or(bad) == 0;
+#pragma unroll
+    for (uint32_t j = 0; j < PART_EACH; j++) {
+        uint32_t i = threadIdx.x + j * PART_THREADS;
+        if (isnan(x[j]) || x[j] == INFINITY)
+            raise_fault(args.fault, isnan(x[j]) ? LOCI_CUDA_FAULT_NAN : LOCI_CUDA_FAULT_INFINITE,
+                        begin + i, row);
+        max = fmaxf(max, x[j]);
+        if (i < count) adjusted[i] = x[j];
+    }
+    max = block_max(max, buffer);
+#pragma unroll
+    for (uint32_t j = 0; j < PART_EACH; j++) sum += max == -INFINITY ? 0.0f : expf(x[j] - max);
+    sum = block_sum(sum, buffer);
+    adjust(args, original, begin, count, adjusted);
+    part_best(adjusted, count, &part.best, &part.place);
+    if (args.temperature > 0.0f) {
+        for (uint32_t i = threadIdx.x; i < count; i += PART_THREADS)
+            args.adjusted[(size_t)row * args.vocab + begin + i] = adjusted[i];
+        for (uint32_t i = threadIdx.x; blockIdx.x == 0 && i < RADIX_BUCKETS; i += PART_THREADS)
+            args.steps[(size_t)row * RADIX_BUCKETS + i] = {};
+    }
+    if (threadIdx.x != 0) return;
+    part.max = max;
+    part.sum = sum;
+    part.place += begin;
+    args.parts[(size_t)row * gridDim.x + blockIdx.x] = part;
 }
 
-static __device__ void adjust(const loci_cuda_sample_args &args, const float *original,
-                              float *adjusted) {
-    for (uint32_t i = threadIdx.x; i < args.vocab; i += blockDim.x) adjusted[i] = original[i];
-    __syncthreads();
-    if (args.penalty > 0.0f && args.penalty != 1.0f)
-        for (uint32_t i = threadIdx.x; i < args.recent_count; i += blockDim.x) {
-            uint32_t id = args.recent[i];
-            if (id >= args.vocab) continue;
-            float logit = original[id];
-            adjusted[id] = logit > 0.0f ? logit / args.penalty : logit * args.penalty;
-        }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < args.banned_count; i += blockDim.x)
-        if (args.banned[i] < args.vocab) adjusted[args.banned[i]] = -INFINITY;
-    __syncthreads();
+/* All parts of a row as one; every warp that calls it has the result. */
+static __device__ loci_cuda_sample_part join_parts(const loci_cuda_sample_part *parts,
+                                                   uint32_t count) {
+    loci_cuda_sample_part all = {-INFINITY, 0.0f, -INFINITY, 0xffffffffu};
+    for (uint32_t i = threadIdx.x % 32; i < count; i += 32) {
+        all.max = fmaxf(all.max, parts[i].max);
+        take_better(&all.best, &all.place, parts[i].best, parts[i].place);
+    }
+    all.max = warp_max(all.max);
+    warp_best(&all.best, &all.place);
+    for (uint32_t i = threadIdx.x % 32; i < count; i += 32)
+        if (parts[i].max > -INFINITY) all.sum += parts[i].sum * expf(parts[i].max - all.max);
+    all.sum = warp_sum(all.sum);
+    return all;
 }
 
-/* The first token, by its place, after which `target` is exceeded in descending order of weight. */
-static __device__ uint32_t token_at(radix_memory *memory, const float *adjusted, uint32_t vocab,
-                                    float best, float temperature, mass_t target) {
-    __shared__ uint32_t chosen, passed;
+static __device__ __forceinline__ float weigh(float logit, float best, float temperature) {
+    return expf((logit - best) / temperature);
+}
+
+static __device__ __forceinline__ mass_t mass_of(float weight) {
+    return (mass_t)((double)weight * UNIT);
+}
+
+/* Adds the weights of a part to the row's steps, which have the keys' first bits. */
+static __global__ void __launch_bounds__(PART_THREADS)
+    k_sample_steps(loci_cuda_sample_args args, uint32_t parts) {
+    __shared__ mass_t mass[RADIX_BUCKETS];
+    __shared__ uint32_t count[RADIX_BUCKETS];
+    uint32_t row = blockIdx.y, begin = blockIdx.x * LOCI_CUDA_SAMPLE_PART;
+    uint32_t end = min(begin + LOCI_CUDA_SAMPLE_PART, args.vocab);
+    const float *adjusted = args.adjusted + (size_t)row * args.vocab;
+    for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += PART_THREADS) mass[i] = count[i] = 0;
+    __syncthreads();
+    await_previous();
+    float best = join_parts(args.parts + (size_t)row * parts, parts).best;
+#pragma unroll 8
+    for (uint32_t i = begin + threadIdx.x; i < end; i += PART_THREADS) {
+        float weight = weigh(adjusted[i], best, args.temperature);
+        if (!(weight > 0.0f)) continue;
+        uint32_t at = __float_as_uint(weight) >> RADIX_SHARES;
+        add_mass(&mass[at], mass_of(weight));
+        atomicAdd(&count[at], 1u);
+    }
+    __syncthreads();
+    loci_cuda_sample_step *steps = args.steps + (size_t)row * RADIX_BUCKETS;
+    for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += PART_THREADS) {
+        if (count[i] == 0) continue;
+        atomicAdd(&steps[i].mass, mass[i]);
+        atomicAdd(&steps[i].count, count[i]);
+    }
+}
+
+/* What a block needs to draw from a row: the selection, and the tokens of one step. */
+typedef struct draw_memory {
+    radix_memory radix;
+    uint32_t listed, chosen; /* listed: more than LIST_ROOM, if there are more */
+    float weight[LIST_ROOM];
+    uint32_t place[LIST_ROOM];
+} draw_memory;
+
+/* The row's steps as the first histogram of a selection, and all weight. */
+static __device__ mass_t take_steps(draw_memory *memory, const loci_cuda_sample_step *steps) {
+    mass_t own = 0;
+    uint32_t unused = 0;
+    for (uint32_t i = threadIdx.x; i < RADIX_BUCKETS; i += RADIX_THREADS) {
+        memory->radix.mass[i] = steps[i].mass;
+        memory->radix.count[i] = steps[i].count;
+        own += steps[i].mass;
+    }
+    scan_block(&memory->radix, &own, &unused);
+    if (threadIdx.x == RADIX_THREADS - 1) memory->radix.found_mass = own;
+    __syncthreads();
+    mass_t all = memory->radix.found_mass;
+    __syncthreads();
+    return all;
+}
+
+/* Where in descending order of weight `target` is reached. The first look at the row lists the
+ * tokens of the step in which that is; the second one looks at the list, if it holds them all. */
+static __device__ radix_cut cut_row(draw_memory *memory, const float *adjusted, float best,
+                                    const loci_cuda_sample_args &args, mass_t target) {
+    bool again = false;
+    if (threadIdx.x == 0) memory->listed = 0;
     auto visit = [&](auto add) {
-        for (uint32_t i = threadIdx.x; i < vocab; i += RADIX_THREADS) {
-            float weight = expf((adjusted[i] - best) / temperature);
-            if (weight > 0.0f) add(__float_as_uint(weight), (mass_t)((double)weight * UNIT));
+        if (again && memory->listed <= LIST_ROOM) {
+            for (uint32_t i = threadIdx.x; i < memory->listed; i += RADIX_THREADS)
+                (void)add(__float_as_uint(memory->weight[i]), mass_of(memory->weight[i]));
+            return;
         }
+        for (uint32_t begin = threadIdx.x; begin < args.vocab;
+             begin += SWEEP_EACH * RADIX_THREADS) {
+            float x[SWEEP_EACH];
+#pragma unroll
+            for (uint32_t j = 0; j < SWEEP_EACH; j++) {
+                uint32_t i = begin + j * RADIX_THREADS;
+                x[j] = i < args.vocab ? weigh(adjusted[i], best, args.temperature) : 0.0f;
+            }
+#pragma unroll
+            for (uint32_t j = 0; j < SWEEP_EACH; j++) {
+                if (!(x[j] > 0.0f) || !add(__float_as_uint(x[j]), mass_of(x[j])) || again) continue;
+                uint32_t at = atomicAdd(&memory->listed, 1u);
+                if (at >= LIST_ROOM) continue;
+                memory->weight[at] = x[j];
+                memory->place[at] = begin + j * RADIX_THREADS;
+            }
+        }
+        again = true;
     };
-    radix_cut cut = radix_select(memory, target, ~(mass_t)0, false, visit);
+    return radix_select<RADIX_SHARES>(&memory->radix, target, ~(mass_t)0, true, visit);
+}
+
+/* Of the tokens whose weight is `key`, the `wanted`-th by its place, from 1; vocab: there are
+ * fewer. */
+static __device__ uint32_t equal_at(draw_memory *memory, const float *adjusted, float best,
+                                    const loci_cuda_sample_args &args, uint32_t key,
+                                    uint32_t wanted) {
+    __shared__ uint32_t passed;
     if (threadIdx.x == 0) {
-        chosen = vocab;
+        memory->chosen = args.vocab;
         passed = 0;
     }
     __syncthreads();
-    /* Of the equal ones the cut.ties-th, counted by their place. */
-    for (uint32_t begin = 0; begin < vocab; begin += RADIX_THREADS) {
+    uint32_t listed = memory->listed;
+    for (uint32_t i = threadIdx.x; listed <= LIST_ROOM && i < listed; i += RADIX_THREADS) {
+        if (__float_as_uint(memory->weight[i]) != key) continue;
+        uint32_t before = 0;
+        for (uint32_t j = 0; j < listed; j++)
+            before +=
+                __float_as_uint(memory->weight[j]) == key && memory->place[j] < memory->place[i];
+        if (before + 1 == wanted) memory->chosen = memory->place[i];
+    }
+    for (uint32_t begin = 0; listed > LIST_ROOM && begin < args.vocab; begin += RADIX_THREADS) {
         uint32_t i = begin + threadIdx.x;
         bool hit =
-            i < vocab && __float_as_uint(expf((adjusted[i] - best) / temperature)) == cut.key;
+            i < args.vocab && __float_as_uint(weigh(adjusted[i], best, args.temperature)) == key;
         mass_t none = 0;
         uint32_t count = hit ? 1 : 0;
-        scan_block(memory, &none, &count);
-        if (hit && passed + count == cut.ties) chosen = i;
+        scan_block(&memory->radix, &none, &count);
+        if (hit && passed + count == wanted) memory->chosen = i;
         uint32_t total = (uint32_t)__syncthreads_count(hit);
         if (threadIdx.x == 0) passed += total;
         __syncthreads();
-        if (chosen < vocab) break;
+        if (memory->chosen < args.vocab) break;
     }
-    return chosen;
+    __syncthreads();
+    return memory->chosen;
 }
 
-/* All weight of the row, and of the nucleus. */
-static __device__ mass_t nucleus_mass(radix_memory *memory, const float *adjusted, uint32_t vocab,
+/* A draw from the nucleus: the first token, in descending order of weight and by its place, after
+ * which the drawn share of its mass is exceeded. */
+static __device__ uint32_t draw_token(draw_memory *memory, const float *adjusted, uint32_t row,
                                       float best, const loci_cuda_sample_args &args) {
-    mass_t own = 0;
-    uint32_t unused = 0;
-    auto visit = [&](auto add) {
-        for (uint32_t i = threadIdx.x; i < vocab; i += RADIX_THREADS) {
-            float weight = expf((adjusted[i] - best) / args.temperature);
-            if (weight > 0.0f) add(__float_as_uint(weight), (mass_t)((double)weight * UNIT));
-        }
-    };
-    visit([&](uint32_t, mass_t mass) { own += mass; });
-    scan_block(memory, &own, &unused);
-    if (threadIdx.x == RADIX_THREADS - 1) memory->found_mass = own;
-    __syncthreads();
-    mass_t total = memory->found_mass;
-    __syncthreads();
-    if (!(args.top_p > 0.0f && args.top_p < 1.0f)) return total;
-    mass_t target = (mass_t)ceil((double)args.top_p * (double)total);
-    radix_cut cut = radix_select(memory, target ? target : 1, ~(mass_t)0, false, visit);
-    if (cut.ties == 0xffffffffu) return total;
-    return cut.mass + (mass_t)((double)__uint_as_float(cut.key) * UNIT) * cut.ties;
+    const loci_cuda_sample_step *steps = args.steps + (size_t)row * RADIX_BUCKETS;
+    mass_t all = take_steps(memory, steps), kept = all;
+    if (args.top_p > 0.0f && args.top_p < 1.0f) {
+        mass_t most = (mass_t)ceil((double)args.top_p * (double)all);
+        radix_cut nucleus = cut_row(memory, adjusted, best, args, most ? most : 1);
+        if (nucleus.ties != 0xffffffffu)
+            kept = nucleus.mass + mass_of(__uint_as_float(nucleus.key)) * nucleus.ties;
+        __syncthreads();
+        (void)take_steps(memory, steps);
+    }
+    mass_t target = (mass_t)(draw(args.seed, args.step, row) * (double)kept) + 1;
+    radix_cut cut = cut_row(memory, adjusted, best, args, target < kept ? target : kept);
+    return equal_at(memory, adjusted, best, args, cut.key, cut.ties);
 }
 
-static __global__ void __launch_bounds__(RADIX_THREADS) k_sample(loci_cuda_sample_args args) {
+static __global__ void __launch_bounds__(RADIX_THREADS)
+    k_sample(loci_cuda_sample_args args, uint32_t parts) {
     extern __shared__ float4 shared[];
-    __shared__ float buffer[WARPS_MAX];
-    radix_memory *memory = (radix_memory *)shared;
-    uint32_t row = blockIdx.x, token;
-    const float *original = args.logits + (size_t)row * args.vocab;
-    float *adjusted = args.adjusted + (size_t)row * args.vocab, max = -INFINITY, sum = 0.0f, best;
-    if (!check_row(original, args.vocab, row, args.fault)) return;
-    for (uint32_t i = threadIdx.x; i < args.vocab; i += blockDim.x) max = fmaxf(max, original[i]);
-    max = block_max(max, buffer);
-    for (uint32_t i = threadIdx.x; i < args.vocab; i += blockDim.x) sum += expf(original[i] - max);
-    sum = block_sum(sum, buffer);
-    adjust(args, original, adjusted);
-    block_best(adjusted, args.vocab, &best, &token);
-    if (best == -INFINITY) {
+    uint32_t row = blockIdx.x;
+    await_previous();
+    const float *adjusted = args.adjusted + (size_t)row * args.vocab;
+    loci_cuda_sample_part all = join_parts(args.parts + (size_t)row * parts, parts);
+    uint32_t token = all.place;
+    if (all.best == -INFINITY) {
         if (threadIdx.x == 0) raise_fault(args.fault, LOCI_CUDA_FAULT_BANNED, row, args.vocab);
         return;
     }
     if (args.temperature > 0.0f) {
-        mass_t kept = nucleus_mass(memory, adjusted, args.vocab, best, args);
-        mass_t target = (mass_t)(draw(args.seed, args.step, row) * (double)kept) + 1;
-        uint32_t drawn = token_at(memory, adjusted, args.vocab, best, args.temperature,
-                                  target < kept ? target : kept);
+        uint32_t drawn = draw_token((draw_memory *)shared, adjusted, row, all.best, args);
         if (drawn < args.vocab) token = drawn;
     }
     if (threadIdx.x != 0) return;
     args.ids[row] = (int32_t)token;
-    args.logprob[row] = original[token] - max - logf(sum);
+    args.logprob[row] = args.logits[(size_t)row * args.vocab + token] - all.max - logf(all.sum);
 }
 
 extern "C" cudaError_t loci_cuda_k_sample(cudaStream_t stream, const loci_cuda_sample_args *args) {
-    k_sample<<<args->rows, RADIX_THREADS, sizeof(radix_memory), stream>>>(*args);
-    return cudaGetLastError();
+    uint32_t parts = (args->vocab + LOCI_CUDA_SAMPLE_PART - 1) / LOCI_CUDA_SAMPLE_PART;
+    bool draws = args->temperature > 0.0f;
+    dim3 grid(parts, args->rows);
+    cudaError_t result = launch_behind(stream, k_sample_parts, grid, PART_THREADS, 0, *args);
+    if (result == cudaSuccess && draws)
+        result = launch_behind(stream, k_sample_steps, grid, PART_THREADS, 0, *args, parts);
+    if (result != cudaSuccess) return result;
+    return launch_behind(stream, k_sample, dim3(args->rows), draws ? RADIX_THREADS : 32,
+                         draws ? sizeof(draw_memory) : 0, *args, parts);
 }

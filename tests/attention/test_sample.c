@@ -151,33 +151,38 @@ static int heavier(const void *a, const void *b) {
     return x[1] < y[1] ? -1 : 1;
 }
 
-/* The token that sorting gives, or -1 where rounding decides. */
-static int32_t sorted_draw(const sampler *s) {
-    double order[VOCAB][2], total = 0.0, kept = 0.0, sum = 0.0;
+/* The token that sorting gives for a row, or -1 where rounding decides. */
+static int32_t sorted_draw(const float *row, uint32_t vocab, const loci_sample_params *params,
+                           uint32_t index) {
+    double(*order)[2] = malloc(vocab * sizeof *order), total = 0.0, kept = 0.0, sum = 0.0;
     float most = -INFINITY;
-    for (int i = 0; i < VOCAB; i++) most = fmaxf(most, s->row[i]);
-    for (int i = 0; i < VOCAB; i++) {
-        order[i][0] = exp((double)((s->row[i] - most) / s->params.temperature));
+    assert_non_null(order);
+    for (uint32_t i = 0; i < vocab; i++) most = fmaxf(most, row[i]);
+    for (uint32_t i = 0; i < vocab; i++) {
+        order[i][0] = exp((double)((row[i] - most) / params->temperature));
         order[i][1] = i;
         total += order[i][0];
     }
-    qsort(order, VOCAB, sizeof order[0], heavier);
-    int chosen = 0;
-    while (chosen < VOCAB && (chosen == 0 || kept < (double)s->params.top_p * total)) {
-        if (s->params.top_p < 1.0f && fabs(kept - (double)s->params.top_p * total) < 1e-5 * total)
-            return -1;
+    qsort(order, vocab, sizeof order[0], heavier);
+    uint32_t chosen = 0;
+    double most_mass = (double)params->top_p * total, near = 1e-6 * total;
+    bool unsure = false;
+    while (chosen < vocab && (chosen == 0 || kept < most_mass)) {
+        unsure = unsure || (params->top_p < 1.0f && fabs(kept - most_mass) < near);
         kept += order[chosen++][0];
     }
-    uint64_t draw = loci_rng_mix(s->params.seed + LOCI_RNG_GAMMA);
-    draw = loci_rng_mix(draw + LOCI_RNG_GAMMA * (s->params.step + 1));
-    draw = loci_rng_mix(draw + LOCI_RNG_GAMMA);
+    uint64_t draw = loci_rng_mix(params->seed + LOCI_RNG_GAMMA);
+    draw = loci_rng_mix(draw + LOCI_RNG_GAMMA * (params->step + 1));
+    draw = loci_rng_mix(draw + LOCI_RNG_GAMMA * (index + 1));
     double target = (double)(draw >> 11) * 0x1.0p-53 * kept;
-    for (int i = 0; i < chosen; i++) {
+    int32_t token = -1;
+    for (uint32_t i = 0; i < chosen && token < 0 && !unsure; i++) {
         sum += order[i][0];
-        if (fabs(sum - target) < 1e-5 * total) return -1;
-        if (sum > target) return (int32_t)order[i][1];
+        unsure = fabs(sum - target) < near;
+        if (sum > target) token = (int32_t)order[i][1];
     }
-    return -1;
+    free(order);
+    return unsure ? -1 : token;
 }
 
 /* Ties, few values and many, all of top-p. */
@@ -195,13 +200,63 @@ static void test_draws_equal_sorting(void **state) {
         s.params.top_p = round % 5 ? (float)(loci_rng_next(&rng) >> 40) * 0x1p-24f : 1.0f;
         s.params.seed = round;
         s.params.step = round % 7;
-        int32_t want = sorted_draw(&s), got = sample(&s);
+        int32_t want = sorted_draw(s.row, VOCAB, &s.params, 0), got = sample(&s);
         if (want < 0) continue;
         assert_int_equal(got, want);
         compared++;
     }
     assert_true(compared > 2900);
     close_sampler(&s);
+}
+
+/* Many tokens, in several rows; of few values, so that thousands are equal, or of many. */
+static void test_large_vocabularies(void **state) {
+    (void)state;
+    rig r = rig_open(NULL, 0);
+    uint64_t rng = (uint64_t)random_u32() << 32 | random_u32();
+    int compared = 0, rows_all = 0;
+    for (unsigned round = 0; round < 24; round++) {
+        uint32_t vocab = 4095 + (uint32_t)(loci_rng_next(&rng) % 30000), rows = 1 + round % 3;
+        size_t bytes = (size_t)rows * vocab * sizeof(float);
+        float *logits = malloc(bytes), logprob[3];
+        int32_t ids[3];
+        assert_non_null(logits);
+        for (size_t i = 0; i < (size_t)rows * vocab; i++) {
+            float x = (float)(loci_rng_next(&rng) >> 40) * 0x1p-24f;
+            logits[i] = round % 2 ? 12.0f * x : floorf(3.0f * x);
+        }
+        loci_sample_params params = {.temperature = round % 4 < 2 ? 1.0f : 0.0f,
+                                     .top_p = round % 3 ? 0.7f : 1.0f,
+                                     .repetition_penalty = 1.0f,
+                                     .seed = round,
+                                     .step = round};
+        loci_ref at = put(&r, logits, bytes), id = put(&r, NULL, 64), log_p = put(&r, NULL, 64);
+        r.ops->sample(r.stream, id, log_p, at, rows, vocab, &params, NULL, 0, NULL, 0);
+        r.ops->download(r.stream, ids, id, rows * sizeof *ids);
+        r.ops->download(r.stream, logprob, log_p, rows * sizeof *logprob);
+        ok(&r, r.ops->sync(r.stream, &r.err));
+        for (uint32_t row = 0; row < rows; row++) {
+            const float *x = logits + (size_t)row * vocab;
+            uint32_t best = 0;
+            double sum = 0.0;
+            for (uint32_t i = 1; i < vocab; i++) best = x[i] > x[best] ? i : best;
+            for (uint32_t i = 0; i < vocab; i++) sum += exp((double)x[i]);
+            int32_t want =
+                params.temperature > 0.0f ? sorted_draw(x, vocab, &params, row) : (int32_t)best;
+            rows_all++;
+            assert_in_range(ids[row], 0, vocab - 1);
+            assert_true(fabs((double)x[ids[row]] - log(sum) - (double)logprob[row]) < 1e-4);
+            if (want < 0) continue;
+            assert_int_equal(ids[row], want);
+            compared++;
+        }
+        drop(&r, at);
+        drop(&r, id);
+        drop(&r, log_p);
+        free(logits);
+    }
+    assert_true(compared > rows_all * 3 / 4);
+    rig_close(&r);
 }
 
 static void test_a_draw_is_named_by_seed_and_step(void **state) {
@@ -235,6 +290,7 @@ int main(void) {
         cmocka_unit_test(test_draws_follow_the_distribution),
         cmocka_unit_test(test_top_p_keeps_the_fewest_that_reach_it),
         cmocka_unit_test(test_draws_equal_sorting),
+        cmocka_unit_test(test_large_vocabularies),
         cmocka_unit_test(test_a_draw_is_named_by_seed_and_step),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -48,19 +48,19 @@
 #define QUESTIONS_MAX 1024u
 #define WORDS 8u
 
-typedef struct question {
-    char text[160];
-    uint64_t hash, steps;
-    uint32_t pieces; /* of the answer so far */
-    bool profiled;
-    double total_ms, first_ms, lookup_ms, decode_per_s;
-} question;
-
 typedef struct settings {
     const char *data, *kv;
     uint64_t budget, memory, dense_layers;
-    bool blocking, profile;
+    bool blocking, profile, profile_prompt;
 } settings;
+
+typedef struct question {
+    char text[160];
+    uint64_t hash, steps;
+    uint32_t pieces;          /* of the answer so far */
+    const settings *profiled; /* or NULL */
+    double total_ms, first_ms, lookup_ms, decode_per_s;
+} question;
 
 typedef struct run {
     loci_engine *engine;
@@ -89,12 +89,14 @@ static uint64_t hash_text(uint64_t hash, const char *text) { /* FNV-1a */
     return hash;
 }
 
-/* A profiler that waits for it sees two steps of decoding. */
-static void profile(uint32_t piece) {
+/* A profiler that waits for it sees two pieces of the answer, or all that comes before the first.
+ */
+static void profile(const settings *s, uint32_t piece) {
 #ifdef LOCI_WITH_CUDA
-    if (piece == 8) (void)cudaProfilerStart();
-    if (piece == 10) (void)cudaProfilerStop();
+    if (piece == (s->profile_prompt ? 0 : 8)) (void)cudaProfilerStart();
+    if (piece == (s->profile_prompt ? 1 : 10)) (void)cudaProfilerStop();
 #else
+    (void)s;
     (void)piece;
 #endif
 }
@@ -103,7 +105,7 @@ static loci_status on_event(void *ctx, const loci_event *event, loci_error *err)
     (void)err;
     question *q = ctx;
     if (event->kind == LOCI_EVENT_DELTA) q->hash = hash_text(q->hash, event->text);
-    if (event->kind == LOCI_EVENT_DELTA && q->profiled) profile(++q->pieces);
+    if (event->kind == LOCI_EVENT_DELTA && q->profiled) profile(q->profiled, ++q->pieces);
     if (event->kind == LOCI_EVENT_USAGE) {
         q->steps = event->usage->decode_steps;
         q->total_ms = event->usage->total_ms;
@@ -133,7 +135,9 @@ static void *ask_all(void *arg) {
                                        .seed = i + 1};
         q->hash = 14695981039346656037u;
         q->pieces = 0;
-        q->profiled = r->settings->profile && i == 0;
+        bool profiled = r->settings->profile || r->settings->profile_prompt;
+        q->profiled = profiled && i == 0 ? r->settings : NULL;
+        if (q->profiled) profile(q->profiled, 0);
         check(loci_engine_answer(r->engine, &request, NULL, on_event, q, &err), &err);
     }
     return NULL;
@@ -434,7 +438,9 @@ int main(int argc, char **argv) {
          "of the corpus, plus one; 0: the default"},
         {"blocking", 0, LOCI_OPTION_FLAG, &s.blocking, 0, 0, NULL, "wait without a processor"},
         {"profile", 0, LOCI_OPTION_FLAG, &s.profile, 0, 0, NULL,
-         "cudaProfilerStart and Stop around two steps of each first question"},
+         "cudaProfilerStart and Stop around two pieces of each first answer"},
+        {"profile-prompt", 0, LOCI_OPTION_FLAG, &s.profile_prompt, 0, 0, NULL,
+         "the same around all that comes before its first piece"},
     };
     const size_t option_count = sizeof options / sizeof *options;
     const char *args[64];
