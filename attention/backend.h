@@ -127,6 +127,7 @@ typedef struct loci_lookup_stats {
     uint64_t dense_kv_bytes;  /* the kv_bytes of dense mode */
     uint64_t selected_tokens; /* over KV heads and query tokens */
     uint64_t candidate_tokens;
+    uint64_t elapsed_ns; /* from begin to the figures, by the clock of where the look-up runs */
 } loci_lookup_stats;
 
 /* Where a device has the extents that look-ups read: in its own memory, and keys and values that do
@@ -180,6 +181,11 @@ typedef struct loci_backend_ops {
     loci_status (*stream_open)(loci_backend *self, loci_stream **out, loci_error *err);
     void (*stream_close)(loci_backend *self, loci_stream *stream);
     loci_status (*sync)(loci_stream *stream, loci_error *err);
+    /* (optional) Order among streams without the host, where operations run later. mark: remembers
+     * what is enqueued so far; await: what follows on `stream` runs after what `other` had marked
+     * last. While threads await a stream nobody uses it. Failures stay where they are. */
+    void (*mark)(loci_stream *stream);
+    void (*await)(loci_stream *stream, const loci_stream *other);
     void (*upload)(loci_stream *stream, loci_ref dst, const void *src, size_t bytes);
     void (*download)(loci_stream *stream, void *dst, loci_ref src, size_t bytes);
     void (*copy)(loci_stream *stream, loci_ref dst, loci_ref src, size_t bytes);

@@ -17,6 +17,7 @@
 
 struct loci_batch {
     loci_model *model;
+    loci_stream *stream;
     loci_buffer *cache, *logits;
     uint32_t members, added, tokens_max, logits_rows;
     pthread_mutex_t lock;
@@ -47,6 +48,7 @@ loci_status loci_batch_open(loci_model *model, uint32_t members, uint32_t tokens
     if (rows > INT32_MAX)
         status = loci_fail(err, LOCI_E_INVAL, "%u sequences of %u tokens are too many", members,
                            tokens_max);
+    if (status == LOCI_OK) status = ops->stream_open(model->backend, &batch->stream, err);
     if (status == LOCI_OK) status = ops->alloc(model->backend, cache_bytes, &batch->cache, err);
     if (status == LOCI_OK) status = ops->alloc(model->backend, logits_bytes, &batch->logits, err);
     if (status != LOCI_OK) {
@@ -59,8 +61,10 @@ loci_status loci_batch_open(loci_model *model, uint32_t members, uint32_t tokens
 
 void loci_batch_close(loci_batch *batch) {
     if (!batch) return;
-    batch->model->backend->ops->free(batch->model->backend, batch->cache);
-    batch->model->backend->ops->free(batch->model->backend, batch->logits);
+    loci_backend *backend = batch->model->backend;
+    backend->ops->stream_close(backend, batch->stream);
+    backend->ops->free(backend, batch->cache);
+    backend->ops->free(backend, batch->logits);
     pthread_mutex_destroy(&batch->lock);
     free(batch);
 }
@@ -84,6 +88,10 @@ void loci_batch_usage_of(loci_batch *batch, loci_batch_usage *out) {
     pthread_mutex_lock(&batch->lock);
     *out = batch->usage;
     pthread_mutex_unlock(&batch->lock);
+}
+
+loci_stream *loci_batch_stream(const loci_batch *batch) {
+    return batch->stream;
 }
 
 loci_ref loci_batch_logits(const loci_batch *batch, uint32_t *rows) {

@@ -11,9 +11,9 @@
  * LOCI_GEMM_FEW_ROWS (attention/backend.h), a sequence's results are the same, to the bit, in any
  * company and in none.
  *
- * In retrieval layers each caller's thread runs its own callback on its own stream; the pass waits
- * for all of them. An error or a cancel ends the one sequence's append when the pass is through,
- * and no other.
+ * In retrieval layers each caller's thread runs its own callback on its own stream; the pass goes
+ * on behind all of them. An error or a cancel ends the one sequence's append when the pass is
+ * through, and no other.
  */
 #ifndef LOCI_MODEL_BATCH_H
 #define LOCI_MODEL_BATCH_H

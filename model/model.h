@@ -143,12 +143,18 @@ typedef struct loci_attend_call {
 
 /* Returns LOCI_OK after enqueueing its work; may sync the stream. */
 typedef loci_status (*loci_attend_fn)(void *ctx, const loci_attend_call *call, loci_error *err);
+/* At the end of each chunk's pass, on the thread of the append, when all of the calls' work has
+ * run: what became of the pass is `status`, with *err for a failure. What it returns is what
+ * becomes of the chunk. */
+typedef loci_status (*loci_attended_fn)(void *ctx, loci_status status, loci_error *err);
 
 typedef struct loci_sequence loci_sequence;
 LOCI_MUST_CHECK loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max,
                                                loci_sequence **out, loci_error *err);
 void loci_sequence_close(loci_sequence *sequence);
-void loci_sequence_set_attend(loci_sequence *sequence, loci_attend_fn attend, void *ctx);
+/* attended: NULL is allowed. */
+void loci_sequence_set_attend(loci_sequence *sequence, loci_attend_fn attend,
+                              loci_attended_fn attended, void *ctx);
 /* Multiplies the logits of later rows in the retrieval layers, the sequence's own and (through
  * loci_attend_call) the corpus's; 1 until then and again after reset. */
 void loci_sequence_scale_attention(loci_sequence *sequence, float factor);

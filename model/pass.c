@@ -4,6 +4,9 @@
  *
  * Who fails or is cancelled is left out of attention from that layer on. The rows run on, since
  * taking them out would move the others; they touch nobody else's.
+ *
+ * Nothing here waits before the end. Where there are several members, each member's stream waits
+ * for the pass's in a retrieval layer, and the pass's for all of theirs.
  */
 #include "model/sequence.h"
 
@@ -82,17 +85,31 @@ void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
         .lse = at_row(loci_ref_at(p->member[0]->lse, 0), step->row, own.q_heads),
     };
     const loci_backend_ops *ops = s->model->backend->ops;
+    bool apart = p->count > 1 && ops->mark;
+    if (apart) ops->await(s->stream, p->decoder.stream);
     step->status = s->attend(s->attend_ctx, &call, &step->error);
-    bool leader = s == p->member[0];
-    /* The others of a pass go on: what failed on the stream must not be found again later. */
-    if (!leader || (p->count > 1 && step->status != LOCI_OK)) {
-        loci_status synced = ops->sync(s->stream, step->status == LOCI_OK ? &step->error : NULL);
-        if (step->status == LOCI_OK) step->status = synced;
+    if (apart) ops->mark(s->stream);
+}
+
+/* All members that are left and have a callback. */
+static void reach(loci_pass *p) {
+    const loci_backend_ops *ops = p->decoder.model->backend->ops;
+    if (p->count == 1) {
+        loci_pass_reach(p, p->member[0]);
+        return;
     }
+    bool reached[LOCI_PASS_MEMBERS];
+    for (uint32_t i = 0; i < p->count; i++)
+        reached[i] = in_pass(p->member[i]) && p->member[i]->attend;
+    if (ops->mark) ops->mark(p->decoder.stream);
+    loci_batch_reach(p);
+    for (uint32_t i = 0; i < p->count && ops->mark; i++)
+        if (reached[i]) ops->await(p->decoder.stream, p->member[i]->stream);
 }
 
 static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err) {
     loci_pass *p = ctx;
+    (void)err;
     const loci_model_config *c = &p->decoder.model->config;
     bool reaches = false;
     drop_cancelled(p, layer);
@@ -108,13 +125,7 @@ static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err
     if (c->layer[layer].retrieval) {
         uint32_t retrieval = loci_retrieval_index(c, layer);
         for (uint32_t i = 0; i < p->count; i++) p->member[i]->step.retrieval = retrieval;
-        /* Others' streams read what this one has written; and a failure up to here is of all. */
-        if (reaches && p->count > 1)
-            LOCI_TRY(p->decoder.model->backend->ops->sync(p->decoder.stream, err));
-        if (reaches && p->count > 1)
-            loci_batch_reach(p);
-        else if (reaches)
-            loci_pass_reach(p, p->member[0]);
+        if (reaches) reach(p);
         *stop = p->member[0]->step.stop_after == (int)retrieval;
     }
     return anybody_left(p) ? LOCI_OK : LOCI_E_CANCELLED; /* each knows why */
@@ -182,8 +193,9 @@ static void upload_rows(loci_pass *p) {
 void loci_pass_run(loci_pass *p) {
     loci_sequence *leader = p->member[0];
     loci_error err = {0};
+    loci_stream *stream = p->count > 1 ? loci_batch_stream(p->batch) : leader->stream;
     p->decoder = (loci_decoder_pass){.model = leader->model,
-                                     .stream = leader->stream,
+                                     .stream = stream,
                                      .scratch = &leader->scratch,
                                      .attend = attend,
                                      .ctx = p};
@@ -197,6 +209,5 @@ void loci_pass_run(loci_pass *p) {
             s->step.status = status;
             s->step.error = err;
         }
-        if (in_pass(s)) s->length += s->step.rows;
     }
 }

@@ -3,10 +3,10 @@
  * Sequences: tokens appended to a KV cache of their own, logits and sampling.
  *
  * Keys and values are kept as f32, side by side for each token.
- * Appended tokens run in chunks of at most LOCI_CHUNK_ROWS rows; the stream is synced after each
- * chunk, so host arguments live in the sequence and are reused by the next one. length
- * moves only when a chunk has succeeded: a failed or cancelled append leaves the
- * sequence as after its last whole chunk.
+ * Appended tokens run in chunks of at most LOCI_CHUNK_ROWS rows; the stream is synced once, after
+ * each chunk, so host arguments live in the sequence and are reused by the next one. length moves
+ * only when a chunk has succeeded: a failed or cancelled append leaves the sequence as after its
+ * last whole chunk.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -74,8 +74,10 @@ void loci_sequence_close(loci_sequence *s) {
     free(s);
 }
 
-void loci_sequence_set_attend(loci_sequence *s, loci_attend_fn fn, void *ctx) {
-    s->attend = fn;
+void loci_sequence_set_attend(loci_sequence *s, loci_attend_fn attend, loci_attended_fn attended,
+                              void *ctx) {
+    s->attend = attend;
+    s->attended = attended;
     s->attend_ctx = ctx;
 }
 
@@ -131,13 +133,20 @@ static loci_status reserve_logits(loci_sequence *s, uint32_t rows, loci_error *e
 
 /* Runs one chunk; steps of decoding in the company of others where there is a batch. */
 static loci_status run_chunk(loci_sequence *s, const loci_step *chunk, loci_error *err) {
-    s->step = *chunk;
+    loci_step *step = &s->step;
+    *step = *chunk;
     if (s->batch && chunk->stop_after < 0 && chunk->rows <= LOCI_GEMM_FEW_ROWS)
         loci_batch_run(s);
     else
         loci_pass_run(&(loci_pass){.member = {s}, .count = 1});
-    if (err && s->step.error.status != LOCI_OK) *err = s->step.error;
-    return s->step.status;
+    /* What failed on the stream must not be found again later, whatever else did. */
+    bool well = step->status == LOCI_OK;
+    loci_status synced = s->model->backend->ops->sync(s->stream, well ? &step->error : NULL);
+    if (well) step->status = synced;
+    if (s->attended) step->status = s->attended(s->attend_ctx, step->status, &step->error);
+    if (step->status == LOCI_OK) s->length += step->rows;
+    if (err && step->status != LOCI_OK) *err = step->error;
+    return step->status;
 }
 
 static loci_status check_append(const loci_sequence *s, const uint32_t *tokens, uint32_t count,

@@ -4,10 +4,10 @@
  *
  * A pass (pass.c) runs one chunk each of up to LOCI_PASS_MEMBERS sequences through the layers: rows
  * one chunk after another, one product for each weight over all of them, attention chunk by chunk
- * with the arguments that it would have alone. The first sequence, the leader, lends its stream,
- * scratch and thread. What a chunk gives does not depend on its company as long as the rows of the
- * pass lie in the range (attention/backend.h, gemm) that those of the chunk alone lie in, which
- * batch.c sees to.
+ * with the arguments that it would have alone. The first sequence, the leader, lends its scratch
+ * and thread; the pass has the batch's stream, since a failure on a member's own is nobody else's.
+ * What a chunk gives does not depend on its company as long as the rows of the pass lie in the
+ * range (attention/backend.h, gemm) that those of the chunk alone lie in, which batch.c sees to.
  */
 #ifndef LOCI_MODEL_SEQUENCE_H
 #define LOCI_MODEL_SEQUENCE_H
@@ -58,6 +58,7 @@ struct loci_sequence {
     loci_buffer *lse;      /* f32 [rows][q_heads] */
     float attention_scale; /* of logits in retrieval layers */
     loci_attend_fn attend;
+    loci_attended_fn attended;
     void *attend_ctx;
     loci_attend_dense *attention; /* one for each layer: the stream reads them until sync */
     loci_buffer *logits;          /* f32 [logits_capacity][vocab] */
@@ -79,7 +80,7 @@ struct loci_pass {
     loci_sequence *member[LOCI_PASS_MEMBERS]; /* the first is the leader */
     uint32_t count, rows;
     loci_batch *batch;  /* NULL: the leader alone */
-    uint32_t attending; /* members that reach the corpus right now; under the batch's lock */
+    uint32_t attending; /* members that enqueue their look-ups right now; under the batch's lock */
     loci_attend_span span[LOCI_PASS_MEMBERS]; /* of the members; the stream reads them until sync */
     loci_decoder_pass decoder;
 };
@@ -100,17 +101,18 @@ LOCI_MUST_CHECK loci_status loci_sequence_make(loci_model *model, uint32_t token
                                                uint32_t cache_row, loci_sequence **out,
                                                loci_error *err);
 
-/* pass.c: runs the pass on the calling thread, the leader's. Each member's step has its status, and
- * its length has grown where that is LOCI_OK. */
+/* pass.c: runs the pass on the calling thread, the leader's. Each member's step has its status;
+ * failures of its own stream are still there. */
 void loci_pass_run(loci_pass *pass);
-/* The member's callback in step.retrieval, on its own stream and, but for the leader, to the end of
- * what it enqueued; on the member's thread. */
+/* The member's callback in step.retrieval, on its own stream and on the member's thread. */
 void loci_pass_reach(const loci_pass *pass, loci_sequence *member);
 
 /* batch.c: runs the step of a sequence that has joined a batch, in company if there is any. */
 void loci_batch_run(loci_sequence *sequence);
 /* Has the members but the leader reach the corpus on their threads, and does so for the leader. */
 void loci_batch_reach(loci_pass *pass);
+/* Of passes of several members. */
+loci_stream *loci_batch_stream(const loci_batch *batch);
 /* f32 [*rows][vocab], of the pass of few rows. */
 loci_ref loci_batch_logits(const loci_batch *batch, uint32_t *rows);
 /* The sequence's owner is not waited for any longer. */

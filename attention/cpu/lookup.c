@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/clock.h"
+
 #define CHUNK_BYTES ((size_t)1 << 20)
 #define KEEP_BYTES ((size_t)8 << 20) /* never given back before the look-up is freed */
 
@@ -331,6 +333,7 @@ void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup, const loci_
         .corpus = corpus,
         .params = *params,
         .mode = params->mode,
+        .begun_ns = loci_now_ns(),
         .layer = retrieval_layer,
         .rows = rows,
         .q_heads = q_heads,
@@ -654,7 +657,7 @@ void loci_cpu_lookup_selected(loci_stream *stream, loci_lookup *lookup, loci_sel
 
 void loci_cpu_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats) {
     (void)stream;
-    *stats = (loci_lookup_stats){0};
+    *stats = (loci_lookup_stats){.elapsed_ns = loci_now_ns() - lookup->begun_ns};
     if (!lookup->ready) return;
     size_t token = lookup->part_count ? loci_pair_kv_stride(lookup->parts[0].blob) : 0;
     for (size_t i = 0; i < lookup->part_count; i++) {

@@ -108,6 +108,7 @@ struct loci_lookup {
     loci_mode mode; /* dense where hierarchical would read everything */
     bool ready;     /* the last stage succeeded */
     bool tokens_scored, tokens_selected, attended;
+    uint64_t begun_ns;
     uint32_t layer, rows, q_heads, kv_heads, group, dim;
     uint32_t vectors; /* of one KV head: rows * group; vector = row * group + head in group */
     uint32_t blocks;  /* of lanes */

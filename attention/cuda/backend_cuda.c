@@ -92,6 +92,7 @@ static loci_status put_logs(loci_cuda *cuda, loci_error *err) {
 
 static void free_stream(loci_stream *stream) {
     if (stream->stream) (void)cudaStreamDestroy(stream->stream);
+    if (stream->marked) (void)cudaEventDestroy(stream->marked);
     if (stream->scratch) (void)cudaFree(stream->scratch);
     if (stream->fault) (void)cudaFreeHost(stream->fault);
     if (stream->staging) (void)cudaFreeHost(stream->staging);
@@ -299,6 +300,9 @@ static loci_status cuda_stream_open(loci_backend *self, loci_stream **out, loci_
     LOCI_TRY_GOTO(loci_cuda_try(cudaStreamCreateWithFlags(&stream->stream, cudaStreamNonBlocking),
                                 "cudaStreamCreate", err),
                   out);
+    LOCI_TRY_GOTO(loci_cuda_try(cudaEventCreateWithFlags(&stream->marked, cudaEventDisableTiming),
+                                "cudaEventCreate", err),
+                  out);
     LOCI_TRY_GOTO(
         loci_cuda_try(cudaMallocHost(&fault, sizeof *stream->fault), "cudaMallocHost", err), out);
     stream->fault = fault;
@@ -375,6 +379,15 @@ static loci_status cuda_sync(loci_stream *stream, loci_error *err) {
     if (status != LOCI_OK && err) *err = stream->error;
     memset(&stream->error, 0, sizeof stream->error);
     return status;
+}
+
+static void cuda_mark(loci_stream *stream) {
+    (void)loci_cuda_ok(stream, cudaEventRecord(stream->marked, stream->stream), "cudaEventRecord");
+}
+
+static void cuda_await(loci_stream *stream, const loci_stream *other) {
+    (void)loci_cuda_ok(stream, cudaStreamWaitEvent(stream->stream, other->marked, 0),
+                       "cudaStreamWaitEvent");
 }
 
 bool loci_cuda_send(loci_stream *stream, void *to, const void *src, size_t bytes) {
@@ -465,6 +478,8 @@ const loci_backend_ops loci_backend_cuda = {
     .stream_open = cuda_stream_open,
     .stream_close = cuda_stream_close,
     .sync = cuda_sync,
+    .mark = cuda_mark,
+    .await = cuda_await,
     .upload = cuda_upload,
     .download = cuda_download,
     .copy = cuda_copy,

@@ -59,6 +59,7 @@ typedef struct loci_cuda_download {
 struct loci_stream {
     loci_cuda *cuda;
     cudaStream_t stream;
+    cudaEvent_t marked;     /* what mark() remembered */
     loci_error error;       /* first failure since the last sync; status OK = none */
     loci_cuda_fault *fault; /* the first failure of a kernel; page-locked, kernels write there */
     uint8_t *scratch;       /* growable; contents do not survive an operation */

@@ -188,6 +188,7 @@ typedef struct loci_cuda_look {
     uint32_t *root_live; /* [roots_all] */
     uint8_t *leaf_live;  /* [leaves_all] */
     uint32_t *token_mask;
+    unsigned long long *begun_ns; /* by the device's clock */
 } loci_cuda_look;
 
 typedef struct loci_cuda_look_query {
@@ -196,9 +197,12 @@ typedef struct loci_cuda_look_query {
     float scale;
 } loci_cuda_look_query;
 
-/* query.cu: fills q to mean_terms. */
+/* query.cu: fills q to mean_terms, and begun_ns. */
 cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,
                                 const loci_cuda_look_query *query);
+/* query.cu: *ns = the time since one of these began. */
+cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
+                                unsigned long long *ns);
 /* query.cu: live tokens of all roots and leaves. Roots are scored without where no token of a pair
  * is deleted. */
 cudaError_t loci_cuda_k_count_live(cudaStream_t stream, const loci_cuda_look *look);
@@ -278,7 +282,7 @@ cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *loo
 /* Figures of a look-up in the order of loci_lookup_stats, added up on the device. */
 typedef struct loci_cuda_stats {
     unsigned long long root_bytes, leaf_bytes, code_bytes, hash_bytes, kv_bytes, kv_leaf_bytes,
-        tail_bytes, dense_kv_bytes, selected_tokens, candidate_tokens;
+        tail_bytes, dense_kv_bytes, selected_tokens, candidate_tokens, elapsed_ns;
 } loci_cuda_stats;
 
 /* Adds what the masks of a look-up hold. */

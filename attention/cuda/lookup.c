@@ -316,6 +316,7 @@ static bool alloc_look(loci_stream *stream, loci_lookup *lookup) {
     look->steady = look_alloc(stream, lookup, vectors * sizeof(float));
     look->mean_terms = look_alloc(stream, lookup, pairs * look->vectors * sizeof(float));
     look->token_mask = look_alloc(stream, lookup, mask_bytes(look));
+    look->begun_ns = look_alloc(stream, lookup, sizeof *look->begun_ns);
     return lookup->ready;
 }
 

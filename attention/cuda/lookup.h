@@ -2,7 +2,8 @@
  *
  * The state of one look-up on the device, shared by lookup.c (begin, stages) and report.c (what it
  * tells the host). Its device memory is its arena, which begin resets, and the tables of each
- * layer; the pairs of the layer stay pinned from begin to the next begin or the end.
+ * layer; the pairs of the layer stay pinned from begin to the next begin or the end,
+ * though what was enqueued may run on (pairs.h).
  */
 #ifndef LOCI_ATTENTION_CUDA_LOOKUP_H
 #define LOCI_ATTENTION_CUDA_LOOKUP_H

@@ -402,8 +402,10 @@ static loci_status pin(loci_cuda_pairs *pairs, const loci_extent_view *extent, u
         return LOCI_OK;
     }
     entry->pins--;
-    if (entry->pins == 0 && !(entry->index && entry->kv))
+    if (entry->pins == 0 && !(entry->index && entry->kv)) {
+        (void)cudaDeviceSynchronize();
         release(pairs, link_of(pairs, extent->buffer, at));
+    }
     return status;
 }
 

@@ -10,10 +10,11 @@
  * for all that is there, of which LOCI_CUDA_ROWS_PERCENT for cached rows as soon as anything stands
  * below, and LOCI_CUDA_HOST_PERCENT of the host's memory (of the container's, where that is less).
  * Each part lives by itself, what was least recently used goes first, and what a look-up has pinned
- * neither goes nor moves. K and V that come take the device's free room, then the place of older
- * ones, which go down; on the host older ones
- * give way to younger, and are read again from their extent when they are needed. For an index K
- * and V go down, then an index that has been idle for long, cached rows, any other index.
+ * neither goes nor moves. Pins are held while work that reads a pair is enqueued, not until it has
+ * run: before a part goes or moves the device is waited for. K and V that come take the device's
+ * free room, then the place of older ones, which go down; on the host older ones give way to
+ * younger, and are read again from their extent when they are needed. For an index K and V go down,
+ * then an index that has been idle for long, cached rows, any other index.
  *
  * Calls may come from any thread.
  */

@@ -20,6 +20,16 @@ extern "C" cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_
     return cudaGetLastError();
 }
 
+static __global__ void k_elapsed(const unsigned long long *begun, unsigned long long *ns) {
+    *ns = device_ns() - *begun;
+}
+
+extern "C" cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
+                                           unsigned long long *ns) {
+    k_elapsed<<<1, 1, 0, stream>>>(look->begun_ns, ns);
+    return cudaGetLastError();
+}
+
 static __device__ __forceinline__ uint32_t count_live(const loci_cuda_pair *pair, uint32_t first,
                                                       uint32_t count) {
     uint32_t sum = 0;

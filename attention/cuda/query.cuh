@@ -67,6 +67,12 @@ static __device__ __forceinline__ void put_mean_term(const loci_cuda_look &look,
     if (threadIdx.x % 32 == 0) look.mean_terms[(size_t)index * look.vectors + v] = sum;
 }
 
+static __device__ __forceinline__ unsigned long long device_ns(void) {
+    unsigned long long ns;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+    return ns;
+}
+
 /* What no pair has a part in. */
 static __device__ __forceinline__ void put_vector(const loci_cuda_look &look,
                                                   const loci_cuda_look_query &query, uint32_t h,
@@ -80,9 +86,9 @@ static __device__ __forceinline__ void put_vector(const loci_cuda_look &look,
                  [&](uint32_t i) { return scaled[i]; });
     round_vector(look.qq8 + (size_t)at * look.dim, &look.qq_scale[at], &unused, look.dim,
                  [&](uint32_t i) { return scaled[i] * scaled[i] * 0.5f; });
-    if (threadIdx.x % 32 == 0)
-        look.steady[at] =
-            query.steady ? query.steady[(size_t)row * look.q_heads + head] : -INFINITY;
+    if (threadIdx.x % 32 != 0) return;
+    look.steady[at] = query.steady ? query.steady[(size_t)row * look.q_heads + head] : -INFINITY;
+    if (at == 0) *look.begun_ns = device_ns();
 }
 
 #endif

@@ -11,8 +11,7 @@
 #include "attention/cuda/lookup.h"
 
 _Static_assert(sizeof(loci_cuda_stats) == sizeof(loci_lookup_stats) &&
-                   offsetof(loci_cuda_stats, candidate_tokens) ==
-                       offsetof(loci_lookup_stats, candidate_tokens),
+                   offsetof(loci_cuda_stats, elapsed_ns) == offsetof(loci_lookup_stats, elapsed_ns),
                "figures are downloaded as they are");
 
 void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats) {
@@ -47,6 +46,9 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
                                        sizeof device->kv_bytes, cudaMemcpyDeviceToDevice,
                                        stream->stream),
                        "stats"))
+        return;
+    if (!look_launched(stream, lookup,
+                       loci_cuda_k_elapsed(stream->stream, look, &device->elapsed_ns), "stats"))
         return;
     buffer.device = (void *)device;
     loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);

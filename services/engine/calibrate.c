@@ -139,7 +139,7 @@ static loci_status read_causal(comparison *c, bool passages, double *loss, loci_
     loci_sequence *sequence = c->slot.sequence;
     const uint32_t *ids = c->context.ids;
     loci_sequence_reset(sequence);
-    loci_sequence_set_attend(sequence, NULL, NULL);
+    loci_sequence_set_attend(sequence, NULL, NULL, NULL);
     LOCI_TRY(loci_sequence_append(sequence, ids, 1, 0, -1, c->query->cancel, err));
     for (uint32_t p = 0; p < c->passages && passages; p++)
         LOCI_TRY(loci_sequence_append(sequence, ids + c->begin[p] + 1,
@@ -198,7 +198,7 @@ static loci_status read_apart(comparison *c, loci_calibration_row *row, double *
     c->look.settings.attn_scale = row->scale;
     loci_sequence_reset(sequence);
     loci_sequence_jump(sequence, c->query->engine->question_start);
-    loci_sequence_set_attend(sequence, loci_corpus_attend, &c->look);
+    loci_sequence_set_attend(sequence, loci_corpus_attend, loci_corpus_attended, &c->look);
     loci_sequence_scale_attention(sequence, loci_query_attention_scale(&c->look));
     LOCI_TRY(read_text(c, loss, NULL, &agreed, err));
     row->agreement += (double)agreed;

@@ -2,7 +2,11 @@
  *
  * Attention over a corpus in one retrieval layer: the shared prefix (sink) with multiplicity, the
  * flat open segments, and the extents through the index, merged into the sequence's own attention
- * by log-sum-exp. Counts bytes and attention mass on the way.
+ * by log-sum-exp.
+ *
+ * A tile's step only enqueues. What it has to tell, bytes and attention mass, is in a record that
+ * the query keeps until the pass has run (loci_corpus_attended), so that on a device the host is
+ * ahead and does not let it stand still.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -12,6 +16,7 @@
 
 #define TILE_ROWS 32u
 #define TILE_BYTES (192ull << 20) /* about what the scores of one tile may take */
+#define STEPS_MOST 64u            /* records that are kept; more than decoding has layers, mostly */
 
 loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows, uint32_t heads,
                            uint32_t head_dim, uint32_t extra_rows, loci_ref *out, loci_ref *lse,
@@ -49,11 +54,12 @@ typedef struct exact_part {
     loci_attend_dense args;
 } exact_part;
 
-/* Everything one step needs on the host until sync. A step waits once, at its end: on a device the
- * host is ahead of it, and does not let it stand still. */
-typedef struct step {
+/* Everything one step needs on the host until sync, and what it tells then. */
+typedef struct loci_attend_step {
+    struct loci_attend_step *next; /* of the query's */
     exact_part sink, flat;
     loci_select_params params; /* of this layer */
+    uint32_t rows, row_begin, q_heads;
     loci_lookup_stats stats;
     loci_ref out, lse; /* of one part */
     /* What the corpus's tokens are merged into: the call's own, or, when their log-sum-exp is to be
@@ -61,8 +67,8 @@ typedef struct step {
     loci_ref all, all_lse;
     uint32_t all_stride;
     float scale;      /* of logits over the corpus's tokens */
-    float *host;      /* [3][rows][heads]: lse of the sink, of all, of the corpus's tokens */
     bool dense_reads; /* dense mode would read the corpus again for these rows */
+    float host[];     /* [3][rows][heads]: lse of the sink, of all, of the corpus's tokens */
 } step;
 
 /* The first layers read everything, whatever the mode. */
@@ -186,69 +192,104 @@ static loci_status join_apart(const loci_query *query, const loci_attend_call *c
     return LOCI_OK;
 }
 
-/* And waits for all of the step. */
 static loci_status attend_extents(loci_query *query, const loci_attend_call *call, step *s,
-                                  uint32_t row_begin, loci_error *err) {
+                                  loci_error *err) {
     const loci_backend_ops *ops = query->engine->backend->ops;
-    uint64_t begun = loci_now_ns();
     bool apart = s->all.buffer != call->out.buffer;
     look_up(query, call, s);
     if (apart) LOCI_TRY(join_apart(query, call, s, err));
     if (query->slot->mass)
-        ops->attribute(call->stream, query->slot->lookup, apart ? s->lse : call->lse, row_begin,
+        ops->attribute(call->stream, query->slot->lookup, apart ? s->lse : call->lse, s->row_begin,
                        loci_ref_at(query->slot->mass, 0));
     ops->lookup_stats(call->stream, query->slot->lookup, &s->stats);
     size_t count = (size_t)call->rows * call->q_heads;
     ops->download(call->stream, s->host + count, call->lse, count * sizeof(float));
-    LOCI_TRY(loci_query_settle(query, call->stream, err));
-    uint64_t index =
-        s->stats.root_bytes + s->stats.leaf_bytes + s->stats.code_bytes + s->stats.hash_bytes;
-    query->usage.index_read_bytes += index;
-    query->usage.kv_read_bytes += s->stats.kv_bytes + s->stats.tail_bytes;
-    if (s->dense_reads) query->usage.kv_dense_bytes += s->stats.dense_kv_bytes;
-    query->usage.fetched_bytes += index + s->stats.kv_leaf_bytes;
-    query->step_bytes += index + s->stats.kv_bytes + s->stats.tail_bytes;
-    query->usage.lookup_ms += (double)(loci_now_ns() - begun) / 1e6;
     return LOCI_OK;
 }
 
 /* Adds up the sink's weight, exp(part lse - total lse), over rows and heads. */
-static void add_sink_mass(loci_query *query, const loci_attend_call *call, const step *s,
-                          uint32_t row_begin) {
-    size_t count = (size_t)call->rows * call->q_heads;
+static void add_sink_mass(loci_query *query, const step *s) {
+    size_t count = (size_t)s->rows * s->q_heads;
     const float *total = s->host + count;
-    for (size_t i = (size_t)row_begin * call->q_heads; i < count && query->view->has_sink; i++)
+    for (size_t i = (size_t)s->row_begin * s->q_heads; i < count && query->view->has_sink; i++)
         query->sink_mass += exp((double)s->host[i] - (double)total[i]);
+}
+
+static void add_usage(loci_query *query, const step *s) {
+    const loci_lookup_stats *stats = &s->stats;
+    uint64_t index = stats->root_bytes + stats->leaf_bytes + stats->code_bytes + stats->hash_bytes;
+    query->usage.index_read_bytes += index;
+    query->usage.kv_read_bytes += stats->kv_bytes + stats->tail_bytes;
+    if (s->dense_reads) query->usage.kv_dense_bytes += stats->dense_kv_bytes;
+    query->usage.fetched_bytes += index + stats->kv_leaf_bytes;
+    query->step_bytes += index + stats->kv_bytes + stats->tail_bytes;
+    query->usage.lookup_ms += (double)stats->elapsed_ns / 1e6;
+}
+
+static step *open_step(const loci_query *query, const loci_attend_call *call, bool dense_reads,
+                       loci_error *err) {
+    size_t count = (size_t)call->rows * call->q_heads;
+    bool apart = query->settings.attn_scale != 1;
+    /* Behind the three, what an output of its own begins with. */
+    step *s = calloc(1, sizeof *s + count * (3 + (apart ? call->head_dim : 0)) * sizeof(float));
+    if (!s) {
+        (void)!loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
+        return NULL;
+    }
+    s->params = layer_params(query, call->retrieval_index);
+    s->rows = call->rows;
+    s->row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
+    s->q_heads = call->q_heads;
+    s->all = call->out;
+    s->all_lse = call->lse;
+    s->all_stride = call->out_stride;
+    s->scale = call->scale / query->settings.attn_temperature;
+    s->dense_reads = dense_reads;
+    return s;
+}
+
+/* The steps so far, which have run: counted, or only dropped. */
+static void close_steps(loci_query *query, bool counted) {
+    for (step *s = query->steps, *next; s; s = next) {
+        next = s->next;
+        if (counted) {
+            add_usage(query, s);
+            add_sink_mass(query, s);
+        }
+        free(s);
+    }
+    query->steps = query->last_step = NULL;
+    query->step_count = 0;
+}
+
+loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err) {
+    loci_query *query = ctx;
+    loci_status read = loci_snapshot_check(query->snapshot, err);
+    if (read != LOCI_OK) status = read;
+    close_steps(query, status == LOCI_OK);
+    return status;
 }
 
 /* All parts for the rows of one tile. */
 static loci_status attend_tile(loci_query *query, const loci_attend_call *call, bool dense_reads,
                                loci_error *err) {
-    LOCI_TRY(loci_cancel_check(query->cancel));
-    uint32_t row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
-    size_t lse_count = (size_t)call->rows * call->q_heads;
     bool apart = query->settings.attn_scale != 1;
-    step s = {.params = layer_params(query, call->retrieval_index),
-              .all = call->out,
-              .all_lse = call->lse,
-              .all_stride = call->out_stride,
-              .scale = call->scale / query->settings.attn_temperature,
-              .dense_reads = dense_reads};
-    /* Behind the three, what an output of its own begins with. */
-    s.host = calloc(lse_count * (3 + (apart ? call->head_dim : 0)), sizeof(float));
-    if (!s.host) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
-    loci_status status;
-    LOCI_TRY_GOTO(loci_slot_part(query->engine, query->slot, (apart ? 2 : 1) * call->rows,
-                                 call->q_heads, call->head_dim, 0, &s.out, &s.lse, err),
-                  out);
-    if (apart) begin_apart(query, call, &s, s.host + 3 * lse_count);
-    attend_sink(query, call, &s);
-    attend_flat(query, call, &s);
-    LOCI_TRY_GOTO(attend_extents(query, call, &s, row_begin, err), out);
-    add_sink_mass(query, call, &s, row_begin);
-out:
-    free(s.host);
-    return status;
+    LOCI_TRY(loci_cancel_check(query->cancel));
+    if (query->step_count == STEPS_MOST) {
+        LOCI_TRY(loci_query_settle(query, call->stream, err));
+        close_steps(query, true);
+    }
+    step *s = open_step(query, call, dense_reads, err);
+    if (!s) return LOCI_E_NOMEM;
+    *(query->last_step ? &query->last_step->next : &query->steps) = s;
+    query->last_step = s;
+    query->step_count++;
+    LOCI_TRY(loci_slot_part(query->engine, query->slot, (apart ? 2 : 1) * call->rows, call->q_heads,
+                            call->head_dim, 0, &s->out, &s->lse, err));
+    if (apart) begin_apart(query, call, s, s->host + 3 * (size_t)call->rows * call->q_heads);
+    attend_sink(query, call, s);
+    attend_flat(query, call, s);
+    return attend_extents(query, call, s, err);
 }
 
 /* Rows of one tile, by what a row's scores usually take: floats for all roots, for the leaves of

@@ -131,7 +131,7 @@ static loci_status open_snapshot(loci_query *query, const char *corpus, uint64_t
     query->usage.corpus_tokens = query->view->tokens;
     query->usage.question_tokens = query->question.count;
     loci_sequence_reset(query->slot->sequence);
-    loci_sequence_set_attend(query->slot->sequence, NULL, NULL);
+    loci_sequence_set_attend(query->slot->sequence, NULL, NULL, NULL);
     char what[64];
     snprintf(what, sizeof what, "a question to %llu tokens",
              (unsigned long long)query->view->tokens);

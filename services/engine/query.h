@@ -89,8 +89,10 @@ typedef struct loci_query {
     uint64_t started_ns;
     double
         sink_mass; /* attention on the shared prefix so far, summed over layers, rows and heads */
-    uint64_t step_bytes; /* read since it was last set to 0 */
-    uint64_t reserved;   /* in the memory budget, beyond the slot */
+    uint64_t step_bytes;                        /* read since it was last set to 0 */
+    struct loci_attend_step *steps, *last_step; /* corpus_attend.c: of the pass under way */
+    uint32_t step_count;
+    uint64_t reserved; /* in the memory budget, beyond the slot */
 } loci_query;
 
 /* query.c: takes a slot and a snapshot, tokenises the question; fini releases all. */
@@ -131,8 +133,10 @@ LOCI_MUST_CHECK loci_status loci_stock_prompt(const loci_query *query, const loc
 LOCI_MUST_CHECK loci_status loci_stock_prompt_tokens(const loci_model *model, uint32_t *out,
                                                      loci_error *err);
 
-/* corpus_attend.c: the hook that adds the corpus's part in a retrieval layer (loci_attend_fn). */
+/* corpus_attend.c: the hooks that add the corpus's part in a retrieval layer (loci_attend_fn), and
+ * at the pass's end what that has read to the usage (loci_attended_fn). */
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err);
+loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err);
 /* Clears the masses; before the first step of an attributed pass. */
 LOCI_MUST_CHECK loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err);
 /* The `count` segments with most mass, best first; share of each of the corpus's mass. */

@@ -178,10 +178,10 @@ loci_status loci_query_rank(loci_query *query, uint32_t limit, loci_ranked *out,
     LOCI_TRY_GOTO(loci_query_prompt(query, &prompt, err), out);
     loci_sequence_reset(sequence);
     loci_sequence_jump(sequence, query->start);
-    loci_sequence_set_attend(sequence, rank_hook, &state);
+    loci_sequence_set_attend(sequence, rank_hook, NULL, &state);
     status = loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 0,
                                   (int)query->engine->geometry.ranking_layer, query->cancel, err);
-    loci_sequence_set_attend(sequence, NULL, NULL);
+    loci_sequence_set_attend(sequence, NULL, NULL, NULL);
 out:
     loci_tokens_fini(&prompt);
     free(state.lexical);

@@ -78,7 +78,7 @@ static loci_status read_passage(loci_query *query, const loci_answer_request *re
     loci_sequence *sequence = query->slot->sequence;
     loci_tokens prompt = {0};
     loci_sequence_reset(sequence);
-    loci_sequence_set_attend(sequence, NULL, NULL);
+    loci_sequence_set_attend(sequence, NULL, NULL, NULL);
     loci_status status = reading_prompt(query, passage, &prompt, err);
     if (status == LOCI_OK)
         status = loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,
@@ -202,7 +202,7 @@ static loci_status read_together(loci_query *query, const loci_answer_request *r
     uint64_t begun = loci_now_ns();
     loci_status status;
     loci_sequence_reset(sequence);
-    loci_sequence_set_attend(sequence, NULL, NULL);
+    loci_sequence_set_attend(sequence, NULL, NULL, NULL);
     LOCI_TRY_GOTO(prompt_together(query, request, passages, &count, &prompt, err), out);
     if (count > 0) {
         LOCI_TRY_GOTO(loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,

@@ -63,8 +63,12 @@ static loci_status record_hook(void *ctx, const loci_attend_call *call, loci_err
         loci_ref to = {self->q[call->retrieval_index], (self->taken + at - self->first) * row};
         ops->copy(call->stream, to, from, row);
     }
-    LOCI_TRY(ops->sync(call->stream, err));
     return self->attends ? loci_corpus_attend(self->query, call, err) : LOCI_OK;
+}
+
+static loci_status recorded_hook(void *ctx, loci_status status, loci_error *err) {
+    loci_recorder *self = ctx;
+    return self->attends ? loci_corpus_attended(self->query, status, err) : status;
 }
 
 loci_status loci_recorder_pass(loci_recorder *self, const uint32_t *ids, uint32_t count,
@@ -72,10 +76,10 @@ loci_status loci_recorder_pass(loci_recorder *self, const uint32_t *ids, uint32_
     loci_sequence *sequence = self->query->slot->sequence;
     LOCI_ASSERT(keep <= count && self->taken + keep <= LOCI_RECORDED);
     self->first = count - keep;
-    loci_sequence_set_attend(sequence, record_hook, self);
+    loci_sequence_set_attend(sequence, record_hook, recorded_hook, self);
     loci_status status = loci_sequence_append(sequence, ids, count, 0, (int)layers_of(self) - 1,
                                               self->query->cancel, err);
-    loci_sequence_set_attend(sequence, NULL, NULL);
+    loci_sequence_set_attend(sequence, NULL, NULL, NULL);
     if (status == LOCI_OK) self->taken += keep;
     return status;
 }

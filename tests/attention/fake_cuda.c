@@ -12,8 +12,9 @@ fake_cuda fake;
 /* A head before each allocation, so that what is freed is known. */
 typedef struct block {
     size_t bytes;
+    uint64_t call; /* that made it */
     bool device;
-    uint8_t pad[64 - sizeof(size_t) - sizeof(bool)];
+    uint8_t pad[64 - sizeof(size_t) - sizeof(uint64_t) - sizeof(bool)];
 } block;
 
 static cudaError_t take(void **out, size_t bytes, bool device) {
@@ -22,7 +23,7 @@ static cudaError_t take(void **out, size_t bytes, bool device) {
     if (device && fake.device_bytes + bytes > fake.device_room) return cudaErrorMemoryAllocation;
     block *b = malloc(sizeof *b + bytes);
     if (!b) return cudaErrorMemoryAllocation;
-    *b = (block){.bytes = bytes, .device = device};
+    *b = (block){.bytes = bytes, .device = device, .call = fake.calls};
     memset(b + 1, 0xa5, bytes);
     size_t *sum = device ? &fake.device_bytes : &fake.host_bytes;
     size_t *most = device ? &fake.device_most : &fake.host_most;
@@ -36,7 +37,7 @@ static cudaError_t take(void **out, size_t bytes, bool device) {
 static cudaError_t give(void *memory, bool device) {
     if (!memory) return cudaSuccess;
     block *b = (block *)memory - 1;
-    if (b->device != device) abort();
+    if (b->device != device || b->call <= fake.enqueued) abort();
     *(device ? &fake.device : &fake.host) -= 1;
     *(device ? &fake.device_bytes : &fake.host_bytes) -= b->bytes;
     memset(b + 1, 0x5a, b->bytes);
@@ -131,6 +132,7 @@ cudaError_t FAKE(cudaStreamWaitEvent)(cudaStream_t stream, cudaEvent_t event, un
 }
 
 cudaError_t FAKE(cudaDeviceSynchronize)(void) {
+    fake.enqueued = 0;
     return cudaSuccess;
 }
 

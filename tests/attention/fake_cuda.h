@@ -16,6 +16,8 @@ typedef struct fake_cuda {
     size_t device_bytes, host_bytes;
     uint64_t calls, fail_at; /* of all allocations; 0 = none fails */
     size_t device_room;      /* what the device has */
+    uint64_t enqueued;       /* by calls: work that reads what was there then runs until the device
+                                is waited for; 0 = none. Freeing it meanwhile aborts */
 } fake_cuda;
 
 extern fake_cuda fake;

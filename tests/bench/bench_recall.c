@@ -328,6 +328,10 @@ static loci_status bench_hook(void *ctx, const loci_attend_call *call, loci_erro
     return ops->sync(call->stream, err);
 }
 
+static loci_status bench_attended(void *ctx, loci_status status, loci_error *err) {
+    return loci_corpus_attended(((bench *)ctx)->query, status, err);
+}
+
 /* "name":[mean over the rows of each (layer, KV head)] */
 static void print_heads(const char *name, const double *sum, const double *rows, uint32_t heads) {
     printf(",\"%s\":[", name);
@@ -432,7 +436,7 @@ static void ask(loci_engine *engine, bench *self, const char *corpus, const char
     self->query = &query;
     loci_tokens prompt = {0};
     loci_sequence *sequence = query.slot->sequence;
-    loci_sequence_set_attend(sequence, bench_hook, self);
+    loci_sequence_set_attend(sequence, bench_hook, bench_attended, self);
     loci_sequence_scale_attention(sequence, loci_query_attention_scale(&query));
     if (loci_corpus_attend_begin(&query, &err) != LOCI_OK ||
         loci_query_prompt(&query, &prompt, &err) != LOCI_OK ||

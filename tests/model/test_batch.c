@@ -61,6 +61,10 @@ typedef struct worker {
     /* Of the callback: */
     _Atomic uint32_t calls;
     uint32_t fail_in_call;         /* from 1; 0 = never */
+    uint32_t stream_fails_in_call; /* the same, of what it has enqueued */
+    bool refuse;                   /* at the pass's end */
+    uint32_t attended;             /* passes that ended */
+    loci_status passed;            /* what became of the last one */
     loci_cancel *cancels, *cancel; /* set in call 1; of this worker's appends */
     uint32_t hold_until_waiting;   /* in call 1, so many chunks in queues */
     _Atomic bool *hold_until;      /* in call 1 */
@@ -115,9 +119,19 @@ static loci_status reach(void *ctx, const loci_attend_call *call, loci_error *er
     if (number == 1 && w->hold_until && !wait_for(w, 0, w->hold_until))
         return loci_fail(err, LOCI_E_TIMEOUT, "the others were held up");
     if (w->hold_ms) loci_sleep_ms(w->hold_ms);
+    if (number == w->stream_fails_in_call)
+        ops->convert(call->stream, call->out, call->out_stride, LOCI_I8, call->out,
+                     call->out_stride, call->rows, (uint32_t)width);
     if (number == w->fail_in_call)
         return loci_fail(err, LOCI_E_CORRUPT, "extent of seed %u is damaged", (unsigned)w->seed);
     return status;
+}
+
+static loci_status pass_ended(void *ctx, loci_status status, loci_error *err) {
+    worker *w = ctx;
+    w->attended++;
+    w->passed = status;
+    return w->refuse ? loci_fail(err, LOCI_E_IO, "a page could not be read") : status;
 }
 
 static void worker_open(worker *w, loci_batch *batch, uint64_t seed) {
@@ -126,7 +140,7 @@ static void worker_open(worker *w, loci_batch *batch, uint64_t seed) {
     ok(batch ? loci_batch_add(batch, &w->sequence, &err)
              : loci_sequence_open(model, TOKENS, &w->sequence, &err),
        &err);
-    loci_sequence_set_attend(w->sequence, reach, w);
+    loci_sequence_set_attend(w->sequence, reach, pass_ended, w);
 }
 
 static void worker_close(worker *w) {
@@ -208,7 +222,7 @@ static void check_company(uint64_t seed) {
     ok(loci_batch_open(model, MEMBERS + 1, TOKENS, &batch, &err), &err);
     for (uint32_t i = 0; i < MEMBERS; i++) worker_open(&together[i], batch, seed + i);
     /* One of them without a corpus, so that callbacks and none are mixed. */
-    loci_sequence_set_attend(together[MEMBERS - 1].sequence, NULL, NULL);
+    loci_sequence_set_attend(together[MEMBERS - 1].sequence, NULL, NULL, NULL);
     for (uint32_t i = 0; i < MEMBERS; i++) start(&together[i], talk);
     for (uint32_t i = 0; i < MEMBERS; i++) join(&together[i]);
     loci_batch_usage_of(batch, &usage);
@@ -216,7 +230,7 @@ static void check_company(uint64_t seed) {
     assert_int_equal(usage.waiting, 0);
     for (uint32_t i = 0; i < MEMBERS; i++) {
         worker_open(&alone, NULL, seed + i);
-        if (i == MEMBERS - 1) loci_sequence_set_attend(alone.sequence, NULL, NULL);
+        if (i == MEMBERS - 1) loci_sequence_set_attend(alone.sequence, NULL, NULL, NULL);
         talk(&alone);
         same_out(&alone, &together[i]);
         worker_close(&alone);
@@ -279,8 +293,10 @@ static void scene_check(scene *s) {
         worker alone, *w = &s->w[i];
         uint32_t length = loci_sequence_length(w->sequence);
         assert_int_equal(length, 40 + i + (w->status == LOCI_OK));
+        assert_int_equal(w->attended, 2); /* also of passes that failed */
         w->cancel = NULL;
-        w->fail_in_call = 0;
+        w->refuse = false;
+        w->fail_in_call = w->stream_fails_in_call = 0;
         bool good = w->status == LOCI_OK;
         append(w, 1, 1);
         worker_open(&alone, NULL, w->seed);
@@ -329,6 +345,25 @@ static void test_a_failure_is_one_questions_own(void **state) {
                 assert_int_equal(s.w[i].status, i == who ? LOCI_E_CORRUPT : LOCI_OK);
             assert_string_equal(s.w[who].err.text, text);
             assert_int_equal(atomic_load(&s.w[who].calls), call);
+            scene_check(&s);
+        }
+}
+
+/* Of what a member has enqueued, and what it finds at the pass's end. */
+static void test_a_late_failure_is_one_questions_own(void **state) {
+    (void)state;
+    for (uint32_t call = 0; call <= 2; call++)
+        for (uint32_t who = 1; who <= MEMBERS; who += 3) {
+            scene s;
+            scene_open(&s);
+            s.w[who].stream_fails_in_call = call;
+            s.w[who].refuse = call == 0;
+            scene_run(&s);
+            loci_status failure = call == 0 ? LOCI_E_IO : LOCI_E_UNSUPPORTED;
+            for (uint32_t i = 0; i <= MEMBERS; i++)
+                assert_int_equal(s.w[i].status, i == who ? failure : LOCI_OK);
+            assert_int_equal(s.w[who].passed, call == 0 ? LOCI_OK : LOCI_E_UNSUPPORTED);
+            assert_int_equal(atomic_load(&s.w[who].calls), 2);
             scene_check(&s);
         }
 }
@@ -552,6 +587,7 @@ int main(void) {
         cmocka_unit_test(test_company_changes_no_bit),
         cmocka_unit_test(test_who_waits_shares_the_next_pass),
         cmocka_unit_test(test_a_failure_is_one_questions_own),
+        cmocka_unit_test(test_a_late_failure_is_one_questions_own),
         cmocka_unit_test(test_a_cancel_is_one_questions_own),
         cmocka_unit_test(test_a_pass_that_nobody_wants_stops),
         cmocka_unit_test(test_a_cancel_in_the_queue),

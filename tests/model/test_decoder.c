@@ -334,7 +334,7 @@ static void test_attend_callback_and_stopping(void **state) {
     for (uint32_t i = 0; i < 300; i++) tokens[i] = i % 100;
     ok(loci_model_open(TINY, backend, LOCI_F32, &model, &err));
     ok(loci_sequence_open(model, 310, &sequence, &err));
-    loci_sequence_set_attend(sequence, log_attend, &log);
+    loci_sequence_set_attend(sequence, log_attend, NULL, &log);
     ok(loci_sequence_append(sequence, tokens, 300, 1, -1, NULL, &err));
     assert_int_equal(log.calls, 4); /* two chunks, two retrieval layers */
     assert_int_equal(log.rows, 600);
@@ -379,7 +379,7 @@ static void test_attention_is_scaled(void **state) {
     uint32_t vocab = loci_model_config_of(model)->vocab;
     float *plain = malloc(vocab * sizeof *plain), *sharp = malloc(vocab * sizeof *sharp);
     ok(loci_sequence_open(model, 32, &sequence, &err));
-    loci_sequence_set_attend(sequence, log_attend, &log);
+    loci_sequence_set_attend(sequence, log_attend, NULL, &log);
     plain[0] = 1.0f;
     append_and_copy(sequence, tokens, 20, plain, vocab);
     float scale = log.scale;
@@ -436,7 +436,7 @@ static void test_bad_input_and_cancel(void **state) {
                      LOCI_E_PRECONDITION);
     loci_cancel cancel;
     loci_cancel_init(&cancel, 0);
-    loci_sequence_set_attend(sequence, cancel_at_once, &cancel);
+    loci_sequence_set_attend(sequence, cancel_at_once, NULL, &cancel);
     assert_int_equal(loci_sequence_append(sequence, tokens, 2, 1, -1, &cancel, &err),
                      LOCI_E_CANCELLED);
     assert_int_equal(loci_sequence_length(sequence), 0);

@@ -255,7 +255,7 @@ static void expect_plain(loci_engine *engine, const char *corpus, const loci_tok
     loci_sequence *sequence = query.slot->sequence;
     assert_int_equal(loci_corpus_attend_begin(&query, &err), LOCI_OK);
     loci_sequence_jump(sequence, query.start);
-    loci_sequence_set_attend(sequence, loci_corpus_attend, &query);
+    loci_sequence_set_attend(sequence, loci_corpus_attend, loci_corpus_attended, &query);
     assert_int_equal(
         loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1, NULL, &err),
         LOCI_OK);
