@@ -296,6 +296,19 @@ typedef struct loci_backend_ops {
     void (*lookup_squeezed)(loci_stream *stream, loci_lookup *lookup, unsigned level, float *scores,
                             uint32_t *tokens, float *root_scores, size_t capacity, size_t *count);
 
+    /* (optional, both) A step of a look-up is all that is enqueued for one row in a layer, from
+     * what comes before lookup_begin to lookup_stats. Where the same came before it may be enqueued
+     * as a whole. key: all that its arguments are made of, so that equal bytes mean equal
+     * operations, on a view that is the same, too. step_begin returns true where the step was
+     * enqueued as recorded, and nothing is left to do but step_end; else the caller enqueues the
+     * operations. step_end returns false where they have to be enqueued once more, with another
+     * step_end; else *stats are those of lookup_stats. Within a step nothing is downloaded, and
+     * sync is not called. */
+    bool (*step_begin)(loci_stream *stream, loci_lookup *lookup,
+                       const struct loci_corpus_view *corpus, uint32_t retrieval_layer,
+                       const void *key, size_t key_bytes);
+    bool (*step_end)(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats);
+
     /* (optional) Any thread, without waiting for long. */
     void (*tiers)(loci_backend *self, loci_tier_stats *out);
     /* (optional) Clusters the keys of one pair (attention/cluster.h) with the result that the CPU

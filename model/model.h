@@ -131,6 +131,7 @@ typedef struct loci_attend_call {
     uint32_t retrieval_index; /* which retrieval layer, from 0 */
     uint32_t rows;            /* tokens of this step */
     uint32_t row_position;    /* position of the first of them in the sequence */
+    bool in_company;          /* q, out and lse stand elsewhere the next time */
     uint32_t q_heads, head_dim;
     loci_ref q; /* f32 [rows][q_heads][head_dim], stride q_stride */
     uint32_t q_stride;

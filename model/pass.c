@@ -75,6 +75,7 @@ void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
         .retrieval_index = step->retrieval,
         .rows = step->rows,
         .row_position = s->length,
+        .in_company = p->count > 1,
         .q_heads = own.q_heads,
         .head_dim = own.head_dim,
         .q = at_row(own.q, step->row, own.q_stride),

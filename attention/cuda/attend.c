@@ -100,11 +100,10 @@ void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref tota
     if (!args.mass || !args.total_lse || !args.out) return;
     if (args.flat_tokens > 0) {
         size_t row = (size_t)look->kv_heads * look->dim * sizeof(uint16_t);
-        args.flat_segment_begin = look_put(stream, lookup, corpus->flat_segment_begin,
-                                           (corpus->flat_segments + 1u) * sizeof(uint32_t));
+        args.flat_segment_begin = lookup->flat_segment_begin;
         args.flat_k = loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
                                     args.flat_tokens * row);
-        if (!args.flat_segment_begin || !args.flat_k) return;
+        if (!args.flat_k) return;
     }
     if (!look_launched(stream, lookup,
                        cudaMemsetAsync(args.mass, 0, segments * sizeof *args.mass, stream->stream),

@@ -38,6 +38,18 @@ bool loci_cuda_ok(loci_stream *stream, cudaError_t result, const char *what) {
     return false;
 }
 
+cudaError_t loci_cuda_drain(loci_cuda *cuda) {
+    pthread_mutex_lock(&cuda->recording);
+    cudaError_t result = cudaDeviceSynchronize();
+    pthread_mutex_unlock(&cuda->recording);
+    return result;
+}
+
+bool loci_cuda_records(loci_stream *stream) {
+    stream->unrecordable = stream->unrecordable || stream->recording;
+    return stream->recording;
+}
+
 /* --- open ------------------------------------------------------------------------------ */
 
 #define ROOM_BYTES ((uint64_t)2 << 30)
@@ -113,6 +125,7 @@ static void cuda_close(loci_backend *self) {
     loci_pool_destroy(cuda->pool);
     pthread_mutex_destroy(&cuda->lock);
     pthread_mutex_destroy(&cuda->idle_lock);
+    pthread_mutex_destroy(&cuda->recording);
     free(cuda);
     self->ctx = NULL;
 }
@@ -124,6 +137,7 @@ static loci_status cuda_open(const loci_backend_options *options, loci_backend *
     self->ctx = cuda;
     pthread_mutex_init(&cuda->lock, NULL);
     pthread_mutex_init(&cuda->idle_lock, NULL);
+    pthread_mutex_init(&cuda->recording, NULL);
     loci_status status;
     LOCI_TRY_GOTO(open_device(cuda, err), out);
     LOCI_TRY_GOTO(loci_pool_create(options->threads, &cuda->pool, err), out);
@@ -238,6 +252,7 @@ static loci_status copy_wrapped(loci_cuda *cuda, loci_buffer *buffer, loci_error
 void *loci_cuda_ptr(loci_stream *stream, loci_ref ref, size_t bytes) {
     loci_buffer *buffer = ref.buffer;
     LOCI_ASSERT(buffer && ref.offset <= buffer->bytes && bytes <= buffer->bytes - ref.offset);
+    if (buffer->host && !buffer->device && loci_cuda_records(stream)) return NULL;
     if (buffer->host) {
         loci_error err = {0};
         pthread_mutex_lock(&stream->cuda->lock);
@@ -392,7 +407,7 @@ static void cuda_await(loci_stream *stream, const loci_stream *other) {
 
 bool loci_cuda_send(loci_stream *stream, void *to, const void *src, size_t bytes) {
     /* From memory that is not page-locked CUDA copies the source before it returns. */
-    return bytes == 0 ||
+    return bytes == 0 || loci_cuda_records(stream) ||
            loci_cuda_ok(stream,
                         cudaMemcpyAsync(to, src, bytes, cudaMemcpyHostToDevice, stream->stream),
                         "cudaMemcpy to the device");
@@ -405,7 +420,7 @@ static void cuda_upload(loci_stream *stream, loci_ref dst, const void *src, size
 
 static void cuda_download(loci_stream *stream, void *dst, loci_ref src, size_t bytes) {
     const void *from = bytes ? loci_cuda_ptr(stream, src, bytes) : NULL;
-    if (!from) return;
+    if (!from || loci_cuda_records(stream)) return;
     if (stream->download_count == LOCI_CUDA_DOWNLOADS ||
         bytes > stream->staging_bytes - stream->staged) {
         settle(stream); /* in their order: the same bytes may be asked for twice */
@@ -436,6 +451,7 @@ static void cuda_copy(loci_stream *stream, loci_ref dst, loci_ref src, size_t by
 
 void *loci_cuda_scratch(loci_stream *stream, size_t bytes) {
     if (stream->scratch && bytes <= stream->scratch_bytes) return stream->scratch;
+    if (loci_cuda_records(stream)) return NULL;
     loci_error err;
     void *memory = NULL;
     size_t size = bytes + bytes / 4 + 4096;
@@ -509,6 +525,8 @@ const loci_backend_ops loci_backend_cuda = {
     .lookup_selected = loci_cuda_lookup_selected,
     .lookup_squeezed = loci_cuda_lookup_squeezed,
     .lookup_stats = loci_cuda_lookup_stats,
+    .step_begin = loci_cuda_step_begin,
+    .step_end = loci_cuda_step_end,
     .tiers = cuda_tiers,
     .cluster_keys = loci_cuda_cluster_keys,
 };

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime_api.h>
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "attention/backend.h"
 #include "attention/cuda/kernels.h"
@@ -34,8 +35,11 @@ typedef struct loci_cuda {
     pthread_mutex_t idle_lock;
     loci_stream *idle; /* closed ones, with what they hold: to be opened again */
     unsigned idle_count;
-    cudaStream_t copies; /* what no stream of a caller waits for */
-    float *logs;         /* log n for n <= LOCI_CUDA_LOGS, on the device */
+    cudaStream_t copies;       /* what no stream of a caller waits for */
+    pthread_mutex_t recording; /* while a stream records or the device is waited for: the device
+                                  cannot be waited for while a stream records */
+    _Atomic uint64_t steps_recorded, steps_replayed;
+    float *logs; /* log n for n <= LOCI_CUDA_LOGS, on the device */
     int multiprocessors;
     size_t block_bytes;  /* most shared memory of a block */
     uint64_t room_bytes; /* most that a look-up reserves of one kind before it knows how much it
@@ -68,6 +72,8 @@ struct loci_stream {
     size_t staging_bytes, staged;
     loci_cuda_download downloads[LOCI_CUDA_DOWNLOADS];
     unsigned download_count;
+    bool recording;    /* a step of a look-up (steps.c) */
+    bool unrecordable; /* and it did what cannot be recorded */
     loci_stream *next; /* while it is idle */
 };
 
@@ -81,6 +87,11 @@ void loci_cuda_fail(loci_stream *stream, loci_status status, const char *format,
 bool loci_cuda_ok(loci_stream *stream, cudaError_t result, const char *what);
 /* A CUDA call outside of streams. */
 LOCI_MUST_CHECK loci_status loci_cuda_try(cudaError_t result, const char *what, loci_error *err);
+/* Waits for all streams of the device, after which nothing that was enqueued reads memory. */
+cudaError_t loci_cuda_drain(loci_cuda *cuda);
+/* Whether the stream records a step, which then fails: for what cannot be recorded, or must not
+ * happen meanwhile. */
+bool loci_cuda_records(loci_stream *stream);
 /* Gives up the scratch that idle streams keep; false if that is nothing. Any thread. */
 bool loci_cuda_shrink_idle(loci_cuda *cuda);
 /* Device memory; gives up that and cached pairs before it fails. */
@@ -146,6 +157,11 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
 void loci_cuda_lookup_squeezed(loci_stream *stream, loci_lookup *lookup, unsigned level,
                                float *scores, uint32_t *tokens, float *root_scores, size_t capacity,
                                size_t *count);
+/* steps.c */
+bool loci_cuda_step_begin(loci_stream *stream, loci_lookup *lookup,
+                          const struct loci_corpus_view *corpus, uint32_t retrieval_layer,
+                          const void *key, size_t key_bytes);
+bool loci_cuda_step_end(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats);
 /* cluster.c */
 loci_status loci_cuda_cluster_keys(loci_backend *self, const struct loci_keys *keys,
                                    struct loci_clusters *out, loci_error *err);

@@ -22,10 +22,12 @@
 static void arena_clear(lookup_arena *arena) {
     for (size_t i = 0; i < arena->count; i++) (void)cudaFree(arena->chunks[i].data);
     arena->count = arena->current = arena->used = 0;
+    arena->cleared++;
 }
 
 static bool arena_grow(loci_stream *stream, loci_lookup *lookup, size_t bytes) {
     lookup_arena *arena = &lookup->arena;
+    if (loci_cuda_records(stream)) return false;
     size_t size = arena->count ? 2 * arena->chunks[arena->count - 1].bytes : CHUNK_BYTES;
     if (size > (size_t)1 << 30) size = (size_t)1 << 30;
     if (size < bytes) size = bytes;
@@ -85,7 +87,8 @@ bool look_shared(const loci_lookup *lookup) {
 
 bool look_read(loci_stream *stream, void *to, const void *from, size_t bytes) {
     return bytes == 0 ||
-           (loci_cuda_ok(stream,
+           (!loci_cuda_records(stream) &&
+            loci_cuda_ok(stream,
                          cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->stream),
                          "cudaMemcpy to the host") &&
             loci_cuda_ok(stream, cudaStreamSynchronize(stream->stream), "a look-up"));
@@ -109,6 +112,7 @@ void loci_cuda_lookup_free(loci_backend *self, loci_lookup *lookup) {
     (void)self;
     if (!lookup) return;
     unpin(lookup);
+    look_forget_steps(lookup);
     arena_clear(&lookup->arena);
     for (uint32_t i = 0; i < lookup->table_count; i++) {
         free(lookup->tables[i].host);
@@ -283,6 +287,31 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
     return look->pairs != NULL;
 }
 
+void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
+               uint32_t layer) {
+    unpin(lookup);
+    if (lookup->arena.count > KEEP_CHUNKS) arena_clear(&lookup->arena);
+    lookup->arena.current = lookup->arena.used = 0;
+    lookup->corpus = corpus;
+    lookup->layer = layer;
+    lookup->deletions = lookup->cached = false;
+    lookup->live_tokens = 0;
+    lookup->spread = 0.0;
+    lookup->flat_segment_begin = NULL;
+    lookup->look = (loci_cuda_look){
+        .extents = corpus->extent_count,
+        .kv_heads = corpus->kv_heads,
+        .rows = lookup->look.rows,
+        .dim = corpus->head_dim,
+    };
+    lookup->ready = true;
+    lookup->ready = open_pairs(stream, lookup);
+    if (!lookup->ready || corpus->flat_tokens == 0) return;
+    lookup->flat_segment_begin = look_put(stream, lookup, corpus->flat_segment_begin,
+                                          (corpus->flat_segments + 1u) * sizeof(uint32_t));
+    lookup->ready = lookup->flat_segment_begin != NULL;
+}
+
 static size_t mask_bytes(const loci_cuda_look *look) {
     return (size_t)look->kv_heads * look->mask_rows * look->words * sizeof(uint32_t);
 }
@@ -404,15 +433,16 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
 }
 
 /* False, with a failure of the stream, for what no look-up can be made of. */
-static bool check_call(loci_stream *stream, const loci_lookup *lookup) {
-    uint32_t dim = lookup->corpus->head_dim;
-    const float *threshold = lookup->params.squeezed_threshold;
+static bool check_call(loci_stream *stream, const loci_corpus_view *corpus,
+                       const loci_select_params *params) {
+    uint32_t dim = corpus->head_dim;
+    const float *threshold = params->squeezed_threshold;
     if (dim == 0 || dim > LOCI_HEAD_DIM_MAX || dim % 16 != 0) {
         loci_cuda_fail(stream, LOCI_E_UNSUPPORTED, "head_dim %u is not a multiple of 16 up to %u",
                        dim, LOCI_HEAD_DIM_MAX);
         return false;
     }
-    if (lookup->mode == LOCI_MODE_SQUEEZED && !(isfinite(threshold[0]) && isfinite(threshold[1]))) {
+    if (params->mode == LOCI_MODE_SQUEEZED && !(isfinite(threshold[0]) && isfinite(threshold[1]))) {
         loci_cuda_fail(stream, LOCI_E_INVAL, "thresholds of mode squeezed are not finite");
         return false;
     }
@@ -439,31 +469,23 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
                             uint32_t q_stride, uint32_t rows, uint32_t q_heads, float scale,
                             loci_ref steady_lse, const loci_select_params *params) {
     LOCI_ASSERT(rows > 0 && q_heads % corpus->kv_heads == 0 && q_heads > 0);
-    unpin(lookup);
-    if (lookup->arena.count > KEEP_CHUNKS) arena_clear(&lookup->arena);
-    lookup->arena.current = lookup->arena.used = 0;
-    lookup->corpus = corpus;
+    bool opened = lookup->opened;
+    lookup->opened = false;
     lookup->params = *params;
     lookup->mode = params->mode;
     if (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0)
         lookup->mode = LOCI_MODE_DENSE;
-    lookup->layer = retrieval_layer;
-    lookup->ready = true;
     lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
-    lookup->masked = lookup->counted = lookup->deletions = lookup->cached = false;
-    lookup->live_tokens = 0;
-    lookup->spread = 0.0;
-    lookup->look = (loci_cuda_look){
-        .extents = corpus->extent_count,
-        .kv_heads = corpus->kv_heads,
-        .q_heads = q_heads,
-        .group = q_heads / corpus->kv_heads,
-        .rows = rows,
-        .vectors = rows * (q_heads / corpus->kv_heads),
-        .dim = corpus->head_dim,
-        .mask_rows = look_shared(lookup) ? 1 : rows,
-        .logs = lookup->cuda->logs,
-    };
+    lookup->masked = lookup->counted = false;
+    lookup->ready = check_call(stream, corpus, params);
+    lookup->look.rows = rows;
+    if (lookup->ready && !opened) look_open(stream, lookup, corpus, retrieval_layer);
+    loci_cuda_look *look = &lookup->look;
+    look->q_heads = q_heads;
+    look->group = q_heads / corpus->kv_heads;
+    look->vectors = rows * look->group;
+    look->mask_rows = look_shared(lookup) ? 1 : rows;
+    look->logs = lookup->cuda->logs;
     size_t last = (size_t)(rows - 1) * q_stride + (size_t)q_heads * corpus->head_dim;
     loci_cuda_look_query query = {
         .q = loci_cuda_ptr(stream, q, last * sizeof(float)),
@@ -472,8 +494,7 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
     };
     if (steady_lse.buffer)
         query.steady = loci_cuda_ptr(stream, steady_lse, (size_t)rows * q_heads * sizeof(float));
-    lookup->ready = check_call(stream, lookup) && query.q && open_pairs(stream, lookup) &&
-                    alloc_look(stream, lookup);
+    lookup->ready = lookup->ready && query.q && alloc_look(stream, lookup);
     if (lookup->ready) put_queries(stream, lookup, &query);
 }
 

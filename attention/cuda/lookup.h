@@ -19,6 +19,7 @@ typedef struct lookup_chunk {
 typedef struct lookup_arena {
     lookup_chunk *chunks;
     size_t count, current, used;
+    uint64_t cleared; /* how often its chunks were freed */
 } lookup_arena;
 
 /* Pairs and heads of a layer as they were sent last: from one token to the next they rarely change.
@@ -28,6 +29,30 @@ typedef struct lookup_table {
     uint8_t *device;
     size_t bytes;
 } lookup_table;
+
+/* What was enqueued for one row in one layer; see steps.c. */
+typedef enum lookup_step_state {
+    SEEN_NEVER,
+    SEEN_ONCE, /* and may be recorded */
+    RECORDED,
+    UNRECORDABLE
+} lookup_step_state;
+
+typedef struct lookup_step {
+    void *key;
+    size_t key_bytes;
+    lookup_step_state state;
+    uint64_t used; /* by the look-up's step_clock */
+    cudaGraphExec_t graph;
+    /* What it uses: */
+    const loci_stream *stream;
+    const void *scratch;
+    uint64_t arena; /* its `cleared` */
+    const loci_cuda_pair *pairs;
+    void *figures; /* loci_cuda_stats */
+} lookup_step;
+
+#define LOOKUP_STEPS 2u /* of a layer */
 
 struct loci_lookup {
     loci_cuda *cuda;
@@ -51,6 +76,14 @@ struct loci_lookup {
     loci_cuda_head *heads; /* host copy of look.heads, [look.kv_heads], behind pairs */
     lookup_table *tables;  /* [table_count], by layer */
     uint32_t table_count;
+    const uint32_t *flat_segment_begin; /* on the device; NULL without flat tokens */
+    void *figures;                      /* loci_cuda_stats; NULL: none were asked for */
+    lookup_step *steps;                 /* [step_count], LOOKUP_STEPS a layer */
+    uint32_t step_count;
+    uint64_t step_clock;
+    lookup_step *step; /* under way, or the last one */
+    bool opened;       /* by step_begin, for lookup_begin */
+    bool replayed;     /* the step */
     lookup_arena arena;
 };
 
@@ -61,6 +94,12 @@ void *look_alloc(loci_stream *stream, loci_lookup *lookup, size_t bytes);
 void *look_put(loci_stream *stream, loci_lookup *lookup, const void *data, size_t bytes);
 /* After a launcher: not ready any more on failure. */
 bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result, const char *what);
+/* Pins the pairs of a layer, and sends what kernels must know of them. `ready` says whether that
+ * went well; the host's part of a look-up is as before lookup_begin but for that. */
+void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
+               uint32_t layer);
+/* steps.c: frees all that was recorded. */
+void look_forget_steps(loci_lookup *lookup);
 /* The mask of selected tokens in mode hierarchical, for those who read it. */
 bool look_mask(loci_stream *stream, loci_lookup *lookup);
 /* root_live and leaf_live. */

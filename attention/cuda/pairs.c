@@ -101,7 +101,7 @@ static void release(loci_cuda_pairs *pairs, loci_cuda_pair_entry **link) {
 
 /* What goes may still be read by a look-up that has moved on. */
 static void evict(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry, bool index) {
-    (void)cudaDeviceSynchronize();
+    (void)loci_cuda_drain(pairs->cuda);
     (index ? drop_index : drop_kv)(pairs, entry);
     pairs->stats.evictions++;
     if (!entry->index && !entry->kv) release(pairs, link_of(pairs, entry->buffer, entry->at));
@@ -154,7 +154,7 @@ static uint8_t *take_host(loci_cuda_pairs *pairs, size_t bytes, uint64_t before)
 /* K and V from the device to the host, or away where there is no room. */
 static void lower(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) {
     uint8_t *host = take_host(pairs, entry->kv_bytes, entry->used);
-    (void)cudaDeviceSynchronize();
+    (void)loci_cuda_drain(pairs->cuda);
     if (host &&
         cudaMemcpy(host, entry->kv, entry->kv_bytes, cudaMemcpyDeviceToHost) != cudaSuccess) {
         (void)cudaGetLastError();
@@ -209,12 +209,12 @@ static uint8_t *take_lowering(loci_cuda_pairs *pairs, size_t bytes) {
 
 static void drop_rows(loci_cuda_pairs *pairs) {
     pairs->stats.bytes -= pairs->rows.bytes;
-    loci_cuda_rows_drop(&pairs->rows);
+    loci_cuda_rows_drop(&pairs->rows, pairs->cuda);
     for (size_t b = 0; b <= BUCKETS; b++)
         for (loci_cuda_pair_entry *e = b < BUCKETS ? pairs->buckets[b] : pairs->gone; e;
              e = e->next)
             if (e->frame_of) (void)cudaMemset(e->frame_of, 0, table_bytes(e));
-    (void)cudaDeviceSynchronize();
+    (void)loci_cuda_drain(pairs->cuda);
 }
 
 /* One thing gives way: K and V that can go down, an idle index, the cached rows, any other index.
@@ -310,7 +310,7 @@ static void cache_rows(loci_cuda_pairs *pairs, uint32_t dim, loci_cuda_pair_entr
     if (!table) return;
     entry->frame_of = (void *)table;
     if (cudaMemset(table, 0, table_bytes(entry)) == cudaSuccess &&
-        cudaDeviceSynchronize() == cudaSuccess)
+        loci_cuda_drain(pairs->cuda) == cudaSuccess)
         return;
     (void)cudaGetLastError();
     drop_table(pairs, entry);
@@ -403,7 +403,7 @@ static loci_status pin(loci_cuda_pairs *pairs, const loci_extent_view *extent, u
     }
     entry->pins--;
     if (entry->pins == 0 && !(entry->index && entry->kv)) {
-        (void)cudaDeviceSynchronize();
+        (void)loci_cuda_drain(pairs->cuda);
         release(pairs, link_of(pairs, extent->buffer, at));
     }
     return status;
@@ -437,7 +437,7 @@ void loci_cuda_pairs_unpin(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry) 
     if (entry->gone && entry->pins == 0) {
         loci_cuda_pair_entry **link = &pairs->gone;
         while (*link != entry) link = &(*link)->next;
-        (void)cudaDeviceSynchronize();
+        (void)loci_cuda_drain(pairs->cuda);
         release(pairs, link);
     }
     pthread_mutex_unlock(&pairs->lock);
@@ -460,7 +460,7 @@ void loci_cuda_pairs_forget(loci_cuda_pairs *pairs, const loci_buffer *buffer) {
                 pairs->gone = entry;
                 continue;
             }
-            if (!waited) (void)cudaDeviceSynchronize();
+            if (!waited) (void)loci_cuda_drain(pairs->cuda);
             waited = true;
             release(pairs, at);
         }

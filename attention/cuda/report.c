@@ -50,7 +50,8 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
     if (!look_launched(stream, lookup,
                        loci_cuda_k_elapsed(stream->stream, look, &device->elapsed_ns), "stats"))
         return;
-    buffer.device = (void *)device;
+    lookup->figures = buffer.device = (void *)device;
+    if (stream->recording) return; /* step_end brings them */
     loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
 }
 

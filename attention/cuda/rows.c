@@ -89,9 +89,9 @@ static void add_figures(loci_cuda_row_state *to, const loci_cuda_row_state *more
     to->evicted += more->evicted;
 }
 
-void loci_cuda_rows_drop(loci_cuda_rows *rows) {
+void loci_cuda_rows_drop(loci_cuda_rows *rows, loci_cuda *cuda) {
     pthread_mutex_lock(&rows->lock);
-    (void)cudaDeviceSynchronize();
+    (void)loci_cuda_drain(cuda);
     loci_cuda_row_state state;
     read_state(rows, &state);
     add_figures(&rows->before, &state);

@@ -27,6 +27,8 @@
 #include "attention/cuda/kernels.h"
 #include "base/status.h"
 
+struct loci_cuda;
+
 typedef struct loci_cuda_rows {
     pthread_mutex_t lock;
     cudaStream_t copies;
@@ -47,7 +49,7 @@ size_t loci_cuda_rows_least(uint32_t dim);
 LOCI_MUST_CHECK loci_status loci_cuda_rows_use(loci_cuda_rows *rows, uint8_t *memory, size_t bytes,
                                                uint32_t dim, loci_error *err);
 /* Frees the cache; work under way is waited for. Tables must be cleared before another is used. */
-void loci_cuda_rows_drop(loci_cuda_rows *rows);
+void loci_cuda_rows_drop(loci_cuda_rows *rows, struct loci_cuda *cuda);
 /* Nothing of the cache points to this table any more when it returns. */
 void loci_cuda_rows_forget(loci_cuda_rows *rows, const uint32_t *table, uint32_t tokens);
 /* *out has no frames where there is no cache; leave follows in any case. used: frames may have been

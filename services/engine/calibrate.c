@@ -184,6 +184,7 @@ static loci_status encode_apart(comparison *c, loci_error *err) {
         LOCI_TRY(ops->wrap(engine->backend, c->flat + i * rows, rows * sizeof *c->flat,
                            &c->flat_buffers[at], err));
     }
+    c->slot.serial++; /* another view */
     c->view.flat_segments = c->passages;
     c->view.live_segments = c->passages;
     c->view.tokens = c->view.flat_tokens;

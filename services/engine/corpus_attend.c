@@ -30,6 +30,7 @@ loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows, 
         slot->part_bytes = 0;
         LOCI_TRY(backend->ops->alloc(backend, bytes, &slot->part, err));
         slot->part_bytes = bytes;
+        slot->serial++;
     }
     *out = loci_ref_at(slot->part, 0);
     *lse = loci_ref_at(slot->part, out_bytes);
@@ -44,6 +45,7 @@ loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err) {
     backend->ops->free(backend, slot->mass);
     slot->mass = NULL;
     LOCI_TRY(backend->ops->alloc(backend, bytes, &slot->mass, err));
+    slot->serial++;
     query->sink_mass = 0;
     return LOCI_OK;
 }
@@ -57,16 +59,20 @@ typedef struct exact_part {
 /* Everything one step needs on the host until sync, and what it tells then. */
 typedef struct loci_attend_step {
     struct loci_attend_step *next; /* of the query's */
+    loci_attend_call call;         /* whose q, out and lse are copies in the slot where others stand
+                                      elsewhere the next time */
     exact_part sink, flat;
     loci_select_params params; /* of this layer */
-    uint32_t rows, row_begin, q_heads;
+    uint32_t row_begin;
     loci_lookup_stats stats;
     loci_ref out, lse; /* of one part */
+    loci_ref sink_lse;
     /* What the corpus's tokens are merged into: the call's own, or, when their log-sum-exp is to be
      * scaled, an output of their own first. */
     loci_ref all, all_lse;
     uint32_t all_stride;
     float scale;      /* of logits over the corpus's tokens */
+    bool apart;       /* that own output is there */
     bool dense_reads; /* dense mode would read the corpus again for these rows */
     float host[];     /* [3][rows][heads]: lse of the sink, of all, of the corpus's tokens */
 } step;
@@ -78,16 +84,16 @@ static loci_select_params layer_params(const loci_query *query, uint32_t layer) 
     return params;
 }
 
-static void attend_rows(step *s, exact_part *part, const loci_attend_call *call,
-                        const loci_corpus_view *view, loci_ref k, loci_ref v, loci_dtype dtype,
-                        uint32_t count, float scale, float bias) {
+static void attend_rows(const step *s, exact_part *part, const loci_corpus_view *view, loci_ref k,
+                        loci_ref v, loci_dtype dtype, uint32_t count, float scale, float bias) {
+    const loci_attend_call *call = &s->call;
     part->span = (loci_attend_span){0, call->rows, 0, count};
     part->args = (loci_attend_dense){
         .q = call->q,
         .k = k,
         .v = v,
         .out = s->out,
-        .lse = s->lse,
+        .lse = part == &s->sink ? s->sink_lse : s->lse,
         .q_stride = call->q_stride,
         .kv_stride = view->kv_heads * view->head_dim,
         .out_stride = call->q_heads * call->head_dim,
@@ -109,42 +115,44 @@ static void merge(const loci_backend *backend, const loci_attend_call *call, loc
                         part_lse, call->rows, call->q_heads, call->head_dim);
 }
 
-/* The sink as one row that stands for live_segments identical ones; a causal corpus has one. */
-static void attend_sink(loci_query *query, const loci_attend_call *call, step *s) {
+/* Identical rows that the shared prefix stands for; a causal corpus has one. 0: there is none. */
+static uint64_t sinks_of(const loci_query *query) {
+    if (!query->view->has_sink) return 0;
+    return query->causal ? 1 : query->view->live_segments;
+}
+
+static void attend_sink(loci_query *query, step *s) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
-    uint64_t sinks = query->causal ? 1 : view->live_segments;
-    if (!view->has_sink || sinks == 0) return;
+    const loci_attend_call *call = &s->call;
+    uint64_t sinks = sinks_of(query);
+    if (sinks == 0) return;
     size_t row = (size_t)view->kv_heads * view->head_dim * sizeof(float);
     loci_ref k = view->sink_k, v = view->sink_v;
     k.offset += call->retrieval_index * row;
     v.offset += call->retrieval_index * row;
-    attend_rows(s, &s->sink, call, view, k, v, LOCI_F32, 1, call->scale, logf((float)sinks));
+    attend_rows(s, &s->sink, view, k, v, LOCI_F32, 1, call->scale, logf((float)sinks));
     backend->ops->attend_dense(call->stream, &s->sink.args);
-    merge(backend, call, call->out, call->out_stride, call->lse, s->out, s->lse);
-    backend->ops->download(call->stream, s->host, s->lse,
-                           (size_t)call->rows * call->q_heads * sizeof(float));
+    merge(backend, call, call->out, call->out_stride, call->lse, s->out, s->sink_lse);
 }
 
 /* The open segments, exactly. */
-static void attend_flat(loci_query *query, const loci_attend_call *call, step *s) {
+static void attend_flat(loci_query *query, step *s) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
+    const loci_attend_call *call = &s->call;
     if (view->flat_tokens == 0) return;
     loci_ref k = loci_ref_at(view->flat_k[call->retrieval_index], 0);
     loci_ref v = loci_ref_at(view->flat_v[call->retrieval_index], 0);
-    attend_rows(s, &s->flat, call, view, k, v, LOCI_BF16, view->flat_tokens, s->scale, 0);
+    attend_rows(s, &s->flat, view, k, v, LOCI_BF16, view->flat_tokens, s->scale, 0);
     backend->ops->attend_dense(call->stream, &s->flat.args);
     merge(backend, call, s->all, s->all_stride, s->all_lse, s->out, s->lse);
-    uint64_t bytes = (uint64_t)view->flat_tokens * view->kv_heads * view->head_dim * 4u;
-    query->usage.kv_read_bytes += bytes;
-    if (s->dense_reads) query->usage.kv_dense_bytes += bytes;
-    query->step_bytes += bytes;
 }
 
-static void look_up(loci_query *query, const loci_attend_call *call, step *s) {
+static void look_up(loci_query *query, step *s) {
     const loci_backend *backend = query->engine->backend;
     const loci_backend_ops *ops = backend->ops;
+    const loci_attend_call *call = &s->call;
     loci_lookup *lookup = query->slot->lookup;
     ops->lookup_begin(call->stream, lookup, query->view, call->retrieval_index, call->q,
                       call->q_stride, call->rows, call->q_heads, s->scale, s->all_lse, &s->params);
@@ -156,27 +164,28 @@ static void look_up(loci_query *query, const loci_attend_call *call, step *s) {
 }
 
 /* The corpus's tokens have an output of their own, empty at first. */
-static void begin_apart(const loci_query *query, const loci_attend_call *call, step *s,
-                        float *zeros) {
+static void begin_apart(const loci_query *query, step *s) {
     const loci_backend_ops *ops = query->engine->backend->ops;
+    const loci_attend_call *call = &s->call;
     size_t count = (size_t)call->rows * call->q_heads;
     s->all = s->out;
     s->all.offset += count * call->head_dim * sizeof(float);
     s->all_lse = s->lse;
     s->all_lse.offset += count * sizeof(float);
     s->all_stride = call->q_heads * call->head_dim;
-    float *none = s->host + 2 * count;
+    float *none = s->host + 2 * count, *zeros = s->host + 3 * count;
     for (size_t i = 0; i < count; i++) none[i] = -INFINITY;
     ops->upload(call->stream, s->all_lse, none, count * sizeof(float));
     ops->upload(call->stream, s->all, zeros, count * call->head_dim * sizeof(float));
 }
 
 /* Scales their log-sum-exp L by S and merges them; s->lse becomes that by which attribution weighs
- * them: a token of logit x has exp(x - L) exp(S L - total) of the attention. */
-static loci_status join_apart(const loci_query *query, const loci_attend_call *call, step *s,
-                              loci_error *err) {
+ * them: a token of logit x has exp(x - L) exp(S L - total) of the attention. The host does it, and
+ * waits. */
+static loci_status join_apart(const loci_query *query, step *s, loci_error *err) {
     const loci_backend *backend = query->engine->backend;
     const loci_backend_ops *ops = backend->ops;
+    const loci_attend_call *call = &s->call;
     size_t count = (size_t)call->rows * call->q_heads, bytes = count * sizeof(float);
     float *total = s->host + count, *own = s->host + 2 * count, factor = query->settings.attn_scale;
     ops->download(call->stream, own, s->all_lse, bytes);
@@ -192,26 +201,109 @@ static loci_status join_apart(const loci_query *query, const loci_attend_call *c
     return LOCI_OK;
 }
 
-static loci_status attend_extents(loci_query *query, const loci_attend_call *call, step *s,
-                                  loci_error *err) {
+static loci_status enqueue(loci_query *query, step *s, loci_error *err) {
     const loci_backend_ops *ops = query->engine->backend->ops;
-    bool apart = s->all.buffer != call->out.buffer;
-    look_up(query, call, s);
-    if (apart) LOCI_TRY(join_apart(query, call, s, err));
+    loci_stream *stream = s->call.stream;
+    if (s->apart) begin_apart(query, s);
+    attend_sink(query, s);
+    attend_flat(query, s);
+    look_up(query, s);
+    if (s->apart) LOCI_TRY(join_apart(query, s, err));
     if (query->slot->mass)
-        ops->attribute(call->stream, query->slot->lookup, apart ? s->lse : call->lse, s->row_begin,
+        ops->attribute(stream, query->slot->lookup, s->apart ? s->lse : s->call.lse, s->row_begin,
                        loci_ref_at(query->slot->mass, 0));
-    ops->lookup_stats(call->stream, query->slot->lookup, &s->stats);
-    size_t count = (size_t)call->rows * call->q_heads;
-    ops->download(call->stream, s->host + count, call->lse, count * sizeof(float));
+    ops->lookup_stats(stream, query->slot->lookup, &s->stats);
     return LOCI_OK;
 }
 
+/* --- Steps of one row ------------------------------------------------------------------------- */
+
+/* All that tells the operations of one row's step from another's of the same slot. */
+typedef struct step_key {
+    uint64_t serial; /* of the slot: its buffers, the question and its snapshot */
+    loci_ref q, out, lse;
+    loci_select_params params;
+    uint32_t q_stride, out_stride, q_heads, head_dim;
+    float scale, corpus_scale;
+} step_key;
+
+static void put_key(const loci_query *query, const step *s, step_key *key) {
+    const loci_attend_call *call = &s->call;
+    const loci_select_params *params = &s->params;
+    memset(key, 0, sizeof *key); /* what is between the fields, too */
+    key->serial = query->slot->serial;
+    key->q = call->q;
+    key->out = call->out;
+    key->lse = call->lse;
+    key->params.mode = params->mode;
+    key->params.top_p = params->top_p;
+    key->params.budget = params->budget;
+    key->params.roots = params->roots;
+    key->params.candidates = params->candidates;
+    key->params.roots_min = params->roots_min;
+    key->params.candidates_min = params->candidates_min;
+    key->params.candidates_max = params->candidates_max;
+    key->params.estimate_tail = params->estimate_tail;
+    memcpy(key->params.squeezed_threshold, params->squeezed_threshold,
+           sizeof key->params.squeezed_threshold);
+    key->q_stride = call->q_stride;
+    key->out_stride = call->out_stride;
+    key->q_heads = call->q_heads;
+    key->head_dim = call->head_dim;
+    key->scale = call->scale;
+    key->corpus_scale = s->scale;
+}
+
+/* As the last one of its kind where it is the same. */
+static void enqueue_row(loci_query *query, step *s) {
+    const loci_backend_ops *ops = query->engine->backend->ops;
+    const loci_attend_call *call = &s->call;
+    loci_lookup *lookup = query->slot->lookup;
+    loci_error none;
+    step_key key;
+    put_key(query, s, &key);
+    bool done =
+        ops->step_begin(call->stream, lookup, query->view, call->retrieval_index, &key, sizeof key);
+    do {
+        if (!done) (void)!enqueue(query, s, &none); /* fails only apart */
+        done = false;
+    } while (!ops->step_end(call->stream, lookup, &s->stats));
+}
+
+/* In company q, out and lse stand elsewhere each time: the slot's copies do not. */
+static loci_status enter_company(loci_query *query, step *s, loci_error *err) {
+    loci_backend *backend = query->engine->backend;
+    loci_slot *slot = query->slot;
+    loci_attend_call *call = &s->call;
+    size_t count = (size_t)call->q_heads, values = count * call->head_dim;
+    if (!slot->row)
+        LOCI_TRY(
+            backend->ops->alloc(backend, (2 * values + count) * sizeof(float), &slot->row, err));
+    loci_ref q = loci_ref_at(slot->row, 0), out = loci_ref_at(slot->row, values * sizeof(float));
+    loci_ref lse = loci_ref_at(slot->row, 2 * values * sizeof(float));
+    backend->ops->copy(call->stream, q, call->q, values * sizeof(float));
+    backend->ops->copy(call->stream, out, call->out, values * sizeof(float));
+    backend->ops->copy(call->stream, lse, call->lse, count * sizeof(float));
+    call->q = q;
+    call->out = s->all = out;
+    call->lse = s->all_lse = lse;
+    return LOCI_OK;
+}
+
+static void leave_company(const loci_query *query, const step *s, const loci_attend_call *call) {
+    const loci_backend_ops *ops = query->engine->backend->ops;
+    size_t count = (size_t)call->q_heads, values = count * call->head_dim;
+    ops->copy(call->stream, call->out, s->call.out, values * sizeof(float));
+    ops->copy(call->stream, call->lse, s->call.lse, count * sizeof(float));
+}
+
+/* --- What a step tells ------------------------------------------------------------------------ */
+
 /* Adds up the sink's weight, exp(part lse - total lse), over rows and heads. */
 static void add_sink_mass(loci_query *query, const step *s) {
-    size_t count = (size_t)s->rows * s->q_heads;
+    size_t count = (size_t)s->call.rows * s->call.q_heads;
     const float *total = s->host + count;
-    for (size_t i = (size_t)s->row_begin * s->q_heads; i < count && query->view->has_sink; i++)
+    for (size_t i = (size_t)s->row_begin * s->call.q_heads; i < count && query->view->has_sink; i++)
         query->sink_mass += exp((double)s->host[i] - (double)total[i]);
 }
 
@@ -224,28 +316,18 @@ static void add_usage(loci_query *query, const step *s) {
     query->usage.fetched_bytes += index + stats->kv_leaf_bytes;
     query->step_bytes += index + stats->kv_bytes + stats->tail_bytes;
     query->usage.lookup_ms += (double)stats->elapsed_ns / 1e6;
+    const loci_corpus_view *view = query->view;
+    uint64_t flat = (uint64_t)view->flat_tokens * view->kv_heads * view->head_dim * 4u;
+    query->usage.kv_read_bytes += flat;
+    if (s->dense_reads) query->usage.kv_dense_bytes += flat;
+    query->step_bytes += flat;
 }
 
-static step *open_step(const loci_query *query, const loci_attend_call *call, bool dense_reads,
-                       loci_error *err) {
-    size_t count = (size_t)call->rows * call->q_heads;
-    bool apart = query->settings.attn_scale != 1;
-    /* Behind the three, what an output of its own begins with. */
-    step *s = calloc(1, sizeof *s + count * (3 + (apart ? call->head_dim : 0)) * sizeof(float));
-    if (!s) {
-        (void)!loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
-        return NULL;
-    }
-    s->params = layer_params(query, call->retrieval_index);
-    s->rows = call->rows;
-    s->row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
-    s->q_heads = call->q_heads;
-    s->all = call->out;
-    s->all_lse = call->lse;
-    s->all_stride = call->out_stride;
-    s->scale = call->scale / query->settings.attn_temperature;
-    s->dense_reads = dense_reads;
-    return s;
+static void download_sums(const loci_query *query, step *s) {
+    const loci_backend_ops *ops = query->engine->backend->ops;
+    size_t count = (size_t)s->call.rows * s->call.q_heads, bytes = count * sizeof(float);
+    if (sinks_of(query) > 0) ops->download(s->call.stream, s->host, s->sink_lse, bytes);
+    ops->download(s->call.stream, s->host + count, s->call.lse, bytes);
 }
 
 /* The steps so far, which have run: counted, or only dropped. */
@@ -270,26 +352,56 @@ loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err)
     return status;
 }
 
+/* The record of a tile's step; the query's from here on. */
+static loci_status open_step(loci_query *query, const loci_attend_call *call, bool dense_reads,
+                             step **out, loci_error *err) {
+    *out = NULL;
+    size_t count = (size_t)call->rows * call->q_heads;
+    bool apart = query->settings.attn_scale != 1;
+    /* Behind the three, what an output of its own begins with. */
+    step *s = calloc(1, sizeof *s + count * (3 + (apart ? call->head_dim : 0)) * sizeof(float));
+    if (!s) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
+    *(query->last_step ? &query->last_step->next : &query->steps) = s;
+    query->last_step = *out = s;
+    query->step_count++;
+    s->call = *call;
+    s->params = layer_params(query, call->retrieval_index);
+    s->row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
+    s->all = call->out;
+    s->all_lse = call->lse;
+    s->all_stride = call->out_stride;
+    s->scale = call->scale / query->settings.attn_temperature;
+    s->apart = apart;
+    s->dense_reads = dense_reads;
+    uint32_t rows = (apart ? 2 : 1) * call->rows;
+    LOCI_TRY(loci_slot_part(query->engine, query->slot, rows, call->q_heads, call->head_dim,
+                            call->rows, &s->out, &s->lse, err));
+    s->sink_lse = s->lse;
+    s->sink_lse.offset += (size_t)rows * call->q_heads * sizeof(float);
+    return LOCI_OK;
+}
+
 /* All parts for the rows of one tile. */
 static loci_status attend_tile(loci_query *query, const loci_attend_call *call, bool dense_reads,
                                loci_error *err) {
-    bool apart = query->settings.attn_scale != 1;
+    const loci_backend_ops *ops = query->engine->backend->ops;
     LOCI_TRY(loci_cancel_check(query->cancel));
     if (query->step_count == STEPS_MOST) {
         LOCI_TRY(loci_query_settle(query, call->stream, err));
         close_steps(query, true);
     }
-    step *s = open_step(query, call, dense_reads, err);
-    if (!s) return LOCI_E_NOMEM;
-    *(query->last_step ? &query->last_step->next : &query->steps) = s;
-    query->last_step = s;
-    query->step_count++;
-    LOCI_TRY(loci_slot_part(query->engine, query->slot, (apart ? 2 : 1) * call->rows, call->q_heads,
-                            call->head_dim, 0, &s->out, &s->lse, err));
-    if (apart) begin_apart(query, call, s, s->host + 3 * (size_t)call->rows * call->q_heads);
-    attend_sink(query, call, s);
-    attend_flat(query, call, s);
-    return attend_extents(query, call, s, err);
+    step *s;
+    LOCI_TRY(open_step(query, call, dense_reads, &s, err));
+    bool repeats = call->rows == 1 && !s->apart && ops->step_begin;
+    bool copied = repeats && call->in_company;
+    if (copied) LOCI_TRY(enter_company(query, s, err));
+    if (repeats)
+        enqueue_row(query, s);
+    else
+        LOCI_TRY(enqueue(query, s, err));
+    if (copied) leave_company(query, s, call);
+    download_sums(query, s);
+    return LOCI_OK;
 }
 
 /* Rows of one tile, by what a row's scores usually take: floats for all roots, for the leaves of

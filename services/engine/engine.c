@@ -240,6 +240,7 @@ void loci_slot_close(loci_engine *engine, loci_slot *slot) {
     loci_sequence_close(slot->sequence);
     if (slot->lookup) backend->ops->lookup_free(backend, slot->lookup);
     backend->ops->free(backend, slot->part);
+    backend->ops->free(backend, slot->row);
     backend->ops->free(backend, slot->mass);
 }
 

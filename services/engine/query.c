@@ -48,6 +48,7 @@ static loci_status take_slot(loci_engine *engine, const loci_cancel *cancel, loc
         }
         engine->waiting--;
         if (status == LOCI_OK) slot->busy = true;
+        if (status == LOCI_OK) slot->serial++;
     }
     pthread_mutex_unlock(&engine->lock);
     *out = status == LOCI_OK ? slot : NULL;

@@ -31,6 +31,8 @@ typedef struct loci_slot {
     loci_lookup *lookup; /* of one layer after another; NULL when memory was short */
     loci_buffer *part;   /* out and lse of one part of the attention; grown on demand */
     size_t part_bytes;
+    loci_buffer *row;  /* q, out and lse of one row in company; NULL until it is needed */
+    uint64_t serial;   /* of question, snapshot and buffers: another one, other steps */
     loci_buffer *mass; /* f32, one for each segment of the view; while a question runs; NULL: the
                           attention on each is not asked for */
 } loci_slot;

@@ -33,7 +33,8 @@ static void draw(attended *a, uint64_t seed) {
     for (uint32_t i = 0; i < ROWS * HEADS; i++) a->own_lse[i] = 2 + uniform(&seed);
 }
 
-static void attend(loci_query *query, uint32_t layer, attended *a) {
+static void attend_rows(loci_query *query, uint32_t layer, attended *a, uint32_t rows,
+                        bool in_company) {
     loci_backend *backend = query->engine->backend;
     const loci_backend_ops *ops = backend->ops;
     loci_stream *stream = loci_sequence_stream(query->slot->sequence);
@@ -47,8 +48,9 @@ static void attend(loci_query *query, uint32_t layer, attended *a) {
     }
     loci_attend_call call = {.stream = stream,
                              .retrieval_index = layer,
-                             .rows = ROWS,
+                             .rows = rows,
                              .row_position = 1,
+                             .in_company = in_company,
                              .q_heads = HEADS,
                              .head_dim = DIM,
                              .q = loci_ref_at(buffers[0], 0),
@@ -63,6 +65,10 @@ static void attend(loci_query *query, uint32_t layer, attended *a) {
     if (loci_corpus_attended(query, ops->sync(stream, &err), &err) != LOCI_OK)
         fail_msg("%s", err.text);
     for (int i = 0; i < 3; i++) ops->free(backend, buffers[i]);
+}
+
+static void attend(loci_query *query, uint32_t layer, attended *a) {
+    attend_rows(query, layer, a, ROWS, false);
 }
 
 /* K and V of all tokens of a layer and KV head, as f32, in the order of the view. */
@@ -251,6 +257,114 @@ static void test_masses_add_up(void **state) {
     loci_engine_close(engine);
 }
 
+/* --- Steps that a backend can enqueue as a whole ---------------------------------------------- */
+
+/* What the cpu backend is asked as if it could. */
+static struct {
+    uint8_t key[2][512];
+    size_t bytes;
+    unsigned begun, ended;
+} steps;
+
+static bool begin_step(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
+                       uint32_t layer, const void *key, size_t bytes) {
+    (void)stream;
+    (void)lookup;
+    (void)corpus;
+    (void)layer;
+    assert_true(bytes <= sizeof steps.key[0]);
+    memcpy(steps.key[0], steps.key[1], sizeof steps.key[0]);
+    memcpy(steps.key[1], key, bytes);
+    steps.bytes = bytes;
+    steps.begun++;
+    return false;
+}
+
+static bool end_step(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats) {
+    (void)stream;
+    (void)lookup;
+    assert_true(stats->dense_kv_bytes > 0); /* lookup_stats is part of the step */
+    steps.ended++;
+    return true;
+}
+
+/* The last two steps. */
+static bool same_key(void) {
+    return memcmp(steps.key[0], steps.key[1], steps.bytes) == 0;
+}
+
+/* One row in company has the bits that it has alone, and is the same step wherever the others put
+ * it. */
+static void test_one_row_alone_and_in_company(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    const loci_backend_ops *ops = engine->backend->ops;
+    loci_backend_ops stepping = *ops;
+    stepping.step_begin = begin_step;
+    stepping.step_end = end_step;
+    loci_query query;
+    attended plain, stepped;
+    begin_query(&query, engine, "books");
+    query.params.budget = 30;
+    draw(&plain, 11);
+    attend_rows(&query, 1, &plain, 1, false);
+    engine->backend->ops = &stepping;
+    for (int company = 0; company < 2; company++)
+        for (int again = 0; again < 2; again++) {
+            stepped = plain;
+            memset(stepped.out, 0, sizeof stepped.out);
+            attend_rows(&query, 1, &stepped, 1, company == 1);
+            assert_memory_equal(stepped.out, plain.out, WIDTH * sizeof(float));
+            assert_memory_equal(stepped.lse, plain.lse, HEADS * sizeof(float));
+        }
+    assert_int_equal(steps.begun, 4);
+    assert_int_equal(steps.ended, 4);
+    assert_true(same_key());
+    engine->backend->ops = ops;
+    loci_query_fini(&query);
+    loci_engine_close(engine);
+}
+
+/* What makes it another one; and what is none. */
+static void test_other_steps(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    const loci_backend_ops *ops = engine->backend->ops;
+    loci_backend_ops stepping = *ops;
+    stepping.step_begin = begin_step;
+    stepping.step_end = end_step;
+    engine->backend->ops = &stepping;
+    loci_query query;
+    loci_error err = {0};
+    attended a;
+    begin_query(&query, engine, "books");
+    draw(&a, 12);
+    for (int change = 0; change < 6; change++) {
+        attend_rows(&query, 1, &a, 1, true);
+        attend_rows(&query, 1, &a, 1, true);
+        assert_true(same_key());
+        if (change == 0) query.params.budget = 31;
+        if (change == 1) query.params.candidates *= 2;
+        if (change == 2) query.settings.attn_temperature = 0.9f;
+        if (change == 3) query.settings.dense_layers = 2;
+        if (change == 4) assert_int_equal(loci_corpus_attend_begin(&query, &err), LOCI_OK);
+        if (change == 5) {
+            loci_query_fini(&query);
+            begin_query(&query, engine, "books");
+        }
+        attend_rows(&query, 1, &a, 1, true);
+        assert_false(same_key());
+    }
+    unsigned begun = steps.begun;
+    attend(&query, 1, &a);
+    query.settings.attn_scale = 0.5f; /* the host has a part in it */
+    attend_rows(&query, 1, &a, 1, true);
+    assert_int_equal(steps.begun, begun);
+    engine->backend->ops = ops;
+    loci_query_fini(&query);
+    loci_engine_close(engine);
+}
+
 /* Relative L2 error of what comes out of a layer, over int8 against over bf16. */
 static void test_int8_is_near_bf16(void **state) {
     (void)state;
@@ -282,6 +396,8 @@ int main(void) {
         cmocka_unit_test(test_temperature_and_scale_are_those_of_the_formula),
         cmocka_unit_test(test_dense_layers_and_reading_all),
         cmocka_unit_test(test_masses_add_up),
+        cmocka_unit_test(test_one_row_alone_and_in_company),
+        cmocka_unit_test(test_other_steps),
         cmocka_unit_test(test_int8_is_near_bf16),
     };
     return cmocka_run_group_tests(tests, set_up_modes, tear_down_modes);
