@@ -130,6 +130,14 @@ typedef struct loci_lookup_stats {
     uint64_t elapsed_ns; /* from begin to the figures, by the clock of where the look-up runs */
 } loci_lookup_stats;
 
+/* A copy on the device, or, without a buffer in `to`, a download to `host`. */
+typedef struct loci_move {
+    loci_ref to, from;
+    void *host;
+    size_t bytes; /* whole floats, as the offsets are */
+} loci_move;
+#define LOCI_MOVES_MAX 4u
+
 /* Where a device has the extents that look-ups read: in its own memory, and keys and values that do
  * not fit in memory of the host below it; rows: keys and values of tokens read from there, of which
  * hits were cached on the device. Rows count since the backend opened. */
@@ -189,6 +197,8 @@ typedef struct loci_backend_ops {
     void (*upload)(loci_stream *stream, loci_ref dst, const void *src, size_t bytes);
     void (*download)(loci_stream *stream, void *dst, loci_ref src, size_t bytes);
     void (*copy)(loci_stream *stream, loci_ref dst, loci_ref src, size_t bytes);
+    /* Up to LOCI_MOVES_MAX small copies and downloads at once; none reads what another writes. */
+    void (*move)(loci_stream *stream, const loci_move *moves, uint32_t count);
 
     /* Weights: data of `dtype` [rows][cols], packed for y = x W^T in `precision` (F32 or BF16).
      * parts > 1: matrices of the same cols, stacked by rows. */

@@ -174,6 +174,14 @@ static void cpu_copy(loci_stream *stream, loci_ref dst, loci_ref src, size_t byt
     if (bytes) memmove(loci_cpu_ptr(dst, bytes), loci_cpu_ptr(src, bytes), bytes);
 }
 
+static void cpu_move(loci_stream *stream, const loci_move *moves, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        if (moves[i].to.buffer)
+            cpu_copy(stream, moves[i].to, moves[i].from, moves[i].bytes);
+        else
+            cpu_download(stream, moves[i].host, moves[i].from, moves[i].bytes);
+}
+
 const loci_backend_ops loci_backend_cpu = {
     .name = "cpu",
     .open = cpu_open,
@@ -189,6 +197,7 @@ const loci_backend_ops loci_backend_cpu = {
     .upload = cpu_upload,
     .download = cpu_download,
     .copy = cpu_copy,
+    .move = cpu_move,
     .weight_create = loci_cpu_weight_create,
     .weight_map = loci_cpu_weight_map,
     .weight_free = loci_cpu_weight_free,

@@ -9,6 +9,7 @@
 
 #include "attention/cuda/cublaslt.h"
 #include "attention/cuda/cuda.h"
+#include "attention/cuda/moves.h"
 #include "attention/cuda/pairs.h"
 
 /* --- errors ---------------------------------------------------------------------------- */
@@ -357,7 +358,7 @@ static void copy_download(void *arg, size_t index, unsigned thread) {
     const loci_stream *stream = arg;
     const loci_cuda_download *download = &stream->downloads[index];
     (void)thread;
-    memcpy(download->to, stream->staging + download->at, download->bytes);
+    memcpy(download->to, download->from, download->bytes);
 }
 
 /* Waits, and hands out the downloads that stood in staging; many bytes by all threads. */
@@ -418,22 +419,46 @@ static void cuda_upload(loci_stream *stream, loci_ref dst, const void *src, size
     if (to) (void)loci_cuda_send(stream, to, src, bytes);
 }
 
+/* Room for so many downloads, or as much as there can be. In their order: the same bytes may be
+ * asked for twice. */
+static void make_room(loci_stream *stream, unsigned count, size_t bytes) {
+    if (stream->download_count + count <= LOCI_CUDA_DOWNLOADS &&
+        bytes <= stream->staging_bytes - stream->staged)
+        return;
+    settle(stream);
+    if (bytes > 0) grow_staging(stream);
+}
+
+static size_t staged_bytes(size_t bytes) {
+    return (bytes + 15) / 16 * 16;
+}
+
+/* The place of a download for which there is room. */
+static uint8_t *stage(loci_stream *stream, void *to, size_t bytes) {
+    uint8_t *at = stream->staging + stream->staged;
+    stream->downloads[stream->download_count++] = (loci_cuda_download){to, at, bytes};
+    stream->staged += staged_bytes(bytes);
+    if (stream->staged > stream->staging_bytes) stream->staged = stream->staging_bytes;
+    return at;
+}
+
+void loci_cuda_tell(loci_stream *stream, void *to, const void *from, size_t bytes) {
+    make_room(stream, 1, 0);
+    stream->downloads[stream->download_count++] = (loci_cuda_download){to, from, bytes};
+}
+
+void loci_cuda_told(loci_stream *stream, const void *from) {
+    bool pending = false;
+    for (unsigned i = 0; i < stream->download_count && !pending; i++)
+        pending = stream->downloads[i].from == from;
+    if (pending) settle(stream);
+}
+
 static void cuda_download(loci_stream *stream, void *dst, loci_ref src, size_t bytes) {
     const void *from = bytes ? loci_cuda_ptr(stream, src, bytes) : NULL;
     if (!from || loci_cuda_records(stream)) return;
-    if (stream->download_count == LOCI_CUDA_DOWNLOADS ||
-        bytes > stream->staging_bytes - stream->staged) {
-        settle(stream); /* in their order: the same bytes may be asked for twice */
-        grow_staging(stream);
-    }
-    void *to = dst;
-    if (bytes <= stream->staging_bytes) {
-        to = stream->staging + stream->staged;
-        stream->downloads[stream->download_count++] =
-            (loci_cuda_download){dst, stream->staged, bytes};
-        stream->staged += (bytes + 15) / 16 * 16;
-        if (stream->staged > stream->staging_bytes) stream->staged = stream->staging_bytes;
-    }
+    make_room(stream, 1, bytes);
+    void *to = bytes <= stream->staging_bytes ? stage(stream, dst, bytes) : dst;
     (void)loci_cuda_ok(stream,
                        cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream->stream),
                        "cudaMemcpy to the host");
@@ -447,6 +472,28 @@ static void cuda_copy(loci_stream *stream, loci_ref dst, loci_ref src, size_t by
         (void)loci_cuda_ok(
             stream, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream->stream),
             "cudaMemcpy");
+}
+
+static void cuda_move(loci_stream *stream, const loci_move *moves, uint32_t count) {
+    loci_cuda_moves list;
+    size_t bytes = 0;
+    LOCI_ASSERT(count > 0 && count <= LOCI_MOVES_MAX);
+    if (loci_cuda_records(stream)) return;
+    for (uint32_t i = 0; i < count; i++) {
+        LOCI_ASSERT(moves[i].bytes % 4 == 0);
+        if (!moves[i].to.buffer) bytes += staged_bytes(moves[i].bytes);
+    }
+    make_room(stream, count, bytes);
+    LOCI_ASSERT(bytes <= stream->staging_bytes - stream->staged);
+    for (uint32_t i = 0; i < count; i++) {
+        const loci_move *move = &moves[i];
+        list.move[i].from = loci_cuda_ptr(stream, move->from, move->bytes);
+        list.move[i].to = move->to.buffer ? loci_cuda_ptr(stream, move->to, move->bytes)
+                                          : (void *)stage(stream, move->host, move->bytes);
+        list.move[i].words = (uint32_t)(move->bytes / 4);
+        if (!list.move[i].from || !list.move[i].to) return;
+    }
+    (void)loci_cuda_ok(stream, loci_cuda_k_move(stream->stream, &list, count), "move");
 }
 
 void *loci_cuda_scratch(loci_stream *stream, size_t bytes) {
@@ -499,6 +546,7 @@ const loci_backend_ops loci_backend_cuda = {
     .upload = cuda_upload,
     .download = cuda_download,
     .copy = cuda_copy,
+    .move = cuda_move,
     .weight_create = loci_cuda_weight_create,
     .weight_free = loci_cuda_weight_free,
     .gemm = loci_cuda_gemm,

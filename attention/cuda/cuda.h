@@ -50,7 +50,8 @@ typedef struct loci_cuda {
 /* A small download waits in page-locked memory for sync(), so that it stops nothing. */
 typedef struct loci_cuda_download {
     void *to;
-    size_t at, bytes;
+    const uint8_t *from;
+    size_t bytes;
 } loci_cuda_download;
 
 #define LOCI_CUDA_STAGING_BYTES ((size_t)1 << 20)
@@ -102,6 +103,11 @@ LOCI_MUST_CHECK loci_status loci_cuda_malloc(loci_cuda *cuda, size_t bytes, void
 void *loci_cuda_scratch(loci_stream *stream, size_t bytes);
 /* Bytes from the host into device memory, in the order of the stream; src may change afterwards. */
 bool loci_cuda_send(loci_stream *stream, void *to, const void *src, size_t bytes);
+
+/* What work on the stream writes to page-locked memory comes to `to` at sync(). */
+void loci_cuda_tell(loci_stream *stream, void *to, const void *from, size_t bytes);
+/* Before it is written again: waits if it is still to be told. */
+void loci_cuda_told(loci_stream *stream, const void *from);
 
 /* Entries of the table, by file. gemm.c */
 loci_status loci_cuda_weight_create(loci_backend *self, const void *const *data,

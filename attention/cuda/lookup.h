@@ -49,7 +49,6 @@ typedef struct lookup_step {
     const void *scratch;
     uint64_t arena; /* its `cleared` */
     const loci_cuda_pair *pairs;
-    void *figures; /* loci_cuda_stats */
 } lookup_step;
 
 #define LOOKUP_STEPS 2u /* of a layer */
@@ -77,13 +76,14 @@ struct loci_lookup {
     lookup_table *tables;  /* [table_count], by layer */
     uint32_t table_count;
     const uint32_t *flat_segment_begin; /* on the device; NULL without flat tokens */
-    void *figures;                      /* loci_cuda_stats; NULL: none were asked for */
+    void *figures;                      /* loci_cuda_stats; NULL: none were made */
     lookup_step *steps;                 /* [step_count], LOOKUP_STEPS a layer */
     uint32_t step_count;
     uint64_t step_clock;
-    lookup_step *step; /* under way, or the last one */
-    bool opened;       /* by step_begin, for lookup_begin */
-    bool replayed;     /* the step */
+    lookup_step *step;     /* under way, or the last one */
+    loci_cuda_stats *told; /* by step, page-locked: figures of recorded steps; or NULL */
+    bool opened;           /* by step_begin, for lookup_begin */
+    bool replayed;         /* the step */
     lookup_arena arena;
 };
 
@@ -98,6 +98,8 @@ bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result,
  * went well; the host's part of a look-up is as before lookup_begin but for that. */
 void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
                uint32_t layer);
+/* steps.c: the figures of the step that is recorded go to the host. */
+void look_tell(loci_stream *stream, loci_lookup *lookup);
 /* steps.c: frees all that was recorded. */
 void look_forget_steps(loci_lookup *lookup);
 /* The mask of selected tokens in mode hierarchical, for those who read it. */

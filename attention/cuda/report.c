@@ -51,7 +51,10 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
                        loci_cuda_k_elapsed(stream->stream, look, &device->elapsed_ns), "stats"))
         return;
     lookup->figures = buffer.device = (void *)device;
-    if (stream->recording) return; /* step_end brings them */
+    if (stream->recording) {
+        look_tell(stream, lookup);
+        return;
+    }
     loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
 }
 

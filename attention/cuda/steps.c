@@ -14,6 +14,9 @@
 #include <string.h>
 
 #include "attention/cuda/lookup.h"
+#include "attention/cuda/moves.h"
+
+#define TOLD_MOST 512u /* steps whose figures there is room for */
 
 static void forget(lookup_step *step) {
     if (step->graph) (void)cudaGraphExecDestroy(step->graph);
@@ -27,6 +30,18 @@ void look_forget_steps(loci_lookup *lookup) {
     lookup->steps = NULL;
     lookup->step_count = 0;
     lookup->step = NULL;
+    if (lookup->told) (void)cudaFreeHost(lookup->told);
+    lookup->told = NULL;
+}
+
+static loci_cuda_stats *told_of(const loci_lookup *lookup, const lookup_step *step) {
+    return &lookup->told[step - lookup->steps];
+}
+
+void look_tell(loci_stream *stream, loci_lookup *lookup) {
+    loci_cuda_moves moves = {{{lookup->figures, (void *)told_of(lookup, lookup->step),
+                               sizeof(loci_cuda_stats) / sizeof(uint32_t)}}};
+    (void)look_launched(stream, lookup, loci_cuda_k_move(stream->stream, &moves, 1), "stats");
 }
 
 /* The record with this key, or the one of the layer that was used least recently, made a new one;
@@ -69,6 +84,14 @@ static void remember(const loci_stream *stream, const loci_lookup *lookup, looku
 }
 
 static void begin_recording(loci_stream *stream, loci_lookup *lookup) {
+    void *told = lookup->told;
+    if ((size_t)(lookup->step - lookup->steps) >= TOLD_MOST) return;
+    if (!told && cudaMallocHost(&told, TOLD_MOST * sizeof *lookup->told) != cudaSuccess) {
+        (void)cudaGetLastError();
+        return;
+    }
+    lookup->told = told;
+    loci_cuda_told(stream, told_of(lookup, lookup->step));
     pthread_mutex_lock(&lookup->cuda->recording);
     stream->unrecordable = false;
     stream->recording =
@@ -103,6 +126,7 @@ bool loci_cuda_step_begin(loci_stream *stream, loci_lookup *lookup, const loci_c
         step->state = SEEN_NEVER;
         return false;
     }
+    loci_cuda_told(stream, told_of(lookup, step));
     lookup->replayed =
         loci_cuda_ok(stream, cudaGraphLaunch(step->graph, stream->stream), "cudaGraphLaunch");
     atomic_fetch_add(&lookup->cuda->steps_replayed, 1);
@@ -133,7 +157,6 @@ static bool launch_recorded(loci_stream *stream, loci_lookup *lookup, lookup_ste
     if (well) {
         atomic_fetch_add(&lookup->cuda->steps_recorded, 1);
         remember(stream, lookup, step, RECORDED);
-        step->figures = lookup->figures;
         step->pairs = lookup->look.pairs;
         return true;
     }
@@ -155,7 +178,6 @@ bool loci_cuda_step_end(loci_stream *stream, loci_lookup *lookup, loci_lookup_st
             remember(stream, lookup, step, SEEN_ONCE);
         return true;
     }
-    loci_buffer buffer = {.device = step->figures, .bytes = sizeof *stats};
-    loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
+    loci_cuda_tell(stream, stats, told_of(lookup, step), sizeof *stats);
     return true;
 }

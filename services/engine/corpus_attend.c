@@ -281,20 +281,14 @@ static loci_status enter_company(loci_query *query, step *s, loci_error *err) {
             backend->ops->alloc(backend, (2 * values + count) * sizeof(float), &slot->row, err));
     loci_ref q = loci_ref_at(slot->row, 0), out = loci_ref_at(slot->row, values * sizeof(float));
     loci_ref lse = loci_ref_at(slot->row, 2 * values * sizeof(float));
-    backend->ops->copy(call->stream, q, call->q, values * sizeof(float));
-    backend->ops->copy(call->stream, out, call->out, values * sizeof(float));
-    backend->ops->copy(call->stream, lse, call->lse, count * sizeof(float));
+    const loci_move moves[] = {{q, call->q, NULL, values * sizeof(float)},
+                               {out, call->out, NULL, values * sizeof(float)},
+                               {lse, call->lse, NULL, count * sizeof(float)}};
+    backend->ops->move(call->stream, moves, 3);
     call->q = q;
     call->out = s->all = out;
     call->lse = s->all_lse = lse;
     return LOCI_OK;
-}
-
-static void leave_company(const loci_query *query, const step *s, const loci_attend_call *call) {
-    const loci_backend_ops *ops = query->engine->backend->ops;
-    size_t count = (size_t)call->q_heads, values = count * call->head_dim;
-    ops->copy(call->stream, call->out, s->call.out, values * sizeof(float));
-    ops->copy(call->stream, call->lse, s->call.lse, count * sizeof(float));
 }
 
 /* --- What a step tells ------------------------------------------------------------------------ */
@@ -323,11 +317,20 @@ static void add_usage(loci_query *query, const step *s) {
     query->step_bytes += flat;
 }
 
-static void download_sums(const loci_query *query, step *s) {
-    const loci_backend_ops *ops = query->engine->backend->ops;
-    size_t count = (size_t)s->call.rows * s->call.q_heads, bytes = count * sizeof(float);
-    if (sinks_of(query) > 0) ops->download(s->call.stream, s->host, s->sink_lse, bytes);
-    ops->download(s->call.stream, s->host + count, s->call.lse, bytes);
+/* The sums of exponentials that weigh the sink to the host; and from copies what the call is to
+ * get.
+ */
+static void finish(const loci_query *query, step *s, const loci_attend_call *call) {
+    size_t count = (size_t)call->rows * call->q_heads, bytes = count * sizeof(float);
+    loci_ref nowhere = {0};
+    loci_move moves[4] = {{nowhere, s->call.lse, s->host + count, bytes}};
+    uint32_t n = 1;
+    if (sinks_of(query) > 0) moves[n++] = (loci_move){nowhere, s->sink_lse, s->host, bytes};
+    if (s->call.lse.buffer != call->lse.buffer) {
+        moves[n++] = (loci_move){call->out, s->call.out, NULL, bytes * call->head_dim};
+        moves[n++] = (loci_move){call->lse, s->call.lse, NULL, bytes};
+    }
+    query->engine->backend->ops->move(call->stream, moves, n);
 }
 
 /* The steps so far, which have run: counted, or only dropped. */
@@ -393,14 +396,12 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call, 
     step *s;
     LOCI_TRY(open_step(query, call, dense_reads, &s, err));
     bool repeats = call->rows == 1 && !s->apart && ops->step_begin;
-    bool copied = repeats && call->in_company;
-    if (copied) LOCI_TRY(enter_company(query, s, err));
+    if (repeats && call->in_company) LOCI_TRY(enter_company(query, s, err));
     if (repeats)
         enqueue_row(query, s);
     else
         LOCI_TRY(enqueue(query, s, err));
-    if (copied) leave_company(query, s, call);
-    download_sums(query, s);
+    finish(query, s, call);
     return LOCI_OK;
 }
 

@@ -226,6 +226,15 @@ static void copy(loci_stream *s, loci_ref dst, loci_ref src, size_t bytes) {
     c->bytes = bytes;
 }
 
+static void move(loci_stream *s, const loci_move *moves, uint32_t count) {
+    if (count > LOCI_MOVES_MAX) misuse("move", "too many");
+    for (uint32_t i = 0; i < count; i++)
+        if (moves[i].to.buffer)
+            copy(s, moves[i].to, moves[i].from, moves[i].bytes);
+        else
+            download(s, moves[i].host, moves[i].from, moves[i].bytes);
+}
+
 static loci_status weight_create(loci_backend *self, const void *const *data, const uint32_t *rows,
                                  uint32_t parts, uint32_t cols, loci_dtype dtype,
                                  loci_dtype precision, loci_weight **out, loci_error *err) {
@@ -616,6 +625,7 @@ static const loci_backend_ops table = {
     .upload = upload,
     .download = download,
     .copy = copy,
+    .move = move,
     .weight_create = weight_create,
     .weight_free = weight_free,
     .gemm = gemm,
