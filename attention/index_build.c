@@ -42,6 +42,7 @@ typedef struct loci_pair_job {
     const uint32_t *slots;
     uint32_t tokens, dim;
     loci_pair_build_options options;
+    const loci_corpus_kernels *kernels;
     loci_pool *pool;
     float *mean, *scale; /* [dim] */
     float *x; /* [tokens][dim] keys less mean; in the end also less their root's centroid */
@@ -461,7 +462,7 @@ static loci_status write_sections(build *b, loci_pair_header *header, loci_error
     }
     for_each(b, b->root_count, write_root);
     LOCI_TRY(check_stop(b, err));
-    loci_sketch_train(b->x, b->tokens, b->dim, b->pool, means + 2 * b->dim, b->word);
+    loci_sketch_train(b->x, b->tokens, b->dim, b->kernels, b->pool, means + 2 * b->dim, b->word);
     for_each(b, b->root_count, write_sketches);
     header->hash_roots = loci_hash_bytes(
         b->blob + header->roots_at, header->roots * (sizeof(loci_root) + loci_node_stride(b->dim)));
@@ -530,7 +531,10 @@ void loci_pair_job_free(loci_pair_job *job) {
 }
 
 static loci_status begin(build *b, loci_error *err) {
+    loci_cpu_isa isa;
     LOCI_TRY(check_shape(b, err));
+    LOCI_TRY(loci_cpu_isa_detect(b->options.isa, &isa, err));
+    b->kernels = loci_corpus_kernels_of(isa);
     LOCI_TRY(alloc_all(b, err));
     LOCI_TRY(centre_keys(b, err));
     LOCI_TRY(cluster(b, err));

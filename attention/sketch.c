@@ -4,9 +4,6 @@
  */
 #include "attention/sketch.h"
 
-#include <math.h>
-#include <string.h>
-
 #include "base/pool.h"
 
 #define WORDS LOCI_SKETCH_WORDS
@@ -19,30 +16,10 @@
 typedef struct sketch_job {
     const float *x;
     uint32_t tokens, dim;
+    const loci_corpus_kernels *kernels;
     float *book;
     uint8_t *word;
 } sketch_job;
-
-/* The nearest of 16 codewords for each of TOGETHER tokens: the highest x.c - c.c / 2, the first
- * among equals. */
-static void nearest_of(float (*x)[TOGETHER], const float *book, const float *half_norm,
-                       int32_t *word) {
-    float best[TOGETHER];
-    for (uint32_t t = 0; t < TOGETHER; t++) {
-        best[t] = -INFINITY;
-        word[t] = 0;
-    }
-    for (uint32_t w = 0; w < WORDS; w++) {
-        float score[TOGETHER];
-        for (uint32_t t = 0; t < TOGETHER; t++) score[t] = -half_norm[w];
-        for (uint32_t c = 0; c < CHANNELS; c++)
-            for (uint32_t t = 0; t < TOGETHER; t++) score[t] += x[c][t] * book[c * WORDS + w];
-        for (uint32_t t = 0; t < TOGETHER; t++) {
-            word[t] = score[t] > best[t] ? (int32_t)w : word[t];
-            best[t] = score[t] > best[t] ? score[t] : best[t];
-        }
-    }
-}
 
 static void half_norms(const float *book, float *out) {
     for (uint32_t w = 0; w < WORDS; w++) out[w] = 0.0f;
@@ -51,37 +28,44 @@ static void half_norms(const float *book, float *out) {
             out[w] += 0.5f * book[c * WORDS + w] * book[c * WORDS + w];
 }
 
+/* The tokens of one run of channels that it is trained on, channel by channel, up to a whole number
+ * of lanes. Returns how many there are. */
+static uint32_t take_sample(const sketch_job *job, size_t part, float (*out)[SAMPLE]) {
+    uint32_t n = job->tokens < SAMPLE ? job->tokens : SAMPLE;
+    for (uint32_t t = 0; t < (n + LOCI_LANES - 1) / LOCI_LANES * LOCI_LANES; t++) {
+        uint32_t from = t < n ? t : n - 1;
+        const float *x = job->x + (size_t)from * job->tokens / n * job->dim + part * CHANNELS;
+        for (uint32_t c = 0; c < CHANNELS; c++) out[c][t] = x[c];
+    }
+    return n;
+}
+
 /* K-means of one run of channels. A codeword that nothing is near keeps its place. */
 static void train_part(void *arg, size_t part, unsigned thread) {
     (void)thread;
     sketch_job *job = arg;
-    uint32_t n = job->tokens < SAMPLE ? job->tokens : SAMPLE;
-    float *book = job->book + part * CHANNELS * WORDS, norm[WORDS];
+    float row[CHANNELS][SAMPLE], norm[WORDS];
+    uint8_t word[SAMPLE];
+    uint32_t n = take_sample(job, part, row),
+             padded = (n + LOCI_LANES - 1) / LOCI_LANES * LOCI_LANES;
+    float *book = job->book + part * CHANNELS * WORDS;
     const float *x = job->x + part * CHANNELS;
     for (uint32_t w = 0; w < WORDS; w++) {
         size_t token = (2 * (size_t)w + 1) * job->tokens / (2 * WORDS);
         for (uint32_t c = 0; c < CHANNELS; c++) book[c * WORDS + w] = x[token * job->dim + c];
     }
     for (int round = 0; round < ROUNDS; round++) {
-        double sum[CHANNELS * WORDS] = {0};
+        double sum[WORDS][CHANNELS] = {{0}};
         uint32_t count[WORDS] = {0};
         half_norms(book, norm);
-        for (uint32_t first = 0; first < n; first += TOGETHER) {
-            float row[CHANNELS][TOGETHER] = {{0}};
-            int32_t word[TOGETHER];
-            uint32_t some = n - first < TOGETHER ? n - first : TOGETHER;
-            for (uint32_t t = 0; t < some; t++)
-                for (uint32_t c = 0; c < CHANNELS; c++)
-                    row[c][t] = x[(size_t)(first + t) * job->tokens / n * job->dim + c];
-            nearest_of(row, book, norm, word);
-            for (uint32_t t = 0; t < some; t++) {
-                for (uint32_t c = 0; c < CHANNELS; c++)
-                    sum[c * WORDS + (uint32_t)word[t]] += (double)row[c][t];
-                count[word[t]]++;
-            }
+        job->kernels->nearest_words(word, row[0], SAMPLE, padded, book, norm);
+        for (uint32_t t = 0; t < n; t++) {
+            for (uint32_t c = 0; c < CHANNELS; c++) sum[word[t]][c] += (double)row[c][t];
+            count[word[t]]++;
         }
-        for (uint32_t i = 0; i < CHANNELS * WORDS; i++)
-            if (count[i % WORDS]) book[i] = (float)(sum[i] / count[i % WORDS]);
+        for (uint32_t w = 0; w < WORDS; w++)
+            for (uint32_t c = 0; c < CHANNELS && count[w]; c++)
+                book[c * WORDS + w] = (float)(sum[w][c] / count[w]);
     }
 }
 
@@ -93,23 +77,25 @@ static void assign_chunk(void *arg, size_t index, unsigned thread) {
     for (uint32_t part = 0; part < parts; part++) {
         const float *book = job->book + (size_t)part * CHANNELS * WORDS;
         float norm[WORDS], x[CHANNELS][TOGETHER] = {{0}};
-        int32_t word[TOGETHER];
+        uint8_t word[TOGETHER];
         half_norms(book, norm);
         for (uint32_t first = begin; first < end; first += TOGETHER) {
             uint32_t count = end - first < TOGETHER ? end - first : TOGETHER;
             for (uint32_t t = 0; t < count; t++)
                 for (uint32_t c = 0; c < CHANNELS; c++)
                     x[c][t] = job->x[(size_t)(first + t) * job->dim + part * CHANNELS + c];
-            nearest_of(x, book, norm, word);
+            job->kernels->nearest_words(word, x[0], TOGETHER, TOGETHER, book, norm);
             for (uint32_t t = 0; t < count; t++)
-                job->word[(size_t)(first + t) * parts + part] = (uint8_t)word[t];
+                job->word[(size_t)(first + t) * parts + part] = word[t];
         }
     }
 }
 
-void loci_sketch_train(const float *x, uint32_t tokens, uint32_t dim, struct loci_pool *pool,
-                       float *book, uint8_t *word) {
-    sketch_job job = {.x = x, .tokens = tokens, .dim = dim, .book = book, .word = word};
+void loci_sketch_train(const float *x, uint32_t tokens, uint32_t dim,
+                       const loci_corpus_kernels *kernels, struct loci_pool *pool, float *book,
+                       uint8_t *word) {
+    sketch_job job = {
+        .x = x, .tokens = tokens, .dim = dim, .kernels = kernels, .book = book, .word = word};
     loci_pool_run(pool, loci_sketch_parts(dim), train_part, &job);
     loci_pool_run(pool, (tokens + CHUNK - 1) / CHUNK, assign_chunk, &job);
 }

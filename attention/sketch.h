@@ -2,11 +2,12 @@
  *
  * Sketches: the product quantiser of index.h (Jegou, Douze, Schmid: Product quantization for
  * nearest neighbor search, 2011), trained on what the keys of one pair differ from their roots'
- * centroids. Plain C that no instruction set changes: the same bytes everywhere.
+ * centroids. The same bytes on every instruction set.
  */
 #ifndef LOCI_ATTENTION_SKETCH_H
 #define LOCI_ATTENTION_SKETCH_H
 
+#include "attention/cpu/corpus_kernels.h"
 #include "attention/index_layout.h"
 
 struct loci_pool;
@@ -15,8 +16,9 @@ struct loci_pool;
  * K-means in each run of channels over at most 8,192 evenly spaced tokens, and word
  * [tokens][dim / LOCI_SKETCH_CHANNELS], the nearest codeword of each token and run. The result
  * depends on the arguments only; pool may be NULL. */
-void loci_sketch_train(const float *x, uint32_t tokens, uint32_t dim, struct loci_pool *pool,
-                       float *book, uint8_t *word);
+void loci_sketch_train(const float *x, uint32_t tokens, uint32_t dim,
+                       const loci_corpus_kernels *kernels, struct loci_pool *pool, float *book,
+                       uint8_t *word);
 
 /* Interleaves the words of `tokens` tokens (rows of parts bytes, by ids) into groups: out has
  * loci_sketch_groups(tokens) * loci_sketch_group(dim) zeroed bytes. */

@@ -263,6 +263,39 @@ static size_t count_keys(const uint16_t *key, size_t n, uint16_t least) {
     return count;
 }
 
+/* 16 tokens at a time, all in registers. */
+static void nearest_words(uint8_t *word, const float *x, size_t stride, uint32_t n,
+                          const float *book, const float *half_norm) {
+    for (uint32_t t = 0; t < n; t += 16) {
+        __m256 low[LOCI_SKETCH_CHANNELS], high[LOCI_SKETCH_CHANNELS];
+        __m256 best[2] = {_mm256_set1_ps(-INFINITY), _mm256_set1_ps(-INFINITY)};
+        __m256 at[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++) {
+            low[c] = _mm256_loadu_ps(x + c * stride + t);
+            high[c] = _mm256_loadu_ps(x + c * stride + t + 8);
+        }
+        for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++) {
+            __m256 score[2] = {_mm256_set1_ps(-half_norm[w]), _mm256_set1_ps(-half_norm[w])};
+            __m256 number = _mm256_castsi256_ps(_mm256_set1_epi32((int)w));
+            for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++) {
+                __m256 of = _mm256_set1_ps(book[c * LOCI_SKETCH_WORDS + w]);
+                score[0] = _mm256_add_ps(score[0], _mm256_mul_ps(low[c], of));
+                score[1] = _mm256_add_ps(score[1], _mm256_mul_ps(high[c], of));
+            }
+            for (int h = 0; h < 2; h++) {
+                __m256 better = _mm256_cmp_ps(score[h], best[h], _CMP_GT_OQ);
+                at[h] = _mm256_blendv_ps(at[h], number, better);
+                best[h] = _mm256_max_ps(score[h], best[h]);
+            }
+        }
+        __m256i words = _mm256_packus_epi32(_mm256_castps_si256(at[0]), _mm256_castps_si256(at[1]));
+        words = _mm256_permute4x64_epi64(words, 0xd8);
+        __m128i bytes =
+            _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+        _mm_storeu_si128((void *)(word + t), bytes);
+    }
+}
+
 static size_t list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, size_t stride,
                             uint32_t groups, const uint16_t *least, uint32_t count) {
     return body_list_reaching(out, first, sum, stride, groups, least, count, reaching);
@@ -270,6 +303,7 @@ static size_t list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, 
 
 const loci_corpus_kernels loci_corpus_kernels_avx2 = {
     .sketch_table = body_sketch_table,
+    .nearest_words = nearest_words,
     .sketch_sums = sketch_sums,
     .masked_tops = masked_tops,
     .reaching = reaching,

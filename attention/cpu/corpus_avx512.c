@@ -205,6 +205,42 @@ static void sketch_sums(uint16_t *out, size_t stride, const uint8_t *sketches, u
     body_sketch_sums(out, stride, sketches, groups, parts, table, count, sum_group);
 }
 
+/* 32 tokens at a time where there are so many, all in registers. */
+static inline __attribute__((always_inline)) void nearest_some(uint8_t *word, const float *x,
+                                                               size_t stride, const float *book,
+                                                               const float *half_norm, int count) {
+    __m512 row[LOCI_SKETCH_CHANNELS][2], best[2];
+    __m512i at[2];
+    for (int h = 0; h < count; h++) {
+        best[h] = _mm512_set1_ps(-INFINITY);
+        at[h] = _mm512_setzero_si512();
+        for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++)
+            row[c][h] = _mm512_loadu_ps(x + c * stride + 16 * h);
+    }
+    for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++) {
+        __m512i number = _mm512_set1_epi32((int)w);
+        for (int h = 0; h < count; h++) {
+            __m512 score = _mm512_set1_ps(-half_norm[w]);
+            for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++) {
+                __m512 of = _mm512_set1_ps(book[c * LOCI_SKETCH_WORDS + w]);
+                score = _mm512_add_ps(score, _mm512_mul_ps(row[c][h], of));
+            }
+            __mmask16 better = _mm512_cmp_ps_mask(score, best[h], _CMP_GT_OQ);
+            at[h] = _mm512_mask_mov_epi32(at[h], better, number);
+            best[h] = _mm512_max_ps(score, best[h]);
+        }
+    }
+    for (int h = 0; h < count; h++)
+        _mm_storeu_si128((void *)(word + 16 * h), _mm512_cvtepi32_epi8(at[h]));
+}
+
+static void nearest_words(uint8_t *word, const float *x, size_t stride, uint32_t n,
+                          const float *book, const float *half_norm) {
+    uint32_t t = 0;
+    for (; t + 32 <= n; t += 32) nearest_some(word + t, x + t, stride, book, half_norm, 2);
+    if (t < n) nearest_some(word + t, x + t, stride, book, half_norm, 1);
+}
+
 static void masked_tops(uint16_t *out, const uint16_t *sum, size_t stride, uint32_t count,
                         uint32_t mask) {
     for (uint32_t v = 0; v < count; v++, sum += stride) {
@@ -269,6 +305,7 @@ static size_t count_keys(const uint16_t *key, size_t n, uint16_t least) {
 
 const loci_corpus_kernels loci_corpus_kernels_avx512 = {
     .sketch_table = sketch_table,
+    .nearest_words = nearest_words,
     .sketch_sums = sketch_sums,
     .masked_tops = masked_tops,
     .reaching = reaching,

@@ -8,9 +8,10 @@
  * fixed order without horizontal adds. Block b of an int8 operand is [dim / 4][16][4] bytes,
  * of an f32 operand [dim][16] floats.
  *
- * Estimates (dot_u8, sketch_sums, exp_sub, sum) give the same bits on every instruction set:
- * integers, and elementwise f32 without contraction. Exact attention (dot_f32, add_values) uses
- * fused multiply-add where there is one and agrees to rounding. Pure functions, no state.
+ * Estimates (dot_u8, sketch_sums, nearest_words, exp_sub, sum) give the same bits on every
+ * instruction set: integers, and elementwise f32 without contraction. Exact attention (dot_f32,
+ * add_values) uses fused multiply-add where there is one and agrees to rounding. Pure functions, no
+ * state.
  */
 #ifndef LOCI_ATTENTION_CPU_CORPUS_KERNELS_H
 #define LOCI_ATTENTION_CPU_CORPUS_KERNELS_H
@@ -74,6 +75,11 @@ typedef struct loci_corpus_kernels {
     /* Products of q's channels with the codewords of each part, less the least of their part, in
      * steps of a 255th of the widest part. book as in index.h. */
     void (*sketch_table)(loci_sketch_table *out, const float *q, const float *book, uint32_t parts);
+    /* Which of a part's codewords is nearest to each of n tokens (a multiple of LOCI_LANES): that
+     * of the highest x.c - half_norm, the first among equals. x: [LOCI_SKETCH_CHANNELS][stride];
+     * book: [LOCI_SKETCH_CHANNELS][LOCI_SKETCH_WORDS]. */
+    void (*nearest_words)(uint8_t *word, const float *x, size_t stride, uint32_t n,
+                          const float *book, const float *half_norm);
     /* out[v * stride + 32 g + t] = sum over parts p of table[v][p][word of token t of group g],
      * for v < count <= LOCI_SKETCH_VECTORS; sketches as in index.h, 4 <= parts <= 64 and a multiple
      * of 4. */

@@ -71,6 +71,26 @@ static void sketch_sums(uint16_t *out, size_t stride, const uint8_t *sketches, u
     }
 }
 
+static void nearest_words(uint8_t *word, const float *x, size_t stride, uint32_t n,
+                          const float *book, const float *half_norm) {
+    for (uint32_t t = 0; t < n; t += LOCI_LANES) {
+        float best[LOCI_LANES], score[LOCI_LANES];
+        int32_t at[LOCI_LANES] = {0};
+        for (uint32_t l = 0; l < LOCI_LANES; l++) best[l] = -INFINITY;
+        for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++) {
+            for (uint32_t l = 0; l < LOCI_LANES; l++) score[l] = -half_norm[w];
+            for (uint32_t c = 0; c < LOCI_SKETCH_CHANNELS; c++)
+                for (uint32_t l = 0; l < LOCI_LANES; l++)
+                    score[l] += x[c * stride + t + l] * book[c * LOCI_SKETCH_WORDS + w];
+            for (uint32_t l = 0; l < LOCI_LANES; l++) {
+                at[l] = score[l] > best[l] ? (int32_t)w : at[l];
+                best[l] = score[l] > best[l] ? score[l] : best[l];
+            }
+        }
+        for (uint32_t l = 0; l < LOCI_LANES; l++) word[t + l] = (uint8_t)at[l];
+    }
+}
+
 static size_t list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, size_t stride,
                             uint32_t groups, const uint16_t *least, uint32_t count) {
     return body_list_reaching(out, first, sum, stride, groups, least, count, body_reaching);
@@ -78,6 +98,7 @@ static size_t list_reaching(uint32_t *out, uint32_t first, const uint16_t *sum, 
 
 const loci_corpus_kernels loci_corpus_kernels_portable = {
     .sketch_table = body_sketch_table,
+    .nearest_words = nearest_words,
     .sketch_sums = sketch_sums,
     .masked_tops = body_masked_tops,
     .reaching = body_reaching,

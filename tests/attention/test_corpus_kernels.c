@@ -126,6 +126,43 @@ static void test_sketch_sums(void **state) {
     }
 }
 
+/* The nearest codeword of each token, of equal ones the first. */
+static void test_nearest_words(void **state) {
+    (void)state;
+    enum { STRIDE = 112, CHANNELS = LOCI_SKETCH_CHANNELS };
+    uint64_t rng = 23;
+    loci_cpu_isa best = best_isa();
+    for (int round = 0; round < 200; round++) {
+        float x[CHANNELS * STRIDE], book[CHANNELS * LOCI_SKETCH_WORDS], norm[LOCI_SKETCH_WORDS];
+        uint8_t expected[STRIDE], word[STRIDE];
+        uint32_t n = LOCI_LANES * (1 + (uint32_t)(fixture_random(&rng) % (STRIDE / LOCI_LANES)));
+        bool coarse = round % 2 == 0; /* scores that are equal */
+        for (size_t i = 0; i < sizeof x / sizeof *x; i++)
+            x[i] = coarse ? (float)(fixture_random(&rng) % 3) : fixture_uniform(&rng) - 0.5f;
+        for (size_t i = 0; i < sizeof book / sizeof *book; i++)
+            book[i] = coarse ? (float)(fixture_random(&rng) % 2) : fixture_uniform(&rng) - 0.5f;
+        for (uint32_t w = 0; w < LOCI_SKETCH_WORDS; w++)
+            norm[w] = coarse ? (float)(fixture_random(&rng) % 2) : fixture_uniform(&rng);
+        for (uint32_t t = 0; t < n; t++) {
+            float top = -INFINITY;
+            for (uint8_t w = 0; w < LOCI_SKETCH_WORDS; w++) {
+                float score = -norm[w];
+                for (uint32_t c = 0; c < CHANNELS; c++)
+                    score += x[c * STRIDE + t] * book[c * LOCI_SKETCH_WORDS + w];
+                if (score > top) expected[t] = w;
+                if (score > top) top = score;
+            }
+        }
+        for (int isa = 0; isa <= (int)best; isa++) {
+            memset(word, 255, sizeof word);
+            loci_corpus_kernels_of((loci_cpu_isa)isa)
+                ->nearest_words(word, x, STRIDE, n, book, norm);
+            assert_memory_equal(word, expected, n);
+            for (uint32_t t = n; t < STRIDE; t++) assert_int_equal(word[t], 255);
+        }
+    }
+}
+
 /* Keys are scaled, shifted within their bounds and counted. */
 static void test_keys(void **state) {
     (void)state;
@@ -224,7 +261,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_keys),          cmocka_unit_test(test_list_scores),
         cmocka_unit_test(test_sketch_tables), cmocka_unit_test(test_sketch_sums),
-        cmocka_unit_test(test_hash),
+        cmocka_unit_test(test_nearest_words), cmocka_unit_test(test_hash),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
