@@ -13,6 +13,8 @@
 
 #define STAGING_BYTES ((size_t)8 << 20)
 #define CHECK_SLOTS 1024u /* of one task */
+#define READ_SLOTS 128u
+#define COPY_BYTES ((size_t)32 << 10)
 
 /* --- verification ---------------------------------------------------------------------- */
 
@@ -240,37 +242,68 @@ static loci_status send_staging(loci_cuda_staging *staging, size_t turn, uint8_t
     return loci_cuda_try(cudaEventRecord(staging->copied[turn], staging->stream), "cudaEvent", err);
 }
 
-static loci_status copy_bytes(loci_cuda_staging *staging, uint8_t *to, const uint8_t *from,
-                              size_t bytes, loci_error *err) {
+typedef struct copy_job {
+    uint8_t *to;
+    const uint8_t *from;
+    size_t bytes;
+} copy_job;
+
+static void copy_some(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    const copy_job *job = arg;
+    size_t at = index * COPY_BYTES, left = job->bytes - at;
+    memcpy(job->to + at, job->from + at, left < COPY_BYTES ? left : COPY_BYTES);
+}
+
+static loci_status copy_bytes(loci_cuda_staging *staging, loci_pool *pool, uint8_t *to,
+                              const uint8_t *from, size_t bytes, loci_error *err) {
     for (size_t at = 0, turn = 0; at < bytes; turn = 1 - turn) {
         size_t count = bytes - at < STAGING_BYTES ? bytes - at : STAGING_BYTES;
         LOCI_TRY(take_staging(staging, turn, err));
-        memcpy(staging->memory[turn], from + at, count);
+        copy_job job = {staging->memory[turn], from + at, count};
+        loci_pool_run(pool, (count + COPY_BYTES - 1) / COPY_BYTES, copy_some, &job);
         LOCI_TRY(send_staging(staging, turn, to + at, count, err));
         at += count;
     }
     return loci_cuda_try(cudaStreamSynchronize(staging->stream), "cudaMemcpy", err);
 }
 
-/* K and V of `count` slots as bf16, which those of an int8 pair are read back as. */
-static void read_rows(const uint8_t *blob, uint32_t slot, uint32_t count, uint8_t *to) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
+typedef struct read_job {
+    const uint8_t *blob;
+    uint32_t slot, count;
+    uint8_t *to;
+} read_job;
+
+static void read_some(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    const read_job *job = arg;
+    const loci_pair_header *header = loci_pair_header_of(job->blob);
     size_t row = loci_kv_stride(header->head_dim, LOCI_BF16);
+    uint32_t at = (uint32_t)index * READ_SLOTS, left = job->count - at;
+    uint32_t count = left < READ_SLOTS ? left : READ_SLOTS;
+    uint8_t *to = job->to + at * row;
     if (header->kv_dtype != LOCI_I8) {
-        memcpy(to, loci_slot_kv(blob, slot), count * row);
+        memcpy(to, loci_slot_kv(job->blob, job->slot + at), count * row);
         return;
     }
     for (uint32_t i = 0; i < count; i++) {
         uint16_t *k = (void *)(to + i * row);
-        loci_slot_read(blob, slot + i, k, k + header->head_dim);
+        loci_slot_read(job->blob, job->slot + at + i, k, k + header->head_dim);
     }
 }
 
-loci_status loci_cuda_blob_put_kv(loci_cuda_staging *staging, const uint8_t *blob, uint8_t *to,
-                                  loci_error *err) {
+/* K and V of `count` slots as bf16, which those of an int8 pair are read back as. */
+static void read_rows(loci_pool *pool, const uint8_t *blob, uint32_t slot, uint32_t count,
+                      uint8_t *to) {
+    read_job job = {blob, slot, count, to};
+    loci_pool_run(pool, (count + READ_SLOTS - 1) / READ_SLOTS, read_some, &job);
+}
+
+loci_status loci_cuda_blob_put_kv(loci_cuda_staging *staging, loci_pool *pool, const uint8_t *blob,
+                                  uint8_t *to, loci_error *err) {
     uint32_t tokens = loci_pair_header_of(blob)->tokens;
     if (!staging) {
-        read_rows(blob, 0, tokens, to);
+        read_rows(pool, blob, 0, tokens, to);
         return LOCI_OK;
     }
     size_t row = loci_kv_stride(loci_pair_header_of(blob)->head_dim, LOCI_BF16), turn = 0;
@@ -278,27 +311,28 @@ loci_status loci_cuda_blob_put_kv(loci_cuda_staging *staging, const uint8_t *blo
     for (uint32_t slot = 0; slot < tokens; turn = 1 - turn) {
         uint32_t count = tokens - slot < most ? tokens - slot : most;
         LOCI_TRY(take_staging(staging, turn, err));
-        read_rows(blob, slot, count, staging->memory[turn]);
+        read_rows(pool, blob, slot, count, staging->memory[turn]);
         LOCI_TRY(send_staging(staging, turn, to + slot * row, count * row, err));
         slot += count;
     }
     return loci_cuda_try(cudaStreamSynchronize(staging->stream), "cudaMemcpy", err);
 }
 
-loci_status loci_cuda_blob_put_index(loci_cuda_staging *staging, const uint8_t *blob,
-                                     uint8_t *device, loci_cuda_pair *out, loci_error *err) {
+loci_status loci_cuda_blob_put_index(loci_cuda_staging *staging, loci_pool *pool,
+                                     const uint8_t *blob, uint8_t *device, loci_cuda_pair *out,
+                                     loci_error *err) {
     extras x;
     uint8_t *memory = NULL;
     if (!make_extras(blob, &x, &memory))
         return loci_fail(err, LOCI_E_NOMEM, "no memory to copy an extent");
     size_t front = rounded(front_bytes(blob)), codes = codes_bytes(blob);
-    loci_status status = copy_bytes(staging, device, blob, front_bytes(blob), err);
+    loci_status status = copy_bytes(staging, pool, device, blob, front_bytes(blob), err);
     if (status == LOCI_OK)
-        status = copy_bytes(staging, device + front,
+        status = copy_bytes(staging, pool, device + front,
                             blob + loci_pair_header_of(blob)->position_codes_at, codes, err);
     if (status == LOCI_OK)
-        status =
-            copy_bytes(staging, device + front + rounded(codes), memory, extras_bytes(&x), err);
+        status = copy_bytes(staging, pool, device + front + rounded(codes), memory,
+                            extras_bytes(&x), err);
     if (status == LOCI_OK) *out = describe(blob, device, &x);
     free(memory);
     return status;

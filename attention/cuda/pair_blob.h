@@ -32,11 +32,12 @@ LOCI_MUST_CHECK loci_status loci_cuda_blob_check_kv(loci_pool *pool, const uint8
 size_t loci_cuda_blob_index_bytes(const uint8_t *blob);
 size_t loci_cuda_blob_kv_bytes(const uint8_t *blob);
 /* Copies the index to the device, of index_bytes, and describes it; kv and frame_of are NULL. */
-LOCI_MUST_CHECK loci_status loci_cuda_blob_put_index(loci_cuda_staging *staging,
+LOCI_MUST_CHECK loci_status loci_cuda_blob_put_index(loci_cuda_staging *staging, loci_pool *pool,
                                                      const uint8_t *blob, uint8_t *device,
                                                      loci_cuda_pair *out, loci_error *err);
 /* K and V to the device, or (staging NULL) to memory of the host. */
-LOCI_MUST_CHECK loci_status loci_cuda_blob_put_kv(loci_cuda_staging *staging, const uint8_t *blob,
-                                                  uint8_t *to, loci_error *err);
+LOCI_MUST_CHECK loci_status loci_cuda_blob_put_kv(loci_cuda_staging *staging, loci_pool *pool,
+                                                  const uint8_t *blob, uint8_t *to,
+                                                  loci_error *err);
 
 #endif

@@ -257,7 +257,8 @@ static loci_status load_index(loci_cuda_pairs *pairs, const uint8_t *blob,
     entry->index_bytes = loci_cuda_blob_index_bytes(blob);
     LOCI_TRY(take_device(pairs, entry->index_bytes, "index", &device, err));
     entry->index = device;
-    loci_status status = loci_cuda_blob_put_index(&pairs->staging, blob, device, &entry->pair, err);
+    loci_status status = loci_cuda_blob_put_index(&pairs->staging, pairs->cuda->pool, blob, device,
+                                                  &entry->pair, err);
     if (status != LOCI_OK) drop_index(pairs, entry);
     return status;
 }
@@ -279,7 +280,8 @@ static loci_status load_kv(loci_cuda_pairs *pairs, const uint8_t *blob, bool bel
     entry->kv_below = host;
     entry->kv_bytes = bytes;
     if (!host) pairs->stats.kv_bytes += bytes;
-    loci_status status = loci_cuda_blob_put_kv(host ? NULL : &pairs->staging, blob, at, err);
+    loci_status status =
+        loci_cuda_blob_put_kv(host ? NULL : &pairs->staging, pairs->cuda->pool, blob, at, err);
     if (status != LOCI_OK) drop_kv(pairs, entry);
     return status;
 }
