@@ -222,13 +222,13 @@ typedef struct loci_pair_work {
                        loci_error *err);
 } loci_pair_work;
 
-/* How many pairs of so many tokens are worth the memory to be begun ahead, since the backend
- * clusters keys while the host writes; 0: it does not. NULL allowed. */
+/* How many pairs of so many tokens are worth the memory to be made ahead of the one that is put, as
+ * the backend clusters keys while the host does the rest; 0: it does not. NULL allowed. */
 #define LOCI_PAIRS_AHEAD_MOST 4u
 uint32_t loci_pairs_ahead(const loci_backend *backend, uint32_t tokens);
 /* Builds `count` pairs, or ends with the first failure. ahead: so many pairs are read, one after
- * another, and begun, on other threads, while one is finished and put, so that the rows and keys of
- * ahead + 1 are held. */
+ * another, and made, on other threads, while one is put, so that rows, keys and blobs of ahead + 1
+ * are held. */
 LOCI_MUST_CHECK loci_status loci_pairs_build(const loci_pair_work *work, uint32_t count,
                                              uint32_t ahead, struct loci_pool *pool,
                                              loci_error *err);

@@ -29,26 +29,29 @@ static uint64_t clustering_memory(uint64_t tokens, uint64_t dim) {
     return tokens * (dim + 36) + (tokens / LOCI_LEAF_TOKENS + 1) * (dim + 16);
 }
 
+static uint64_t blob_memory(uint64_t tokens, uint64_t dim) {
+    uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1;
+    uint64_t node = sizeof(loci_node) + sizeof(loci_root) + 4 * dim;
+    return tokens * (5 * dim + dim / 8 + 15) + leaves * (node + sizeof(loci_leaf)) + 72 * dim +
+           LOCI_BLOCK_ALIGN * 16;
+}
+
 /* Work of one pair's index (attention/index_build.c): keys as f32, lists of tokens, sums; beside
  * them first what clustering needs, then the blob. */
 static uint64_t index_memory(uint64_t tokens, uint64_t dim) {
-    uint64_t leaves = tokens / (LOCI_LEAF_TOKENS / 2) + 1;
-    uint64_t node = sizeof(loci_node) + sizeof(loci_root) + 4 * dim;
     uint64_t clustering = clustering_memory(tokens, dim);
-    uint64_t blob = tokens * (5 * dim + dim / 8 + 15) + leaves * (node + sizeof(loci_leaf)) +
-                    72 * dim + LOCI_BLOCK_ALIGN * 16;
-    uint64_t writing = tokens * (dim / 4) + blob;
+    uint64_t writing = tokens * (dim / 4) + blob_memory(tokens, dim);
     return tokens * (4 * dim + 14) + (clustering > writing ? clustering : writing);
 }
 
-/* What is held of the pairs ahead while one is written (loci_pairs_ahead): keys as f32, lists, what
- * clustering needs if the CPU has to do it, and K and V, unless these are there anyway. A long
- * pair, or all that are ahead of a short one. */
+/* What is held of the pairs ahead while one is put (loci_pairs_ahead): all of their work, what
+ * clustering needs if the CPU has to do it, and K and V, unless these are there anyway. Two long
+ * pairs, or all that are ahead of a short one. */
 static uint64_t overlap_memory(uint64_t tokens, uint64_t dim, bool rows) {
     uint64_t shorter = tokens < LOCI_EXTENT_SEAL_TOKENS ? tokens : LOCI_EXTENT_SEAL_TOKENS;
     uint64_t held = LOCI_PAIRS_AHEAD_MOST * shorter;
-    if (held < tokens) held = tokens;
-    return held * (4 * dim + 14 + (rows ? 4 * dim : 0)) + clustering_memory(held, dim);
+    if (held < 2 * tokens) held = 2 * tokens;
+    return index_memory(held, dim) + held * (rows ? 4 * dim : 0);
 }
 
 /* One pair: its K and V, its index. The list of segments and the slot map of all. */

@@ -160,7 +160,7 @@ static void test_backend_that_clusters(void **state) {
     loci_backend_ops ops = loci_backend_cpu;
     ops.cluster_keys = cluster_keys;
     loci_backend backend = {&ops, NULL};
-    assert_int_equal(loci_pairs_ahead(&backend, 40000), 1);
+    assert_int_equal(loci_pairs_ahead(&backend, 40000), 2);
     assert_int_equal(loci_pairs_ahead(&backend, 32768), LOCI_PAIRS_AHEAD_MOST);
     assert_int_equal(loci_pairs_ahead(NULL, 1), 0);
     assert_int_equal(loci_pairs_ahead(&(loci_backend){&loci_backend_cpu, NULL}, 1), 0);

@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Index building with the cuda backend: pairs of TOKENS tokens (default 1048576), one after another
- * as registration builds them, the next clustered while one is written; nothing goes to disk. One
- * JSON line.
+ * as registration builds them; blobs go nowhere, or, with --write, one behind the other into a file
+ * in DIR that is removed. One JSON line.
  *
- *   bench_cuda_index [--pairs N] [--dim D] [--threads T] [--cpu] [TOKENS]
+ *   bench_cuda_index [--pairs N] [--dim D] [--threads T] [--cpu] [--write DIR] [TOKENS]
  *
  * Rows are a few pairs in turn. ms_pair: mean of all but the first. s_112: that for 28 layers of 4
  * KV heads, reckoned from N pairs (timed: true where N is 112). cluster_ms, finish_ms: one pair
@@ -12,10 +12,12 @@
  * process's time for a pair. hash: of all pairs' headers.
  * --cpu: without the device, one pair after another.
  */
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "attention/cluster.h"
 #include "base/half.h"
@@ -28,6 +30,8 @@
 typedef struct bench {
     uint32_t tokens, dim, pairs, threads;
     bool cpu;
+    const char *write; /* NULL = nowhere */
+    int fd;
     loci_backend *backend;
     uint16_t *k[SETS], *v[SETS];
     uint32_t *slots;
@@ -81,7 +85,8 @@ static loci_status read_pair(void *ctx, uint32_t pair, loci_pair_rows *rows,
 static loci_status put_pair(void *ctx, uint32_t pair, loci_slice blob, uint64_t hash,
                             loci_error *err) {
     bench *b = ctx;
-    (void)err;
+    if (b->write && pwrite(b->fd, blob.data, blob.len, (off_t)b->bytes) != (ssize_t)blob.len)
+        return loci_fail(err, LOCI_E_IO, "cannot write to %s", b->write);
     b->last_put = loci_now_ns();
     if (pair == 0) b->first_put = b->last_put;
     b->bytes += blob.len;
@@ -129,6 +134,10 @@ static bool parse(bench *b, int argc, char **argv) {
             b->cpu = true;
             continue;
         }
+        if (strcmp(argv[i], "--write") == 0 && i + 1 < argc) {
+            b->write = argv[++i];
+            continue;
+        }
         static const char *const names[] = {"--pairs", "--dim", "--threads"};
         uint32_t *numbers[] = {&b->pairs, &b->dim, &b->threads};
         for (size_t n = 0; n < 3 && to == &b->tokens; n++)
@@ -143,9 +152,8 @@ static bool parse(bench *b, int argc, char **argv) {
 int main(int argc, char **argv) {
     bench b = {.tokens = 1u << 20, .dim = 128, .pairs = 8};
     if (!parse(&b, argc, argv)) {
-        (void)fprintf(
-            stderr,
-            "usage: bench_cuda_index [--pairs N] [--dim D] [--threads T] [--cpu] [TOKENS]\n");
+        (void)fprintf(stderr, "usage: bench_cuda_index [--pairs N] [--dim D] [--threads T] [--cpu] "
+                              "[--write DIR] [TOKENS]\n");
         return 2;
     }
     loci_backend_options options = {.threads = b.threads};
@@ -156,6 +164,11 @@ int main(int argc, char **argv) {
     }
     b.slots = need(malloc(b.tokens * sizeof *b.slots));
     for (uint32_t t = 0; t < b.tokens; t++) b.slots[t] = t / 255 << 16 | t % 255;
+    b.fd = b.write ? open(b.write, O_TMPFILE | O_RDWR, 0600) : -1;
+    if (b.write && b.fd < 0) {
+        (void)fprintf(stderr, "bench_cuda_index: cannot make a file in %s\n", b.write);
+        return 1;
+    }
     double cluster_ms, finish_ms, whole_ms;
     time_parts(&b, &cluster_ms, &finish_ms, &whole_ms); /* the first call pays for more */
     time_parts(&b, &cluster_ms, &finish_ms, &whole_ms);
