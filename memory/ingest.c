@@ -196,6 +196,7 @@ static loci_status one_batch(loci_ingest *ingest, loci_corpus *corpus, loci_pipe
 static loci_status flush(loci_ingest *ingest, loci_corpus *corpus, loci_pipeline *pipeline,
                          loci_error *err) {
     loci_pipeline_counts before = loci_pipeline_count(pipeline);
+    if (loci_pipeline_sealing(pipeline)) set_stage(ingest, corpus->uid, "indexing");
     loci_status status = loci_pipeline_flush(pipeline, err);
     loci_pipeline_counts now = loci_pipeline_count(pipeline);
     add_counts(ingest, corpus->uid, &before, &now, 0);
@@ -225,8 +226,10 @@ static loci_status index_documents(loci_ingest *ingest, loci_corpus *corpus,
         if (!more) break;
         uint64_t pending = pending_of(corpus), now = loci_now_ns();
         if (!loci_pipeline_dirty(pipeline)) flushed = now;
+        /* What comes after an extent that is being sealed cannot be committed before it. */
         if (corpus->geometry.causal ||
-            loci_flush_due(pending, loci_pipeline_documents(pipeline), now - flushed)) {
+            (!loci_pipeline_sealing(pipeline) &&
+             loci_flush_due(pending, loci_pipeline_documents(pipeline), now - flushed))) {
             LOCI_TRY(flush(ingest, corpus, pipeline, err));
             flushed = now;
         }

@@ -29,7 +29,9 @@
  *   it: neither loci_ingest_settle nor a document. Merged ones that are a quarter dead are
  *   rewritten by the merger. (With so short segments that LOCI_EXTENT_SEGMENTS_MAX binds, which are
  *   merged may depend on when.)
- * - Work never holds more than the builder and one encode batch in memory.
+ * - Work never holds more than the builder and one encode batch in memory, or two builders: where
+ *   there is room (seal_beside), a full extent is clustered and written while the segments of the
+ *   next are encoded. Commits come in the same order, with the same bytes.
  * - A causal corpus is committed batch by batch, none of which holds tokens of two documents: what
  * a batch is encoded after is all in the store. Where batches end changes how floating-point sums
  *   are rounded, so after an interruption K and V may differ in their last bit; in int8 also by
@@ -76,9 +78,9 @@ typedef struct loci_encoder {
 typedef struct loci_ingest loci_ingest;
 
 /* The most memory that registration holds for a corpus of this geometry, what the encoder itself
- * takes not counted: one document, one batch, two extents' worth of segments, one index being
- * built; and one merge. document_bytes_max, extent_tokens, extent_kv_bytes and merge_tokens of the
- * options count. */
+ * takes not counted: one document, one batch, two extents' worth of segments (three with
+ * seal_beside), one index being built; and one merge. document_bytes_max, extent_tokens,
+ * extent_kv_bytes, merge_tokens, pairs_overlap and seal_beside of the options count. */
 uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_options *options);
 /* The largest merge, a power of two of sealed extents, that fits into so many bytes: for
  * merge_tokens of the options. 0 = none. */

@@ -5,6 +5,10 @@
  * Three cursors: the manifest's (committed), `cursor` (after the last segment in the builder) and
  * `ahead` (after the last segment in the batch). Each segment of a batch carries the cursor that
  * holds after it, so that a commit may fall between any two.
+ *
+ * A full extent is taken out of the builder and made, on a thread of its own where the store's
+ * options have room for it, while the next one is encoded into another builder. No more than one:
+ * who would begin another, or commit anything that comes after it, waits for it.
  */
 #include "memory/pipeline.h"
 
@@ -36,6 +40,21 @@ typedef struct encode_batch {
     bool encoded;
 } encode_batch;
 
+/* A full extent being made. */
+typedef struct seal_job {
+    const struct loci_pipeline *pipeline;
+    loci_builder *builder;            /* its segments; empty when there is none */
+    loci_cursor cursor;               /* after the last of these */
+    loci_indexed_document *documents; /* complete with it; ascending */
+    size_t document_count, document_capacity;
+    pthread_t thread;
+    bool running; /* on that thread, which was not joined yet */
+    atomic_bool ended;
+    bool failed; /* its segments are not committed */
+    loci_status status;
+    loci_error err;
+} seal_job;
+
 struct loci_pipeline {
     loci_corpus *corpus;
     const loci_encoder *encoder;
@@ -50,6 +69,7 @@ struct loci_pipeline {
     loci_builder *builder;
     loci_indexed_document *documents; /* complete, not committed; ascending */
     size_t document_count, document_capacity;
+    seal_job seal;
 
     bool open; /* `document` and `text` are those of ahead.sequence */
     loci_document document;
@@ -109,11 +129,14 @@ loci_status loci_pipeline_open(loci_corpus *corpus, const loci_encoder *encoder,
     uint32_t pairs = corpus->geometry.retrieval_layers * corpus->geometry.kv_heads;
     pipeline->k = calloc(pairs, sizeof *pipeline->k);
     pipeline->v = calloc(pairs, sizeof *pipeline->v);
+    pipeline->seal.pipeline = pipeline;
     loci_status status = LOCI_E_NOMEM;
     if (pipeline->k && pipeline->v)
         status = loci_builder_create(&corpus->geometry, &pipeline->builder, err);
     else
         loci_fail(err, status, "no memory for the pipeline");
+    if (status == LOCI_OK)
+        status = loci_builder_create(&corpus->geometry, &pipeline->seal.builder, err);
     if (status != LOCI_OK) {
         loci_pipeline_close(pipeline);
         return status;
@@ -128,6 +151,7 @@ loci_status loci_pipeline_open(loci_corpus *corpus, const loci_encoder *encoder,
 void loci_pipeline_close(loci_pipeline *pipeline) {
     if (!pipeline) return;
     const loci_geometry *geometry = &pipeline->corpus->geometry;
+    if (pipeline->seal.running) pthread_join(pipeline->seal.thread, NULL);
     for (uint32_t p = 0; p < geometry->retrieval_layers * geometry->kv_heads; p++) {
         if (pipeline->k) free(pipeline->k[p]);
         if (pipeline->v) free(pipeline->v[p]);
@@ -138,8 +162,10 @@ void loci_pipeline_close(loci_pipeline *pipeline) {
     free(pipeline->batch.begin);
     free(pipeline->batch.segments);
     free(pipeline->documents);
+    free(pipeline->seal.documents);
     loci_buf_fini(&pipeline->text);
     loci_builder_destroy(pipeline->builder);
+    loci_builder_destroy(pipeline->seal.builder);
     loci_corpus_release(pipeline->corpus);
     free(pipeline);
 }
@@ -154,6 +180,10 @@ size_t loci_pipeline_documents(const loci_pipeline *pipeline) {
 
 bool loci_pipeline_dirty(const loci_pipeline *pipeline) {
     return pipeline->builder->segment_count > 0 || pipeline->document_count > 0;
+}
+
+bool loci_pipeline_sealing(const loci_pipeline *pipeline) {
+    return pipeline->seal.running;
 }
 
 /* --- Splitting -------------------------------------------------------------------------- */
@@ -345,8 +375,12 @@ static loci_status check_length(loci_pipeline *pipeline, loci_error *err) {
         pipeline->document.id, corpus->name, (unsigned long long)most);
 }
 
+static loci_status await_seal(loci_pipeline *pipeline, loci_error *err);
+
 loci_status loci_pipeline_gather(loci_pipeline *pipeline, bool *more, loci_error *err) {
     encode_batch *batch = &pipeline->batch;
+    if (pipeline->seal.running && atomic_load(&pipeline->seal.ended))
+        LOCI_TRY(await_seal(pipeline, err));
     batch->count = batch->token_count = 0;
     batch->encoded = false;
     size_t documents = pipeline->document_count;
@@ -429,11 +463,14 @@ loci_status loci_pipeline_encode(loci_pipeline *pipeline, loci_error *err) {
 /* --- Taking in and committing ------------------------------------------------------------------
  */
 
-/* Whether `more` further tokens fit in the extent that is being filled. */
+/* Whether `more` further tokens fit in the extent that is being filled. The one that is being made
+ * leaves no tail. */
 static bool fits(const loci_pipeline *pipeline, uint32_t more) {
     loci_corpus *corpus = pipeline->corpus;
+    uint32_t tail = 0;
     pthread_mutex_lock(&corpus->lock);
-    uint32_t tail = loci_tail_tokens(corpus->manifest, corpus->extent_tokens_max);
+    if (!pipeline->seal.running)
+        tail = loci_tail_tokens(corpus->manifest, corpus->extent_tokens_max);
     pthread_mutex_unlock(&corpus->lock);
     return tail + pipeline->builder->tokens + more <= corpus->extent_tokens_max;
 }
@@ -445,39 +482,103 @@ bool loci_pipeline_will_seal(const loci_pipeline *pipeline) {
     return !fits(pipeline, tokens);
 }
 
-static loci_fresh fresh_of(const loci_pipeline *pipeline) {
-    return (loci_fresh){pipeline->builder, pipeline->cursor, pipeline->documents,
-                        pipeline->document_count};
+/* The documents that are complete at the cursor. */
+static size_t complete_at(const loci_pipeline *pipeline, loci_cursor cursor) {
+    return loci_sequence_place(pipeline->documents, pipeline->document_count,
+                               sizeof *pipeline->documents, cursor.sequence);
 }
 
-static void committed(loci_pipeline *pipeline) {
-    pipeline->counts.tokens_indexed += pipeline->builder->tokens;
-    pipeline->counts.segments_indexed += pipeline->builder->segment_count;
-    loci_builder_clear(pipeline->builder);
-    size_t done = 0;
-    while (done < pipeline->document_count &&
-           pipeline->documents[done].sequence < pipeline->cursor.sequence)
-        done++;
-    if (done == 0) return;
-    pipeline->document_count -= done;
-    memmove(pipeline->documents, pipeline->documents + done,
+static void drop_documents(loci_pipeline *pipeline, size_t count) {
+    if (count == 0) return;
+    pipeline->document_count -= count;
+    memmove(pipeline->documents, pipeline->documents + count,
             pipeline->document_count * sizeof *pipeline->documents);
 }
 
-static loci_status seal_full(loci_pipeline *pipeline, loci_error *err) {
+static void count_committed(loci_pipeline *pipeline, loci_builder *builder) {
+    pipeline->counts.tokens_indexed += builder->tokens;
+    pipeline->counts.segments_indexed += builder->segment_count;
+    loci_builder_clear(builder);
+}
+
+static loci_fresh fresh_of_seal(const seal_job *seal) {
+    return (loci_fresh){seal->builder, seal->cursor, seal->documents, seal->document_count};
+}
+
+/* On the job's own thread or the pipeline's. */
+static void *run_seal(void *arg) {
+    seal_job *seal = arg;
+    const loci_pipeline *pipeline = seal->pipeline;
     loci_corpus *corpus = pipeline->corpus;
-    loci_fresh fresh = fresh_of(pipeline);
-    loci_status status = LOCI_E_ABORTED;
-    while (status == LOCI_E_ABORTED) {
-        LOCI_TRY(loci_cancel_check(pipeline->cancel));
+    loci_fresh fresh = fresh_of_seal(seal);
+    seal->status = LOCI_E_ABORTED;
+    while (seal->status == LOCI_E_ABORTED) {
+        seal->status = loci_cancel_check(pipeline->cancel);
+        if (seal->status != LOCI_OK) {
+            loci_fail(&seal->err, seal->status, "indexing of corpus %s was stopped", corpus->name);
+            break;
+        }
         loci_manifest *base = loci_corpus_manifest(corpus);
         loci_rebuild_plan plan = loci_tail_plan(base, corpus->extent_tokens_max);
-        status =
-            loci_rebuild(corpus, base, &plan, &fresh, true, pipeline->pool, pipeline->cancel, err);
+        seal->status = loci_rebuild(corpus, base, &plan, &fresh, true, pipeline->pool,
+                                    pipeline->cancel, &seal->err);
         loci_manifest_unref(base);
     }
-    if (status == LOCI_OK) committed(pipeline);
-    return status;
+    atomic_store(&seal->ended, true);
+    return NULL;
+}
+
+static void swap_builders(loci_pipeline *pipeline) {
+    loci_builder *other = pipeline->builder;
+    pipeline->builder = pipeline->seal.builder;
+    pipeline->seal.builder = other;
+}
+
+static loci_status end_seal(loci_pipeline *pipeline, loci_error *err) {
+    seal_job *seal = &pipeline->seal;
+    seal->failed = seal->status != LOCI_OK;
+    if (seal->failed) {
+        if (err) *err = seal->err;
+        return seal->status;
+    }
+    count_committed(pipeline, seal->builder);
+    seal->document_count = 0;
+    if (pipeline->builder->segment_count == 0) swap_builders(pipeline); /* the one with memory */
+    return LOCI_OK;
+}
+
+/* Waits for the extent that is being made, if there is one. */
+static loci_status await_seal(loci_pipeline *pipeline, loci_error *err) {
+    seal_job *seal = &pipeline->seal;
+    if (!seal->running) return LOCI_OK;
+    pthread_join(seal->thread, NULL);
+    seal->running = false;
+    return end_seal(pipeline, err);
+}
+
+/* Takes what was gathered out of the builder and makes an extent of it: all of that, or what is
+ * left to another thread. */
+static loci_status seal_full(loci_pipeline *pipeline, loci_error *err) {
+    seal_job *seal = &pipeline->seal;
+    LOCI_TRY(await_seal(pipeline, err));
+    size_t complete = complete_at(pipeline, pipeline->cursor);
+    if (complete > seal->document_capacity) {
+        loci_indexed_document *grown = realloc(seal->documents, complete * sizeof *grown);
+        if (!grown) return no_memory(pipeline, err);
+        seal->documents = grown;
+        seal->document_capacity = complete;
+    }
+    if (complete) memcpy(seal->documents, pipeline->documents, complete * sizeof *seal->documents);
+    seal->document_count = complete;
+    drop_documents(pipeline, complete);
+    seal->cursor = pipeline->cursor;
+    swap_builders(pipeline);
+    atomic_store(&seal->ended, false);
+    bool beside = pipeline->corpus->store->options.seal_beside && !pipeline->causal;
+    seal->running = beside && pthread_create(&seal->thread, NULL, run_seal, seal) == 0;
+    if (seal->running) return LOCI_OK;
+    run_seal(seal);
+    return end_seal(pipeline, err);
 }
 
 /* Rows on their way from the batch to the builder. */
@@ -521,10 +622,28 @@ loci_status loci_pipeline_append(loci_pipeline *pipeline, loci_error *err) {
     return LOCI_OK;
 }
 
+/* What could not be made an extent of is kept as flat segments. What came after it would not fit
+ * beside it: that will be encoded again. */
+static loci_status keep_failed(loci_pipeline *pipeline, loci_error *err) {
+    seal_job *seal = &pipeline->seal;
+    loci_fresh fresh = fresh_of_seal(seal);
+    loci_status status = loci_commit_flat(pipeline->corpus, &fresh, err);
+    if (status == LOCI_OK) count_committed(pipeline, seal->builder);
+    return status;
+}
+
 loci_status loci_pipeline_flush(loci_pipeline *pipeline, loci_error *err) {
+    loci_status status = await_seal(pipeline, err);
+    if (pipeline->seal.failed) {
+        loci_error other;
+        loci_status kept = keep_failed(pipeline, status == LOCI_OK ? err : &other);
+        return status == LOCI_OK ? kept : status;
+    }
     if (!loci_pipeline_dirty(pipeline)) return LOCI_OK;
-    loci_fresh fresh = fresh_of(pipeline);
+    loci_fresh fresh = {pipeline->builder, pipeline->cursor, pipeline->documents,
+                        pipeline->document_count};
     LOCI_TRY(loci_commit_flat(pipeline->corpus, &fresh, err));
-    committed(pipeline);
+    count_committed(pipeline, pipeline->builder);
+    drop_documents(pipeline, complete_at(pipeline, pipeline->cursor));
     return LOCI_OK;
 }

@@ -74,6 +74,8 @@ typedef struct loci_store_options {
                                     bounds; default 256 MiB */
     uint32_t merge_tokens;       /* most of a merged one; default (and most) 1 << 22, 0 = none is */
     bool pairs_overlap;          /* the backend has loci_pairs_ahead: that takes memory */
+    bool seal_beside;            /* a full extent is made while the next is encoded: that takes
+                                    the memory of one more */
     uint32_t merge_calm_ms;      /* without a change before a merge begins; default 3000 */
     const char *fingerprint;     /* of the node's model, for the figures below; NULL = none */
     loci_budget *budget;         /* snapshots reserve their memory there; NULL = not counted */

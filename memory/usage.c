@@ -71,7 +71,8 @@ uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_opti
     uint64_t batch =
         loci_pipeline_batch_tokens(geometry, options) + 2ull * geometry->segment_tokens;
     uint64_t rows = power_of_two(extent < 1024 ? 1024 : extent); /* of a builder */
-    return power_of_two(options->document_bytes_max) + batch * (kv + 64) + 2 * rows * kv +
+    return power_of_two(options->document_bytes_max) + batch * (kv + 64) +
+           (options->seal_beside ? 3 : 2) * rows * kv +
            extent * dim * 4 /* K and V of a pair, read back */ + index_memory(extent, dim) +
            (options->pairs_overlap ? overlap_memory(extent, dim, false) : 0) +
            merge_memory(geometry, options, options->merge_tokens);

@@ -262,6 +262,7 @@ static loci_status open_store(loci_engine *engine, const char *data, loci_error 
     options.document_bytes_max = engine->plan.document_bytes_max;
     options.extent_kv_bytes = engine->plan.extent_kv_bytes;
     options.merge_tokens = engine->plan.merge_tokens;
+    options.seal_beside = engine->plan.seal_beside;
     options.budget = engine->budget;
     options.fingerprint = engine->geometry.fingerprint;
     LOCI_TRY(loci_store_open(data, &options, engine->backend, &engine->store, err));

@@ -120,6 +120,7 @@ static uint64_t registration_bytes(const loci_plan_request *r, const loci_plan *
     options.extent_kv_bytes = plan->extent_kv_bytes;
     options.merge_tokens = plan->merge_tokens;
     options.pairs_overlap = r->pairs_overlap;
+    options.seal_beside = plan->seal_beside;
     return loci_ingest_memory(r->geometry, &options) +
            loci_plan_encode_bytes(r->config, r->on_device, ENCODE_ROWS) + 4 * MIB;
 }
@@ -136,10 +137,13 @@ static unsigned long long mib(uint64_t bytes) {
     return round_up(bytes, MIB) / MIB;
 }
 
-/* Extents of models with large K and V are as long as those of others where there is memory: fewer
- * ones are clustered, and merged, in less time. */
+/* A device clusters and encodes at the same time. Extents of models with large K and V are as long
+ * as those of others where there is memory: fewer ones are clustered, and merged, in less time. */
 static void grow_extents(const loci_plan_request *request, uint64_t over, loci_plan *plan) {
-    uint64_t least = registration_bytes(request, plan), present = least;
+    uint64_t least = registration_bytes(request, plan);
+    plan->seal_beside = request->pairs_overlap;
+    if (registration_bytes(request, plan) - least > over / 16) plan->seal_beside = false;
+    uint64_t present = registration_bytes(request, plan);
     for (;;) {
         loci_plan more = *plan;
         more.extent_kv_bytes *= 2;

@@ -40,6 +40,7 @@ typedef struct loci_plan {
     uint64_t also_slot; /* of the other model; its weights are part of `model` */
     uint64_t document_bytes_max;
     uint64_t extent_kv_bytes; /* of a sealed extent */
+    bool seal_beside;         /* a full extent is made while the next is encoded */
     uint32_t merge_tokens;    /* of the largest extent that is merged; 0 = none is */
 } loci_plan;
 

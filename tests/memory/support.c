@@ -118,6 +118,7 @@ static loci_status fake_encode(void *ctx, const uint32_t *tokens, const uint32_t
                                const loci_cancel *cancel, loci_error *err) {
     fixture *f = ctx;
     loci_geometry geometry = f->encoder.geometry;
+    f->encodes++;
     if (f->fail_encodes > 0) {
         f->fail_encodes--;
         return loci_fail(err, LOCI_E_INTERNAL, "the fake encoder was told to fail");
@@ -165,6 +166,7 @@ void fixture_init(fixture *f, const char *dir) {
     f->options.extent_tokens = EXTENT_TOKENS;
     f->options.merge_tokens = 0; /* test_merge.c merges */
     f->options.merge_calm_ms = 20;
+    f->options.seal_beside = true; /* services/ registers without */
 }
 
 void make_crash_directory(const char *name, char out[64]) {

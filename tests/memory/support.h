@@ -46,6 +46,7 @@ typedef struct fixture {
     /* Settings of the encoder. */
     atomic_uint fail_encodes; /* so many encodes fail first */
     atomic_uint encode_ms;    /* each takes so long */
+    atomic_uint encodes;      /* that were begun */
     /* Called once, at the next time when the backend is given memory. */
     void (*on_wrap)(struct fixture *f);
     loci_split split;

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "attention/cluster.h"
 #include "base/clock.h"
 #include "memory/pipeline.h"
 
@@ -460,6 +461,61 @@ static void test_a_small_document_does_not_wait_for_a_long_one(void **state) {
     check_snapshot(f, "long");
 }
 
+/* Clusters the first keys only when so many batches were begun, or fails then if it is told to. */
+static atomic_uint cluster_after;
+static atomic_bool cluster_fails, cluster_waited;
+
+static loci_status cluster_late(loci_backend *self, const loci_keys *keys, loci_clusters *out,
+                                loci_error *err) {
+    fixture *f = self->ctx;
+    uint64_t end = loci_now_ns() + 10000000000ull;
+    unsigned after = atomic_exchange(&cluster_after, 0);
+    while (f->encodes < after && loci_now_ns() < end) loci_sleep_ms(1);
+    if (after) cluster_waited = f->encodes >= after;
+    if (after && cluster_fails) return loci_fail(err, LOCI_E_INTERNAL, "the device is out");
+    return loci_cluster_keys(keys, NULL, NULL, out, err);
+}
+
+/* The next segments are encoded while an extent is made. If that fails, what it was of is kept,
+ * what was encoded meanwhile is not, and the end is the same. */
+static void test_an_extent_is_made_beside(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_ingest_progress progress;
+    static loci_backend_ops ops;
+    ops = fake_clustering_ops;
+    ops.cluster_keys = cluster_late;
+    f->backend.ops = &ops;
+    /* A batch is a quarter of an extent; the fifth says that the first extent is full. */
+    f->options.extent_kv_bytes = EXTENT_TOKENS * 256;
+    fixture_open(f);
+    fixture_create(f, "straight");
+    fixture_create(f, "fails");
+    fixture_start(f);
+    cluster_fails = cluster_waited = false;
+    cluster_after = f->encodes + 7;
+    put_text(f, "straight", "x", 3, 6 * EXTENT_TOKENS);
+    put_text(f, "straight", "y", 4, 700);
+    wait_settled(f, "straight");
+    assert_true(cluster_waited);
+    uint64_t expected = check_snapshot(f, "straight");
+    cluster_waited = false;
+    cluster_fails = true;
+    cluster_after = f->encodes + 7;
+    put_text(f, "fails", "x", 3, 6 * EXTENT_TOKENS);
+    put_text(f, "fails", "y", 4, 700);
+    loci_ingest_wake(f->ingest);
+    assert_ok(loci_ingest_progress_of(f->ingest, "fails", &progress, &err));
+    uint64_t end = loci_now_ns() + 20000000000ull;
+    while (progress.failure.status == LOCI_OK && loci_now_ns() < end)
+        assert_ok(loci_ingest_wait(f->ingest, "fails", 1000, &progress, &err));
+    assert_int_equal(progress.failure.status, LOCI_E_INTERNAL);
+    assert_non_null(strstr(progress.failure.text, "the device is out"));
+    assert_true(cluster_waited);
+    wait_settled(f, "fails");
+    assert_int_equal(check_snapshot(f, "fails"), expected);
+}
+
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, fixture_setup, fixture_teardown)
     const struct CMUnitTest tests[] = {
@@ -479,6 +535,7 @@ int main(void) {
         cmocka_unit_test(test_when_to_flush),
         TEST(test_a_failure_goes_with_its_document),
         TEST(test_a_small_document_does_not_wait_for_a_long_one),
+        TEST(test_an_extent_is_made_beside),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
