@@ -241,11 +241,11 @@ LOCI_MUST_CHECK loci_status loci_pair_open_check(const uint8_t *blob, uint64_t b
 
 /* Reads K and V back in position order (bf16 [tokens][head_dim], int8 ones rounded to that),
  * verifying every record and row.
- * segment_begin: position of the first token of each of `segments`. */
+ * segment_begin: position of the first token of each of `segments`. pool may be NULL. */
 LOCI_MUST_CHECK loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
                                                      const uint32_t *segment_begin,
-                                                     uint32_t segments, uint16_t *k, uint16_t *v,
-                                                     loci_error *err);
+                                                     uint32_t segments, struct loci_pool *pool,
+                                                     uint16_t *k, uint16_t *v, loci_error *err);
 
 /* Sets in bitmap, (tokens + 63) / 64 words, the bit of every slot whose segment is live:
  * segment_dead holds one byte for each of `segments`. Verifies all records. */

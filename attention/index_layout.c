@@ -5,10 +5,14 @@
 #include "attention/index_layout.h"
 
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 #define XXH_INLINE_ALL /* for records, where a call costs more than the hash */
 #include <xxhash.h>
 
+#include "base/pool.h"
+
+#define READ_SLOTS 256u    /* of one task */
 #define KV_LEAST 0x1p-100f /* so that a 127th of it has its full precision */
 
 _Static_assert(sizeof(loci_node) == 8 && sizeof(loci_root) == 40 && sizeof(loci_leaf) == 8,
@@ -292,26 +296,55 @@ static loci_status check_own_header(const uint8_t *blob, uint64_t bytes, loci_er
     return loci_pair_open_check(blob, bytes, loci_pair_header_hash(blob, header->head_dim), err);
 }
 
-loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
-                                     const uint32_t *segment_begin, uint32_t segments, uint16_t *k,
-                                     uint16_t *v, loci_error *err) {
-    LOCI_TRY(check_own_header(blob, bytes, err));
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    uint32_t dim = header->head_dim;
-    for (uint32_t slot = 0; slot < header->tokens; slot++) {
-        if (!loci_slot_check_record(blob, slot))
-            return loci_fail(err, LOCI_E_CORRUPT, "record of slot %u: wrong hash", slot);
-        uint32_t word = loci_slot_word(blob, slot), segment = LOCI_SLOT_SEGMENT(word);
-        uint64_t at = segment < segments ? (uint64_t)segment_begin[segment] + LOCI_SLOT_OFFSET(word)
-                                         : UINT64_MAX;
-        if (at >= header->tokens)
-            return loci_fail(err, LOCI_E_CORRUPT, "slot %u: position %llu of %u", slot,
-                             (unsigned long long)at, header->tokens);
-        if (!loci_slot_check_kv(blob, slot))
-            return loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", slot);
-        loci_slot_read(blob, slot, k + at * dim, v + at * dim);
-    }
+typedef struct read_job {
+    const uint8_t *blob;
+    const uint32_t *segment_begin;
+    uint32_t segments;
+    uint16_t *k, *v;
+    loci_error *errors; /* one a task */
+} read_job;
+
+static loci_status read_slot(const read_job *job, uint32_t slot, loci_error *err) {
+    const loci_pair_header *header = loci_pair_header_of(job->blob);
+    if (!loci_slot_check_record(job->blob, slot))
+        return loci_fail(err, LOCI_E_CORRUPT, "record of slot %u: wrong hash", slot);
+    uint32_t word = loci_slot_word(job->blob, slot), segment = LOCI_SLOT_SEGMENT(word);
+    uint64_t at = segment < job->segments
+                      ? (uint64_t)job->segment_begin[segment] + LOCI_SLOT_OFFSET(word)
+                      : UINT64_MAX;
+    if (at >= header->tokens)
+        return loci_fail(err, LOCI_E_CORRUPT, "slot %u: position %llu of %u", slot,
+                         (unsigned long long)at, header->tokens);
+    if (!loci_slot_check_kv(job->blob, slot))
+        return loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", slot);
+    loci_slot_read(job->blob, slot, job->k + at * header->head_dim, job->v + at * header->head_dim);
     return LOCI_OK;
+}
+
+static void read_slots(void *arg, size_t index, unsigned thread) {
+    (void)thread;
+    const read_job *job = arg;
+    uint32_t tokens = loci_pair_header_of(job->blob)->tokens, from = (uint32_t)index * READ_SLOTS;
+    uint32_t end = tokens - from < READ_SLOTS ? tokens : from + READ_SLOTS;
+    for (uint32_t slot = from; slot < end; slot++)
+        if (read_slot(job, slot, &job->errors[index]) != LOCI_OK) return;
+}
+
+loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
+                                     const uint32_t *segment_begin, uint32_t segments,
+                                     loci_pool *pool, uint16_t *k, uint16_t *v, loci_error *err) {
+    LOCI_TRY(check_own_header(blob, bytes, err));
+    size_t tasks = (loci_pair_header_of(blob)->tokens + READ_SLOTS - 1) / READ_SLOTS;
+    read_job job = {blob, segment_begin, segments, k, v, calloc(tasks, sizeof *job.errors)};
+    if (!job.errors) return loci_fail(err, LOCI_E_NOMEM, "no memory to read a pair");
+    loci_pool_run(pool, tasks, read_slots, &job);
+    loci_status status = LOCI_OK;
+    for (size_t i = 0; i < tasks && status == LOCI_OK; i++) {
+        status = job.errors[i].status;
+        if (status != LOCI_OK && err) *err = job.errors[i];
+    }
+    free(job.errors);
+    return status;
 }
 
 loci_status loci_pair_live(const uint8_t *blob, uint64_t bytes, const uint8_t *segment_dead,

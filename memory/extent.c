@@ -510,11 +510,11 @@ loci_extent_segment loci_extent_segment_at(const loci_extent *extent, uint32_t s
     return out;
 }
 
-loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair, uint16_t *k,
-                                  uint16_t *v, loci_error *err) {
+loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair, struct loci_pool *pool,
+                                  uint16_t *k, uint16_t *v, loci_error *err) {
     loci_status status =
         loci_pair_read_positions(extent->map + extent->pair_at[pair], extent->pair_bytes[pair],
-                                 extent->segment_begin, extent->segments, k, v, err);
+                                 extent->segment_begin, extent->segments, pool, k, v, err);
     LOCI_TRY(loci_extent_check(extent, err));
     if (status != LOCI_OK)
         return loci_fail_prefix(err, status, "pair %u of extent %s", pair, extent->name);

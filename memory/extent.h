@@ -76,9 +76,10 @@ void loci_extent_unref(loci_extent *extent); /* NULL allowed */
 LOCI_MUST_CHECK loci_status loci_extent_check(const loci_extent *extent, loci_error *err);
 
 loci_extent_segment loci_extent_segment_at(const loci_extent *extent, uint32_t segment);
-/* K and V of a pair in position order, verified. */
+/* K and V of a pair in position order, verified. pool may be NULL. */
 LOCI_MUST_CHECK loci_status loci_extent_read_pair(const loci_extent *extent, uint32_t pair,
-                                                  uint16_t *k, uint16_t *v, loci_error *err);
+                                                  struct loci_pool *pool, uint16_t *k, uint16_t *v,
+                                                  loci_error *err);
 /* The bitmaps of live slots where segment_dead, [segments], says what is dead. With a reference;
  * the extent keeps them, too, for the next one who asks for the same. One caller at a time. */
 LOCI_MUST_CHECK loci_status loci_extent_mask(loci_extent *extent, const uint8_t *segment_dead,

@@ -215,7 +215,7 @@ static loci_status read_whole(loci_merger *merger, loci_corpus *corpus,
     if (status == LOCI_OK) status = loci_corpus_extent(corpus, entry, &extent, err);
     for (uint32_t p = 0; status == LOCI_OK && p < extent->pairs; p++) {
         status = stopping(merger) ? loci_fail(err, LOCI_E_CANCELLED, "the process ends")
-                                  : loci_extent_read_pair(extent, p, k, v, err);
+                                  : loci_extent_read_pair(extent, p, NULL, k, v, err);
     }
     loci_extent_unref(extent);
     free(k);

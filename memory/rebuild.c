@@ -30,9 +30,10 @@ typedef struct rebuild {
     const loci_manifest *base; /* what the plan is of */
     const loci_rebuild_plan *plan;
     const loci_fresh *fresh; /* NULL = none */
-    loci_builder *builder;   /* only read once it is filled */
-    bool borrowed;           /* it is that of `fresh` */
-    loci_extent **sources;   /* of a merge, [last - first]; NULL where nothing lives */
+    struct loci_pool *pool;
+    loci_builder *builder; /* only read once it is filled */
+    bool borrowed;         /* it is that of `fresh` */
+    loci_extent **sources; /* of a merge, [last - first]; NULL where nothing lives */
     /* Of a merge: one pair, with room to read each source whole; several in turn where they
      * overlap. */
     uint16_t *k[LOCI_PAIRS_AHEAD_MOST + 1], *v[LOCI_PAIRS_AHEAD_MOST + 1];
@@ -56,9 +57,10 @@ static void keep_live(const loci_extent *extent, const loci_manifest_extent *ent
 }
 
 /* K and V of the live tokens of a pair; k and v have room for all tokens. */
-static loci_status read_live(const loci_extent *extent, const loci_manifest_extent *entry,
-                             uint32_t pair, uint16_t *k, uint16_t *v, loci_error *err) {
-    LOCI_TRY(loci_extent_read_pair(extent, pair, k, v, err));
+static loci_status read_live(const rebuild *r, const loci_extent *extent,
+                             const loci_manifest_extent *entry, uint32_t pair, uint16_t *k,
+                             uint16_t *v, loci_error *err) {
+    LOCI_TRY(loci_extent_read_pair(extent, pair, r->pool, k, v, err));
     keep_live(extent, entry, k);
     keep_live(extent, entry, v);
     return LOCI_OK;
@@ -81,8 +83,10 @@ static loci_status add_live_segments(const loci_extent *extent, const loci_manif
     return LOCI_OK;
 }
 
-static loci_status gather_extent(loci_corpus *corpus, const loci_manifest_extent *entry,
-                                 loci_builder *builder, loci_error *err) {
+static loci_status gather_extent(const rebuild *r, const loci_manifest_extent *entry,
+                                 loci_error *err) {
+    loci_corpus *corpus = r->corpus;
+    loci_builder *builder = r->builder;
     if (entry->dead_tokens == entry->tokens) return LOCI_OK;
     loci_extent *extent = NULL;
     size_t bytes = (size_t)entry->tokens * corpus->geometry.head_dim * sizeof(uint16_t);
@@ -97,7 +101,7 @@ static loci_status gather_extent(loci_corpus *corpus, const loci_manifest_extent
     size_t live = (size_t)loci_extent_live_tokens(entry) * corpus->geometry.head_dim;
     LOCI_TRY_GOTO(add_live_segments(extent, entry, builder, err), out);
     for (uint32_t p = 0; p < builder->pairs; p++) {
-        LOCI_TRY_GOTO(read_live(extent, entry, p, k, v, err), out);
+        LOCI_TRY_GOTO(read_live(r, extent, entry, p, k, v, err), out);
         memcpy(builder->k[p] + first, k, live * sizeof *k);
         memcpy(builder->v[p] + first, v, live * sizeof *v);
     }
@@ -182,7 +186,7 @@ static loci_status gather(rebuild *r, loci_error *err) {
     LOCI_TRY(loci_builder_create(&r->corpus->geometry, &r->builder, err));
     if (plan->merge) return list_sources(r, err);
     for (uint32_t i = plan->first; i < plan->last; i++)
-        LOCI_TRY(gather_extent(r->corpus, &r->base->extents[i], r->builder, err));
+        LOCI_TRY(gather_extent(r, &r->base->extents[i], err));
     for (uint32_t i = 0; plan->tail && i < r->base->flat_count; i++)
         LOCI_TRY(gather_flat(r->corpus, &r->base->flats[i], r->builder, err));
     return r->fresh ? loci_builder_add_all(r->builder, r->fresh->builder, err) : LOCI_OK;
@@ -231,7 +235,8 @@ static loci_status read_sources(void *ctx, uint32_t pair, const uint16_t **k, co
         const loci_manifest_extent *entry = &r->base->extents[i];
         const loci_extent *source = r->sources[i - r->plan->first];
         if (!source) continue;
-        LOCI_TRY(note_damage(r, entry, read_live(source, entry, pair, to_k + at, to_v + at, err)));
+        LOCI_TRY(
+            note_damage(r, entry, read_live(r, source, entry, pair, to_k + at, to_v + at, err)));
         at += (size_t)loci_extent_live_tokens(entry) * source->head_dim;
     }
     *k = to_k;
@@ -509,8 +514,7 @@ static const char *failpoint_of(const loci_rebuild_plan *plan) {
     return plan->rewrite ? "rewrite_commit" : "manifest_commit";
 }
 
-static loci_status seal(rebuild *r, bool partial, struct loci_pool *pool, const loci_cancel *cancel,
-                        loci_error *err) {
+static loci_status seal(rebuild *r, bool partial, const loci_cancel *cancel, loci_error *err) {
     loci_corpus *corpus = r->corpus;
     loci_manifest_extent extent;
     loci_extent *opened = NULL;
@@ -519,7 +523,7 @@ static loci_status seal(rebuild *r, bool partial, struct loci_pool *pool, const 
     if (r->plan->merge) source = (loci_pair_source){r, read_sources};
     if (!claim_extent(r, &extent))
         status = loci_extent_write(corpus->extents_dir, r->builder, source, corpus->store->backend,
-                                   pool, cancel, &extent, err);
+                                   r->pool, cancel, &extent, err);
     else if (r->plan->merge && loci_id_listed(&corpus->apart, extent.id))
         status = loci_fail(err, LOCI_E_CORRUPT, "an extent of the same segments is damaged");
     /* Read back and verified before anything that it replaces goes. */
@@ -561,7 +565,7 @@ static loci_status explain(const rebuild *r, loci_status status) {
 loci_status loci_rebuild(loci_corpus *corpus, const loci_manifest *base,
                          const loci_rebuild_plan *plan, const loci_fresh *fresh, bool full,
                          struct loci_pool *pool, const loci_cancel *cancel, loci_error *err) {
-    rebuild r = {.corpus = corpus, .base = base, .plan = plan, .fresh = fresh};
+    rebuild r = {.corpus = corpus, .base = base, .plan = plan, .fresh = fresh, .pool = pool};
     uint32_t seal_from = loci_tail_seal_tokens(corpus->extent_tokens_max);
     loci_status status = gather(&r, err);
     if (status != LOCI_OK) {
@@ -573,7 +577,7 @@ loci_status loci_rebuild(loci_corpus *corpus, const loci_manifest *base,
         LOCI_TRY_GOTO(write_flats(corpus, r.builder, base->next_flat, err), out);
         status = commit(&r, NULL, failpoint_of(plan), err);
     } else {
-        status = seal(&r, plan->tail && !full, pool, cancel, err);
+        status = seal(&r, plan->tail && !full, cancel, err);
     }
 out:
     rebuild_fini(&r);

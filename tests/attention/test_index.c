@@ -60,7 +60,8 @@ static void test_build_reads_back_at_odd_sizes(void **state) {
         assert_true(header->leaves <= (n + 7) / 8);
         uint16_t *k = malloc((size_t)n * dim * 2), *v = malloc((size_t)n * dim * 2);
         assert_int_equal(loci_pair_read_positions(f.memory[0], f.memory_bytes[0],
-                                                  view->segment_begin, view->segments, k, v, &err),
+                                                  view->segment_begin, view->segments,
+                                                  loci_backend_pool(f.backend), k, v, &err),
                          LOCI_OK);
         assert_memory_equal(k, f.k[0], (size_t)n * dim * 2);
         assert_memory_equal(v, f.v[0], (size_t)n * dim * 2);
@@ -82,7 +83,8 @@ static void test_pairs_of_version_3_are_read(void **state) {
         assert_non_null(k);
         const loci_extent_view *view = &f.views[0];
         assert_int_equal(loci_pair_read_positions(f.memory[0], f.memory_bytes[0],
-                                                  view->segment_begin, view->segments, k, v, &err),
+                                                  view->segment_begin, view->segments,
+                                                  loci_backend_pool(f.backend), k, v, &err),
                          LOCI_OK);
         size_t bytes = f.memory_bytes[0];
         assert_int_equal(fixture_age(&f, &err), LOCI_OK);
@@ -92,8 +94,8 @@ static void test_pairs_of_version_3_are_read(void **state) {
             loci_pair_open_check(f.memory[0], f.memory_bytes[0], view->pair_hash[0], &err),
             LOCI_OK);
         assert_int_equal(loci_pair_read_positions(f.memory[0], f.memory_bytes[0],
-                                                  view->segment_begin, view->segments, old_k, old_v,
-                                                  &err),
+                                                  view->segment_begin, view->segments,
+                                                  loci_backend_pool(f.backend), old_k, old_v, &err),
                          LOCI_OK);
         assert_memory_equal(k, old_k, 2 * 700 * 32 * sizeof *k);
         free(k);
@@ -389,11 +391,11 @@ static void test_every_section_detects_flipped_bits(void **state) {
             if (open != (parts[p].opens ? LOCI_OK : LOCI_E_CORRUPT))
                 fail_msg("part %zu, byte %llu: open_check says %d", p, (unsigned long long)byte,
                          open);
-            loci_status read =
-                open != LOCI_OK
-                    ? LOCI_E_CORRUPT
-                    : loci_pair_read_positions(blob, f.memory_bytes[0], view->segment_begin,
-                                               view->segments, k, v, &err);
+            loci_status read = open != LOCI_OK
+                                   ? LOCI_E_CORRUPT
+                                   : loci_pair_read_positions(
+                                         blob, f.memory_bytes[0], view->segment_begin,
+                                         view->segments, loci_backend_pool(f.backend), k, v, &err);
             if (read != (parts[p].reads ? LOCI_OK : LOCI_E_CORRUPT))
                 fail_msg("part %zu, byte %llu: read_positions says %d", p, (unsigned long long)byte,
                          read);

@@ -91,7 +91,7 @@ static void test_pairs_are_the_same_however_they_came_about(void **state) {
     assert_non_null(k);
     const loci_extent_view *view = &f.views[0];
     assert_int_equal(loci_pair_read_positions(f.memory[0], f.memory_bytes[0], view->segment_begin,
-                                              view->segments, k, v, &err),
+                                              view->segments, NULL, k, v, &err),
                      LOCI_OK);
     assert_true(memcmp(k, f.k[0], values * sizeof *k) != 0);
     uint32_t slots[900];

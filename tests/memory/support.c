@@ -300,7 +300,7 @@ static void read_extent_pair(const loci_extent_view *extent, uint32_t pair, uint
     loci_error err;
     uint64_t at = extent->pair_at[pair];
     assert_ok(loci_pair_read_positions(extent->buffer->data + at, extent->buffer->bytes - at,
-                                       extent->segment_begin, extent->segments, k, v, &err));
+                                       extent->segment_begin, extent->segments, NULL, k, v, &err));
 }
 
 /* int8: rows are what is left of the encoder's. */

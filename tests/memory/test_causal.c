@@ -85,7 +85,7 @@ static uint32_t check_extent(const loci_extent *extent, const uint8_t *dead, uin
     uint16_t *v = malloc((size_t)extent->tokens * DIM * sizeof *v);
     assert_true(k && v);
     for (uint32_t p = 0; p < PAIRS; p++) {
-        assert_ok(loci_extent_read_pair(extent, p, k, v, &err));
+        assert_ok(loci_extent_read_pair(extent, p, NULL, k, v, &err));
         live = 0;
         for (uint32_t s = 0; s < extent->segments; s++) {
             uint32_t end = extent->segment_begin[s + 1];

@@ -122,9 +122,9 @@ static void test_snapshot_outlives_rewrites_and_deletion(void **state) {
     const loci_extent_view *extent = &loci_snapshot_view(pinned)->extents[0];
     uint16_t *k = malloc(EXTENT_TOKENS * 32), *v = malloc(EXTENT_TOKENS * 32);
     for (uint32_t p = 0; p < 4; p++)
-        assert_ok(loci_pair_read_positions(extent->buffer->data + extent->pair_at[p],
-                                           extent->buffer->bytes - extent->pair_at[p],
-                                           extent->segment_begin, extent->segments, k, v, &err));
+        assert_ok(loci_pair_read_positions(
+            extent->buffer->data + extent->pair_at[p], extent->buffer->bytes - extent->pair_at[p],
+            extent->segment_begin, extent->segments, NULL, k, v, &err));
     free(k);
     free(v);
     loci_segment_info segment;

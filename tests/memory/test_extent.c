@@ -92,7 +92,7 @@ static void test_round_trip(void **state) {
     assert_ok(loci_extent_mask(extent, dead, &mask, &err));
     for (uint32_t p = 0; p < PAIRS; p++) {
         assert_int_equal(extent->pair_at[p] % LOCI_BLOCK_ALIGN, 0);
-        assert_ok(loci_extent_read_pair(extent, p, k, v, &err));
+        assert_ok(loci_extent_read_pair(extent, p, NULL, k, v, &err));
         assert_memory_equal(k, f->builder->k[p], sizeof k);
         assert_memory_equal(v, f->builder->v[p], sizeof v);
         int bits = 0;
@@ -174,12 +174,12 @@ static void test_every_byte(void **state) {
         bool gap = at >= 128 + 24 * PAIRS && at < table_end - 20 * 40;
         if (at < table_end && !gap) assert_int_not_equal(status, LOCI_OK);
         for (uint32_t p = 0; status == LOCI_OK && p < PAIRS; p++)
-            status = loci_extent_read_pair(extent, p, k, v, &err);
+            status = loci_extent_read_pair(extent, p, NULL, k, v, &err);
         if (status == LOCI_OK) {
             /* Unseen: gaps, value means and position codes, which other readers verify. K and V
              * must be right in any case. */
             for (uint32_t p = 0; p < PAIRS; p++) {
-                assert_ok(loci_extent_read_pair(extent, p, k, v, &err));
+                assert_ok(loci_extent_read_pair(extent, p, NULL, k, v, &err));
                 assert_memory_equal(k, f->builder->k[p], sizeof k);
                 assert_memory_equal(v, f->builder->v[p], sizeof v);
             }

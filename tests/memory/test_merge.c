@@ -398,7 +398,7 @@ static void test_snapshots_read_the_old_files(void **state) {
         assert_ok(loci_pair_read_positions(
             view->extents[e].buffer->data + view->extents[e].pair_at[1],
             view->extents[e].buffer->bytes - view->extents[e].pair_at[1],
-            view->extents[e].segment_begin, view->extents[e].segments, k, v, &err));
+            view->extents[e].segment_begin, view->extents[e].segments, NULL, k, v, &err));
     for (uint32_t s = 0; s < loci_snapshot_segments(pinned); s++) {
         loci_segment_info info;
         assert_ok(loci_snapshot_segment(pinned, s, &info, &err));

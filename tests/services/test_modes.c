@@ -85,7 +85,7 @@ static uint32_t read_kv(const loci_query *query, uint32_t layer, uint32_t head, 
         uint64_t begins = extent->pair_at[layer * KV_HEADS + head];
         assert_int_equal(loci_pair_read_positions(extent->buffer->data + begins,
                                                   extent->buffer->bytes - begins,
-                                                  extent->segment_begin, extent->segments,
+                                                  extent->segment_begin, extent->segments, NULL,
                                                   rows[0] + at * DIM, rows[1] + at * DIM, &err),
                          LOCI_OK);
         at += extent->tokens;
