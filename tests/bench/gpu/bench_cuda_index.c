@@ -4,14 +4,17 @@
  * as registration builds them; blobs go nowhere, or, with --write, one behind the other into a file
  * in DIR that is removed. One JSON line.
  *
- *   bench_cuda_index [--pairs N] [--dim D] [--threads T] [--cpu] [--write DIR] [TOKENS]
+ *   bench_cuda_index [--pairs N] [--dim D] [--threads T] [--cpu] [--blocking] [--write DIR]
+ *                    [TOKENS]
  *
  * Rows are a few pairs in turn. ms_pair: mean of all but the first. s_112: that for 28 layers of 4
  * KV heads, reckoned from N pairs (timed: true where N is 112). cluster_ms, finish_ms: one pair
  * alone: the device's part with its copies, and what the host does after. user_s, system_s: the
- * process's time for a pair. hash: of all pairs' headers.
- * --cpu: without the device, one pair after another.
+ * process's time for a pair. put_ms: writing one. hash: of all pairs' headers.
+ * --cpu: without the device, one pair after another. --blocking: who waits for the device does not
+ * spin.
  */
+#include <cuda_runtime_api.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -29,13 +32,13 @@
 
 typedef struct bench {
     uint32_t tokens, dim, pairs, threads;
-    bool cpu;
+    bool cpu, blocking;
     const char *write; /* NULL = nowhere */
     int fd;
     loci_backend *backend;
     uint16_t *k[SETS], *v[SETS];
     uint32_t *slots;
-    uint64_t first_put, last_put, bytes, check;
+    uint64_t first_put, last_put, put_ns, bytes, check;
     loci_error err;
 } bench;
 
@@ -85,9 +88,11 @@ static loci_status read_pair(void *ctx, uint32_t pair, loci_pair_rows *rows,
 static loci_status put_pair(void *ctx, uint32_t pair, loci_slice blob, uint64_t hash,
                             loci_error *err) {
     bench *b = ctx;
+    uint64_t start = loci_now_ns();
     if (b->write && pwrite(b->fd, blob.data, blob.len, (off_t)b->bytes) != (ssize_t)blob.len)
         return loci_fail(err, LOCI_E_IO, "cannot write to %s", b->write);
     b->last_put = loci_now_ns();
+    b->put_ns += b->last_put - start;
     if (pair == 0) b->first_put = b->last_put;
     b->bytes += blob.len;
     b->check = b->check * 31 + hash;
@@ -134,6 +139,10 @@ static bool parse(bench *b, int argc, char **argv) {
             b->cpu = true;
             continue;
         }
+        if (strcmp(argv[i], "--blocking") == 0) {
+            b->blocking = true;
+            continue;
+        }
         if (strcmp(argv[i], "--write") == 0 && i + 1 < argc) {
             b->write = argv[++i];
             continue;
@@ -157,6 +166,7 @@ int main(int argc, char **argv) {
         return 2;
     }
     loci_backend_options options = {.threads = b.threads};
+    if (b.blocking) (void)cudaSetDeviceFlags(cudaDeviceScheduleBlockingSync);
     b.backend = open_or_skip(&options);
     for (uint32_t s = 0; s < SETS; s++) {
         b.k[s] = draw(&b, 2 * s + 1);
@@ -184,12 +194,12 @@ int main(int argc, char **argv) {
     printf("{\"bench\":\"cuda_index\",\"clusters\":\"%s\",\"tokens\":%u,\"dim\":%u,\"pairs\":%u,"
            "\"threads\":%u,\"ms_pair\":%.1f,\"pairs_s\":%.2f,\"s_112\":%.1f,\"timed\":%s,"
            "\"alone_ms\":%.1f,\"cluster_ms\":%.1f,\"finish_ms\":%.1f,\"user_s\":%.2f,"
-           "\"system_s\":%.2f,\"mib\":%llu,"
+           "\"system_s\":%.2f,\"put_ms\":%.1f,\"mib\":%llu,"
            "\"hash\":\"%016llx\"}\n",
            b.cpu ? "cpu" : "cuda", b.tokens, b.dim, b.pairs,
            loci_pool_threads(loci_backend_pool(b.backend)), ms, 1e3 / ms, ms * 112 / 1e3,
            b.pairs == 112 ? "true" : "false", whole_ms, cluster_ms, finish_ms, user / b.pairs,
-           system / b.pairs, (unsigned long long)(b.bytes / b.pairs >> 20),
-           (unsigned long long)b.check);
+           system / b.pairs, (double)b.put_ns / 1e6 / b.pairs,
+           (unsigned long long)(b.bytes / b.pairs >> 20), (unsigned long long)b.check);
     return 0; /* the process ends with all it holds */
 }
