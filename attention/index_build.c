@@ -15,7 +15,9 @@
 #include "attention/sketch.h"
 #include "base/pool.h"
 
-#define KEY_LIMIT 1e15f /* far beyond any model's; keeps squares and sums finite in f32 */
+#define KEY_MOST                                                                   \
+    0x5863u /* the bf16 below 1e15: far beyond any model's; keeps squares and sums \
+             * finite in f32 */
 #define ROUNDS_DEFAULT 6
 #define ROWS_CHUNK 4096u /* rows of one task */
 #define LARGE_PAGE ((size_t)2 << 20)
@@ -82,8 +84,9 @@ static loci_status check_stop(const build *b, loci_error *err) {
     return loci_fail(err, status, "indexing %u tokens was stopped", b->tokens);
 }
 
-static bool is_finite(uint16_t value) { /* NaN is not below the limit either */
-    return fabsf(loci_bf16_to_f32(value)) < KEY_LIMIT;
+/* NaN is above the limit, too. */
+static bool is_finite(uint16_t value) {
+    return (value & 0x7fffu) <= KEY_MOST;
 }
 
 static loci_status check_shape(const build *b, loci_error *err) {
@@ -146,12 +149,16 @@ static void sum_keys(void *arg, size_t index, unsigned thread) {
     (void)thread;
     build *b = arg;
     channel_sums *sums = &b->sums[index];
-    size_t begin = index * ROWS_CHUNK, end = chunk_end(b, index), odd = 0;
-    for (size_t i = begin * b->dim; i < end * b->dim; i++)
-        odd += !is_finite(b->k[i]) || !is_finite(b->v[i]);
+    size_t begin = index * ROWS_CHUNK, end = chunk_end(b, index);
+    int16_t top = 0; /* of numbers without their sign, which are in the order of their bits */
+    for (size_t i = begin * b->dim; i < end * b->dim; i++) {
+        int16_t k = (int16_t)(b->k[i] & 0x7fffu), v = (int16_t)(b->v[i] & 0x7fffu);
+        int16_t more = k > v ? k : v;
+        top = more > top ? more : top;
+    }
     memset(sums, 0, sizeof *sums);
-    sums->odd = odd > 0;
-    for (size_t t = begin; t < end && odd == 0; t++) {
+    sums->odd = !is_finite((uint16_t)top);
+    for (size_t t = begin; t < end && !sums->odd; t++) {
         float row[LOCI_HEAD_DIM_MAX];
         read_row(b, b->k, t, row);
         for (uint32_t i = 0; i < b->dim; i++) sums->sum[i] += (double)row[i];
@@ -355,10 +362,13 @@ static void prefetch_leaf(const build *b, uint32_t leaf) {
 /* What the keys of a root differ from its centroid as stored: that is all that is asked for after
  * their codes are written. */
 static void leave_residual(build *b, const build_root *root, const loci_node *node) {
-    for (uint32_t t = root->begin; t < root->begin + root->count; t++)
-        for (uint32_t i = 0; i < b->dim; i++)
-            b->x[(size_t)b->ids[t] * b->dim + i] -=
-                node->centroid_scale * (float)loci_node_centroid(node)[i];
+    float centroid[LOCI_HEAD_DIM_MAX];
+    for (uint32_t i = 0; i < b->dim; i++)
+        centroid[i] = node->centroid_scale * (float)loci_node_centroid(node)[i];
+    for (uint32_t t = root->begin; t < root->begin + root->count; t++) {
+        float *x = b->x + (size_t)b->ids[t] * b->dim;
+        for (uint32_t i = 0; i < b->dim; i++) x[i] -= centroid[i];
+    }
 }
 
 /* All of one root but its sketches. */
