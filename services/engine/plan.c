@@ -20,6 +20,7 @@
 #define LOOKUPS_LEAST (32 * MIB) /* look-ups and snapshots, so that small corpora always answer */
 #define SLOTS_DEFAULT 2u
 #define MERGE_SHARE 3u
+#define SEAL_SHARE 32u
 #define ENCODE_ROWS 1024u  /* model/encode.c */
 #define SEQUENCE_ROWS 256u /* model/sequence.c */
 #define PRODUCT_ROWS 256u  /* of one thread's task in attention/cpu/gemm.c */
@@ -137,21 +138,22 @@ static unsigned long long mib(uint64_t bytes) {
     return round_up(bytes, MIB) / MIB;
 }
 
-/* A device clusters and encodes at the same time. Extents of models with large K and V are as long
- * as those of others where there is memory: fewer ones are clustered, and merged, in less time. */
+/* Extents of models with large K and V are as long as those of others where there is memory: fewer
+ * ones are clustered, and merged, in less time. A device clusters one while it encodes the next,
+ * where there is more. */
 static void grow_extents(const loci_plan_request *request, uint64_t over, loci_plan *plan) {
-    uint64_t least = registration_bytes(request, plan);
-    plan->seal_beside = request->pairs_overlap;
-    if (registration_bytes(request, plan) - least > over / 16) plan->seal_beside = false;
-    uint64_t present = registration_bytes(request, plan);
+    uint64_t least = registration_bytes(request, plan), present = least;
+    loci_plan more = *plan;
     for (;;) {
-        loci_plan more = *plan;
         more.extent_kv_bytes *= 2;
         uint64_t bytes = registration_bytes(request, &more);
-        if (bytes == present || bytes - least > over / 8) return;
+        if (bytes == present || bytes - least > over / 8) break;
         *plan = more;
         present = bytes;
     }
+    more = *plan;
+    more.seal_beside = request->pairs_overlap;
+    if (registration_bytes(request, &more) - present <= over / SEAL_SHARE) *plan = more;
 }
 
 loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loci_error *err) {
@@ -184,7 +186,7 @@ loci_status loci_plan_make(const loci_plan_request *request, loci_plan *out, loc
             (unsigned long long)(request->limit / MIB), mib(least), mib(plan.model),
             mib(plan.registration), plan.slots, plan.slots == 1 ? "" : "s",
             mib(plan.slots * plan.slot + plan.also_slot), mib(plan.database), mib(plan.process));
-    /* At most five eighths of what is over make the fixed shares larger, a part is for merging
+    /* At most 21 of 32 parts of what is over make the fixed shares larger, a third is for merging
      * extents, the rest for look-ups. */
     uint64_t over = request->limit - least, grown = DATABASE_LEAST + over / 8;
     plan.database = grown < DATABASE_MOST ? grown : DATABASE_MOST;

@@ -145,6 +145,9 @@ static void test_registration_needs_what_it_is_given(void **state) {
     uint64_t extent = 4ull * 2 * 2 * 16 * options.extent_tokens;
     assert_true(whole > options.document_bytes_max + 2 * extent);
     assert_true(whole < options.document_bytes_max + 4 * extent + 32 * MIB);
+    options.seal_beside = true; /* one extent more */
+    assert_true(loci_ingest_memory(&geometry, &options) == whole + extent);
+    options.seal_beside = false;
     options.document_bytes_max /= 2;
     assert_true(loci_ingest_memory(&geometry, &options) == whole - options.document_bytes_max);
     options.extent_tokens /= 2;

@@ -69,8 +69,9 @@ static uint64_t sum(const loci_plan *plan) {
            plan->slots * plan->slot;
 }
 
-static void check_plans(const loci_model_config *config, uint64_t most) {
+static void check_plans(const loci_model_config *config, uint64_t most, bool overlap) {
     loci_plan_request request = request_of(config, 0);
+    request.pairs_overlap = overlap;
     loci_plan plan, before = {0};
     uint64_t least = least_of(request);
     request.limit = least - MIB;
@@ -97,7 +98,8 @@ static void check_plans(const loci_model_config *config, uint64_t most) {
 
 static void test_plans_of_the_built_in_model(void **state) {
     (void)state;
-    check_plans(&built_in, 64 * GIB);
+    check_plans(&built_in, 64 * GIB, false);
+    check_plans(&built_in, 64 * GIB, true);
     loci_plan_request request = request_of(&built_in, 4 * GIB);
     loci_plan plan;
     assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
@@ -110,7 +112,8 @@ static void test_plans_of_the_built_in_model(void **state) {
 
 static void test_plans_of_a_large_model(void **state) {
     (void)state;
-    check_plans(&large, 256 * GIB);
+    check_plans(&large, 256 * GIB, false);
+    check_plans(&large, 256 * GIB, true);
     loci_plan_request request = request_of(&large, 64 * GIB);
     loci_plan plan;
     assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
@@ -120,6 +123,15 @@ static void test_plans_of_a_large_model(void **state) {
     request.limit = 256 * GIB;
     assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
     assert_int_equal(plan.extent_kv_bytes, 4 * GIB);
+    assert_false(plan.seal_beside);
+    /* One more of these where a device clusters, if there is room for it. */
+    uint64_t single = plan.registration;
+    request.pairs_overlap = true;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_true(plan.seal_beside && plan.registration >= single + 4 * GIB);
+    request.limit = 64 * GIB;
+    assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
+    assert_false(plan.seal_beside);
     request = request_of(&large, 0);
     request.limit = least_of(request);
     assert_int_equal(loci_plan_make(&request, &plan, &err), LOCI_OK);
