@@ -349,8 +349,12 @@ static void test_other_steps(void **state) {
         if (change == 3) query.settings.dense_layers = 2;
         if (change == 4) assert_int_equal(loci_corpus_attend_begin(&query, &err), LOCI_OK);
         if (change == 5) {
-            loci_query_fini(&query);
+            loci_select_params params = query.params;
+            loci_corpus_settings settings = query.settings;
+            loci_query_fini(&query); /* the same question once more */
             begin_query(&query, engine, "books");
+            query.params = params;
+            query.settings = settings;
         }
         attend_rows(&query, 1, &a, 1, true);
         assert_false(same_key());
