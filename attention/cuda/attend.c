@@ -5,6 +5,7 @@
  */
 #include "attention/cuda/lookup.h"
 #include "attention/cuda/rows.h"
+#include "attention/cuda/whole.h"
 
 /* Between these two, work that reads rows of pairs. */
 static void enter_rows(loci_stream *stream, loci_lookup *lookup, loci_cuda_row_cache *cache) {
@@ -24,8 +25,17 @@ static void leave_rows(loci_stream *stream, loci_lookup *lookup, bool used) {
         "the cache of rows");
 }
 
-/* Attention over what is selected, from the list or from the mask. Of all tokens' rows none are
- * kept: they would drive out the others. */
+static cudaError_t attend_pairs(loci_stream *stream, const loci_lookup *lookup, bool listed,
+                                const loci_cuda_attend *args) {
+    if (lookup->mode == LOCI_MODE_DENSE)
+        return loci_cuda_k_attend_whole(stream->stream, &lookup->look, args);
+    if (listed)
+        return loci_cuda_k_attend_listed(stream->stream, &lookup->look, &lookup->choice, args);
+    return loci_cuda_k_attend_sparse(stream->stream, &lookup->look, args);
+}
+
+/* Attention over all tokens, or what is selected, from the list or from the mask. Of all tokens'
+ * rows none are kept: they would drive out the others. */
 static bool attend_rows(loci_stream *stream, loci_lookup *lookup, bool listed,
                         loci_cuda_attend *args) {
     const loci_cuda_look *look = &lookup->look;
@@ -35,13 +45,34 @@ static bool attend_rows(loci_stream *stream, loci_lookup *lookup, bool listed,
         (void)look_launched(stream, lookup, loci_cuda_k_fetch_rows(stream->stream, look, args),
                             "attend_sparse");
     if (lookup->ready)
-        (void)look_launched(
-            stream, lookup,
-            listed ? loci_cuda_k_attend_listed(stream->stream, look, &lookup->choice, args)
-                   : loci_cuda_k_attend_sparse(stream->stream, look, args),
-            "attend_sparse");
+        (void)look_launched(stream, lookup, attend_pairs(stream, lookup, listed, args),
+                            "attend_sparse");
     leave_rows(stream, lookup, fetches);
     return lookup->ready;
+}
+
+/* Room for what attribution and figures of a single row begin with: logits, a list's in the place
+ * of its estimates, which have done their work, and zeros. */
+static bool keep_logits(loci_stream *stream, loci_lookup *lookup, bool listed,
+                        loci_cuda_attend *args) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    size_t segments = (size_t)corpus->flat_segment_base + corpus->flat_segments;
+    args->logits = lookup->choice.score;
+    args->room = lookup->choice.room;
+    if (!listed) {
+        args->room = (uint64_t)lookup->look.words * 32;
+        size_t bytes = lookup->look.q_heads * args->room * sizeof *args->logits;
+        if (bytes > lookup->cuda->room_bytes) return true; /* keys are read again */
+        args->logits = look_alloc(stream, lookup, bytes);
+        if (!args->logits) return false;
+    }
+    args->zeroed_count = (uint32_t)(segments + sizeof *lookup->figures / sizeof *args->zeroed);
+    args->zeroed = look_alloc(stream, lookup, args->zeroed_count * sizeof *args->zeroed);
+    lookup->logits = args->logits;
+    lookup->room = args->room;
+    lookup->mass = args->zeroed;
+    lookup->figures = args->zeroed ? (void *)(args->zeroed + segments) : NULL;
+    return args->zeroed != NULL;
 }
 
 void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
@@ -49,9 +80,10 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
     if (!lookup->ready || !lookup->tokens_selected) return;
     const loci_cuda_look *look = &lookup->look;
     bool tail = lookup->params.estimate_tail && lookup->mode == LOCI_MODE_HIERARCHICAL;
+    bool whole = lookup->mode == LOCI_MODE_DENSE && look->extents > 0;
     size_t last = (size_t)(look->rows - 1) * out_stride + (size_t)look->q_heads * look->dim;
     loci_cuda_attend args = {
-        .chunk = loci_cuda_chunk(look),
+        .chunk = whole ? loci_cuda_whole_chunk(look) : loci_cuda_chunk(look),
         .extents = look->extents,
         .out = loci_cuda_ptr(stream, out, last * sizeof(float)),
         .lse = loci_cuda_ptr(stream, lse, (size_t)look->rows * look->q_heads * sizeof(float)),
@@ -65,11 +97,13 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
         args.extents = 1;
         args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;
     }
+    if ((listed || (whole && look->rows == 1)) && !keep_logits(stream, lookup, listed, &args))
+        return;
     size_t partials = (size_t)args.extents * look->kv_heads * args.parts *
                       loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
     args.partial = look_alloc(stream, lookup, partials * (look->dim + 2) * sizeof(float));
     if (!args.partial || !args.out || !args.lse) return;
-    if (!listed && !look_mask(stream, lookup)) return;
+    if (!listed && !whole && !look_mask(stream, lookup)) return;
     if (!attend_rows(stream, lookup, listed, &args)) return;
     if (tail && !look_count(stream, lookup)) return;
     if (tail && !look_launched(
@@ -80,9 +114,34 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
                                      "attend_sparse");
 }
 
+/* Where the flat part's keys and segments stand. */
+static bool put_flat(loci_stream *stream, loci_lookup *lookup, loci_cuda_attribution *args) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    size_t row = (size_t)corpus->kv_heads * corpus->head_dim * sizeof(uint16_t);
+    args->flat_tokens = corpus->flat_tokens;
+    args->flat_segments = corpus->flat_segments;
+    args->flat_segment_base = corpus->flat_segment_base;
+    if (corpus->flat_tokens == 0) return true;
+    args->flat_segment_begin = lookup->flat_segment_begin;
+    args->flat_k = loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
+                                 corpus->flat_tokens * row);
+    return args->flat_k != NULL;
+}
+
+/* Sums of masses where attention has not left zeros. */
+static bool clear_mass(loci_stream *stream, loci_lookup *lookup, uint32_t segments) {
+    size_t bytes = segments * sizeof *lookup->mass;
+    if (lookup->logits) return true;
+    lookup->mass = look_alloc(stream, lookup, bytes);
+    return lookup->mass &&
+           look_launched(stream, lookup, cudaMemsetAsync(lookup->mass, 0, bytes, stream->stream),
+                         "cudaMemset");
+}
+
 void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                          uint32_t row_begin, loci_ref mass) {
-    if (!lookup->ready || !lookup->attended || !look_mask(stream, lookup)) return;
+    if (!lookup->ready || !lookup->attended) return;
+    if (!lookup->logits && !look_mask(stream, lookup)) return;
     const loci_corpus_view *corpus = lookup->corpus;
     const loci_cuda_look *look = &lookup->look;
     uint32_t segments = corpus->flat_segment_base + corpus->flat_segments;
@@ -90,28 +149,21 @@ void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref tota
     loci_cuda_attribution args = {
         .total_lse = loci_cuda_ptr(stream, total_lse, lse),
         .row_begin = row_begin,
-        .mass = look_alloc(stream, lookup, segments * sizeof *args.mass),
         .out = loci_cuda_ptr(stream, mass, segments * sizeof(float)),
         .segments = segments,
-        .flat_tokens = corpus->flat_tokens,
-        .flat_segments = corpus->flat_segments,
-        .flat_segment_base = corpus->flat_segment_base,
+        .logits = lookup->logits,
+        .room = lookup->room,
     };
-    if (!args.mass || !args.total_lse || !args.out) return;
-    if (args.flat_tokens > 0) {
-        size_t row = (size_t)look->kv_heads * look->dim * sizeof(uint16_t);
-        args.flat_segment_begin = lookup->flat_segment_begin;
-        args.flat_k = loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
-                                    args.flat_tokens * row);
-        if (!args.flat_k) return;
-    }
-    if (!look_launched(stream, lookup,
-                       cudaMemsetAsync(args.mass, 0, segments * sizeof *args.mass, stream->stream),
-                       "cudaMemset"))
+    if (!args.total_lse || !args.out || !clear_mass(stream, lookup, segments) ||
+        !put_flat(stream, lookup, &args))
         return;
-    enter_rows(stream, lookup, &args.cache);
+    args.mass = lookup->mass;
+    if (!lookup->logits) enter_rows(stream, lookup, &args.cache);
     if (lookup->ready)
-        (void)look_launched(stream, lookup, loci_cuda_k_attribute(stream->stream, look, &args),
+        (void)look_launched(stream, lookup,
+                            loci_cuda_k_attribute(stream->stream, look,
+                                                  lookup->tokens_scored ? &lookup->choice : NULL,
+                                                  &args),
                             "attribute");
-    leave_rows(stream, lookup, false);
+    if (!lookup->logits) leave_rows(stream, lookup, false);
 }

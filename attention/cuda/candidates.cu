@@ -119,21 +119,45 @@ static __device__ __forceinline__ void set_lot(lot_keys &lot, const lane_keys &o
     }
 }
 
+/* How many candidates a lane has found in the last run of mask words that it came to: counters of
+ * all runs stand in a few lines of memory, where one addition waits for the other. */
+struct run_tally {
+    uint32_t *runs; /* of the pair */
+    uint32_t run, count;
+};
+
+static __device__ __forceinline__ void count_run(run_tally &tally) {
+    if (tally.count) atomicAdd(&tally.runs[tally.run], tally.count);
+    tally.count = 0;
+}
+
+static __device__ __forceinline__ run_tally open_tally(const loci_cuda_look &look,
+                                                       const loci_cuda_choice &c,
+                                                       const lot_work &w) {
+    size_t hr = (size_t)w.pair.kv_head * look.rows + w.row;
+    return {c.run_count + hr * loci_cuda_runs(&look) + w.pair.word_base / LOCI_CUDA_RUN +
+                w.index / look.kv_heads,
+            0, 0};
+}
+
 /* Candidates among slots [slot, slot + 32) of the pair, by one lane. Other lots may have found the
  * same ones. */
 static __device__ __forceinline__ void mark_slots(const loci_cuda_look &look,
                                                   const loci_cuda_choice &c, const lot_work &w,
-                                                  uint32_t slot, uint32_t bits) {
+                                                  uint32_t slot, uint32_t bits, run_tally &tally) {
     uint32_t *words = c.candidates + mask_at(look, &w.pair, w.row);
-    size_t hr = (size_t)w.pair.kv_head * look.rows + w.row;
-    uint32_t *runs = c.run_count + hr * loci_cuda_runs(&look) + w.pair.word_base / LOCI_CUDA_RUN +
-                     w.index / look.kv_heads;
     uint32_t shift = slot % 32, part[2] = {bits << shift, shift ? bits >> (32 - shift) : 0};
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
         if (!part[i]) continue;
-        uint32_t at = slot / 32 + i, fresh = part[i] & ~atomicOr(&words[at], part[i]);
-        if (fresh) atomicAdd(&runs[at / LOCI_CUDA_RUN], (uint32_t)__popc(fresh));
+        uint32_t at = slot / 32 + i, fresh = part[i];
+        if (gridDim.z == 1)
+            (void)atomicOr(&words[at], part[i]); /* waits for nothing */
+        else
+            fresh &= ~atomicOr(&words[at], part[i]);
+        if (at / LOCI_CUDA_RUN != tally.run) count_run(tally);
+        tally.run = at / LOCI_CUDA_RUN;
+        tally.count += (uint32_t)__popc(fresh);
     }
 }
 
@@ -141,7 +165,8 @@ static __device__ __forceinline__ void mark_slots(const loci_cuda_look &look,
 static __device__ __forceinline__ void take_step(const loci_cuda_look &look,
                                                  const loci_cuda_choice &c, const lot_work &w,
                                                  const loci_cuda_root &root, const lot_least &lot,
-                                                 uint32_t base, const uint4 (&sum)[2]) {
+                                                 uint32_t base, const uint4 (&sum)[2],
+                                                 run_tally &tally) {
     uint32_t lane = threadIdx.x % 32, t = lane_token(base);
     uint32_t low = __ballot_sync(FULL_WARP, t < root.tokens && reaches(lot, sum[0]));
     uint32_t high = __ballot_sync(FULL_WARP, t + 16 < root.tokens && reaches(lot, sum[1]));
@@ -150,14 +175,15 @@ static __device__ __forceinline__ void take_step(const loci_cuda_look &look,
     uint32_t first = root.first_slot + base + lane * GROUP;
     uint32_t left = root.tokens - base - lane * GROUP;
     bits &= live_bits(&w.pair, first, left < GROUP ? left : GROUP);
-    mark_slots(look, c, w, first, bits);
+    mark_slots(look, c, w, first, bits, tally);
 }
 
 /* The keys that reach a floor in a step, to the list of their vector, in any order. */
 static __device__ __forceinline__ void take_step(const loci_cuda_look &look,
                                                  const loci_cuda_choice &c, const lot_work &w,
                                                  const loci_cuda_root &root, const lot_keys &lot,
-                                                 uint32_t base, const uint4 (&sum)[2]) {
+                                                 uint32_t base, const uint4 (&sum)[2],
+                                                 run_tally &) {
     uint32_t lane = threadIdx.x % 32, t = lane_token(base);
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++, t += 16) {
@@ -185,6 +211,7 @@ static __device__ __forceinline__ void
 take_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work &w,
           const loci_cuda_root &root, const warp_memory &m, const LOT_OF &lot) {
     const uint4 *from = c.sums + w.sums_at + root.first_slot;
+    run_tally tally = open_tally(look, c, w);
     for (uint32_t first = 0; first < root.tokens; first += AHEAD * STEP) {
         uint4 sum[AHEAD][2];
 #pragma unroll
@@ -206,9 +233,10 @@ take_root(const loci_cuda_look &look, const loci_cuda_choice &c, const lot_work 
                 __syncwarp();
                 add_columns(m, look.dim, sum[j]);
             }
-            take_step(look, c, w, root, lot, base, sum[j]);
+            take_step(look, c, w, root, lot, base, sum[j], tally);
         }
     }
+    count_run(tally);
 }
 
 /* What a lane gives a lot: whole numbers where candidates are limited. */

@@ -55,10 +55,18 @@ static __global__ void k_shares(const loci_cuda_look look, const loci_cuda_choic
     merge_totals(look, c, blockIdx.y, total);
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x) {
         float share = 0.0f;
-#pragma unroll 8
-        for (uint32_t g = 0; g < look.group; g++)
-            if (total[2 * g] > -INFINITY)
-                share += expf(score[g * c.room + i] - total[2 * g]) * total[2 * g + 1];
+        for (uint32_t first = 0; first < look.group; first += LOCI_CUDA_LOT) {
+            float x[LOCI_CUDA_LOT]; /* all under way at once */
+#pragma unroll
+            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++)
+                x[g] = first + g < look.group ? score[(first + g) * c.room + i] : -INFINITY;
+#pragma unroll
+            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++) {
+                const float *of = total + 2 * (first + g);
+                if (first + g < look.group && of[0] > -INFINITY)
+                    share += expf(x[g] - of[0]) * of[1];
+            }
+        }
         c.share[(size_t)blockIdx.y * c.room + i] = share;
         if (!(share >= 0.0f)) continue;
         uint32_t step = __float_as_uint(share) >> RADIX_SHARES;
@@ -153,7 +161,7 @@ static __global__ void __launch_bounds__(RADIX_THREADS, 1)
     if (threadIdx.x == 0) c.cut[blockIdx.x] = loci_cuda_cut{cut.key, ties};
 }
 
-#define SPREAD 64u /* blocks of a row and KV head where a thread has a candidate */
+#define SPREAD 128u /* blocks of a row and KV head where a thread has a candidate */
 
 extern "C" cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci_cuda_look *look,
                                                  const loci_cuda_choice *choice) {
@@ -180,52 +188,5 @@ extern "C" cudaError_t loci_cuda_k_mask_chosen(cudaStream_t stream, const loci_c
     if (look->extents == 0) return cudaSuccess;
     dim3 spread(SPREAD, look->kv_heads * look->rows);
     k_mask_chosen<<<spread, 256, 0, stream>>>(*look, *choice);
-    return cudaGetLastError();
-}
-
-/* --- figures --------------------------------------------------------------------------- */
-
-/* gridDim.y blocks for each pair: root nodes, blocks of kept roots (read twice), records of
- * candidates. */
-static __global__ void k_choice_stats(const loci_cuda_look look, const loci_cuda_choice c,
-                                      loci_cuda_stats *stats) {
-    const loci_cuda_pair *pair = &look.pairs[blockIdx.x];
-    const loci_cuda_head *head = &look.heads[pair->kv_head];
-    uint32_t first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
-    unsigned long long blocks = 0, records = 0, candidates = 0, tail = 0;
-    for (uint32_t r = first; r < pair->roots; r += step) {
-        bool kept = false;
-        for (uint32_t row = 0; row < look.rows; row++)
-            kept = kept || c.root_kept[head->root_at * look.rows + (size_t)row * head->roots +
-                                       pair->root_base + r];
-        uint32_t groups = (pair->root_table[r].tokens + 31) / 32;
-        tail += 2 * look.dim;
-        if (!kept) continue;
-        blocks += pair->root_table[r].leaves * 4 + groups * (look.dim / 4) * 16;
-        tail += (unsigned long long)pair->root_table[r].leaves * (pair->node_stride + 2 * look.dim);
-    }
-    for (uint32_t w = first; w < pair_words(pair); w += step) {
-        uint32_t all = 0;
-        for (uint32_t row = 0; row < look.rows; row++) {
-            uint32_t bits = c.candidates[mask_at(look, pair, row) + w];
-            candidates += __popc(bits);
-            all |= bits;
-        }
-        records += __popc(all);
-    }
-    atomicAdd(&stats->leaf_bytes, blocks);
-    atomicAdd(&stats->code_bytes, records * pair->record_stride);
-    atomicAdd(&stats->candidate_tokens, candidates);
-    if (c.tail) atomicAdd(&stats->tail_bytes, tail);
-    if (first == 0)
-        atomicAdd(&stats->root_bytes, (unsigned long long)pair->roots * pair->node_stride);
-}
-
-extern "C" cudaError_t loci_cuda_k_choice_stats(cudaStream_t stream, const loci_cuda_look *look,
-                                                const loci_cuda_choice *choice,
-                                                loci_cuda_stats *stats) {
-    if (look->extents == 0) return cudaSuccess;
-    k_choice_stats<<<dim3(look->extents * look->kv_heads, 16), 256, 0, stream>>>(*look, *choice,
-                                                                                 stats);
     return cudaGetLastError();
 }

@@ -8,9 +8,8 @@
 #include "attention/cuda/mma.cuh"
 
 #define THREADS LOCI_CUDA_RUN
-#define EACH 16u               /* candidates of a warp's step */
-#define WIDE 8u                /* vectors of a product */
-#define K_STEPS (MAX_DIM / 32) /* of 4 words of codes */
+#define EACH 16u /* candidates of a warp's step */
+#define WIDE 8u  /* vectors of a product */
 
 /* --- the list ---------------------------------------------------------------------------- */
 
@@ -53,17 +52,20 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* --- scores ------------------------------------------------------------------------------ */
 
-/* 16 candidates of a list as a warp has them: a lane those of rows lane / 4 and 8 further. */
-struct code_rows {
-    uint32_t code[K_STEPS][2], extent[2];
+/* 16 candidates of a list as a warp has them: a lane those of rows lane / 4 and 8 further. STEPS:
+ * of 32 channels, as many as hold dim. */
+template <uint32_t STEPS> struct code_rows {
+    uint32_t code[STEPS][2], extent[2];
     uint32_t first, last; /* extents of all 16 */
 };
 
-static __device__ __forceinline__ code_rows load_codes(const loci_cuda_look &look,
-                                                       const uint32_t *slots, uint32_t h,
-                                                       uint32_t begin, uint32_t n) {
-    code_rows r;
+/* The candidates from `begin` on; none behind the list's end. */
+template <uint32_t STEPS>
+static __device__ __forceinline__ void load_codes(code_rows<STEPS> &r, const loci_cuda_look &look,
+                                                  const uint32_t *slots, uint32_t h, uint32_t begin,
+                                                  uint32_t n) {
     uint32_t lane = threadIdx.x % 32, end = begin + EACH < n ? begin + EACH : n;
+    if (begin >= n) return;
     r.first = r.last = 0;
     if (look.extents > 1) {
         r.first = extent_at(look, h, slots[begin] / 32);
@@ -78,22 +80,21 @@ static __device__ __forceinline__ code_rows load_codes(const loci_cuda_look &loo
             (const uint32_t *)(pair->records +
                                (size_t)(slot - pair->word_base * 32) * pair->record_stride);
 #pragma unroll
-        for (uint32_t k = 0; k < K_STEPS; k++) {
+        for (uint32_t k = 0; k < STEPS; k++) {
             uint32_t word = 4 * k + lane % 4;
             r.code[k][i] = word < look.dim / 8 ? from[word] : 0;
         }
     }
-    return r;
 }
 
 /* Products of the codes with folded queries; q: of vector lane / 4, or NULL. */
-static __device__ __forceinline__ void multiply_codes(int (&dot)[4], const code_rows &r,
+template <uint32_t STEPS>
+static __device__ __forceinline__ void multiply_codes(int (&dot)[4], const code_rows<STEPS> &r,
                                                       const int8_t *q, uint32_t words) {
     dot[0] = dot[1] = dot[2] = dot[3] = 0;
 #pragma unroll
-    for (uint32_t k = 0; k < K_STEPS; k++) {
+    for (uint32_t k = 0; k < STEPS; k++) {
         uint32_t word = 4 * k + threadIdx.x % 4;
-        if (4 * k >= words) break;
         uint32_t a[4] = {r.code[k][0] & 0x0f0f0f0fu, r.code[k][1] & 0x0f0f0f0fu,
                          r.code[k][0] >> 4 & 0x0f0f0f0fu, r.code[k][1] >> 4 & 0x0f0f0f0fu};
         uint2 x = {0, 0}; /* of a word's even channels, then of its odd ones */
@@ -116,10 +117,10 @@ static __device__ __forceinline__ void add_score(lane_totals &t, uint32_t e, flo
 
 /* Scores of those of the 16 candidates that stand in one extent, for up to 8 vectors of the row
  * from `first` on. */
-static __device__ __forceinline__ void score_codes(const loci_cuda_look &look,
-                                                   const loci_cuda_choice &c, const code_rows &r,
-                                                   uint32_t begin, uint32_t n, uint32_t extent,
-                                                   uint32_t first, lane_totals &totals) {
+template <uint32_t STEPS>
+static __device__ __forceinline__ void
+score_codes(const loci_cuda_look &look, const loci_cuda_choice &c, const code_rows<STEPS> &r,
+            uint32_t begin, uint32_t n, uint32_t extent, uint32_t first, lane_totals &totals) {
     uint32_t lane = threadIdx.x % 32, h = blockIdx.y / look.rows, row = blockIdx.y % look.rows;
     size_t vector = ((size_t)extent * look.kv_heads + h) * look.vectors + row * look.group;
     uint32_t column = first + lane / 4, own = first + lane % 4 * 2;
@@ -175,16 +176,21 @@ static __device__ void put_totals(const loci_cuda_look &look, const loci_cuda_ch
     __syncthreads();
 }
 
+/* A warp reads the next candidates' records while it scores the last ones. */
+template <uint32_t STEPS>
 static __global__ void __launch_bounds__(THREADS)
     k_score_codes(const loci_cuda_look look, const loci_cuda_choice c) {
     await_previous();
-    uint32_t n = c.count[blockIdx.y], warps = THREADS / 32;
+    uint32_t n = c.count[blockIdx.y], warps = THREADS / 32, step = gridDim.x * warps * EACH;
     const uint32_t *slots = c.slots + (size_t)blockIdx.y * c.room;
     for (uint32_t first = 0; first < look.group; first += WIDE) {
         lane_totals totals = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-        for (uint32_t begin = (blockIdx.x * warps + threadIdx.x / 32) * EACH; begin < n;
-             begin += gridDim.x * warps * EACH) {
-            const code_rows r = load_codes(look, slots, blockIdx.y / look.rows, begin, n);
+        uint32_t begin = (blockIdx.x * warps + threadIdx.x / 32) * EACH;
+        code_rows<STEPS> next = {};
+        load_codes(next, look, slots, blockIdx.y / look.rows, begin, n);
+        for (; begin < n; begin += step) {
+            const code_rows<STEPS> r = next;
+            load_codes(next, look, slots, blockIdx.y / look.rows, begin + step, n);
             for (uint32_t extent = r.first; extent <= r.last; extent++)
                 score_codes(look, c, r, begin, n, extent, first, totals);
         }
@@ -200,6 +206,9 @@ extern "C" cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_lo
               look->rows);
     cudaError_t result = launch_behind(stream, k_list_candidates, runs, THREADS, 0, *look, *choice);
     if (result != cudaSuccess) return result;
-    return launch_behind(stream, k_score_codes, dim3(choice->slices, look->kv_heads * look->rows),
-                         THREADS, 0, *look, *choice);
+    auto kernel = look->dim <= 64    ? k_score_codes<2>
+                  : look->dim <= 128 ? k_score_codes<4>
+                                     : k_score_codes<MAX_DIM / 32>;
+    return launch_behind(stream, kernel, dim3(choice->slices, look->kv_heads * look->rows), THREADS,
+                         0, *look, *choice);
 }

@@ -89,6 +89,10 @@ typedef struct loci_cuda_dense {
 
 /* Spans in tiles of LOCI_CUDA_ROWS, in f32. */
 cudaError_t loci_cuda_k_attend_dense(cudaStream_t stream, const loci_cuda_dense *args);
+/* dense_row.cu: spans of one query and no more than LOCI_CUDA_ROW_KEYS keys, in tiles of one row,
+ * in f32. */
+#define LOCI_CUDA_ROW_KEYS 1024u
+cudaError_t loci_cuda_k_attend_row(cudaStream_t stream, const loci_cuda_dense *args);
 /* dense_tiles.cu: on tensor cores, tiles of LOCI_CUDA_ROWS (all merged) or LOCI_CUDA_WIDE_ROWS. K
  * and V are bf16, dim is a multiple of 16 up to 256, K and V rows begin at multiples of 16 bytes.
  * exact: to about 2^-17, else queries and weights are rounded to bf16. */
@@ -200,9 +204,6 @@ typedef struct loci_cuda_look_query {
 /* query.cu: fills q to mean_terms, and begun_ns. */
 cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,
                                 const loci_cuda_look_query *query);
-/* query.cu: *ns = the time since one of these began. */
-cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
-                                unsigned long long *ns);
 /* query.cu: live tokens of all roots and leaves. Roots are scored without where no token of a pair
  * is deleted. */
 cudaError_t loci_cuda_k_count_live(cudaStream_t stream, const loci_cuda_look *look);
@@ -249,6 +250,12 @@ typedef struct loci_cuda_attend {
     float *out, *lse;
     uint32_t out_stride;
     loci_cuda_row_cache cache; /* of pairs with frame_of */
+    /* Of one row, for attribution: exact logits [kv_heads][group][room], by place in the list or in
+     * a mask; NULL = not kept. Cleared by the way: what attribution and figures count in. */
+    float *logits;
+    uint64_t room;
+    unsigned long long *zeroed;
+    uint32_t zeroed_count;
 } loci_cuda_attend;
 
 /* sparse.cu. fetch_rows: before attend_sparse of modes that leave tokens out, into the row cache.
@@ -266,18 +273,17 @@ cudaError_t loci_cuda_k_join(cudaStream_t stream, const loci_cuda_look *look,
 typedef struct loci_cuda_attribution {
     const float *total_lse; /* [rows][q_heads] */
     uint32_t row_begin;
-    unsigned long long *mass; /* [segments] */
+    unsigned long long *mass; /* [segments], zeros before and after */
     float *out;
     uint32_t segments;
     /* the flat part */
     const uint16_t *flat_k;
     const uint32_t *flat_segment_begin;
     uint32_t flat_tokens, flat_segments, flat_segment_base;
+    const float *logits; /* as attention left them; NULL: masks say what was attended to */
+    uint64_t room;
     loci_cuda_row_cache cache;
 } loci_cuda_attribution;
-
-cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
-                                  const loci_cuda_attribution *args);
 
 /* Figures of a look-up in the order of loci_lookup_stats, added up on the device. */
 typedef struct loci_cuda_stats {
@@ -285,9 +291,10 @@ typedef struct loci_cuda_stats {
         tail_bytes, dense_kv_bytes, selected_tokens, candidate_tokens, elapsed_ns;
 } loci_cuda_stats;
 
-/* Adds what the masks of a look-up hold. */
-cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
-                              loci_cuda_stats *stats);
+/* query.cu: the time since the queries came, and all else where the host knows it (known, or NULL).
+ */
+cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
+                                const loci_cuda_stats *known, loci_cuda_stats *stats);
 
 /* --- mode squeezed: squeeze.cu --------------------------------------------------------- */
 
@@ -423,9 +430,22 @@ cudaError_t loci_cuda_k_attend_listed(cudaStream_t stream, const loci_cuda_look 
 /* tail.cu: the last part of each pair's partial results. */
 cudaError_t loci_cuda_k_attend_tail(cudaStream_t stream, const loci_cuda_look *look,
                                     const loci_cuda_choice *choice, const loci_cuda_attend *args);
-/* Adds what kept roots and candidates took to find. */
-cudaError_t loci_cuda_k_choice_stats(cudaStream_t stream, const loci_cuda_look *look,
-                                     const loci_cuda_choice *choice, loci_cuda_stats *stats);
+
+/* --- attribute.cu ----------------------------------------------------------------------- */
+
+/* choice: logits are those of its lists; NULL: of all places. */
+cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
+                                  const loci_cuda_choice *choice,
+                                  const loci_cuda_attribution *args);
+/* Adds what the masks of a look-up hold, what candidates took to find (choice: NULL = none), and
+ * base. */
+cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
+                              const loci_cuda_choice *choice, const loci_cuda_stats *base,
+                              loci_cuda_stats *stats);
+/* The same of one row's lists. */
+cudaError_t loci_cuda_k_stats_listed(cudaStream_t stream, const loci_cuda_look *look,
+                                     const loci_cuda_choice *choice, const loci_cuda_stats *base,
+                                     loci_cuda_stats *stats);
 
 /* gain.cu: the sum over vectors of log(1 + sum over a segment's candidates of exp(S - floor)). */
 typedef struct loci_cuda_gain {

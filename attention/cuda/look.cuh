@@ -62,6 +62,15 @@ static __device__ __forceinline__ uint32_t extent_at(const loci_cuda_look &look,
     return low;
 }
 
+/* The pair that has a place of a head's mask, and the slot there. */
+static __device__ __forceinline__ const loci_cuda_pair *
+pair_at(const loci_cuda_look &look, uint32_t h, uint32_t place, uint32_t *slot) {
+    size_t index = (size_t)extent_at(look, h, place / 32) * look.kv_heads + h;
+    const loci_cuda_pair *pair = &look.pairs[index];
+    *slot = place - pair->word_base * 32;
+    return pair;
+}
+
 static __device__ __forceinline__ uint32_t slot_word(const loci_cuda_pair *pair, uint32_t slot,
                                                      uint32_t dim) {
     return *(const uint32_t *)(pair->records + (size_t)slot * pair->record_stride + dim / 2);

@@ -324,11 +324,14 @@ static bool clear_mask(loci_stream *stream, loci_lookup *lookup) {
 }
 
 bool look_mask(loci_stream *stream, loci_lookup *lookup) {
-    if (lookup->masked || lookup->mode != LOCI_MODE_HIERARCHICAL) return lookup->ready;
+    const loci_cuda_look *look = &lookup->look;
+    if (lookup->masked || lookup->mode == LOCI_MODE_SQUEEZED) return lookup->ready;
     lookup->masked = true;
     return clear_mask(stream, lookup) &&
            look_launched(stream, lookup,
-                         loci_cuda_k_mask_chosen(stream->stream, &lookup->look, &lookup->choice),
+                         lookup->mode == LOCI_MODE_DENSE
+                             ? loci_cuda_k_mask_live(stream->stream, look)
+                             : loci_cuda_k_mask_chosen(stream->stream, look, &lookup->choice),
                          "select");
 }
 
@@ -449,12 +452,12 @@ static bool check_call(loci_stream *stream, const loci_corpus_view *corpus,
     return true;
 }
 
-/* The queries; in mode hierarchical also what they know of each pair. There the mask is what
- * look_mask makes. */
+/* The queries; in mode hierarchical also what they know of each pair. select makes the mask in mode
+ * squeezed alone, else look_mask does. */
 static void put_queries(loci_stream *stream, loci_lookup *lookup,
                         const loci_cuda_look_query *query) {
     const loci_cuda_look *look = &lookup->look;
-    if (lookup->mode != LOCI_MODE_HIERARCHICAL && !clear_mask(stream, lookup)) return;
+    if (lookup->mode == LOCI_MODE_SQUEEZED && !clear_mask(stream, lookup)) return;
     if (lookup->mode != LOCI_MODE_HIERARCHICAL || look->extents == 0)
         (void)look_launched(stream, lookup, loci_cuda_k_queries(stream->stream, look, query),
                             "lookup_begin");
@@ -476,7 +479,10 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
     if (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0)
         lookup->mode = LOCI_MODE_DENSE;
     lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
-    lookup->masked = lookup->counted = false;
+    lookup->masked = lookup->counted = lookup->figured = false;
+    lookup->logits = NULL;
+    lookup->mass = NULL;
+    lookup->figures = NULL;
     lookup->ready = check_call(stream, corpus, params);
     lookup->look.rows = rows;
     if (lookup->ready && !opened) look_open(stream, lookup, corpus, retrieval_layer);
@@ -623,14 +629,11 @@ void loci_cuda_score_codes(loci_stream *stream, loci_lookup *lookup) {
 
 void loci_cuda_select(loci_stream *stream, loci_lookup *lookup) {
     if (!lookup->ready) return;
-    if (lookup->mode == LOCI_MODE_DENSE)
-        (void)look_launched(stream, lookup, loci_cuda_k_mask_live(stream->stream, &lookup->look),
-                            "select");
-    else if (lookup->mode == LOCI_MODE_SQUEEZED)
+    if (lookup->mode == LOCI_MODE_SQUEEZED)
         (void)look_launched(
             stream, lookup,
             loci_cuda_k_squeeze_select(stream->stream, &lookup->look, &lookup->squeeze), "select");
-    else
+    else if (lookup->mode == LOCI_MODE_HIERARCHICAL)
         (void)look_launched(
             stream, lookup,
             loci_cuda_k_choose_tokens(stream->stream, &lookup->look, &lookup->choice), "select");

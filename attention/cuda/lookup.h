@@ -69,6 +69,13 @@ struct loci_lookup {
     loci_cuda_look look;
     loci_cuda_choice choice; /* mode hierarchical */
     loci_cuda_squeeze squeeze;
+    /* Of a single row, once it is attended: logits (loci_cuda_attend), masses of segments and
+     * figures; else NULL. */
+    float *logits;
+    uint64_t room;
+    unsigned long long *mass;
+    loci_cuda_stats *figures;
+    bool figured;                  /* figures are there */
     loci_cuda_pair_entry **pinned; /* [pinned_count], room for pinned_room */
     size_t pinned_count, pinned_room;
     loci_cuda_pair *pairs; /* host copy of look.pairs */
@@ -76,7 +83,7 @@ struct loci_lookup {
     lookup_table *tables;  /* [table_count], by layer */
     uint32_t table_count;
     const uint32_t *flat_segment_begin; /* on the device; NULL without flat tokens */
-    void *figures;                      /* loci_cuda_stats; NULL: none were made */
+    loci_cuda_stats *reported;          /* on the device; NULL: no figures were made */
     lookup_step *steps;                 /* [step_count], LOOKUP_STEPS a layer */
     uint32_t step_count;
     uint64_t step_clock;
@@ -102,7 +109,7 @@ void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view 
 void look_tell(loci_stream *stream, loci_lookup *lookup);
 /* steps.c: frees all that was recorded. */
 void look_forget_steps(loci_lookup *lookup);
-/* The mask of selected tokens in mode hierarchical, for those who read it. */
+/* The mask of selected tokens, for those who read it. */
 bool look_mask(loci_stream *stream, loci_lookup *lookup);
 /* root_live and leaf_live. */
 bool look_count(loci_stream *stream, loci_lookup *lookup);

@@ -122,9 +122,15 @@ static __global__ void __launch_bounds__(LIST_THREADS)
     uint32_t leaves = 0;
     if (i < pair->roots) {
         leaves = pair->root_table[i].leaves;
-#pragma unroll 8
-        for (uint32_t g = 0; g < look.group; g++)
-            kept |= score[(size_t)g * head->roots + i] >= c.root_floor[q + g];
+        for (uint32_t first = 0; first < look.group; first += WIDE) {
+            float x[WIDE]; /* all under way at once */
+#pragma unroll
+            for (uint32_t g = 0; g < WIDE; g++)
+                x[g] = first + g < look.group ? score[(size_t)(first + g) * head->roots + i] : 0.0f;
+#pragma unroll
+            for (uint32_t g = 0; g < WIDE; g++)
+                kept |= first + g < look.group && x[g] >= c.root_floor[q + first + g];
+        }
         c.root_kept[at + i] = kept;
     }
     uint32_t place = sum_before<LIST_THREADS>(kept, &all);

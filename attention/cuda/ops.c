@@ -17,6 +17,7 @@
 #define SPAN_TASKS 528u
 #define SPLIT_KEYS 512u /* least keys of a split: its partial result is then 3% of their bytes */
 #define KEYS_UNIT 64u   /* of a tile */
+_Static_assert(2 * SPLIT_KEYS <= LOCI_CUDA_ROW_KEYS, "a query over keys that are not split");
 
 static void *strided(loci_stream *stream, loci_ref ref, size_t rows, size_t stride, size_t width,
                      size_t size) {
@@ -108,12 +109,14 @@ void loci_cuda_merge(loci_stream *stream, loci_ref out_a, uint32_t stride_a, loc
 
 /* --- dense attention ------------------------------------------------------------------- */
 
-/* How a span is computed: in f32, or on tensor cores to about 2^-17 or with factors rounded. */
-enum { PATH_PLAIN, PATH_EXACT, PATH_ROUNDED, PATHS };
+/* How a span is computed: in f32, of one query over few keys in f32, or on tensor cores to about
+ * 2^-17 or with factors rounded. */
+enum { PATH_PLAIN, PATH_ROW, PATH_EXACT, PATH_ROUNDED, PATHS };
 
 /* By the call's types and the span's own counts. tensor: shapes suit tensor cores. */
 static int path_of(const loci_attend_dense *args, const loci_attend_span *span, bool tensor) {
     bool exact = args->precision != LOCI_BF16 || span->q_count <= LOCI_ATTEND_EXACT_QUERIES;
+    if (exact && span->q_count == 1 && span->kv_count < 2 * SPLIT_KEYS) return PATH_ROW;
     if (!tensor || (args->kv_dtype == LOCI_F32 && exact)) return PATH_PLAIN;
     return exact ? PATH_EXACT : PATH_ROUNDED;
 }
@@ -129,7 +132,9 @@ static loci_cuda_span cut_span(const loci_attend_span *s, uint32_t group, uint32
                            .rows = LOCI_CUDA_ROWS,
                            .splits = 1,
                            .chunk = UINT32_MAX / KEYS_UNIT * KEYS_UNIT};
-    if (path != PATH_PLAIN && rows > LOCI_CUDA_ROWS) span.rows = LOCI_CUDA_WIDE_ROWS;
+    bool tiles = path == PATH_EXACT || path == PATH_ROUNDED;
+    if (path == PATH_ROW) span.rows = 1;
+    if (tiles && rows > LOCI_CUDA_ROWS) span.rows = LOCI_CUDA_WIDE_ROWS;
     span.tiles = (uint32_t)((rows + span.rows - 1) / span.rows);
     uint32_t tasks = span.tiles * kv_heads, most = s->kv_count / SPLIT_KEYS, wanted = 1;
     if (tasks > 0 && most >= 2) wanted = SPAN_TASKS / tasks;
@@ -139,7 +144,7 @@ static loci_cuda_span cut_span(const loci_attend_span *s, uint32_t group, uint32
         span.chunk = (chunk + KEYS_UNIT - 1) / KEYS_UNIT * KEYS_UNIT;
         span.splits = (s->kv_count + span.chunk - 1) / span.chunk;
     }
-    span.merged = span.splits > 1 || (path != PATH_PLAIN && span.rows == LOCI_CUDA_ROWS);
+    span.merged = span.splits > 1 || (tiles && span.rows == LOCI_CUDA_ROWS);
     return span;
 }
 
@@ -263,12 +268,13 @@ void loci_cuda_attend_dense(loci_stream *stream, const loci_attend_dense *args) 
     if (args->lse.buffer)
         dense.lse = loci_cuda_ptr(stream, args->lse, rows * args->q_heads * sizeof(float));
     if (!dense.q || !dense.k || !dense.v || !dense.out) return;
-    loci_cuda_dense paths[PATHS] = {dense, dense, dense};
+    loci_cuda_dense paths[PATHS] = {dense, dense, dense, dense};
     if (!cut_spans(stream, args, keys, suits_tensor_cores(stream->cuda, &dense), paths)) return;
     for (int path = 0; path < PATHS; path++) {
         const loci_cuda_dense *p = &paths[path];
-        cudaError_t result = path == PATH_PLAIN
-                                 ? loci_cuda_k_attend_dense(stream->stream, p)
+        cudaError_t result = path == PATH_PLAIN ? loci_cuda_k_attend_dense(stream->stream, p)
+                             : path == PATH_ROW
+                                 ? loci_cuda_k_attend_row(stream->stream, p)
                                  : loci_cuda_k_attend_tiles(stream->stream, p, path == PATH_EXACT);
         if (result == cudaSuccess) result = loci_cuda_k_merge_splits(stream->stream, p);
         if (!loci_cuda_ok(stream, result, "attend_dense")) return;

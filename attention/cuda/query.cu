@@ -20,13 +20,16 @@ extern "C" cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_
     return cudaGetLastError();
 }
 
-static __global__ void k_elapsed(const unsigned long long *begun, unsigned long long *ns) {
-    *ns = device_ns() - *begun;
+static __global__ void k_elapsed(const unsigned long long *begun, bool set,
+                                 const loci_cuda_stats known, loci_cuda_stats *stats) {
+    if (set) *stats = known;
+    stats->elapsed_ns = device_ns() - *begun;
 }
 
 extern "C" cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
-                                           unsigned long long *ns) {
-    k_elapsed<<<1, 1, 0, stream>>>(look->begun_ns, ns);
+                                           const loci_cuda_stats *known, loci_cuda_stats *stats) {
+    loci_cuda_stats none = {};
+    k_elapsed<<<1, 1, 0, stream>>>(look->begun_ns, known != NULL, known ? *known : none, stats);
     return cudaGetLastError();
 }
 

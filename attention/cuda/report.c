@@ -14,47 +14,74 @@ _Static_assert(sizeof(loci_cuda_stats) == sizeof(loci_lookup_stats) &&
                    offsetof(loci_cuda_stats, elapsed_ns) == offsetof(loci_lookup_stats, elapsed_ns),
                "figures are downloaded as they are");
 
+/* What the host knows of a look-up's figures. */
+static loci_cuda_stats known_stats(const loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    loci_cuda_stats known = {
+        .dense_kv_bytes = lookup->live_tokens * look->kv_heads * 4ull * look->dim,
+    };
+    if (look->extents == 0) return known;
+    if (lookup->tokens_scored) known.root_bytes = look->roots_all * lookup->pairs[0].node_stride;
+    for (uint32_t h = 0; h < look->kv_heads && lookup->mode == LOCI_MODE_SQUEEZED; h++) {
+        /* Centroids of both levels, twice. */
+        known.root_bytes += 2ull * lookup->heads[h].roots * (sizeof(float) + look->dim);
+        known.leaf_bytes += 2ull * lookup->heads[h].leaves * (sizeof(float) + look->dim);
+    }
+    return known;
+}
+
+/* Adds them up from masks; NULL after a failure. */
+static loci_cuda_stats *add_stats(loci_stream *stream, loci_lookup *lookup,
+                                  const loci_cuda_stats *known) {
+    loci_cuda_stats *to = look_mask(stream, lookup) ? look_alloc(stream, lookup, sizeof *to) : NULL;
+    if (to &&
+        look_launched(stream, lookup, cudaMemsetAsync(to, 0, sizeof *to, stream->stream),
+                      "stats") &&
+        look_launched(stream, lookup,
+                      loci_cuda_k_stats(stream->stream, &lookup->look,
+                                        lookup->tokens_scored ? &lookup->choice : NULL, known, to),
+                      "stats"))
+        return to;
+    return NULL;
+}
+
+/* The same from a single row's lists, where attention has left zeros. */
+static loci_cuda_stats *add_listed(loci_stream *stream, loci_lookup *lookup,
+                                   const loci_cuda_stats *known) {
+    if (!lookup->figured &&
+        !look_launched(stream, lookup,
+                       loci_cuda_k_stats_listed(stream->stream, &lookup->look, &lookup->choice,
+                                                known, lookup->figures),
+                       "stats"))
+        return NULL;
+    lookup->figured = true;
+    return lookup->figures;
+}
+
 void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_lookup_stats *stats) {
     *stats = (loci_lookup_stats){0};
-    if (!lookup->ready || !lookup->tokens_selected || !look_mask(stream, lookup)) return;
+    if (!lookup->ready || !lookup->tokens_selected) return;
     const loci_cuda_look *look = &lookup->look;
-    loci_cuda_stats first = {0};
-    bool squeezed = lookup->mode == LOCI_MODE_SQUEEZED;
-    for (uint32_t h = 0; h < look->kv_heads && squeezed; h++) {
-        /* Centroids of both levels, twice. */
-        first.root_bytes += 2ull * lookup->heads[h].roots * (sizeof(float) + look->dim);
-        first.leaf_bytes += 2ull * lookup->heads[h].leaves * (sizeof(float) + look->dim);
+    loci_cuda_stats known = known_stats(lookup), *from;
+    bool all = lookup->mode == LOCI_MODE_DENSE && !lookup->deletions; /* are known */
+    if (all) {
+        known.kv_bytes = known.kv_leaf_bytes = known.dense_kv_bytes;
+        known.selected_tokens = lookup->live_tokens * look->kv_heads * look->rows;
+        from = look_alloc(stream, lookup, sizeof *from);
+    } else {
+        bool listed = lookup->attended && lookup->logits && lookup->tokens_scored;
+        from = listed ? add_listed(stream, lookup, &known) : add_stats(stream, lookup, &known);
     }
-    loci_buffer buffer = {.bytes = sizeof first};
-    loci_cuda_stats *device = squeezed ? look_put(stream, lookup, &first, sizeof first)
-                                       : look_alloc(stream, lookup, sizeof first);
-    if (!device ||
-        (!squeezed &&
-         !look_launched(stream, lookup, cudaMemsetAsync(device, 0, sizeof first, stream->stream),
-                        "stats")) ||
-        !look_launched(stream, lookup, loci_cuda_k_stats(stream->stream, look, device), "stats"))
+    if (!from || !look_launched(
+                     stream, lookup,
+                     loci_cuda_k_elapsed(stream->stream, look, all ? &known : NULL, from), "stats"))
         return;
-    if (lookup->tokens_scored &&
-        !look_launched(stream, lookup,
-                       loci_cuda_k_choice_stats(stream->stream, look, &lookup->choice, device),
-                       "stats"))
-        return;
-    /* Leaves play no part where candidates are limited. */
-    if (look_limit(lookup) &&
-        !look_launched(stream, lookup,
-                       cudaMemcpyAsync(&device->kv_leaf_bytes, &device->kv_bytes,
-                                       sizeof device->kv_bytes, cudaMemcpyDeviceToDevice,
-                                       stream->stream),
-                       "stats"))
-        return;
-    if (!look_launched(stream, lookup,
-                       loci_cuda_k_elapsed(stream->stream, look, &device->elapsed_ns), "stats"))
-        return;
-    lookup->figures = buffer.device = (void *)device;
+    lookup->reported = from;
     if (stream->recording) {
         look_tell(stream, lookup);
         return;
     }
+    loci_buffer buffer = {.bytes = sizeof *from, .device = (void *)from};
     loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
 }
 
@@ -356,6 +383,14 @@ void loci_cuda_lookup_candidates(loci_stream *stream, loci_lookup *lookup, uint3
     if (!lookup->ready || stream->error.status != LOCI_OK) return;
     const loci_corpus_view *corpus = lookup->corpus;
     uint32_t flat = corpus->flat_segments, flat_base = corpus->flat_segment_base;
+    if (lookup->tokens_scored && lookup->logits) { /* estimates gave them their place */
+        lookup->logits = NULL;
+        lookup->figures = NULL;
+        if (!look_launched(stream, lookup,
+                           loci_cuda_k_codes(stream->stream, &lookup->look, &lookup->choice),
+                           "score_codes"))
+            return;
+    }
     if (flat < limit / 2) {
         for (uint32_t i = 0; i < flat; i++) segments[(*count)++] = flat_base + i;
     } else if (!take_scored(stream, lookup, flat_base, flat, limit / 2, segments, count)) {

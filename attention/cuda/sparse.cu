@@ -12,93 +12,15 @@
  * tensor cores: K and V are bf16, queries and weights are split into a rounded part and the rest,
  * which gives f32 results to about 2^-17.
  */
-#include "attention/cuda/attend.cuh"
-#include "attention/cuda/attend_mma.cuh"
-#include "attention/cuda/look.cuh"
+#include "attention/cuda/chunks.cuh"
 #include "attention/cuda/rows.cuh"
 
-#define WORDS_MAX (LOCI_CUDA_CHUNK_MAX / 32)
-
-struct chunk_work {
-    const loci_cuda_pair *pair;
-    uint32_t part, tile;        /* part: pair and chunk */
-    uint32_t first, words;      /* slot and number of mask words of the chunk */
-    uint32_t row_low, row_high; /* rows of masks that the tile's vectors look at */
-};
-
-static __device__ __forceinline__ bool chunk_of(const loci_cuda_look &look, uint32_t size,
-                                                uint32_t chunks, chunk_work *w) {
-    uint32_t chunk = blockIdx.x % chunks;
-    w->pair = &look.pairs[blockIdx.x / chunks];
-    w->part = blockIdx.x;
-    w->tile = blockIdx.y;
-    w->first = chunk * size;
-    if (w->first >= w->pair->tokens) return false;
-    uint32_t words = pair_words(w->pair) - w->first / 32;
-    w->words = words < size / 32 ? words : size / 32;
-    uint32_t last = (w->tile + 1) * ROWS < look.vectors ? (w->tile + 1) * ROWS : look.vectors;
-    bool shared = look.mask_rows == 1;
-    w->row_low = shared ? 0 : w->tile * ROWS / look.group;
-    w->row_high = shared ? 0 : (last - 1) / look.group;
-    return true;
-}
-
-/* The slots of the chunk that any row of the tile selected, in their order; returns their number.
- * list: LOCI_CUDA_CHUNK_MAX entries of shared memory. THREADS: of the block. */
-template <uint32_t THREADS>
-static __device__ uint32_t list_slots(const loci_cuda_look &look, const chunk_work &w,
-                                      uint16_t *list) {
-    const uint32_t each = WORDS_MAX / THREADS;
-    uint32_t first = threadIdx.x * each, bits[each], own = 0;
-#pragma unroll
-    for (uint32_t j = 0; j < each; j++) {
-        bits[j] = 0;
-        if (first + j < w.words)
-            for (uint32_t row = w.row_low; row <= w.row_high; row++)
-                bits[j] |= look.token_mask[mask_at(look, w.pair, row) + w.first / 32 + first + j];
-        own += __popc(bits[j]);
-    }
-    uint32_t all, at = sum_before<THREADS>(own, &all);
-#pragma unroll
-    for (uint32_t j = 0; j < each; j++)
-        for (uint32_t left = bits[j]; left; left &= left - 1)
-            list[at++] = (uint16_t)((first + j) * 32 + __ffs((int)left) - 1);
-    __syncthreads();
-    return all;
-}
-
-/* Whether vector `local` of the tile selected the slot. */
-static __device__ __forceinline__ bool selected(const loci_cuda_look &look, const chunk_work &w,
-                                                uint32_t local, uint32_t slot) {
-    uint32_t v = w.tile * ROWS + local;
-    if (v >= look.vectors) return false;
-    if (look.mask_rows == 1) return true; /* the list is this set */
-    uint32_t word = look.token_mask[mask_at(look, w.pair, v / look.group) + slot / 32];
-    return word >> (slot % 32) & 1;
-}
-
 /* --- attention ------------------------------------------------------------------------- */
-
-#define SPARSE_THREADS (32 * TILE_WARPS)
 
 /* Shared memory: queries, rounded and the rest, then for each warp two stages of K and V rows;
  * results of the warps take the place of the stages. */
 template <int DIM> static __host__ __device__ constexpr uint32_t sparse_halves(void) {
     return (2 + 4 * TILE_WARPS) * RUN * WIDTH_OF(DIM);
-}
-
-template <int DIM>
-static __device__ void split_vectors(const loci_cuda_look &look, uint32_t kv_head, uint32_t tile,
-                                     uint16_t *high) {
-    const float *q = look.q + (size_t)kv_head * look.vectors * look.dim;
-    uint32_t *to = (uint32_t *)high, *rest = to + ROWS * WIDTH_OF(DIM) / 2;
-    for (uint32_t i = threadIdx.x; i < ROWS * look.dim / 2; i += SPARSE_THREADS) {
-        uint32_t row = i / (look.dim / 2), d = i % (look.dim / 2), v = tile * ROWS + row;
-        float2 x = {0.0f, 0.0f};
-        if (v < look.vectors) x = ((const float2 *)q)[(size_t)v * look.dim / 2 + d];
-        uint32_t at = row * WIDTH_OF(DIM) / 2 + d;
-        to[at] = split_pair(x.x, x.y, &rest[at]);
-    }
 }
 
 /* Begins to copy K and V rows of a run, by one warp; row_of(i): of key i of `count`. Past the end
@@ -141,8 +63,8 @@ static __device__ __forceinline__ void keep_rows(uint32_t begin, uint32_t count,
     }
 }
 
-/* Keys 0 to `count` through all warps. sees(row, i): whether vector `row` of the tile has key i.
- * KEEP: frame_of(i): where the rows of key i go, or NULL. */
+/* Keys 0 to `count` through all warps. sees(row, i, logit): whether vector `row` of the tile has
+ * key i. KEEP: frame_of(i): where the rows of key i go, or NULL. */
 template <int DIM, bool KEEP, typename ROW_OF, typename SEES, typename FRAME_OF>
 static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uint16_t *q,
                                                    uint16_t *own, uint32_t count, uint32_t dim,
@@ -161,7 +83,7 @@ static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uin
 #pragma unroll
         for (uint32_t i = 0; i < 8; i++) {
             uint32_t key = begin + i / 4 * 8 + lane % 4 * 2 + i % 2;
-            if (key >= count || !sees(lane / 4 + i / 2 % 2 * 8, key))
+            if (key >= count || !sees(lane / 4 + i / 2 % 2 * 8, key, logit[i / 4][i % 4]))
                 logit[i / 4][i % 4] = -INFINITY;
         }
         run_softmax<DIM, 1, false>(s, logit);
@@ -171,19 +93,13 @@ static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uin
     wait_groups<0>();
 }
 
-static __device__ __forceinline__ void put_nothing(float *partial, uint32_t dim) {
-    if (threadIdx.x >= ROWS) return;
-    partial[(size_t)threadIdx.x * (dim + 2) + dim] = -INFINITY;
-    partial[(size_t)threadIdx.x * (dim + 2) + dim + 1] = 0.0f;
-}
-
 static __device__ __forceinline__ uint16_t *no_frame(uint32_t) {
     return NULL;
 }
 
 /* TIERED: of some pairs K and V are in memory of the host. */
 template <int DIM, bool TIERED>
-static __global__ void __launch_bounds__(SPARSE_THREADS)
+static __global__ void __launch_bounds__(TILE_THREADS)
     k_attend_sparse(const loci_cuda_look look, const loci_cuda_attend args) {
     extern __shared__ float4 shared[];
     __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
@@ -192,7 +108,7 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
     float *partial = args.partial + (part * gridDim.y + blockIdx.y) * ROWS * (look.dim + 2);
     chunk_work w;
     bool any = chunk_of(look, args.chunk, args.chunks, &w);
-    uint32_t count = any ? list_slots<SPARSE_THREADS>(look, w, list) : 0;
+    uint32_t count = any ? list_slots<TILE_THREADS>(look, w, list) : 0;
     if (count == 0) {
         put_nothing(partial, look.dim);
         return;
@@ -209,7 +125,7 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
             return TIERED ? rows_at(args.cache, w.pair, w.first + list[i], look.dim)
                           : kv + (size_t)list[i] * 2 * look.dim;
         },
-        [&](uint32_t row, uint32_t i) {
+        [&](uint32_t row, uint32_t i, float) {
             return alone || selected(look, w, row, w.first + list[i]);
         },
         no_frame);
@@ -218,14 +134,6 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
 }
 
 #define LIST_EACH 4u /* candidates of a thread */
-
-static __device__ __forceinline__ const loci_cuda_pair *
-pair_at(const loci_cuda_look &look, uint32_t h, uint32_t place, uint32_t *slot) {
-    size_t index = (size_t)extent_at(look, h, place / 32) * look.kv_heads + h;
-    const loci_cuda_pair *pair = &look.pairs[index];
-    *slot = place - pair->word_base * 32;
-    return pair;
-}
 
 /* Where listed rows stand, and to where those go that come from the host: as many as there are free
  * frames. taken: a bit for each of this thread's places, which come from `at` on in the lists. */
@@ -248,7 +156,7 @@ static __device__ __forceinline__ void list_tiered(const loci_cuda_look &look,
         if (frame) hits++;
         if (!frame) missed |= 1u << j;
     }
-    uint32_t before = sum_before<SPARSE_THREADS>((uint32_t)__popc(missed) | hits << 16, &sum);
+    uint32_t before = sum_before<TILE_THREADS>((uint32_t)__popc(missed) | hits << 16, &sum);
     if (threadIdx.x == 0) turn = sum ? count_reads(cache, sum >> 16, sum & 0xffff) : 0;
     __syncthreads();
     uint32_t next = turn + (before & 0xffff);
@@ -263,17 +171,20 @@ static __device__ __forceinline__ void list_tiered(const loci_cuda_look &look,
 /* The same for one row over a share of a head's candidates, of which the cut says what is selected:
  * as many candidates for each block, wherever they stand. */
 template <int DIM, bool TIERED>
-static __global__ void __launch_bounds__(SPARSE_THREADS)
+static __global__ void __launch_bounds__(TILE_THREADS)
     k_attend_listed(const loci_cuda_look look, const loci_cuda_choice c,
                     const loci_cuda_attend args) {
     extern __shared__ float4 shared[];
-    __shared__ const uint16_t *list[LIST_EACH * SPARSE_THREADS];
-    __shared__ uint16_t *frames[TIERED ? LIST_EACH * SPARSE_THREADS : 1];
+    __shared__ const uint16_t *list[LIST_EACH * TILE_THREADS];
+    __shared__ uint32_t places[LIST_EACH * TILE_THREADS];
+    __shared__ uint16_t *frames[TIERED ? LIST_EACH * TILE_THREADS : 1];
     await_previous();
     uint32_t h = blockIdx.x / args.parts, part = blockIdx.x % args.parts, n = c.count[h];
     uint32_t share = (n + args.parts - 1) / args.parts, begin = part * share;
     uint32_t end = begin + share < n ? begin + share : n;
     float *partial = args.partial + (size_t)blockIdx.x * ROWS * (look.dim + 2);
+    float *logits = args.logits + (size_t)h * look.vectors * args.room;
+    clear_counts(args);
     if (begin >= end) {
         put_nothing(partial, look.dim);
         return;
@@ -284,27 +195,35 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
     const loci_cuda_cut cut = c.cut[h];
     split_vectors<DIM>(look, h, 0, q);
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
-    for (; begin < end; begin += LIST_EACH * SPARSE_THREADS) {
+    for (; begin < end; begin += LIST_EACH * TILE_THREADS) {
         uint32_t place[LIST_EACH], taken = 0, count;
 #pragma unroll
         for (uint32_t j = 0; j < LIST_EACH; j++) {
-            uint32_t i = begin + j * SPARSE_THREADS + threadIdx.x;
+            uint32_t i = begin + j * TILE_THREADS + threadIdx.x;
             place[j] = i < end ? slots[i] : 0;
             if (i < end && is_chosen(cut, shares[i], i)) taken |= 1u << j;
         }
-        uint32_t at = sum_before<SPARSE_THREADS>(__popc(taken), &count);
+        uint32_t at = sum_before<TILE_THREADS>(__popc(taken), &count);
         if (TIERED) list_tiered(look, args.cache, h, place, taken, at, list, frames);
 #pragma unroll
         for (uint32_t j = 0; j < LIST_EACH; j++) {
-            if (TIERED || !(taken >> j & 1)) continue;
-            uint32_t slot;
-            const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
-            list[at++] = pair->kv + (size_t)slot * 2 * look.dim;
+            if (!(taken >> j & 1)) continue;
+            places[at] = begin + j * TILE_THREADS + threadIdx.x;
+            if (!TIERED) {
+                uint32_t slot;
+                const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
+                list[at] = pair->kv + (size_t)slot * 2 * look.dim;
+            }
+            at++;
         }
         __syncthreads();
         attend_keys<DIM, TIERED>(
             s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
-            [&](uint32_t i) { return list[i]; }, [](uint32_t, uint32_t) { return true; },
+            [&](uint32_t i) { return list[i]; },
+            [&](uint32_t row, uint32_t i, float logit) {
+                if (row < look.vectors) logits[row * args.room + places[i]] = logit;
+                return true;
+            },
             [&](uint32_t i) { return frames[i]; });
         __syncthreads();
     }
@@ -313,14 +232,14 @@ static __global__ void __launch_bounds__(SPARSE_THREADS)
 
 /* Before tiles of many vectors: what any row selected and only the host has comes into frames, as
  * far as there are free ones. A warp has a row at a time; a slot is looked at by one warp alone. */
-static __global__ void __launch_bounds__(SPARSE_THREADS)
+static __global__ void __launch_bounds__(TILE_THREADS)
     k_fetch_rows(const loci_cuda_look look, const loci_cuda_attend args) {
     __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
     chunk_work w;
     if (!chunk_of(look, args.chunk, args.chunks, &w) || !w.pair->frame_of) return;
     w.row_low = 0;
     w.row_high = look.mask_rows - 1;
-    uint32_t count = list_slots<SPARSE_THREADS>(look, w, list), lane = threadIdx.x % 32, hits = 0;
+    uint32_t count = list_slots<TILE_THREADS>(look, w, list), lane = threadIdx.x % 32, hits = 0;
     for (uint32_t i = threadIdx.x / 32; i < count; i += TILE_WARPS) {
         uint32_t slot = w.first + list[i], frame = frame_at(args.cache, w.pair, slot);
         unsigned long long to = 0;
@@ -348,7 +267,7 @@ static cudaError_t launch_attend(cudaStream_t stream, const loci_cuda_look *look
         k_attend_sparse<DIM, TIERED>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result != cudaSuccess) return result;
     dim3 grid(look->extents * look->kv_heads * args->chunks, loci_cuda_tiles(look->vectors));
-    k_attend_sparse<DIM, TIERED><<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *args);
+    k_attend_sparse<DIM, TIERED><<<grid, TILE_THREADS, bytes, stream>>>(*look, *args);
     return cudaGetLastError();
 }
 
@@ -358,13 +277,14 @@ static cudaError_t launch_listed(cudaStream_t stream, const loci_cuda_look *look
                                  const loci_cuda_choice *choice, const loci_cuda_attend *args) {
     size_t bytes = sparse_halves<DIM>() * sizeof(uint16_t);
     uint32_t grid = look->kv_heads * args->parts;
-    if (!args->cache.frames)
-        return launch_behind(stream, k_attend_listed<DIM, false>, grid, SPARSE_THREADS, bytes,
-                             *look, *choice, *args);
-    cudaError_t result = cudaFuncSetAttribute(
-        k_attend_listed<DIM, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    auto kernel = args->cache.frames ? k_attend_listed<DIM, true> : k_attend_listed<DIM, false>;
+    /* With what lists take, more than the usual even where this alone is not. */
+    cudaError_t result =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result != cudaSuccess) return result;
-    k_attend_listed<DIM, true><<<grid, SPARSE_THREADS, bytes, stream>>>(*look, *choice, *args);
+    if (!args->cache.frames)
+        return launch_behind(stream, kernel, grid, TILE_THREADS, bytes, *look, *choice, *args);
+    kernel<<<grid, TILE_THREADS, bytes, stream>>>(*look, *choice, *args);
     return cudaGetLastError();
 }
 
@@ -395,8 +315,8 @@ extern "C" cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci
 
 extern "C" cudaError_t loci_cuda_k_fetch_rows(cudaStream_t stream, const loci_cuda_look *look,
                                               const loci_cuda_attend *args) {
-    k_fetch_rows<<<look->extents * look->kv_heads * args->chunks, SPARSE_THREADS, 0, stream>>>(
-        *look, *args);
+    k_fetch_rows<<<look->extents * look->kv_heads * args->chunks, TILE_THREADS, 0, stream>>>(*look,
+                                                                                             *args);
     return cudaGetLastError();
 }
 
@@ -473,186 +393,5 @@ extern "C" cudaError_t loci_cuda_k_mask_live(cudaStream_t stream, const loci_cud
     if (look->extents == 0) return cudaSuccess;
     dim3 grid((look->tokens_max / 32 + 256) / 256, look->extents * look->kv_heads);
     k_mask_live<<<grid, 256, 0, stream>>>(*look);
-    return cudaGetLastError();
-}
-
-/* --- attribution ----------------------------------------------------------------------- */
-
-static __device__ __forceinline__ void load_vectors(const loci_cuda_look &look, const chunk_work &w,
-                                                    const attend_memory &m) {
-    const float *q = look.q + (size_t)w.pair->kv_head * look.vectors * look.dim;
-    for (uint32_t i = threadIdx.x; i < ROWS * look.dim; i += ATTEND_THREADS) {
-        uint32_t v = w.tile * ROWS + i / look.dim;
-        m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
-    }
-    if (threadIdx.x < ROWS) {
-        m.max[threadIdx.x] = -INFINITY;
-        m.sum[threadIdx.x] = 0.0f;
-    }
-}
-
-static __device__ __forceinline__ void load_keys(const loci_cuda_look &look, const chunk_work &w,
-                                                 const loci_cuda_row_cache &cache,
-                                                 const attend_memory &m, const uint16_t *list,
-                                                 uint32_t begin, uint32_t count) {
-    uint32_t key = threadIdx.x / 8, lane = threadIdx.x % 8;
-    const uint16_t *k = NULL;
-    if (begin + key < count) k = rows_at(cache, w.pair, w.first + list[begin + key], look.dim);
-    load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, lane, 8);
-}
-
-/* The weights of a tile's logits, relative to the vectors' totals, to the segments of its keys.
- * segment(lane): of a key; only its low lanes have one. */
-template <typename SEEN, typename SEGMENT>
-static __device__ __forceinline__ void
-add_weights(const loci_cuda_look &look, const loci_cuda_attribution &args, const attend_memory &m,
-            uint32_t kv_head, uint32_t tile, SEEN seen, SEGMENT segment) {
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float logit[2];
-    attend_dots(m, logit);
-    unsigned long long mass = 0;
-    for (uint32_t i = 0; i < 2; i++) {
-        uint32_t local = 2 * warp + i, v = tile * ROWS + local, row = v / look.group;
-        if (v >= look.vectors || row < args.row_begin || !seen(local, lane)) continue;
-        uint32_t head = kv_head * look.group + v % look.group;
-        float weight = expf(logit[i] - args.total_lse[(size_t)row * look.q_heads + head]);
-        mass += (unsigned long long)((double)fminf(weight, 6.0e7f) * LOCI_CUDA_MASS_UNIT);
-    }
-    if (mass == 0) return;
-    uint32_t to = segment(lane);
-    if (to < args.segments) atomicAdd(&args.mass[to], mass);
-}
-
-static __global__ void __launch_bounds__(ATTEND_THREADS)
-    k_attribute(const loci_cuda_look look, const loci_cuda_attribution args, uint32_t chunk,
-                uint32_t chunks) {
-    extern __shared__ float4 shared[];
-    __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
-    attend_memory m = attend_layout((float *)shared, look.dim);
-    chunk_work w;
-    if (!chunk_of(look, chunk, chunks, &w)) return;
-    uint32_t count = list_slots<ATTEND_THREADS>(look, w, list);
-    load_vectors(look, w, m);
-    for (uint32_t begin = 0; begin < count; begin += KEYS) {
-        __syncthreads();
-        load_keys(look, w, args.cache, m, list, begin, count);
-        __syncthreads();
-        add_weights(
-            look, args, m, w.pair->kv_head, w.tile,
-            [&](uint32_t local, uint32_t lane) {
-                return begin + lane < count &&
-                       selected(look, w, local, w.first + list[begin + lane]);
-            },
-            [&](uint32_t lane) {
-                uint32_t word = slot_word(w.pair, w.first + list[begin + lane], look.dim);
-                return word >> 16 < w.pair->segments ? w.pair->segment_base + (word >> 16)
-                                                     : 0xffffffffu;
-            });
-    }
-}
-
-/* The last segment of the flat part that begins at or before the token. */
-static __device__ uint32_t flat_segment(const loci_cuda_attribution &args, uint32_t token) {
-    uint32_t low = 0, high = args.flat_segments;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (args.flat_segment_begin[middle] <= token)
-            low = middle;
-        else
-            high = middle;
-    }
-    return args.flat_segment_base + low;
-}
-
-/* Flat tokens, KEYS a block; all vectors of one KV head. */
-static __global__ void __launch_bounds__(ATTEND_THREADS)
-    k_attribute_flat(const loci_cuda_look look, const loci_cuda_attribution args) {
-    extern __shared__ float4 shared[];
-    attend_memory m = attend_layout((float *)shared, look.dim);
-    uint32_t h = blockIdx.y, begin = blockIdx.x * KEYS, key = threadIdx.x / 8;
-    const uint16_t *k = NULL;
-    if (begin + key < args.flat_tokens)
-        k = args.flat_k + ((size_t)(begin + key) * look.kv_heads + h) * look.dim;
-    load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, threadIdx.x % 8, 8);
-    for (uint32_t tile = 0; tile * ROWS < look.vectors; tile++) {
-        __syncthreads();
-        const float *q = look.q + (size_t)h * look.vectors * look.dim;
-        for (uint32_t i = threadIdx.x; i < ROWS * look.dim; i += ATTEND_THREADS) {
-            uint32_t v = tile * ROWS + i / look.dim;
-            m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
-        }
-        __syncthreads();
-        add_weights(
-            look, args, m, h, tile,
-            [&](uint32_t, uint32_t lane) { return begin + lane < args.flat_tokens; },
-            [&](uint32_t lane) { return flat_segment(args, begin + lane); });
-    }
-}
-
-static __global__ void k_add_mass(const loci_cuda_attribution args) {
-    uint32_t s = blockIdx.x * blockDim.x + threadIdx.x;
-    if (s < args.segments) args.out[s] += (float)((double)args.mass[s] / LOCI_CUDA_MASS_UNIT);
-}
-
-extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
-                                             const loci_cuda_attribution *args) {
-    size_t bytes = attend_floats(look->dim) * sizeof(float);
-    uint32_t chunk = loci_cuda_chunk(look), chunks = loci_cuda_chunks(look->tokens_max, chunk);
-    /* The same in every thread's launch. */
-    int most = (int)(attend_floats(MAX_DIM) * sizeof(float));
-    cudaError_t result =
-        cudaFuncSetAttribute(k_attribute, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-    if (result == cudaSuccess)
-        result = cudaFuncSetAttribute(k_attribute_flat, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      most);
-    if (result == cudaSuccess && look->extents > 0) {
-        dim3 grid(look->extents * look->kv_heads * chunks, loci_cuda_tiles(look->vectors));
-        k_attribute<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args, chunk, chunks);
-        result = cudaGetLastError();
-    }
-    if (result == cudaSuccess && args->flat_tokens > 0) {
-        dim3 grid((args->flat_tokens + KEYS - 1) / KEYS, look->kv_heads);
-        k_attribute_flat<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args);
-        result = cudaGetLastError();
-    }
-    if (result != cudaSuccess || args->segments == 0) return result;
-    k_add_mass<<<(args->segments + 255) / 256, 256, 0, stream>>>(*args);
-    return cudaGetLastError();
-}
-
-/* --- figures --------------------------------------------------------------------------- */
-
-/* gridDim.y blocks for each pair. */
-static __global__ void k_stats(const loci_cuda_look look, loci_cuda_stats *stats) {
-    const loci_cuda_pair *pair = &look.pairs[blockIdx.x];
-    uint32_t first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
-    unsigned long long selected = 0, read = 0, live = 0, leaf_tokens = 0;
-    for (uint32_t w = first; w < pair_words(pair); w += step) {
-        uint32_t all = 0, left = pair->tokens - w * 32;
-        for (uint32_t row = 0; row < look.mask_rows; row++) {
-            uint32_t bits = look.token_mask[mask_at(look, pair, row) + w];
-            selected += __popc(bits);
-            all |= bits;
-        }
-        read += __popc(all);
-        live += __popc(live_bits(pair, w * 32, left < 32 ? left : 32));
-    }
-    for (uint32_t l = first; l < pair->leaves; l += step) {
-        uint32_t begin = pair->leaf_begin[l], count = pair->leaf_begin[l + 1] - begin, all = 0;
-        for (uint32_t row = 0; row < look.mask_rows && !all; row++)
-            all = mask_bits(look.token_mask + mask_at(look, pair, row), begin, count);
-        if (all) leaf_tokens += count;
-    }
-    if (look.mask_rows == 1) selected *= look.rows;
-    atomicAdd(&stats->selected_tokens, selected);
-    atomicAdd(&stats->kv_bytes, read * 4 * look.dim);
-    atomicAdd(&stats->kv_leaf_bytes, leaf_tokens * 4 * look.dim);
-    atomicAdd(&stats->dense_kv_bytes, live * 4 * look.dim);
-}
-
-extern "C" cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
-                                         loci_cuda_stats *stats) {
-    if (look->extents == 0) return cudaSuccess;
-    k_stats<<<dim3(look->extents * look->kv_heads, 32), 256, 0, stream>>>(*look, stats);
     return cudaGetLastError();
 }

@@ -39,8 +39,9 @@ static loci_cuda_stats *told_of(const loci_lookup *lookup, const lookup_step *st
 }
 
 void look_tell(loci_stream *stream, loci_lookup *lookup) {
-    loci_cuda_moves moves = {{{lookup->figures, (void *)told_of(lookup, lookup->step),
-                               sizeof(loci_cuda_stats) / sizeof(uint32_t)}}};
+    loci_cuda_moves moves = {
+        {{(const void *)lookup->reported, (void *)told_of(lookup, lookup->step),
+          sizeof(loci_cuda_stats) / sizeof(uint32_t)}}};
     (void)look_launched(stream, lookup, loci_cuda_k_move(stream->stream, &moves, 1), "stats");
 }
 
@@ -104,7 +105,7 @@ static void begin_recording(loci_stream *stream, loci_lookup *lookup) {
 bool loci_cuda_step_begin(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
                           uint32_t retrieval_layer, const void *key, size_t key_bytes) {
     LOCI_ASSERT(!stream->recording);
-    lookup->figures = NULL;
+    lookup->reported = NULL;
     lookup->replayed = false;
     lookup_step *step = lookup->step = step_of(lookup, retrieval_layer, key, key_bytes);
     if (!step || stream->error.status != LOCI_OK) {
@@ -149,7 +150,7 @@ static bool launch_recorded(loci_stream *stream, loci_lookup *lookup, lookup_ste
     cudaGraph_t recorded = NULL;
     bool well = cudaStreamEndCapture(stream->stream, &recorded) == cudaSuccess && recorded &&
                 !stream->unrecordable && stream->error.status == LOCI_OK && lookup->ready &&
-                lookup->figures && make_graph(step, recorded);
+                lookup->reported && make_graph(step, recorded);
     stream->recording = false;
     pthread_mutex_unlock(&lookup->cuda->recording);
     if (recorded) (void)cudaGraphDestroy(recorded);
@@ -174,7 +175,7 @@ bool loci_cuda_step_end(loci_stream *stream, loci_lookup *lookup, loci_lookup_st
     if (stream->recording) {
         if (!launch_recorded(stream, lookup, step)) return false;
     } else if (!lookup->replayed) { /* lookup_stats has told them */
-        if (step->state == SEEN_NEVER && lookup->ready && lookup->figures)
+        if (step->state == SEEN_NEVER && lookup->ready && lookup->reported)
             remember(stream, lookup, step, SEEN_ONCE);
         return true;
     }

@@ -414,6 +414,18 @@ static void enqueue(const fixture *f, loci_lookup *lookup, fixture_run *run, loc
     for (int i = 0; i < 4; i++) run->ns[i] = t[i + 1] - t[i];
 }
 
+/* The masses of all segments; steady has done its work and takes the totals. */
+static void attribute(const fixture *f, loci_lookup *lookup, const fixture_run *run, loci_ref total,
+                      loci_ref mass) {
+    const loci_backend_ops *ops = f->backend->ops;
+    size_t bytes = f->segments * sizeof *run->mass;
+    memset(run->mass, 0, bytes);
+    ops->upload(f->stream, total, run->total, (size_t)run->rows * f->q_heads * sizeof *run->total);
+    ops->upload(f->stream, mass, run->mass, bytes);
+    ops->attribute(f->stream, lookup, total, 0, mass);
+    ops->download(f->stream, run->mass, mass, bytes);
+}
+
 loci_status fixture_look_up(const fixture *f, fixture_run *run, loci_error *err) {
     const loci_backend_ops *ops = f->backend->ops;
     size_t lse_bytes = (size_t)run->rows * f->q_heads * sizeof(float), q_bytes = lse_bytes * f->dim;
@@ -421,7 +433,9 @@ loci_status fixture_look_up(const fixture *f, fixture_run *run, loci_error *err)
     loci_lookup *lookup = NULL;
     loci_status status;
     LOCI_TRY(ops->lookup_create(f->backend, &lookup, err));
-    LOCI_TRY_GOTO(ops->alloc(f->backend, 2 * (q_bytes + lse_bytes), &buffer, err), out);
+    size_t mass_bytes = run->mass ? f->segments * sizeof *run->mass : 0;
+    LOCI_TRY_GOTO(ops->alloc(f->backend, 2 * (q_bytes + lse_bytes) + mass_bytes, &buffer, err),
+                  out);
     loci_ref q = loci_ref_at(buffer, 0), out_ref = loci_ref_at(buffer, q_bytes);
     loci_ref steady = loci_ref_at(buffer, 2 * q_bytes);
     loci_ref lse = loci_ref_at(buffer, 2 * q_bytes + lse_bytes);
@@ -434,6 +448,8 @@ loci_status fixture_look_up(const fixture *f, fixture_run *run, loci_error *err)
     enqueue(f, lookup, run, q, steady, out_ref, lse);
     ops->download(f->stream, run->out, out_ref, q_bytes);
     ops->download(f->stream, run->lse, lse, lse_bytes);
+    if (run->mass)
+        attribute(f, lookup, run, steady, loci_ref_at(buffer, 2 * (q_bytes + lse_bytes)));
     ops->lookup_stats(f->stream, lookup, &run->stats);
     run->selected_count = 0;
     run->selected = NULL;

@@ -88,6 +88,8 @@ typedef struct fixture_run {
     loci_selected *selected; /* malloc'd by the run; NULL if want_selected is false */
     size_t selected_count;
     bool want_selected;
+    const float *total; /* [rows][q_heads] for attribution, or NULL */
+    float *mass;        /* then: masses of the segments */
     loci_lookup_stats stats;
     uint64_t ns[4]; /* nodes with begin, codes, select, attend */
 } fixture_run;

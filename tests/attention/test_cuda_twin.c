@@ -123,14 +123,27 @@ static void compare_values(const float *a, const float *b, size_t count, double 
  * whole attention: then only the selections are compared. */
 static void compare_run(scene *s, twin *t, const setting *c, loci_select_params params) {
     size_t heads = (size_t)s->rows * s->f.q_heads, values = heads * s->f.dim;
-    float *out = calloc(values + heads, sizeof *out);
+    size_t segments = s->f.segments;
+    float *out = calloc(values + 2 * heads + 2 * segments, sizeof *out);
     char what[160];
     loci_error err = {0};
     assert_non_null(out);
     describe(what, c, &params);
-    fixture_run ours = run(s, params, true), theirs = ours;
+    fixture_run ours = {.rows = s->rows,
+                        .q = s->q,
+                        .steady = s->steady,
+                        .params = params,
+                        .out = s->out,
+                        .lse = s->lse,
+                        .want_selected = true,
+                        .total = out + values + heads,
+                        .mass = out + values + 2 * heads};
+    for (size_t i = 0; i < heads; i++) out[values + heads + i] = (float)s->ref_lse[i]; /* of all */
+    must(fixture_look_up(&s->f, &ours, &err), &err);
+    fixture_run theirs = ours;
     theirs.out = out;
     theirs.lse = out + values;
+    theirs.mass = ours.mass + segments;
     must(fixture_look_up(&t->f, &theirs, &err), &err);
     size_t differ = count_differences(&ours, &theirs);
     if (differ > (params.budget ? 2 : 1) + theirs.selected_count / 2000)
@@ -143,7 +156,14 @@ static void compare_run(scene *s, twin *t, const setting *c, loci_select_params 
     if (differ && params.budget) values = heads = 0;
     compare_values(s->out, theirs.out, values, tolerance, what);
     compare_values(s->lse, theirs.lse, heads, tolerance, what);
+    if (heads) compare_values(ours.mass, theirs.mass, segments, tolerance, what);
     assert_int_equal(ours.stats.dense_kv_bytes, theirs.stats.dense_kv_bytes);
+    if (params.mode == LOCI_MODE_HIERARCHICAL && !params.candidates_max) {
+        /* Where a leaf begins takes less room on the device. */
+        assert_in_range(ours.stats.leaf_bytes, theirs.stats.leaf_bytes * 3 / 4,
+                        theirs.stats.leaf_bytes);
+        assert_int_equal(ours.stats.code_bytes, theirs.stats.code_bytes);
+    }
     if (!differ) {
         assert_int_equal(ours.stats.kv_bytes, theirs.stats.kv_bytes);
         assert_int_equal(ours.stats.kv_leaf_bytes, theirs.stats.kv_leaf_bytes);
@@ -173,6 +193,28 @@ static void test_modes_equal_the_cpu(void **state) {
             params.estimate_tail = tail == 1;
             compare_run(&s, &t, &c, params);
         }
+        twin_close(&t);
+        close_scene(&s);
+    }
+}
+
+/* A single row, whose logits are kept for attribution, and, where there is no room for those of all
+ * tokens, not. */
+static void test_single_rows_equal_the_cpu(void **state) {
+    (void)state;
+    static const uint32_t groups[] = {7, 1, 16, 18, 3, 8};
+    uint64_t rng = seed * 2 + 13;
+    for (uint32_t round = 0; round < 12; round++) {
+        setting c = random_setting(&rng);
+        c.group = groups[round % 6];
+        c.rows = 1;
+        c.tokens += round % 4 ? 700 : 0;
+        scene s = open_scene(c);
+        if (round % 3 == 2) kill_some(&s, 2);
+        twin t = twin_open(&s.f);
+        compare_run(&s, &t, &c, narrow(round % 2 ? 0.97f : 0.945f, round % 4 == 3 ? 30 : 0));
+        if (round % 4 == 1) ((loci_cuda *)s.f.backend->ctx)->room_bytes = 0;
+        compare_run(&s, &t, &c, (loci_select_params){.mode = LOCI_MODE_DENSE});
         twin_close(&t);
         close_scene(&s);
     }
@@ -457,6 +499,7 @@ int main(void) {
     seed = fresh_seed();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_modes_equal_the_cpu),
+        cmocka_unit_test(test_single_rows_equal_the_cpu),
         cmocka_unit_test(test_default_reach_equals_the_cpu),
         cmocka_unit_test(test_limited_candidates_equal_the_cpu),
         cmocka_unit_test(test_squeezed_scores_equal_the_cpu),

@@ -1,0 +1,417 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What attention over a corpus tells beside its output: the attention mass of segments, and the
+ * figures of a look-up. A single row's come from the logits that its attention left; else a block
+ * takes a chunk of a pair's slots and a tile of vectors, lists what masks hold and reads their keys
+ * again.
+ */
+#include "attention/cuda/chunks.cuh"
+#include "attention/cuda/radix.cuh"
+#include "attention/cuda/rows.cuh"
+
+/* --- attribution ----------------------------------------------------------------------- */
+
+static __device__ __forceinline__ void load_vectors(const loci_cuda_look &look, const chunk_work &w,
+                                                    const attend_memory &m) {
+    const float *q = look.q + (size_t)w.pair->kv_head * look.vectors * look.dim;
+    for (uint32_t i = threadIdx.x; i < ROWS * look.dim; i += ATTEND_THREADS) {
+        uint32_t v = w.tile * ROWS + i / look.dim;
+        m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
+    }
+    if (threadIdx.x < ROWS) {
+        m.max[threadIdx.x] = -INFINITY;
+        m.sum[threadIdx.x] = 0.0f;
+    }
+}
+
+static __device__ __forceinline__ void load_keys(const loci_cuda_look &look, const chunk_work &w,
+                                                 const loci_cuda_row_cache &cache,
+                                                 const attend_memory &m, const uint16_t *list,
+                                                 uint32_t begin, uint32_t count) {
+    uint32_t key = threadIdx.x / 8, lane = threadIdx.x % 8;
+    const uint16_t *k = NULL;
+    if (begin + key < count) k = rows_at(cache, w.pair, w.first + list[begin + key], look.dim);
+    load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, lane, 8);
+}
+
+/* NaN where a row has nothing at all. */
+static __device__ __forceinline__ mass_t mass_of(float below_total) {
+    if (!(below_total > -INFINITY)) return 0;
+    return (mass_t)((double)fminf(expf(below_total), 6.0e7f) * LOCI_CUDA_MASS_UNIT);
+}
+
+/* The weights of a tile's logits, relative to the vectors' totals, to the segments of its keys.
+ * segment(lane): of a key; only its low lanes have one. */
+template <typename SEEN, typename SEGMENT>
+static __device__ __forceinline__ void
+add_weights(const loci_cuda_look &look, const loci_cuda_attribution &args, const attend_memory &m,
+            uint32_t kv_head, uint32_t tile, SEEN seen, SEGMENT segment) {
+    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float logit[2];
+    attend_dots(m, logit);
+    mass_t mass = 0;
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t local = 2 * warp + i, v = tile * ROWS + local, row = v / look.group;
+        if (v >= look.vectors || row < args.row_begin || !seen(local, lane)) continue;
+        uint32_t head = kv_head * look.group + v % look.group;
+        mass += mass_of(logit[i] - args.total_lse[(size_t)row * look.q_heads + head]);
+    }
+    if (mass == 0) return;
+    uint32_t to = segment(lane);
+    if (to < args.segments) atomicAdd(&args.mass[to], mass);
+}
+
+static __global__ void __launch_bounds__(ATTEND_THREADS)
+    k_attribute(const loci_cuda_look look, const loci_cuda_attribution args, uint32_t chunk,
+                uint32_t chunks) {
+    extern __shared__ float4 shared[];
+    __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
+    attend_memory m = attend_layout((float *)shared, look.dim);
+    chunk_work w;
+    if (!chunk_of(look, chunk, chunks, &w)) return;
+    uint32_t count = list_slots<ATTEND_THREADS>(look, w, list);
+    load_vectors(look, w, m);
+    for (uint32_t begin = 0; begin < count; begin += KEYS) {
+        __syncthreads();
+        load_keys(look, w, args.cache, m, list, begin, count);
+        __syncthreads();
+        add_weights(
+            look, args, m, w.pair->kv_head, w.tile,
+            [&](uint32_t local, uint32_t lane) {
+                return begin + lane < count &&
+                       selected(look, w, local, w.first + list[begin + lane]);
+            },
+            [&](uint32_t lane) {
+                uint32_t word = slot_word(w.pair, w.first + list[begin + lane], look.dim);
+                return word >> 16 < w.pair->segments ? w.pair->segment_base + (word >> 16)
+                                                     : 0xffffffffu;
+            });
+    }
+}
+
+/* The last segment of the flat part that begins at or before the token. */
+static __device__ uint32_t flat_segment(const loci_cuda_attribution &args, uint32_t token) {
+    uint32_t low = 0, high = args.flat_segments;
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (args.flat_segment_begin[middle] <= token)
+            low = middle;
+        else
+            high = middle;
+    }
+    return args.flat_segment_base + low;
+}
+
+/* Flat tokens, KEYS a block; all vectors of one KV head. */
+static __global__ void __launch_bounds__(ATTEND_THREADS)
+    k_attribute_flat(const loci_cuda_look look, const loci_cuda_attribution args) {
+    extern __shared__ float4 shared[];
+    attend_memory m = attend_layout((float *)shared, look.dim);
+    uint32_t h = blockIdx.y, begin = blockIdx.x * KEYS, key = threadIdx.x / 8;
+    const uint16_t *k = NULL;
+    if (begin + key < args.flat_tokens)
+        k = args.flat_k + ((size_t)(begin + key) * look.kv_heads + h) * look.dim;
+    load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, threadIdx.x % 8, 8);
+    for (uint32_t tile = 0; tile * ROWS < look.vectors; tile++) {
+        __syncthreads();
+        const float *q = look.q + (size_t)h * look.vectors * look.dim;
+        for (uint32_t i = threadIdx.x; i < ROWS * look.dim; i += ATTEND_THREADS) {
+            uint32_t v = tile * ROWS + i / look.dim;
+            m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
+        }
+        __syncthreads();
+        add_weights(
+            look, args, m, h, tile,
+            [&](uint32_t, uint32_t lane) { return begin + lane < args.flat_tokens; },
+            [&](uint32_t lane) { return flat_segment(args, begin + lane); });
+    }
+}
+
+/* Masses join the output, and begin anew. */
+static __global__ void k_add_mass(const loci_cuda_attribution args) {
+    uint32_t s = blockIdx.x * blockDim.x + threadIdx.x;
+    await_previous();
+    if (s >= args.segments) return;
+    args.out[s] += (float)((double)args.mass[s] / LOCI_CUDA_MASS_UNIT);
+    args.mass[s] = 0;
+}
+
+#define LIST_THREADS 256u
+#define LIST_SEGMENTS 32u
+#define WHOLE_THREADS 1024u
+#define WHOLE_BLOCKS 264u /* of all KV heads together */
+#define WHOLE_SEGMENTS 8192u
+
+/* Blocks of LIST_THREADS for a KV head's list, by the tokens that there are: the host does not know
+ * how many it has. */
+static uint32_t list_blocks(const loci_cuda_look *look) {
+    uint32_t blocks = look->words * 32 / (4 * LIST_THREADS);
+    return blocks < 16 ? 16 : blocks > 256 ? 256 : blocks;
+}
+
+/* One row's segments from the logits of what it attended to: LISTED, its list's entries, of which
+ * the cut says which they are, else all places, where tokens that are not live have none. together:
+ * a block adds up masses in shared memory first, where many tokens are to few segments. */
+template <bool LISTED, uint32_t THREADS>
+static __global__ void __launch_bounds__(THREADS)
+    k_attribute_kept(const loci_cuda_look look, const loci_cuda_choice c,
+                     const loci_cuda_attribution args, bool together) {
+    extern __shared__ float4 shared[];
+    mass_t *own = (mass_t *)shared;
+    for (uint32_t s = threadIdx.x; s < args.segments && together; s += THREADS) own[s] = 0;
+    await_previous();
+    __syncthreads();
+    uint32_t h = blockIdx.y, n = LISTED ? c.count[h] : look.words * 32;
+    const float *logits = args.logits + (size_t)h * look.group * args.room;
+    const float *total = args.total_lse + h * look.group;
+    const uint32_t *slots = c.slots + (size_t)h * c.room;
+    const float *shares = c.share + (size_t)h * c.room;
+    loci_cuda_cut cut = {};
+    if (LISTED) cut = c.cut[h];
+    for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < n; i += gridDim.x * THREADS) {
+        if (LISTED && !is_chosen(cut, shares[i], i)) continue;
+        uint32_t slot;
+        const loci_cuda_pair *pair = pair_at(look, h, LISTED ? slots[i] : i, &slot);
+        if (!LISTED && slot >= pair->tokens) continue;
+        mass_t mass = 0;
+        for (uint32_t first = 0; first < look.group; first += LOCI_CUDA_LOT) {
+            float below[LOCI_CUDA_LOT]; /* all under way at once */
+#pragma unroll
+            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++)
+                below[g] = first + g < look.group
+                               ? logits[(first + g) * args.room + i] - total[first + g]
+                               : -INFINITY;
+#pragma unroll
+            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++) mass += mass_of(below[g]);
+        }
+        if (mass == 0) continue;
+        uint32_t segment = slot_word(pair, slot, look.dim) >> 16;
+        if (segment >= pair->segments || pair->segment_base + segment >= args.segments) continue;
+        segment += pair->segment_base;
+        if (together)
+            add_mass(&own[segment], mass);
+        else
+            atomicAdd(&args.mass[segment], mass);
+    }
+    __syncthreads();
+    for (uint32_t s = threadIdx.x; s < args.segments && together; s += THREADS)
+        if (own[s]) atomicAdd(&args.mass[s], own[s]);
+}
+
+static cudaError_t attribute_kept(cudaStream_t stream, const loci_cuda_look *look,
+                                  const loci_cuda_choice *choice,
+                                  const loci_cuda_attribution *args) {
+    bool together = args->segments <= (choice ? LIST_SEGMENTS : WHOLE_SEGMENTS);
+    size_t bytes = together ? args->segments * sizeof(mass_t) : 0;
+    if (args->row_begin > 0) return cudaSuccess;
+    if (choice)
+        return launch_behind(stream, k_attribute_kept<true, LIST_THREADS>,
+                             dim3(list_blocks(look), look->kv_heads), LIST_THREADS, bytes, *look,
+                             *choice, *args, together);
+    dim3 grid((WHOLE_BLOCKS + look->kv_heads - 1) / look->kv_heads, look->kv_heads);
+    uint32_t most = (look->words * 32 + WHOLE_THREADS - 1) / WHOLE_THREADS;
+    if (grid.x > most) grid.x = most;
+    return launch_behind(stream, k_attribute_kept<false, WHOLE_THREADS>, grid, WHOLE_THREADS, bytes,
+                         *look, loci_cuda_choice{}, *args, together);
+}
+
+/* Segments of pairs. */
+static cudaError_t attribute_pairs(cudaStream_t stream, const loci_cuda_look *look,
+                                   const loci_cuda_choice *choice,
+                                   const loci_cuda_attribution *args) {
+    if (args->logits) return attribute_kept(stream, look, choice, args);
+    size_t bytes = attend_floats(look->dim) * sizeof(float);
+    uint32_t chunk = loci_cuda_chunk(look), chunks = loci_cuda_chunks(look->tokens_max, chunk);
+    /* The same in every thread's launch. */
+    cudaError_t result =
+        cudaFuncSetAttribute(k_attribute, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             (int)(attend_floats(MAX_DIM) * sizeof(float)));
+    if (result != cudaSuccess) return result;
+    dim3 grid(look->extents * look->kv_heads * chunks, loci_cuda_tiles(look->vectors));
+    k_attribute<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args, chunk, chunks);
+    return cudaGetLastError();
+}
+
+extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
+                                             const loci_cuda_choice *choice,
+                                             const loci_cuda_attribution *args) {
+    if (args->segments == 0) return cudaSuccess;
+    if (look->extents > 0) {
+        cudaError_t result = attribute_pairs(stream, look, choice, args);
+        if (result != cudaSuccess) return result;
+    }
+    if (args->flat_tokens > 0) {
+        size_t bytes = attend_floats(look->dim) * sizeof(float);
+        cudaError_t result =
+            cudaFuncSetAttribute(k_attribute_flat, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 (int)(attend_floats(MAX_DIM) * sizeof(float)));
+        if (result != cudaSuccess) return result;
+        dim3 grid((args->flat_tokens + KEYS - 1) / KEYS, look->kv_heads);
+        k_attribute_flat<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args);
+        result = cudaGetLastError();
+        if (result != cudaSuccess) return result;
+    }
+    return launch_behind(stream, k_add_mass, (args->segments + 255) / 256, 256, 0, *args);
+}
+
+/* --- figures --------------------------------------------------------------------------- */
+
+#define STATS_THREADS LIST_THREADS
+
+static __device__ __forceinline__ void add_base(loci_cuda_stats *stats,
+                                                const loci_cuda_stats &base) {
+    if (base.root_bytes) atomicAdd(&stats->root_bytes, base.root_bytes);
+    if (base.leaf_bytes) atomicAdd(&stats->leaf_bytes, base.leaf_bytes);
+    atomicAdd(&stats->dense_kv_bytes, base.dense_kv_bytes);
+}
+
+/* Adds what all threads of a block have; one atomic a block, since all go to one place. */
+static __device__ __forceinline__ void add_figure(unsigned long long *to, unsigned long long own) {
+    __shared__ unsigned long long warps[STATS_THREADS / 32];
+    for (int offset = 16; offset > 0; offset /= 2) own += __shfl_xor_sync(FULL_WARP, own, offset);
+    __syncthreads(); /* all have read the sums of a call before */
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = own;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (uint32_t w = 1; w < STATS_THREADS / 32; w++) own += warps[w];
+    if (own) atomicAdd(to, own);
+}
+
+/* What candidates and roots of one pair took to read: root nodes, blocks of kept roots, records. */
+static __device__ void add_choice(const loci_cuda_look &look, const loci_cuda_choice &c,
+                                  const loci_cuda_pair *pair, loci_cuda_stats *stats) {
+    const loci_cuda_head *head = &look.heads[pair->kv_head];
+    uint32_t first = blockIdx.y * STATS_THREADS + threadIdx.x, step = gridDim.y * STATS_THREADS;
+    unsigned long long blocks = 0, records = 0, candidates = 0, tail = 0;
+    for (uint32_t r = first; r < pair->roots; r += step) {
+        bool kept = false;
+        for (uint32_t row = 0; row < look.rows; row++)
+            kept = kept || c.root_kept[head->root_at * look.rows + (size_t)row * head->roots +
+                                       pair->root_base + r];
+        uint32_t groups = (pair->root_table[r].tokens + 31) / 32;
+        tail += 2 * look.dim;
+        if (!kept) continue;
+        blocks += pair->root_table[r].leaves * 4 + groups * (look.dim / 4) * 16;
+        tail += (unsigned long long)pair->root_table[r].leaves * (pair->node_stride + 2 * look.dim);
+    }
+    for (uint32_t w = first; w < pair_words(pair); w += step) {
+        uint32_t all = 0;
+        for (uint32_t row = 0; row < look.rows; row++) {
+            uint32_t bits = c.candidates[mask_at(look, pair, row) + w];
+            candidates += __popc(bits);
+            all |= bits;
+        }
+        records += __popc(all);
+    }
+    add_figure(&stats->leaf_bytes, blocks);
+    add_figure(&stats->code_bytes, records * pair->record_stride);
+    add_figure(&stats->candidate_tokens, candidates);
+    if (c.tail) add_figure(&stats->tail_bytes, tail);
+}
+
+/* gridDim.y blocks for each pair. base: what the host knows; CHOICE: mode hierarchical. */
+template <bool CHOICE>
+static __global__ void __launch_bounds__(STATS_THREADS)
+    k_stats(const loci_cuda_look look, const loci_cuda_choice c, const loci_cuda_stats base,
+            loci_cuda_stats *stats) {
+    const loci_cuda_pair *pair = &look.pairs[blockIdx.x];
+    uint32_t first = blockIdx.y * STATS_THREADS + threadIdx.x, step = gridDim.y * STATS_THREADS;
+    unsigned long long selected = 0, read = 0, leaf_tokens = 0;
+    for (uint32_t w = first; w < pair_words(pair); w += step) {
+        uint32_t all = 0;
+        for (uint32_t row = 0; row < look.mask_rows; row++) {
+            uint32_t bits = look.token_mask[mask_at(look, pair, row) + w];
+            selected += __popc(bits);
+            all |= bits;
+        }
+        read += __popc(all);
+    }
+    for (uint32_t l = first; l < pair->leaves && !c.limit; l += step) {
+        uint32_t begin = pair->leaf_begin[l], count = pair->leaf_begin[l + 1] - begin, all = 0;
+        for (uint32_t row = 0; row < look.mask_rows && !all; row++)
+            all = mask_bits(look.token_mask + mask_at(look, pair, row), begin, count);
+        if (all) leaf_tokens += count;
+    }
+    if (look.mask_rows == 1) selected *= look.rows;
+    add_figure(&stats->selected_tokens, selected);
+    add_figure(&stats->kv_bytes, read * 4 * look.dim);
+    add_figure(&stats->kv_leaf_bytes, (c.limit ? read : leaf_tokens) * 4 * look.dim);
+    if (CHOICE) add_choice(look, c, pair, stats);
+    if (blockIdx.x == 0 && first == 0) add_base(stats, base);
+}
+
+/* Tokens of the leaf of chosen entry i of a list, unless one before it counts it. */
+static __device__ uint32_t leaf_tokens_of(const loci_cuda_look &look, uint32_t h,
+                                          const uint32_t *slots, const float *shares,
+                                          const loci_cuda_cut &cut, uint32_t i) {
+    uint32_t slot;
+    const loci_cuda_pair *pair = pair_at(look, h, slots[i], &slot);
+    uint32_t low = 0, high = pair->leaves;
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (pair->leaf_begin[middle] <= slot)
+            low = middle;
+        else
+            high = middle;
+    }
+    uint32_t begin = pair->leaf_begin[low], place = pair->word_base * 32 + begin;
+    for (uint32_t j = i; j-- > 0 && slots[j] >= place;)
+        if (is_chosen(cut, shares[j], j)) return 0;
+    return pair->leaf_begin[low + 1] - begin;
+}
+
+/* The figures of one row from its lists; gridDim.x blocks for each KV head. */
+static __global__ void __launch_bounds__(STATS_THREADS)
+    k_stats_listed(const loci_cuda_look look, const loci_cuda_choice c, const loci_cuda_stats base,
+                   loci_cuda_stats *stats) {
+    await_previous();
+    uint32_t h = blockIdx.y, n = c.count[h];
+    uint32_t first = blockIdx.x * STATS_THREADS + threadIdx.x, step = gridDim.x * STATS_THREADS;
+    const uint32_t *slots = c.slots + (size_t)h * c.room;
+    const float *shares = c.share + (size_t)h * c.room;
+    const loci_cuda_head *head = &look.heads[h];
+    const loci_cuda_cut cut = c.cut[h];
+    unsigned long long blocks = 0, chosen = 0, leaf_tokens = 0;
+    for (uint32_t e = 0; e < look.extents; e++) {
+        size_t index = (size_t)e * look.kv_heads + h;
+        const loci_cuda_pair *pair = &look.pairs[index];
+        const uint16_t *kept = c.kept + head->root_at + pair->root_base;
+        for (uint32_t i = first; i < c.kept_count[index]; i += step) {
+            const loci_cuda_root *root = &pair->root_table[kept[i]];
+            blocks += root->leaves * 4 + (root->tokens + 31) / 32 * (look.dim / 4) * 16;
+        }
+    }
+    for (uint32_t i = first; i < n; i += step) {
+        if (!is_chosen(cut, shares[i], i)) continue;
+        chosen++;
+        if (!c.limit) leaf_tokens += leaf_tokens_of(look, h, slots, shares, cut, i);
+    }
+    add_figure(&stats->leaf_bytes, blocks);
+    add_figure(&stats->selected_tokens, chosen);
+    add_figure(&stats->kv_bytes, chosen * 4 * look.dim);
+    add_figure(&stats->kv_leaf_bytes, (c.limit ? chosen : leaf_tokens) * 4 * look.dim);
+    if (first != 0) return;
+    atomicAdd(&stats->candidate_tokens, (unsigned long long)n);
+    atomicAdd(&stats->code_bytes, (unsigned long long)n * look.pairs[h].record_stride);
+    if (h == 0) add_base(stats, base);
+}
+
+extern "C" cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
+                                         const loci_cuda_choice *choice,
+                                         const loci_cuda_stats *base, loci_cuda_stats *stats) {
+    if (look->extents == 0) return cudaSuccess;
+    dim3 grid(look->extents * look->kv_heads, 32);
+    if (choice)
+        k_stats<true><<<grid, STATS_THREADS, 0, stream>>>(*look, *choice, *base, stats);
+    else
+        k_stats<false><<<grid, STATS_THREADS, 0, stream>>>(*look, loci_cuda_choice{}, *base, stats);
+    return cudaGetLastError();
+}
+
+extern "C" cudaError_t loci_cuda_k_stats_listed(cudaStream_t stream, const loci_cuda_look *look,
+                                                const loci_cuda_choice *choice,
+                                                const loci_cuda_stats *base,
+                                                loci_cuda_stats *stats) {
+    return launch_behind(stream, k_stats_listed, dim3(list_blocks(look), look->kv_heads),
+                         STATS_THREADS, 0, *look, *choice, *base, stats);
+}

@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Dense attention of one query over few keys, in f32: the own keys of a decoding step, and the
+ * shared prefix. A block has one query head; its warps take keys, then its threads channels, so
+ * that nothing is waited for more than a few times.
+ */
+#include "attention/cuda/attend.cuh"
+#include "attention/cuda/dense.cuh"
+#include "attention/cuda/launch.cuh"
+
+#define ROW_THREADS 1024u
+#define ROW_WARPS (ROW_THREADS / 32)
+static_assert(LOCI_CUDA_ROW_KEYS == ROW_THREADS, "a thread has a key's weight");
+
+/* Keys of a warp whose loads are under way together. */
+template <int DIM> static __device__ constexpr uint32_t ahead_of(void) {
+    return DIM > 256 ? 1 : DIM > 128 ? 2 : 4;
+}
+
+/* The products of the query, in registers, with all keys, by all warps. */
+template <int DIM, typename T>
+static __device__ __forceinline__ void put_logits(const loci_cuda_dense &args, const dense_place &p,
+                                                  const float *query, float *logits) {
+    const uint32_t each = DIM / 32, ahead = ahead_of<DIM>();
+    uint32_t lane = threadIdx.x % 32, count = p.span.kv_count;
+    const T *k =
+        (const T *)args.k + (size_t)p.span.kv_begin * args.kv_stride + (size_t)p.kv_head * args.dim;
+    float q[each];
+#pragma unroll
+    for (uint32_t i = 0; i < each; i++)
+        q[i] = lane + 32 * i < args.dim ? query[lane + 32 * i] * args.scale : 0.0f;
+    for (uint32_t first = threadIdx.x / 32; first < count; first += ahead * ROW_WARPS) {
+        float sum[ahead];
+#pragma unroll
+        for (uint32_t j = 0; j < ahead; j++) {
+            uint32_t key = first + j * ROW_WARPS;
+            const T *row = k + (size_t)(key < count ? key : first) * args.kv_stride;
+            sum[j] = 0.0f;
+#pragma unroll
+            for (uint32_t i = 0; i < each; i++)
+                if (lane + 32 * i < args.dim) sum[j] += q[i] * load_one(row + lane + 32 * i);
+        }
+#pragma unroll
+        for (uint32_t j = 0; j < ahead; j++) {
+            float all = warp_sum(sum[j]);
+            uint32_t key = first + j * ROW_WARPS;
+            if (lane == 0 && key < count) logits[key] = all;
+        }
+    }
+}
+
+/* Channel `at` of the sum of values: this thread's part, every `slices`-th key. */
+template <typename T>
+static __device__ __forceinline__ float add_values(const loci_cuda_dense &args,
+                                                   const dense_place &p, const float *weights,
+                                                   uint32_t at, uint32_t slice, uint32_t slices) {
+    const T *v = (const T *)args.v + (size_t)p.span.kv_begin * args.kv_stride +
+                 (size_t)p.kv_head * args.dim + at;
+    float value = 0.0f;
+#pragma unroll 8
+    for (uint32_t key = slice; key < p.span.kv_count; key += slices) {
+        float x = load_one(v + (size_t)key * args.kv_stride), weight = weights[key];
+        value += weight > 0.0f ? weight * x : 0.0f;
+    }
+    return value;
+}
+
+template <int DIM, typename T>
+static __global__ void __launch_bounds__(ROW_THREADS)
+    k_attend_row(const __grid_constant__ loci_cuda_dense args) {
+    __shared__ float buffer[WARPS_MAX], weights[ROW_THREADS], sums[ROW_THREADS];
+    await_previous();
+    const dense_place p = find_task(args, blockIdx.x);
+    uint32_t group = args.q_heads / args.kv_heads, t = threadIdx.x;
+    uint32_t head = p.kv_head * group + p.tile % group;
+    size_t row = p.span.q_begin + p.tile / group;
+    int64_t first, last;
+    visible(args, p.span, p.tile, group, &first, &last);
+    put_logits<DIM, T>(args, p, args.q + row * args.q_stride + (size_t)head * args.dim, weights);
+    __syncthreads();
+    float logit = -INFINITY;
+    if (t < p.span.kv_count) {
+        if (t == 0 && args.sink)
+            logit = weights[t] + args.bias;
+        else if (t >= first && t < last)
+            logit = weights[t];
+    }
+    float max = block_max(logit, buffer), base = max > -INFINITY ? max : 0.0f;
+    float weight = expf(logit - base), sum = block_sum(weight, buffer), value;
+    weights[t] = weight; /* all have read theirs before the barriers of the sums */
+    __syncthreads();
+    const uint32_t slices = ROW_THREADS / DIM;
+    uint32_t channel = t % DIM;
+    value = channel < args.dim ? add_values<T>(args, p, weights, channel, t / DIM, slices) : 0.0f;
+    sums[t] = value;
+    __syncthreads();
+    if (t < args.dim) {
+#pragma unroll
+        for (uint32_t i = 1; i < slices; i++) value += sums[i * DIM + t];
+        put_value(args, p.span, p.kv_head, p.tile, t, value * factor_of(sum));
+    }
+    if (t == 0) put_lse(args, p.span, p.kv_head, p.tile, max, sum);
+}
+
+template <typename T>
+static cudaError_t launch_by_dim(cudaStream_t stream, const loci_cuda_dense *args) {
+    auto kernel = args->dim <= 32    ? k_attend_row<32, T>
+                  : args->dim <= 64  ? k_attend_row<64, T>
+                  : args->dim <= 128 ? k_attend_row<128, T>
+                  : args->dim <= 256 ? k_attend_row<256, T>
+                                     : k_attend_row<512, T>;
+    return launch_behind(stream, kernel, args->tasks, ROW_THREADS, 0, *args);
+}
+
+extern "C" cudaError_t loci_cuda_k_attend_row(cudaStream_t stream, const loci_cuda_dense *args) {
+    if (args->tasks == 0) return cudaSuccess;
+    return args->kv_bf16 ? launch_by_dim<uint16_t>(stream, args)
+                         : launch_by_dim<float>(stream, args);
+}

@@ -1,0 +1,32 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Attention of mode dense over pairs: every live token, without a mask.
+ */
+#ifndef LOCI_ATTENTION_CUDA_WHOLE_H
+#define LOCI_ATTENTION_CUDA_WHOLE_H
+
+#include "attention/cuda/kernels.h"
+
+#define LOCI_CUDA_WHOLE_TILE 64u    /* slots that a block takes at a time */
+#define LOCI_CUDA_WHOLE_BLOCKS 528u /* for all pairs and tiles of vectors, about */
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Slots of a block, in whole tiles: even shares of all pairs. */
+static inline uint32_t loci_cuda_whole_chunk(const loci_cuda_look *look) {
+    uint64_t tokens = (uint64_t)look->words * 32 * look->kv_heads * loci_cuda_tiles(look->vectors);
+    uint64_t tiles = tokens / LOCI_CUDA_WHOLE_BLOCKS / LOCI_CUDA_WHOLE_TILE + 1;
+    return (uint32_t)tiles * LOCI_CUDA_WHOLE_TILE;
+}
+
+/* A partial result for each chunk of a pair, args->chunks of a pair, as attend_sparse leaves it. */
+cudaError_t loci_cuda_k_attend_whole(cudaStream_t stream, const loci_cuda_look *look,
+                                     const loci_cuda_attend *args);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
