@@ -11,29 +11,6 @@
 
 /* --- attribution ----------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void load_vectors(const loci_cuda_look &look, const chunk_work &w,
-                                                    const attend_memory &m) {
-    const float *q = look.q + (size_t)w.pair->kv_head * look.vectors * look.dim;
-    for (uint32_t i = threadIdx.x; i < ROWS * look.dim; i += ATTEND_THREADS) {
-        uint32_t v = w.tile * ROWS + i / look.dim;
-        m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
-    }
-    if (threadIdx.x < ROWS) {
-        m.max[threadIdx.x] = -INFINITY;
-        m.sum[threadIdx.x] = 0.0f;
-    }
-}
-
-static __device__ __forceinline__ void load_keys(const loci_cuda_look &look, const chunk_work &w,
-                                                 const loci_cuda_row_cache &cache,
-                                                 const attend_memory &m, const uint16_t *list,
-                                                 uint32_t begin, uint32_t count) {
-    uint32_t key = threadIdx.x / 8, lane = threadIdx.x % 8;
-    const uint16_t *k = NULL;
-    if (begin + key < count) k = rows_at(cache, w.pair, w.first + list[begin + key], look.dim);
-    load_row(m.k + (size_t)key * (m.width + 4), k, look.dim, m.width, true, lane, 8);
-}
-
 /* NaN where a row has nothing at all. */
 static __device__ __forceinline__ mass_t mass_of(float below_total) {
     if (!(below_total > -INFINITY)) return 0;
@@ -61,32 +38,91 @@ add_weights(const loci_cuda_look &look, const loci_cuda_attribution &args, const
     if (to < args.segments) atomicAdd(&args.mass[to], mass);
 }
 
-static __global__ void __launch_bounds__(ATTEND_THREADS)
+/* Shared memory of k_attribute: queries, rounded and the rest, then for each warp two stages of K.
+ */
+template <int DIM> static __host__ __device__ constexpr uint32_t attribute_halves(void) {
+    return (2 + 2 * TILE_WARPS) * RUN * WIDTH_OF(DIM);
+}
+
+/* Begins to copy the keys of a run, by one warp. Past the end comes the last one again. */
+template <int DIM>
+static __device__ __forceinline__ void
+gather_keys(const loci_cuda_look &look, const loci_cuda_row_cache &cache, const chunk_work &w,
+            const uint16_t *list, uint32_t begin, uint32_t count, uint16_t *k) {
+    const uint32_t lanes = DIM / 8;
+    uint32_t lane = threadIdx.x % 32, p = lane % lanes;
+    if (begin < count && p < look.dim / 8) {
+#pragma unroll
+        for (uint32_t r = lane / lanes; r < RUN; r += 32 / lanes) {
+            uint32_t i = begin + r < count ? begin + r : count - 1;
+            const uint16_t *from = rows_at(cache, w.pair, w.first + list[i], look.dim);
+            copy_16(k + r * WIDTH_OF(DIM) + p * 8, from + p * 8);
+        }
+    }
+    close_group();
+}
+
+/* The weights of a run's logits to the segments of its 16 keys. total: of the lane's two vectors.
+ */
+static __device__ __forceinline__ void
+add_run(const loci_cuda_look &look, const loci_cuda_attribution &args, const chunk_work &w,
+        const uint16_t *list, uint32_t begin, uint32_t count, const float (&logit)[2][4],
+        const float (&total)[2]) {
+    uint32_t lane = threadIdx.x % 32;
+    mass_t mass[4] = {};
+#pragma unroll
+    for (uint32_t i = 0; i < 8; i++) {
+        uint32_t key = begin + i / 4 * 8 + lane % 4 * 2 + i % 2, half = i / 2 % 2;
+        if (key < count && selected(look, w, lane / 4 + half * 8, w.first + list[key]))
+            mass[i / 4 * 2 + i % 2] += mass_of(logit[i / 4][i % 4] - total[half]);
+    }
+    mass_t own = 0;
+#pragma unroll
+    for (uint32_t k = 0; k < 4; k++) {
+        for (int offset = 4; offset < 32; offset *= 2)
+            mass[k] += __shfl_xor_sync(FULL_WARP, mass[k], offset);
+        if (lane / 4 == k) own = mass[k];
+    }
+    if (own == 0) return;
+    uint32_t key = begin + lane / 4 / 2 * 8 + lane % 4 * 2 + lane / 4 % 2;
+    uint32_t segment = slot_word(w.pair, w.first + list[key], look.dim) >> 16;
+    if (segment >= w.pair->segments || w.pair->segment_base + segment >= args.segments) return;
+    atomicAdd(&args.mass[w.pair->segment_base + segment], own);
+}
+
+template <int DIM>
+static __global__ void __launch_bounds__(TILE_THREADS)
     k_attribute(const loci_cuda_look look, const loci_cuda_attribution args, uint32_t chunk,
                 uint32_t chunks) {
     extern __shared__ float4 shared[];
     __shared__ uint16_t list[LOCI_CUDA_CHUNK_MAX];
-    attend_memory m = attend_layout((float *)shared, look.dim);
+    const uint32_t stage = RUN * WIDTH_OF(DIM), step = TILE_WARPS * RUN;
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, turn = 0;
+    uint16_t *q = (uint16_t *)shared, *own = q + (2 + 2 * warp) * stage;
+    float total[2];
     chunk_work w;
     if (!chunk_of(look, chunk, chunks, &w)) return;
-    uint32_t count = list_slots<ATTEND_THREADS>(look, w, list);
-    load_vectors(look, w, m);
-    for (uint32_t begin = 0; begin < count; begin += KEYS) {
-        __syncthreads();
-        load_keys(look, w, args.cache, m, list, begin, count);
-        __syncthreads();
-        add_weights(
-            look, args, m, w.pair->kv_head, w.tile,
-            [&](uint32_t local, uint32_t lane) {
-                return begin + lane < count &&
-                       selected(look, w, local, w.first + list[begin + lane]);
-            },
-            [&](uint32_t lane) {
-                uint32_t word = slot_word(w.pair, w.first + list[begin + lane], look.dim);
-                return word >> 16 < w.pair->segments ? w.pair->segment_base + (word >> 16)
-                                                     : 0xffffffffu;
-            });
+    uint32_t count = list_slots<TILE_THREADS>(look, w, list);
+    split_vectors<DIM>(look, w.pair->kv_head, w.tile, q);
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t v = w.tile * ROWS + lane / 4 + half * 8, row = v / look.group;
+        size_t at = (size_t)row * look.q_heads + w.pair->kv_head * look.group + v % look.group;
+        bool counts = v < look.vectors && row >= args.row_begin;
+        total[half] = counts ? args.total_lse[at] : INFINITY; /* of others all weights are 0 */
     }
+    __syncthreads();
+    gather_keys<DIM>(look, args.cache, w, list, warp * RUN, count, own);
+    for (uint32_t begin = warp * RUN; begin < count; begin += step, turn ^= 1) {
+        gather_keys<DIM>(look, args.cache, w, list, begin + step, count, own + (turn ^ 1) * stage);
+        wait_groups<1>();
+        __syncwarp();
+        float logit[2][4] = {};
+        run_logits<DIM, 1, true>(q, ROWS, own + turn * stage, look.dim, logit);
+        __syncwarp(); /* all lanes have read the stage that is filled next */
+        add_run(look, args, w, list, begin, count, logit, total);
+    }
+    wait_groups<0>();
 }
 
 /* The last segment of the flat part that begins at or before the token. */
@@ -215,21 +251,28 @@ static cudaError_t attribute_kept(cudaStream_t stream, const loci_cuda_look *loo
                          *look, loci_cuda_choice{}, *args, together);
 }
 
+template <int DIM>
+static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *look,
+                                    const loci_cuda_attribution *args) {
+    const uint32_t bytes = attribute_halves<DIM>() * sizeof(uint16_t);
+    uint32_t chunk = loci_cuda_chunk(look), chunks = loci_cuda_chunks(look->tokens_max, chunk);
+    dim3 grid(look->extents * look->kv_heads * chunks, loci_cuda_tiles(look->vectors));
+    cudaError_t result = cudaFuncSetAttribute(
+        k_attribute<DIM>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    if (result != cudaSuccess) return result;
+    k_attribute<DIM><<<grid, TILE_THREADS, bytes, stream>>>(*look, *args, chunk, chunks);
+    return cudaGetLastError();
+}
+
 /* Segments of pairs. */
 static cudaError_t attribute_pairs(cudaStream_t stream, const loci_cuda_look *look,
                                    const loci_cuda_choice *choice,
                                    const loci_cuda_attribution *args) {
     if (args->logits) return attribute_kept(stream, look, choice, args);
-    size_t bytes = attend_floats(look->dim) * sizeof(float);
-    uint32_t chunk = loci_cuda_chunk(look), chunks = loci_cuda_chunks(look->tokens_max, chunk);
-    /* The same in every thread's launch. */
-    cudaError_t result =
-        cudaFuncSetAttribute(k_attribute, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             (int)(attend_floats(MAX_DIM) * sizeof(float)));
-    if (result != cudaSuccess) return result;
-    dim3 grid(look->extents * look->kv_heads * chunks, loci_cuda_tiles(look->vectors));
-    k_attribute<<<grid, ATTEND_THREADS, bytes, stream>>>(*look, *args, chunk, chunks);
-    return cudaGetLastError();
+    if (look->dim <= 32) return launch_attribute<32>(stream, look, args);
+    if (look->dim <= 64) return launch_attribute<64>(stream, look, args);
+    if (look->dim <= 128) return launch_attribute<128>(stream, look, args);
+    return launch_attribute<256>(stream, look, args);
 }
 
 extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
