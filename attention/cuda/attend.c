@@ -57,9 +57,10 @@ static bool keep_logits(loci_stream *stream, loci_lookup *lookup, bool listed,
                         loci_cuda_attend *args) {
     const loci_corpus_view *corpus = lookup->corpus;
     size_t segments = (size_t)corpus->flat_segment_base + corpus->flat_segments;
-    args->logits = lookup->choice.score;
-    args->room = lookup->choice.room;
-    if (!listed) {
+    if (listed) {
+        args->logits = lookup->choice.score;
+        args->room = lookup->choice.room;
+    } else {
         args->room = (uint64_t)lookup->look.words * 32;
         size_t bytes = lookup->look.q_heads * args->room * sizeof *args->logits;
         if (bytes > lookup->cuda->room_bytes) return true; /* keys are read again */

@@ -175,8 +175,8 @@ static __global__ void k_add_mass(const loci_cuda_attribution args) {
 #define LIST_THREADS 256u
 #define LIST_SEGMENTS 32u
 #define WHOLE_THREADS 1024u
-#define WHOLE_BLOCKS 264u /* of all KV heads together */
-#define WHOLE_SEGMENTS 8192u
+#define WHOLE_BLOCKS 264u    /* of all KV heads together */
+#define WHOLE_SEGMENTS 6144u /* as many as need no more shared memory than any kernel may use */
 
 /* Blocks of LIST_THREADS for a KV head's list, by the tokens that there are: the host does not know
  * how many it has. */

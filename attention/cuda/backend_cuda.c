@@ -253,15 +253,17 @@ static loci_status copy_wrapped(loci_cuda *cuda, loci_buffer *buffer, loci_error
 void *loci_cuda_ptr(loci_stream *stream, loci_ref ref, size_t bytes) {
     loci_buffer *buffer = ref.buffer;
     LOCI_ASSERT(buffer && ref.offset <= buffer->bytes && bytes <= buffer->bytes - ref.offset);
-    if (buffer->host && !buffer->device && loci_cuda_records(stream)) return NULL;
-    if (buffer->host) {
+    uint8_t *device = atomic_load_explicit(&buffer->device, memory_order_acquire);
+    if (!device && buffer->host && loci_cuda_records(stream)) return NULL;
+    if (!device && buffer->host) {
         loci_error err = {0};
         pthread_mutex_lock(&stream->cuda->lock);
         if (!buffer->device) (void)!copy_wrapped(stream->cuda, buffer, &err);
+        device = buffer->device;
         pthread_mutex_unlock(&stream->cuda->lock);
         if (err.status != LOCI_OK) loci_cuda_fail(stream, err.status, "%s", err.text);
     }
-    return buffer->device ? buffer->device + ref.offset : NULL;
+    return device ? device + ref.offset : NULL;
 }
 
 /* --- streams --------------------------------------------------------------------------- */

@@ -22,7 +22,7 @@ struct loci_cuda_pairs;
 /* Memory of the device; of a wrapped buffer it is a copy made at first use (loci_cuda_ptr), except
  * of extents, which pairs.c keeps pair by pair. */
 struct loci_buffer {
-    uint8_t *device;
+    _Atomic(uint8_t *) device; /* of a wrapped one set once, under the backend's lock */
     size_t bytes;
     const uint8_t *host; /* wrapped */
 };

@@ -119,6 +119,10 @@ bool loci_cuda_step_begin(loci_stream *stream, loci_lookup *lookup, const loci_c
     look_open(stream, lookup, corpus, retrieval_layer);
     lookup->opened = lookup->ready; /* lookup_begin need not */
     if (!lookup->ready || lookup->cached) return false;
+    if (!stands(stream, lookup, step)) { /* the look-up gave its memory back */
+        step->state = SEEN_NEVER;
+        return false;
+    }
     if (step->state == SEEN_ONCE) {
         begin_recording(stream, lookup);
         return false;

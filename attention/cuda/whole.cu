@@ -12,13 +12,10 @@
 #define TILE_SLOTS LOCI_CUDA_WHOLE_TILE
 static_assert(TILE_SLOTS == TILE_WARPS * RUN, "a run for each warp");
 
-/* Tiles in shared memory: two blocks fit a multiprocessor up to 128 channels. */
-template <int DIM> static __host__ __device__ constexpr uint32_t stages_of(void) {
-    return DIM > 128 ? 2 : 3;
-}
-
-template <int DIM> static __host__ __device__ constexpr uint32_t whole_halves(void) {
-    return (2 * ROWS + stages_of<DIM>() * 2 * TILE_SLOTS) * WIDTH_OF(DIM);
+/* STAGES: tiles in shared memory. With three of them two blocks fit a multiprocessor up to 128
+ * channels, where a block may use so much. */
+template <int DIM, int STAGES> static __host__ __device__ constexpr uint32_t whole_halves(void) {
+    return (2 * ROWS + STAGES * 2 * TILE_SLOTS) * WIDTH_OF(DIM);
 }
 
 /* Begins to copy K and V rows of slots [tile, end), no more than TILE_SLOTS; past the end comes the
@@ -72,11 +69,11 @@ static __device__ __forceinline__ uint32_t run_bits(const loci_cuda_pair *pair, 
 }
 
 /* TIERED: of some pairs K and V are in memory of the host. */
-template <int DIM, bool TIERED>
+template <int DIM, int STAGES, bool TIERED>
 static __global__ void __launch_bounds__(TILE_THREADS)
     k_attend_whole(const loci_cuda_look look, const loci_cuda_attend args) {
     extern __shared__ float4 shared[];
-    const uint32_t stages = stages_of<DIM>(), stage = 2 * TILE_SLOTS * WIDTH_OF(DIM);
+    const uint32_t stages = STAGES, stage = 2 * TILE_SLOTS * WIDTH_OF(DIM);
     await_previous();
     clear_counts(args);
     uint32_t index = blockIdx.x / args.chunks, begin = blockIdx.x % args.chunks * args.chunk;
@@ -104,7 +101,7 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
     uint32_t run = threadIdx.x / 32 * RUN, turn = 0;
     for (uint32_t tile = begin; tile < end; tile += TILE_SLOTS) {
-        wait_groups<stages_of<DIM>() - 2>();
+        wait_groups<STAGES - 2>();
         __syncthreads(); /* the tile is there, and all are through with the one before */
         uint32_t next = tile + (stages - 1) * TILE_SLOTS, free = turn ? turn - 1 : stages - 1;
         if (next < end)
@@ -126,29 +123,43 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     merge_warps<DIM>(s, look.dim, look.vectors - blockIdx.y * ROWS, (float *)memory, partial);
 }
 
-template <int DIM, bool TIERED>
+template <int DIM, int STAGES, bool TIERED>
 static cudaError_t launch(cudaStream_t stream, const loci_cuda_look *look,
                           const loci_cuda_attend *args) {
     dim3 grid(look->extents * look->kv_heads * args->chunks, loci_cuda_tiles(look->vectors));
-    size_t bytes = whole_halves<DIM>() * sizeof(uint16_t);
+    size_t bytes = whole_halves<DIM, STAGES>() * sizeof(uint16_t);
     if (!TIERED)
-        return launch_behind(stream, k_attend_whole<DIM, TIERED>, grid, TILE_THREADS, bytes, *look,
-                             *args);
+        return launch_behind(stream, k_attend_whole<DIM, STAGES, TIERED>, grid, TILE_THREADS, bytes,
+                             *look, *args);
     /* What waits for an event of another stream does not overlap the kernel before. */
-    cudaError_t result = cudaFuncSetAttribute(
-        k_attend_whole<DIM, TIERED>, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    cudaError_t result =
+        cudaFuncSetAttribute(k_attend_whole<DIM, STAGES, TIERED>,
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
     if (result != cudaSuccess) return result;
-    k_attend_whole<DIM, TIERED><<<grid, TILE_THREADS, bytes, stream>>>(*look, *args);
+    k_attend_whole<DIM, STAGES, TIERED><<<grid, TILE_THREADS, bytes, stream>>>(*look, *args);
     return cudaGetLastError();
+}
+
+/* Whether a block may use so much shared memory. */
+static bool has_room(size_t bytes) {
+    static int most; /* the same for every thread that asks */
+    int device = 0;
+    if (most == 0 && (cudaGetDevice(&device) != cudaSuccess ||
+                      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                             device) != cudaSuccess))
+        return false;
+    return bytes <= (size_t)most;
 }
 
 template <bool TIERED>
 static cudaError_t launch_by_dim(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_attend *args) {
-    if (look->dim <= 32) return launch<32, TIERED>(stream, look, args);
-    if (look->dim <= 64) return launch<64, TIERED>(stream, look, args);
-    if (look->dim <= 128) return launch<128, TIERED>(stream, look, args);
-    return launch<256, TIERED>(stream, look, args);
+    if (look->dim <= 32) return launch<32, 3, TIERED>(stream, look, args);
+    if (look->dim <= 64) return launch<64, 3, TIERED>(stream, look, args);
+    if (look->dim > 128) return launch<256, 2, TIERED>(stream, look, args);
+    if (has_room(whole_halves<128, 3>() * sizeof(uint16_t)))
+        return launch<128, 3, TIERED>(stream, look, args);
+    return launch<128, 2, TIERED>(stream, look, args);
 }
 
 extern "C" cudaError_t loci_cuda_k_attend_whole(cudaStream_t stream, const loci_cuda_look *look,

@@ -16,14 +16,22 @@
 
 #define TILE_ROWS 32u
 #define TILE_BYTES (192ull << 20) /* about what the scores of one tile may take */
-#define STEPS_MOST 64u            /* records that are kept; more than decoding has layers, mostly */
+/* What is enqueued before the host waits: records, more than decoding has layers, mostly; and rows
+ * times tokens of the corpus, some tenths of a second of a device's, after which a cancel is seen.
+ */
+#define STEPS_MOST 64u
+#define WORK_MOST (1ull << 30)
+
+static size_t part_bytes(uint32_t rows, uint32_t heads, uint32_t head_dim, uint32_t extra_rows) {
+    return ((size_t)rows * head_dim + rows + extra_rows) * heads * sizeof(float);
+}
 
 loci_status loci_slot_part(loci_engine *engine, loci_slot *slot, uint32_t rows, uint32_t heads,
                            uint32_t head_dim, uint32_t extra_rows, loci_ref *out, loci_ref *lse,
                            loci_error *err) {
     loci_backend *backend = engine->backend;
     size_t out_bytes = (size_t)rows * heads * head_dim * sizeof(float);
-    size_t bytes = out_bytes + (size_t)(rows + extra_rows) * heads * sizeof(float);
+    size_t bytes = part_bytes(rows, heads, head_dim, extra_rows);
     if (bytes > slot->part_bytes) {
         backend->ops->free(backend, slot->part);
         slot->part = NULL;
@@ -345,6 +353,7 @@ static void close_steps(loci_query *query, bool counted) {
     }
     query->steps = query->last_step = NULL;
     query->step_count = 0;
+    query->step_work = 0;
 }
 
 loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err) {
@@ -353,6 +362,19 @@ loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err)
     if (read != LOCI_OK) status = read;
     close_steps(query, status == LOCI_OK);
     return status;
+}
+
+/* Of the slot's part: with an output of their own the corpus's tokens need two. */
+static uint32_t part_rows(const loci_query *query, const loci_attend_call *call) {
+    return (query->settings.attn_scale != 1 ? 2 : 1) * call->rows;
+}
+
+/* Whether the steps so far have to have run before the next is enqueued: they are many, each is
+ * large (apart), or the part that they use is to grow. */
+static bool must_wait(const loci_query *query, const loci_attend_call *call) {
+    size_t bytes = part_bytes(part_rows(query, call), call->q_heads, call->head_dim, call->rows);
+    return query->steps && (query->step_count == STEPS_MOST || query->step_work > WORK_MOST ||
+                            query->settings.attn_scale != 1 || bytes > query->slot->part_bytes);
 }
 
 /* The record of a tile's step; the query's from here on. */
@@ -367,6 +389,7 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call, bo
     *(query->last_step ? &query->last_step->next : &query->steps) = s;
     query->last_step = *out = s;
     query->step_count++;
+    query->step_work += call->rows * query->view->tokens;
     s->call = *call;
     s->params = layer_params(query, call->retrieval_index);
     s->row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
@@ -376,7 +399,7 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call, bo
     s->scale = call->scale / query->settings.attn_temperature;
     s->apart = apart;
     s->dense_reads = dense_reads;
-    uint32_t rows = (apart ? 2 : 1) * call->rows;
+    uint32_t rows = part_rows(query, call);
     LOCI_TRY(loci_slot_part(query->engine, query->slot, rows, call->q_heads, call->head_dim,
                             call->rows, &s->out, &s->lse, err));
     s->sink_lse = s->lse;
@@ -389,7 +412,7 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call, 
                                loci_error *err) {
     const loci_backend_ops *ops = query->engine->backend->ops;
     LOCI_TRY(loci_cancel_check(query->cancel));
-    if (query->step_count == STEPS_MOST) {
+    if (must_wait(query, call)) {
         LOCI_TRY(loci_query_settle(query, call->stream, err));
         close_steps(query, true);
     }
@@ -429,7 +452,8 @@ static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call)
     return most >= TILE_ROWS ? TILE_ROWS : most > 1 ? (uint32_t)most : 1;
 }
 
-/* Long questions go in tiles: memory stays bounded and cancelling takes effect between them. */
+/* Long questions go in tiles: memory stays bounded, and cancelling takes effect between them, on a
+ * device where the host waits for it. */
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
     loci_query *query = ctx;
     uint32_t most = tile_rows(query, call);

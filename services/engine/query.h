@@ -94,7 +94,8 @@ typedef struct loci_query {
     uint64_t step_bytes;                        /* read since it was last set to 0 */
     struct loci_attend_step *steps, *last_step; /* corpus_attend.c: of the pass under way */
     uint32_t step_count;
-    uint64_t reserved; /* in the memory budget, beyond the slot */
+    uint64_t step_work; /* rows times tokens of these */
+    uint64_t reserved;  /* in the memory budget, beyond the slot */
 } loci_query;
 
 /* query.c: takes a slot and a snapshot, tokenises the question; fini releases all. */

@@ -104,6 +104,7 @@ case " $wanted " in *" sanitize "*)
         for topic in pointwise sample dense ranking lookup; do sanitize memcheck "$topic" '*'; done
         sanitize memcheck twin 'test_limited_*'
         sanitize memcheck tiers 'test_streams*'
+        for tests in 'test_whatever*' test_threads; do sanitize memcheck steps "$tests"; done
         for tests in 'test_figures*' test_sweeps; do
             for tool in memcheck racecheck; do sanitize "$tool" tiers "$tests"; done
         done
