@@ -581,42 +581,57 @@ static loci_status seal_full(loci_pipeline *pipeline, loci_error *err) {
     return end_seal(pipeline, err);
 }
 
-/* Rows on their way from the batch to the builder. */
+/* Rows of some segments on their way from the batch to the builder, where they stand one after
+ * another. */
 typedef struct row_copy {
     const loci_pipeline *pipeline;
-    size_t from, to, bytes; /* places in values */
+    size_t first, end; /* segments of the batch */
+    size_t row;        /* of the builder */
 } row_copy;
 
 static void copy_rows(void *arg, size_t pair, unsigned thread) {
     const row_copy *copy = arg;
     const loci_pipeline *pipeline = copy->pipeline;
+    const encode_batch *batch = &pipeline->batch;
+    size_t dim = pipeline->corpus->geometry.head_dim, to = copy->row * dim;
     (void)thread;
-    memcpy(pipeline->builder->k[pair] + copy->to, pipeline->k[pair] + copy->from, copy->bytes);
-    memcpy(pipeline->builder->v[pair] + copy->to, pipeline->v[pair] + copy->from, copy->bytes);
+    for (size_t i = copy->first; i < copy->end; i++) {
+        size_t from = (batch->begin[i] + pipeline->sink_tokens) * dim;
+        size_t values = batch->segments[i].built.tokens * dim;
+        memcpy(pipeline->builder->k[pair] + to, pipeline->k[pair] + from, values * 2);
+        memcpy(pipeline->builder->v[pair] + to, pipeline->v[pair] + from, values * 2);
+        to += values;
+    }
 }
 
-static loci_status take_segment(loci_pipeline *pipeline, size_t index, loci_error *err) {
+/* Takes in what fits of the batch from *at on, all of it in one loop of the pool, which others
+ * use, too. */
+static loci_status take_segments(loci_pipeline *pipeline, size_t *at, loci_error *err) {
     const encode_batch *batch = &pipeline->batch;
-    const batch_segment *segment = &batch->segments[index];
-    size_t dim = pipeline->corpus->geometry.head_dim;
-    uint32_t row;
-    LOCI_TRY(loci_builder_add(pipeline->builder, &segment->built, &row, err));
-    row_copy copy = {.pipeline = pipeline,
-                     .from = (batch->begin[index] + pipeline->sink_tokens) * dim,
-                     .to = row * dim,
-                     .bytes = segment->built.tokens * dim * sizeof(uint16_t)};
-    bool much = copy.bytes * pipeline->builder->pairs >= COPIED_TOGETHER_BYTES;
-    loci_pool_run(much ? pipeline->pool : NULL, pipeline->builder->pairs, copy_rows, &copy);
-    pipeline->cursor = segment->after;
-    return LOCI_OK;
+    row_copy copy = {pipeline, *at, *at, pipeline->builder->tokens};
+    loci_status status = LOCI_OK;
+    while (copy.end < batch->count && fits(pipeline, batch->segments[copy.end].built.tokens)) {
+        uint32_t row;
+        status = loci_builder_add(pipeline->builder, &batch->segments[copy.end].built, &row, err);
+        if (status != LOCI_OK) break; /* those before it are whole */
+        copy.end++;
+    }
+    if (copy.end == *at) return status;
+    size_t bytes = (pipeline->builder->tokens - copy.row) *
+                   loci_geometry_kv_bytes(&pipeline->corpus->geometry);
+    loci_pool_run(bytes >= COPIED_TOGETHER_BYTES ? pipeline->pool : NULL, pipeline->builder->pairs,
+                  copy_rows, &copy);
+    *at = copy.end;
+    pipeline->cursor = batch->segments[copy.end - 1].after;
+    return status;
 }
 
 loci_status loci_pipeline_append(loci_pipeline *pipeline, loci_error *err) {
     const encode_batch *batch = &pipeline->batch;
     LOCI_ASSERT(batch->encoded);
-    for (size_t i = 0; i < batch->count; i++) {
-        if (!fits(pipeline, batch->segments[i].built.tokens)) LOCI_TRY(seal_full(pipeline, err));
-        LOCI_TRY(take_segment(pipeline, i, err));
+    for (size_t at = 0; at < batch->count;) {
+        LOCI_TRY(take_segments(pipeline, &at, err));
+        if (at < batch->count) LOCI_TRY(seal_full(pipeline, err));
     }
     pipeline->cursor = pipeline->ahead;
     return LOCI_OK;
