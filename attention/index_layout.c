@@ -5,6 +5,7 @@
 #include "attention/index_layout.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #define XXH_INLINE_ALL /* for records, where a call costs more than the hash */
@@ -296,55 +297,72 @@ static loci_status check_own_header(const uint8_t *blob, uint64_t bytes, loci_er
     return loci_pair_open_check(blob, bytes, loci_pair_header_hash(blob, header->head_dim), err);
 }
 
+/* Many threads read slots; each position is written once. */
 typedef struct read_job {
     const uint8_t *blob;
     const uint32_t *segment_begin;
     uint32_t segments;
     uint16_t *k, *v;
-    loci_error *errors; /* one a task */
+    atomic_uint_least64_t *claimed; /* a bit for each position */
+    atomic_uint bad;                /* the first slot that failed; UINT32_MAX = none */
 } read_job;
 
-static loci_status read_slot(const read_job *job, uint32_t slot, loci_error *err) {
+/* *at: the position that the slot names. */
+static loci_status check_slot(const read_job *job, uint32_t slot, uint64_t *at, loci_error *err) {
     const loci_pair_header *header = loci_pair_header_of(job->blob);
     if (!loci_slot_check_record(job->blob, slot))
         return loci_fail(err, LOCI_E_CORRUPT, "record of slot %u: wrong hash", slot);
     uint32_t word = loci_slot_word(job->blob, slot), segment = LOCI_SLOT_SEGMENT(word);
-    uint64_t at = segment < job->segments
-                      ? (uint64_t)job->segment_begin[segment] + LOCI_SLOT_OFFSET(word)
-                      : UINT64_MAX;
-    if (at >= header->tokens)
+    *at = segment < job->segments ? (uint64_t)job->segment_begin[segment] + LOCI_SLOT_OFFSET(word)
+                                  : UINT64_MAX;
+    if (*at >= header->tokens)
         return loci_fail(err, LOCI_E_CORRUPT, "slot %u: position %llu of %u", slot,
-                         (unsigned long long)at, header->tokens);
+                         (unsigned long long)*at, header->tokens);
     if (!loci_slot_check_kv(job->blob, slot))
         return loci_fail(err, LOCI_E_CORRUPT, "KV of slot %u: wrong hash", slot);
-    loci_slot_read(job->blob, slot, job->k + at * header->head_dim, job->v + at * header->head_dim);
     return LOCI_OK;
+}
+
+static bool read_slot(read_job *job, uint32_t slot) {
+    uint32_t dim = loci_pair_header_of(job->blob)->head_dim;
+    uint64_t at;
+    if (check_slot(job, slot, &at, NULL) != LOCI_OK) return false;
+    uint64_t bit = 1ull << (at % 64);
+    if (atomic_fetch_or(&job->claimed[at / 64], bit) & bit) return false;
+    loci_slot_read(job->blob, slot, job->k + at * dim, job->v + at * dim);
+    return true;
 }
 
 static void read_slots(void *arg, size_t index, unsigned thread) {
     (void)thread;
-    const read_job *job = arg;
-    uint32_t tokens = loci_pair_header_of(job->blob)->tokens, from = (uint32_t)index * READ_SLOTS;
-    uint32_t end = tokens - from < READ_SLOTS ? tokens : from + READ_SLOTS;
-    for (uint32_t slot = from; slot < end; slot++)
-        if (read_slot(job, slot, &job->errors[index]) != LOCI_OK) return;
+    read_job *job = arg;
+    uint32_t tokens = loci_pair_header_of(job->blob)->tokens, slot = (uint32_t)index * READ_SLOTS;
+    uint32_t end = tokens - slot < READ_SLOTS ? tokens : slot + READ_SLOTS;
+    while (slot < end && read_slot(job, slot)) slot++;
+    if (slot == end) return;
+    unsigned first = atomic_load(&job->bad);
+    while (slot < first && !atomic_compare_exchange_weak(&job->bad, &first, slot)) continue;
 }
 
 loci_status loci_pair_read_positions(const uint8_t *blob, uint64_t bytes,
                                      const uint32_t *segment_begin, uint32_t segments,
                                      loci_pool *pool, uint16_t *k, uint16_t *v, loci_error *err) {
     LOCI_TRY(check_own_header(blob, bytes, err));
-    size_t tasks = (loci_pair_header_of(blob)->tokens + READ_SLOTS - 1) / READ_SLOTS;
-    read_job job = {blob, segment_begin, segments, k, v, calloc(tasks, sizeof *job.errors)};
-    if (!job.errors) return loci_fail(err, LOCI_E_NOMEM, "no memory to read a pair");
-    loci_pool_run(pool, tasks, read_slots, &job);
-    loci_status status = LOCI_OK;
-    for (size_t i = 0; i < tasks && status == LOCI_OK; i++) {
-        status = job.errors[i].status;
-        if (status != LOCI_OK && err) *err = job.errors[i];
-    }
-    free(job.errors);
-    return status;
+    uint32_t tokens = loci_pair_header_of(blob)->tokens;
+    read_job job = {.blob = blob, .segment_begin = segment_begin, .segments = segments};
+    job.k = k;
+    job.v = v;
+    job.claimed = calloc((tokens + 63u) / 64u, sizeof *job.claimed);
+    if (!job.claimed) return loci_fail(err, LOCI_E_NOMEM, "no memory to read a pair");
+    atomic_init(&job.bad, UINT32_MAX);
+    loci_pool_run(pool, (tokens + READ_SLOTS - 1) / READ_SLOTS, read_slots, &job);
+    free(job.claimed);
+    uint32_t bad = atomic_load(&job.bad);
+    if (bad == UINT32_MAX) return LOCI_OK;
+    uint64_t at;
+    LOCI_TRY(check_slot(&job, bad, &at, err));
+    return loci_fail(err, LOCI_E_CORRUPT, "slot %u: position %llu is another's, too", bad,
+                     (unsigned long long)at);
 }
 
 loci_status loci_pair_live(const uint8_t *blob, uint64_t bytes, const uint8_t *segment_dead,

@@ -218,8 +218,9 @@ static loci_status index_documents(loci_ingest *ingest, loci_corpus *corpus,
             /* What was encoded before is sound: keep it, then report the first failure. */
             loci_error second;
             if (flush(ingest, corpus, pipeline, &second) != LOCI_OK)
-                loci_log_warn("encoded segments of %s are lost and will be encoded again: %s",
-                              corpus->name, second.text);
+                loci_log_warn(
+                    "corpus %s: what was encoded and not committed will be encoded again: %s",
+                    corpus->name, second.text);
             if (err) *err = first;
             return status;
         }

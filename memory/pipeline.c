@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "base/log.h"
 #include "base/pool.h"
 #include "memory/snapshot.h"
 
@@ -652,6 +653,9 @@ loci_status loci_pipeline_flush(loci_pipeline *pipeline, loci_error *err) {
     if (pipeline->seal.failed) {
         loci_error other;
         loci_status kept = keep_failed(pipeline, status == LOCI_OK ? err : &other);
+        if (status != LOCI_OK && kept != LOCI_OK)
+            loci_log_warn("corpus %s: segments of an extent that was not made are not kept: %s",
+                          pipeline->corpus->name, other.text);
         return status == LOCI_OK ? kept : status;
     }
     if (!loci_pipeline_dirty(pipeline)) return LOCI_OK;

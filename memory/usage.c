@@ -59,7 +59,7 @@ static uint64_t merge_memory(const loci_geometry *geometry, const loci_store_opt
                              uint64_t tokens) {
     uint64_t dim = geometry->head_dim;
     if (tokens == 0) return 0;
-    return tokens * (4 * dim + sizeof(uint32_t)) +
+    return tokens * (4 * dim + 1 + sizeof(uint32_t)) +
            2ull * LOCI_EXTENT_SEGMENTS_MAX * sizeof(loci_built_segment) +
            index_memory(tokens, dim) +
            (options->pairs_overlap ? overlap_memory(tokens, dim, true) : 0);
@@ -73,7 +73,7 @@ uint64_t loci_ingest_memory(const loci_geometry *geometry, const loci_store_opti
     uint64_t rows = power_of_two(extent < 1024 ? 1024 : extent); /* of a builder */
     return power_of_two(options->document_bytes_max) + batch * (kv + 64) +
            (options->seal_beside ? 3 : 2) * rows * kv +
-           extent * dim * 4 /* K and V of a pair, read back */ + index_memory(extent, dim) +
+           extent * (dim * 4 + 1) /* K and V of a pair, read back */ + index_memory(extent, dim) +
            (options->pairs_overlap ? overlap_memory(extent, dim, false) : 0) +
            merge_memory(geometry, options, options->merge_tokens);
 }

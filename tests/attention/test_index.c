@@ -71,6 +71,30 @@ static void test_build_reads_back_at_odd_sizes(void **state) {
     }
 }
 
+/* Damage that no hash tells: two slots of the same token, one far behind the other. */
+static void test_a_position_stands_once(void **state) {
+    (void)state;
+    enum { TOKENS = 1500, DIM = 16 };
+    fixture f = make(TOKENS, DIM, NULL, 3);
+    const loci_extent_view *view = &f.views[0];
+    uint16_t *k = malloc(2 * TOKENS * DIM * sizeof *k), *v = k + TOKENS * DIM;
+    uint8_t *blob = (uint8_t *)(uintptr_t)f.memory[0];
+    loci_error err = {0};
+    uint32_t from = 40, to = 1200, word = loci_slot_word(blob, from);
+    assert_non_null(k);
+    uint8_t *record = (uint8_t *)(uintptr_t)loci_slot_record(blob, to);
+    memcpy(record + DIM / 2, &word, sizeof word);
+    uint32_t check = loci_record_check(blob, to);
+    memcpy(record + loci_record_stride(DIM) - sizeof check, &check, sizeof check);
+    assert_int_equal(loci_pair_read_positions(blob, f.memory_bytes[0], view->segment_begin,
+                                              view->segments, loci_backend_pool(f.backend), k, v,
+                                              &err),
+                     LOCI_E_CORRUPT);
+    assert_non_null(strstr(err.text, "is another's, too"));
+    free(k);
+    fixture_close(&f);
+}
+
 /* Stores written before there were KV blocks. */
 static void test_pairs_of_version_3_are_read(void **state) {
     (void)state;
@@ -477,6 +501,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_build_reads_back_at_odd_sizes),
         cmocka_unit_test(test_pairs_of_version_3_are_read),
+        cmocka_unit_test(test_a_position_stands_once),
         cmocka_unit_test(test_build_is_deterministic),
         cmocka_unit_test(test_degenerate_keys),
         cmocka_unit_test(test_build_refuses_bad_input),

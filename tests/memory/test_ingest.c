@@ -461,9 +461,10 @@ static void test_a_small_document_does_not_wait_for_a_long_one(void **state) {
     check_snapshot(f, "long");
 }
 
-/* Clusters the first keys only when so many batches were begun, or fails then if it is told to. */
+/* Clusters the first keys only when so many batches were begun and nobody holds it, or fails then
+ * if it is told to. */
 static atomic_uint cluster_after;
-static atomic_bool cluster_fails, cluster_waited;
+static atomic_bool cluster_fails, cluster_waited, cluster_hold;
 
 static loci_status cluster_late(loci_backend *self, const loci_keys *keys, loci_clusters *out,
                                 loci_error *err) {
@@ -472,8 +473,104 @@ static loci_status cluster_late(loci_backend *self, const loci_keys *keys, loci_
     unsigned after = atomic_exchange(&cluster_after, 0);
     while (f->encodes < after && loci_now_ns() < end) loci_sleep_ms(1);
     if (after) cluster_waited = f->encodes >= after;
+    while (after && cluster_hold && loci_cancel_check(keys->cancel) == LOCI_OK) loci_sleep_ms(1);
     if (after && cluster_fails) return loci_fail(err, LOCI_E_INTERNAL, "the device is out");
     return loci_cluster_keys(keys, NULL, NULL, out, err);
+}
+
+/* With a corpus "a" of documents whose first extent ends within "cut" and is being made; it stays
+ * so until cluster_hold ends. */
+static void hold_a_seal(fixture *f) {
+    static loci_backend_ops ops;
+    ops = fake_clustering_ops;
+    ops.cluster_keys = cluster_late;
+    f->backend.ops = &ops;
+    /* A batch is a quarter of an extent; the fifth says that the first extent is full. */
+    f->options.extent_kv_bytes = EXTENT_TOKENS * 256;
+    cluster_fails = cluster_waited = false;
+    cluster_hold = true;
+    cluster_after = 7;
+    f->encode_ms = 30; /* so that batches are still to come */
+    fixture_open(f);
+    fixture_create(f, "a");
+    put_text(f, "a", "before", 1, 300);
+    put_text(f, "a", "cut", 2, 2 * EXTENT_TOKENS);
+    put_text(f, "a", "after", 3, 900);
+    fixture_start(f);
+    uint64_t end = loci_now_ns() + 20000000000ull;
+    while (!cluster_waited && loci_now_ns() < end) loci_sleep_ms(1);
+    assert_true(cluster_waited);
+}
+
+/* Documents, and nothing of others: as they would be had nothing happened on the way. */
+static void release_seal(fixture *f, uint64_t documents) {
+    cluster_hold = false;
+    f->encode_ms = 0;
+    wait_settled(f, "a");
+    check_snapshot(f, "a");
+    assert_int_equal(info_of(f, "a").documents, documents);
+    wait_extents(f, "a", info_of(f, "a").extents);
+}
+
+static void test_the_cut_document_goes_while_its_extent_is_made(void **state) {
+    fixture *f = *state;
+    hold_a_seal(f);
+    delete_document(f, "a", "cut");
+    release_seal(f, 2);
+}
+
+static void test_the_cut_document_is_replaced_while_its_extent_is_made(void **state) {
+    fixture *f = *state;
+    hold_a_seal(f);
+    put_text(f, "a", "cut", 9, 1500);
+    release_seal(f, 3);
+}
+
+static void test_the_corpus_goes_while_an_extent_is_made(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_corpus_info info;
+    hold_a_seal(f);
+    assert_ok(loci_corpus_delete(f->store, "a", &err));
+    cluster_hold = false;
+    fixture_create(f, "a");
+    put_text(f, "a", "new", 5, 1500);
+    release_seal(f, 1);
+    fixture_close(f);
+    fixture_open(f);
+    assert_ok(loci_corpus_get(f->store, "a", &info, &err));
+    check_snapshot(f, "a");
+}
+
+static void test_it_stops_while_an_extent_is_made(void **state) {
+    fixture *f = *state;
+    hold_a_seal(f);
+    fixture_close(f);
+    fixture_open(f);
+    fixture_start(f);
+    release_seal(f, 3);
+}
+
+/* The failure of the encoder is told; what the extent was of is kept. */
+static void test_encoding_and_sealing_fail(void **state) {
+    fixture *f = *state;
+    loci_error err;
+    loci_ingest_progress progress;
+    hold_a_seal(f);
+    cluster_fails = true;
+    f->fail_encodes = 1;
+    put_text(f, "a", "more", 4, 100);
+    uint64_t end = loci_now_ns() + 5000000000ull;
+    while (f->fail_encodes > 0 && loci_now_ns() < end) loci_sleep_ms(1);
+    bool encoder_failed = f->fail_encodes == 0; /* else all was encoded already */
+    cluster_hold = false;
+    assert_ok(loci_ingest_progress_of(f->ingest, "a", &progress, &err));
+    while (progress.failure.status == LOCI_OK && loci_now_ns() < end)
+        assert_ok(loci_ingest_wait(f->ingest, "a", 100, &progress, &err));
+    assert_int_equal(progress.failure.status, LOCI_E_INTERNAL);
+    assert_true(encoder_failed);
+    assert_non_null(strstr(progress.failure.text, "the fake encoder was told to fail"));
+    release_seal(f, 4);
 }
 
 /* The next segments are encoded while an extent is made. If that fails, what it was of is kept,
@@ -536,6 +633,11 @@ int main(void) {
         TEST(test_a_failure_goes_with_its_document),
         TEST(test_a_small_document_does_not_wait_for_a_long_one),
         TEST(test_an_extent_is_made_beside),
+        TEST(test_the_cut_document_goes_while_its_extent_is_made),
+        TEST(test_the_cut_document_is_replaced_while_its_extent_is_made),
+        TEST(test_the_corpus_goes_while_an_extent_is_made),
+        TEST(test_it_stops_while_an_extent_is_made),
+        TEST(test_encoding_and_sealing_fail),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
