@@ -47,6 +47,8 @@ struct call {
     void *host, *count;
     size_t bytes;
     void *copy; /* of an upload's source */
+    loci_stream *other;
+    uint64_t until; /* of its calls */
     call *next;
 };
 
@@ -69,6 +71,7 @@ struct loci_stream {
     loci_backend *owner;
     loci_stream *inner;
     call *first, **last;
+    uint64_t recorded, replayed, marked; /* calls since it was opened */
 };
 
 static deferred *of(const loci_backend *self) {
@@ -102,6 +105,15 @@ static call *record(loci_stream *stream, const char *name, replay_fn replay) {
     c->replay = replay;
     *stream->last = c;
     stream->last = &c->next;
+    stream->recorded++;
+    return c;
+}
+
+static call *record_refs(loci_stream *stream, const char *name, replay_fn replay, loci_ref first,
+                         loci_ref second) {
+    call *c = record(stream, name, replay);
+    c->ref[0] = first;
+    c->ref[1] = second;
     return c;
 }
 
@@ -109,9 +121,14 @@ static void watch_memory(call *c, int slot, const void *data, size_t bytes) {
     c->watches[slot] = (watch){data, bytes, hash(data, bytes)};
 }
 
-static loci_status sync_stream(loci_stream *stream, loci_error *err) {
-    for (call *c = stream->first, *next; c; c = next) {
-        next = c->next;
+/* The calls up to the `end`-th. A call may replay those of other streams, which may await this one.
+ */
+static void replay_until(loci_stream *stream, uint64_t end) {
+    while (stream->replayed < end) {
+        call *c = stream->first;
+        stream->first = c->next;
+        if (!c->next) stream->last = &stream->first;
+        stream->replayed++;
         for (int i = 0; i < 3; i++)
             if (hash(c->watches[i].data, c->watches[i].bytes) != c->watches[i].hash &&
                 c->watches[i].bytes)
@@ -120,9 +137,26 @@ static loci_status sync_stream(loci_stream *stream, loci_error *err) {
         free(c->copy);
         free(c);
     }
-    stream->first = NULL;
-    stream->last = &stream->first;
+}
+
+static loci_status sync_stream(loci_stream *stream, loci_error *err) {
+    replay_until(stream, stream->recorded);
     return inner_ops(stream)->sync(stream->inner, err);
+}
+
+static void mark(loci_stream *stream) {
+    stream->marked = stream->recorded;
+}
+
+static void replay_await(loci_stream *s, call *c) {
+    (void)s;
+    replay_until(c->other, c->until);
+}
+
+static void await(loci_stream *stream, const loci_stream *other) {
+    call *c = record(stream, "await", replay_await);
+    c->other = (loci_stream *)(uintptr_t)other; /* whose calls may run now */
+    c->until = other->marked;
 }
 
 /* --- Memory and streams ------------------------------------------------------------------ */
@@ -220,9 +254,7 @@ static void replay_copy(loci_stream *s, call *c) {
 }
 
 static void copy(loci_stream *s, loci_ref dst, loci_ref src, size_t bytes) {
-    call *c = record(s, "copy", replay_copy);
-    c->ref[0] = dst;
-    c->ref[1] = src;
+    call *c = record_refs(s, "copy", replay_copy, dst, src);
     c->bytes = bytes;
 }
 
@@ -255,9 +287,7 @@ static void replay_gemm(loci_stream *s, call *c) {
 
 static void gemm(loci_stream *s, loci_ref y, loci_ref x, uint32_t rows, const loci_weight *weight,
                  bool accumulate) {
-    call *c = record(s, "gemm", replay_gemm);
-    c->ref[0] = y;
-    c->ref[1] = x;
+    call *c = record_refs(s, "gemm", replay_gemm, y, x);
     c->n[0] = rows;
     c->weight = weight;
     c->flag = accumulate;
@@ -269,9 +299,7 @@ static void replay_embed(loci_stream *s, call *c) {
 
 static void embed(loci_stream *s, loci_ref y, const loci_weight *table, loci_ref ids,
                   uint32_t rows) {
-    call *c = record(s, "embed", replay_embed);
-    c->ref[0] = y;
-    c->ref[1] = ids;
+    call *c = record_refs(s, "embed", replay_embed, y, ids);
     c->n[0] = rows;
     c->weight = table;
 }
@@ -283,9 +311,7 @@ static void replay_norm(loci_stream *s, call *c) {
 
 static void rms_norm(loci_stream *s, loci_ref y, loci_ref x, loci_ref gain, uint32_t rows,
                      uint32_t cols, float eps) {
-    call *c = record(s, "rms_norm", replay_norm);
-    c->ref[0] = y;
-    c->ref[1] = x;
+    call *c = record_refs(s, "rms_norm", replay_norm, y, x);
     c->ref[2] = gain;
     c->n[0] = rows;
     c->n[1] = cols;
@@ -299,9 +325,7 @@ static void replay_rope(loci_stream *s, call *c) {
 
 static void rope(loci_stream *s, loci_ref x, uint32_t stride, loci_ref positions, loci_ref inv_freq,
                  uint32_t rows, uint32_t heads, uint32_t head_dim) {
-    call *c = record(s, "rope", replay_rope);
-    c->ref[0] = x;
-    c->ref[1] = positions;
+    call *c = record_refs(s, "rope", replay_rope, x, positions);
     c->ref[2] = inv_freq;
     c->n[0] = stride;
     c->n[1] = rows;
@@ -314,9 +338,7 @@ static void replay_swiglu(loci_stream *s, call *c) {
 }
 
 static void swiglu(loci_stream *s, loci_ref y, loci_ref x, uint32_t rows, uint32_t cols) {
-    call *c = record(s, "swiglu", replay_swiglu);
-    c->ref[0] = y;
-    c->ref[1] = x;
+    call *c = record_refs(s, "swiglu", replay_swiglu, y, x);
     c->n[0] = rows;
     c->n[1] = cols;
 }
@@ -328,9 +350,7 @@ static void replay_convert(loci_stream *s, call *c) {
 
 static void convert(loci_stream *s, loci_ref dst, uint32_t dst_stride, loci_dtype dst_dtype,
                     loci_ref src, uint32_t src_stride, uint32_t rows, uint32_t cols) {
-    call *c = record(s, "convert", replay_convert);
-    c->ref[0] = dst;
-    c->ref[1] = src;
+    call *c = record_refs(s, "convert", replay_convert, dst, src);
     c->dtype = dst_dtype;
     c->n[0] = dst_stride;
     c->n[1] = src_stride;
@@ -345,9 +365,7 @@ static void replay_scatter(loci_stream *s, call *c) {
 
 static void scatter(loci_stream *s, loci_ref dst, uint32_t dst_stride, loci_ref at, loci_ref src,
                     uint32_t src_stride, uint32_t rows, uint32_t cols) {
-    call *c = record(s, "scatter", replay_scatter);
-    c->ref[0] = dst;
-    c->ref[1] = at;
+    call *c = record_refs(s, "scatter", replay_scatter, dst, at);
     c->ref[2] = src;
     c->n[0] = dst_stride;
     c->n[1] = src_stride;
@@ -380,9 +398,7 @@ static void replay_merge(loci_stream *s, call *c) {
 static void merge(loci_stream *s, loci_ref out_a, uint32_t stride_a, loci_ref lse_a, loci_ref out_b,
                   uint32_t stride_b, loci_ref lse_b, uint32_t rows, uint32_t heads,
                   uint32_t head_dim) {
-    call *c = record(s, "merge", replay_merge);
-    c->ref[0] = out_a;
-    c->ref[1] = lse_a;
+    call *c = record_refs(s, "merge", replay_merge, out_a, lse_a);
     c->ref[2] = out_b;
     c->ref[3] = lse_b;
     c->n[0] = stride_a;
@@ -400,9 +416,7 @@ static void replay_sample(loci_stream *s, call *c) {
 static void sample(loci_stream *s, loci_ref ids, loci_ref logprob, loci_ref logits, uint32_t rows,
                    uint32_t vocab, const loci_sample_params *params, const uint32_t *banned,
                    uint32_t banned_count, const uint32_t *recent, uint32_t recent_count) {
-    call *c = record(s, "sample", replay_sample);
-    c->ref[0] = ids;
-    c->ref[1] = logprob;
+    call *c = record_refs(s, "sample", replay_sample, ids, logprob);
     c->ref[2] = logits;
     c->n[0] = rows;
     c->n[1] = vocab;
@@ -650,6 +664,8 @@ static const loci_backend_ops table = {
     .lookup_candidates = lookup_candidates,
     .lookup_selected = lookup_selected,
     .lookup_stats = lookup_stats,
+    .mark = mark,
+    .await = await,
 };
 
 loci_status deferred_open(loci_backend *inner, loci_backend **out, loci_error *err) {

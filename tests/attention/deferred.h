@@ -6,7 +6,8 @@
  * its buffers are private (no caller can dereference one), calls are only recorded, host
  * arrays in arguments are not copied but read at sync(), which first checks that they did not
  * change, and host outputs hold poison until then. A caller that passes on it reads
- * nothing early. Not thread-safe.
+ * nothing early, and orders streams that read what others write: what is awaited of another stream
+ * runs then, and not before. Streams may be used by different threads; look-ups may not.
  */
 #ifndef LOCI_TESTS_DEFERRED_H
 #define LOCI_TESTS_DEFERRED_H

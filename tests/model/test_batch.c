@@ -16,6 +16,7 @@
 
 #include <cmocka.h>
 
+#include "../attention/deferred.h"
 #include "base/clock.h"
 #include "base/rng.h"
 #include "model/batch.h"
@@ -253,6 +254,77 @@ static void test_company_changes_no_bit(void **state) {
             close_model();
         }
 }
+
+#ifdef LOCI_TEST_CPU
+/* The queries take the place of the output, whenever that runs. */
+static loci_status reach_later(void *ctx, const loci_attend_call *call, loci_error *err) {
+    worker *w = ctx;
+    size_t width = (size_t)call->q_heads * call->head_dim;
+    uint32_t number = atomic_fetch_add(&w->calls, 1) + 1;
+    if (number == 1 && w->hold_until_waiting && !wait_for(w, w->hold_until_waiting, NULL))
+        return loci_fail(err, LOCI_E_TIMEOUT, "nobody came");
+    for (uint32_t r = 0; r < call->rows; r++) {
+        loci_ref from = call->q, to = call->out;
+        from.offset += r * call->q_stride * sizeof(float);
+        to.offset += r * call->out_stride * sizeof(float);
+        backend->ops->copy(call->stream, to, from, width * sizeof(float));
+    }
+    return LOCI_OK;
+}
+
+static void *decode_later(void *arg) {
+    worker *w = arg;
+    loci_sequence_decoding(w->sequence, true);
+    for (int i = 0; i < 24; i++) append(w, 1, 1);
+    loci_sequence_decoding(w->sequence, false);
+    return NULL;
+}
+
+static void open_later(worker *w, loci_batch *batch, uint64_t seed) {
+    worker_open(w, batch, seed);
+    loci_sequence_set_attend(w->sequence, reach_later, pass_ended, w);
+    append(w, 20 + (uint32_t)seed % 7, 1);
+    atomic_store(&w->calls, 0);
+}
+
+/* Where operations run later, streams of a pass wait for one another. */
+static void test_streams_of_a_pass_are_in_order(void **state) {
+    (void)state;
+    worker alone[4], together[4];
+    loci_batch *batch;
+    loci_batch_usage usage;
+    loci_error err;
+    open_model(NULL, LOCI_F32);
+    for (uint32_t i = 0; i < 4; i++) {
+        open_later(&alone[i], NULL, 700 + i);
+        decode_later(&alone[i]);
+        loci_sequence_close(alone[i].sequence);
+    }
+    loci_model_close(model);
+    loci_backend *now = backend;
+    ok(deferred_open(now, &backend, &err), &err);
+    ok(loci_model_open(TINY, backend, LOCI_F32, &model, &err), &err);
+    ok(loci_batch_open(model, 4, TOKENS, &batch, &err), &err);
+    for (uint32_t i = 0; i < 4; i++) open_later(&together[i], batch, 700 + i);
+    together[0].hold_until_waiting = 3; /* who share the next pass */
+    for (uint32_t i = 0; i < 4; i++) {
+        start(&together[i], decode_later);
+        while (i == 0 && atomic_load(&together[0].calls) == 0) loci_sleep_ms(1);
+    }
+    for (uint32_t i = 0; i < 4; i++) join(&together[i]);
+    loci_batch_usage_of(batch, &usage);
+    assert_true(usage.chunks > usage.passes);
+    for (uint32_t i = 0; i < 4; i++) {
+        same_out(&alone[i], &together[i]);
+        loci_buf_fini(&alone[i].out);
+        worker_close(&together[i]);
+    }
+    loci_batch_close(batch);
+    loci_model_close(model);
+    deferred_close(backend);
+    loci_backend_close(now);
+}
+#endif
 
 /* --- A queue as the test wants it ------------------------------------------------------------ */
 
@@ -585,6 +657,9 @@ static void test_decoding_stays_together(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_company_changes_no_bit),
+#ifdef LOCI_TEST_CPU
+        cmocka_unit_test(test_streams_of_a_pass_are_in_order),
+#endif
         cmocka_unit_test(test_who_waits_shares_the_next_pass),
         cmocka_unit_test(test_a_failure_is_one_questions_own),
         cmocka_unit_test(test_a_late_failure_is_one_questions_own),
