@@ -28,7 +28,8 @@ static void leave_rows(loci_stream *stream, loci_lookup *lookup, bool used) {
 static cudaError_t attend_pairs(loci_stream *stream, const loci_lookup *lookup, bool listed,
                                 const loci_cuda_attend *args) {
     if (lookup->mode == LOCI_MODE_DENSE)
-        return loci_cuda_k_attend_whole(stream->stream, &lookup->look, args);
+        return loci_cuda_k_attend_whole(stream->stream, &lookup->look, args,
+                                        lookup->cuda->block_bytes);
     if (listed)
         return loci_cuda_k_attend_listed(stream->stream, &lookup->look, &lookup->choice, args);
     return loci_cuda_k_attend_sparse(stream->stream, &lookup->look, args);
@@ -118,14 +119,12 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
 /* Where the flat part's keys and segments stand. */
 static bool put_flat(loci_stream *stream, loci_lookup *lookup, loci_cuda_attribution *args) {
     const loci_corpus_view *corpus = lookup->corpus;
-    size_t row = (size_t)corpus->kv_heads * corpus->head_dim * sizeof(uint16_t);
     args->flat_tokens = corpus->flat_tokens;
     args->flat_segments = corpus->flat_segments;
     args->flat_segment_base = corpus->flat_segment_base;
     if (corpus->flat_tokens == 0) return true;
     args->flat_segment_begin = lookup->flat_segment_begin;
-    args->flat_k = loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
-                                 corpus->flat_tokens * row);
+    args->flat_k = look_flat_k(stream, lookup);
     return args->flat_k != NULL;
 }
 

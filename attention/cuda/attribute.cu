@@ -17,29 +17,7 @@ static __device__ __forceinline__ mass_t mass_of(float below_total) {
     return (mass_t)((double)fminf(expf(below_total), 6.0e7f) * LOCI_CUDA_MASS_UNIT);
 }
 
-/* The weights of a tile's logits, relative to the vectors' totals, to the segments of its keys.
- * segment(lane): of a key; only its low lanes have one. */
-template <typename SEEN, typename SEGMENT>
-static __device__ __forceinline__ void
-add_weights(const loci_cuda_look &look, const loci_cuda_attribution &args, const attend_memory &m,
-            uint32_t kv_head, uint32_t tile, SEEN seen, SEGMENT segment) {
-    uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float logit[2];
-    attend_dots(m, logit);
-    mass_t mass = 0;
-    for (uint32_t i = 0; i < 2; i++) {
-        uint32_t local = 2 * warp + i, v = tile * ROWS + local, row = v / look.group;
-        if (v >= look.vectors || row < args.row_begin || !seen(local, lane)) continue;
-        uint32_t head = kv_head * look.group + v % look.group;
-        mass += mass_of(logit[i] - args.total_lse[(size_t)row * look.q_heads + head]);
-    }
-    if (mass == 0) return;
-    uint32_t to = segment(lane);
-    if (to < args.segments) atomicAdd(&args.mass[to], mass);
-}
-
-/* Shared memory of k_attribute: queries, rounded and the rest, then for each warp two stages of K.
- */
+/* Shared memory of k_attribute: queries, rounded and the rest; for each warp two stages of K. */
 template <int DIM> static __host__ __device__ constexpr uint32_t attribute_halves(void) {
     return (2 + 2 * TILE_WARPS) * RUN * WIDTH_OF(DIM);
 }
@@ -62,8 +40,7 @@ gather_keys(const loci_cuda_look &look, const loci_cuda_row_cache &cache, const 
     close_group();
 }
 
-/* The weights of a run's logits to the segments of its 16 keys. total: of the lane's two vectors.
- */
+/* The weights of a run's logits to the segments of its keys. total: of the lane's two vectors. */
 static __device__ __forceinline__ void
 add_run(const loci_cuda_look &look, const loci_cuda_attribution &args, const chunk_work &w,
         const uint16_t *list, uint32_t begin, uint32_t count, const float (&logit)[2][4],
@@ -127,15 +104,29 @@ static __global__ void __launch_bounds__(TILE_THREADS)
 
 /* The last segment of the flat part that begins at or before the token. */
 static __device__ uint32_t flat_segment(const loci_cuda_attribution &args, uint32_t token) {
-    uint32_t low = 0, high = args.flat_segments;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (args.flat_segment_begin[middle] <= token)
-            low = middle;
-        else
-            high = middle;
+    return args.flat_segment_base + last_at_most(args.flat_segments, token, [&](uint32_t s) {
+               return args.flat_segment_begin[s];
+           });
+}
+
+/* The weights of a tile's logits, relative to the vectors' totals, to the segment of the lane's
+ * flat token. */
+static __device__ __forceinline__ void add_flat(const loci_cuda_look &look,
+                                                const loci_cuda_attribution &args,
+                                                const attend_memory &m, uint32_t kv_head,
+                                                uint32_t tile, uint32_t token) {
+    float logit[2];
+    attend_dots(m, logit);
+    mass_t mass = 0;
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t v = tile * ROWS + 2 * (threadIdx.x / 32) + i, row = v / look.group;
+        if (v >= look.vectors || row < args.row_begin || token >= args.flat_tokens) continue;
+        uint32_t head = kv_head * look.group + v % look.group;
+        mass += mass_of(logit[i] - args.total_lse[(size_t)row * look.q_heads + head]);
     }
-    return args.flat_segment_base + low;
+    if (mass == 0) return;
+    uint32_t to = flat_segment(args, token);
+    if (to < args.segments) atomicAdd(&args.mass[to], mass);
 }
 
 /* Flat tokens, KEYS a block; all vectors of one KV head. */
@@ -156,10 +147,7 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
             m.q[i] = v < look.vectors ? q[(size_t)v * look.dim + i % look.dim] : 0.0f;
         }
         __syncthreads();
-        add_weights(
-            look, args, m, h, tile,
-            [&](uint32_t, uint32_t lane) { return begin + lane < args.flat_tokens; },
-            [&](uint32_t lane) { return flat_segment(args, begin + lane); });
+        add_flat(look, args, m, h, tile, begin + threadIdx.x % 32);
     }
 }
 
@@ -320,6 +308,20 @@ static __device__ __forceinline__ void add_figure(unsigned long long *to, unsign
     if (own) atomicAdd(to, own);
 }
 
+/* Word w of a pair's masks: which bits any of the rows has; *bits grows by how many all have. */
+static __device__ __forceinline__ uint32_t count_word(const loci_cuda_look &look,
+                                                      const uint32_t *mask,
+                                                      const loci_cuda_pair *pair, uint32_t rows,
+                                                      uint32_t w, unsigned long long *bits) {
+    uint32_t any = 0;
+    for (uint32_t row = 0; row < rows; row++) {
+        uint32_t word = mask[mask_at(look, pair, row) + w];
+        *bits += __popc(word);
+        any |= word;
+    }
+    return any;
+}
+
 /* What candidates and roots of one pair took to read: root nodes, blocks of kept roots, records. */
 static __device__ void add_choice(const loci_cuda_look &look, const loci_cuda_choice &c,
                                   const loci_cuda_pair *pair, loci_cuda_stats *stats) {
@@ -337,15 +339,8 @@ static __device__ void add_choice(const loci_cuda_look &look, const loci_cuda_ch
         blocks += pair->root_table[r].leaves * 4 + groups * (look.dim / 4) * 16;
         tail += (unsigned long long)pair->root_table[r].leaves * (pair->node_stride + 2 * look.dim);
     }
-    for (uint32_t w = first; w < pair_words(pair); w += step) {
-        uint32_t all = 0;
-        for (uint32_t row = 0; row < look.rows; row++) {
-            uint32_t bits = c.candidates[mask_at(look, pair, row) + w];
-            candidates += __popc(bits);
-            all |= bits;
-        }
-        records += __popc(all);
-    }
+    for (uint32_t w = first; w < pair_words(pair); w += step)
+        records += __popc(count_word(look, c.candidates, pair, look.rows, w, &candidates));
     add_figure(&stats->leaf_bytes, blocks);
     add_figure(&stats->code_bytes, records * pair->record_stride);
     add_figure(&stats->candidate_tokens, candidates);
@@ -360,15 +355,8 @@ static __global__ void __launch_bounds__(STATS_THREADS)
     const loci_cuda_pair *pair = &look.pairs[blockIdx.x];
     uint32_t first = blockIdx.y * STATS_THREADS + threadIdx.x, step = gridDim.y * STATS_THREADS;
     unsigned long long selected = 0, read = 0, leaf_tokens = 0;
-    for (uint32_t w = first; w < pair_words(pair); w += step) {
-        uint32_t all = 0;
-        for (uint32_t row = 0; row < look.mask_rows; row++) {
-            uint32_t bits = look.token_mask[mask_at(look, pair, row) + w];
-            selected += __popc(bits);
-            all |= bits;
-        }
-        read += __popc(all);
-    }
+    for (uint32_t w = first; w < pair_words(pair); w += step)
+        read += __popc(count_word(look, look.token_mask, pair, look.mask_rows, w, &selected));
     for (uint32_t l = first; l < pair->leaves && !c.limit; l += step) {
         uint32_t begin = pair->leaf_begin[l], count = pair->leaf_begin[l + 1] - begin, all = 0;
         for (uint32_t row = 0; row < look.mask_rows && !all; row++)
@@ -389,18 +377,12 @@ static __device__ uint32_t leaf_tokens_of(const loci_cuda_look &look, uint32_t h
                                           const loci_cuda_cut &cut, uint32_t i) {
     uint32_t slot;
     const loci_cuda_pair *pair = pair_at(look, h, slots[i], &slot);
-    uint32_t low = 0, high = pair->leaves;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (pair->leaf_begin[middle] <= slot)
-            low = middle;
-        else
-            high = middle;
-    }
-    uint32_t begin = pair->leaf_begin[low], place = pair->word_base * 32 + begin;
+    uint32_t leaf =
+        last_at_most(pair->leaves, slot, [&](uint32_t l) { return pair->leaf_begin[l]; });
+    uint32_t begin = pair->leaf_begin[leaf], place = pair->word_base * 32 + begin;
     for (uint32_t j = i; j-- > 0 && slots[j] >= place;)
         if (is_chosen(cut, shares[j], j)) return 0;
-    return pair->leaf_begin[low + 1] - begin;
+    return pair->leaf_begin[leaf + 1] - begin;
 }
 
 /* The figures of one row from its lists; gridDim.x blocks for each KV head. */

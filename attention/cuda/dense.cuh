@@ -17,16 +17,9 @@ struct dense_place {
 /* The last span that begins at or before `index`, by one of its counts. */
 static __device__ __forceinline__ uint32_t span_of(const loci_cuda_span *spans, uint32_t count,
                                                    uint32_t index, bool merge) {
-    uint32_t low = 0, high = count;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        uint32_t first = merge ? spans[middle].first_merge : spans[middle].first_task;
-        if (first <= index)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
+    return last_at_most(count, index, [&](uint32_t i) {
+        return merge ? spans[i].first_merge : spans[i].first_task;
+    });
 }
 
 /* Kernels take args as a __grid_constant__, so that this is no copy of them. */

@@ -47,6 +47,21 @@ static __device__ __forceinline__ float bf16_to_f32(uint16_t value) {
     return __uint_as_float((uint32_t)value << 16);
 }
 
+/* The last of `count` ascending numbers that is at most `value`, by binary search; 0 if none is.
+ * at(i): the i-th. */
+template <typename AT>
+static __device__ __forceinline__ uint32_t last_at_most(uint32_t count, uint32_t value, AT at) {
+    uint32_t low = 0, high = count;
+    while (high - low > 1) {
+        uint32_t middle = low + (high - low) / 2;
+        if (at(middle) <= value)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 /* Round to nearest even; NaN stays NaN. */
 static __device__ __forceinline__ uint16_t f32_to_bf16(float value) {
     uint32_t bits = __float_as_uint(value);

@@ -24,16 +24,8 @@ static __device__ __forceinline__ uint32_t thread_index(void) {
 /* The set that a group, or a place, belongs to. */
 static __device__ __forceinline__ uint32_t set_of(const loci_cuda_kmeans &k, uint32_t index,
                                                   bool place) {
-    uint32_t low = 0, high = k.set_count;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        uint32_t first = place ? k.sets[middle].begin : k.sets[middle].group;
-        if (first <= index)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
+    return last_at_most(k.set_count, index,
+                        [&](uint32_t i) { return place ? k.sets[i].begin : k.sets[i].group; });
 }
 
 /* --- points and lists ------------------------------------------------------------------ */

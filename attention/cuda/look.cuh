@@ -51,15 +51,9 @@ static __device__ __forceinline__ void or_bits(uint32_t *words, uint32_t first, 
 /* The extent whose pair of a KV head has this mask word. */
 static __device__ __forceinline__ uint32_t extent_at(const loci_cuda_look &look, uint32_t h,
                                                      uint32_t word) {
-    uint32_t low = 0, high = look.extents;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (look.pairs[(size_t)middle * look.kv_heads + h].word_base <= word)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
+    return last_at_most(look.extents, word, [&](uint32_t e) {
+        return look.pairs[(size_t)e * look.kv_heads + h].word_base;
+    });
 }
 
 /* The pair that has a place of a head's mask, and the slot there. */

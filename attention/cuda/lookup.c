@@ -312,6 +312,13 @@ void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view 
     lookup->ready = lookup->flat_segment_begin != NULL;
 }
 
+const uint16_t *look_flat_k(loci_stream *stream, const loci_lookup *lookup) {
+    const loci_corpus_view *corpus = lookup->corpus;
+    size_t row = (size_t)corpus->kv_heads * corpus->head_dim * sizeof(uint16_t);
+    return loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
+                         corpus->flat_tokens * row);
+}
+
 static size_t mask_bytes(const loci_cuda_look *look) {
     return (size_t)look->kv_heads * look->mask_rows * look->words * sizeof(uint32_t);
 }

@@ -105,6 +105,8 @@ bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result,
  * went well; the host's part of a look-up is as before lookup_begin but for that. */
 void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
                uint32_t layer);
+/* The flat part's keys in the look-up's layer; NULL after a failure. */
+const uint16_t *look_flat_k(loci_stream *stream, const loci_lookup *lookup);
 /* steps.c: the figures of the step that is recorded go to the host. */
 void look_tell(loci_stream *stream, loci_lookup *lookup);
 /* steps.c: frees all that was recorded. */

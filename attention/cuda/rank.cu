@@ -102,17 +102,10 @@ static __device__ segment_place place_of(const loci_cuda_look &look, const loci_
         p.there = p.begin < p.end;
         return p;
     }
-    uint32_t low = 0, high = look.extents;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (args.extent_segment[middle] <= segment)
-            low = middle;
-        else
-            high = middle;
-    }
-    const loci_cuda_pair *pair = &look.pairs[(size_t)low * look.kv_heads];
-    uint32_t s = segment - args.extent_segment[low];
-    p.extent = low;
+    p.extent =
+        last_at_most(look.extents, segment, [&](uint32_t e) { return args.extent_segment[e]; });
+    const loci_cuda_pair *pair = &look.pairs[(size_t)p.extent * look.kv_heads];
+    uint32_t s = segment - args.extent_segment[p.extent];
     p.begin = pair->segment_begin[s];
     p.end = pair->segment_begin[s + 1];
     p.there = p.begin < p.end && p.end <= pair->tokens && !(args.dead && args.dead[segment]);

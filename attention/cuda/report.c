@@ -236,12 +236,9 @@ static bool put_flat(loci_stream *stream, loci_lookup *lookup, loci_cuda_rank *r
     rank->flat_segment_base = corpus->flat_segment_base;
     rank->flat_segments = corpus->flat_segments;
     if (corpus->flat_tokens == 0) return true;
-    size_t row = (size_t)corpus->kv_heads * corpus->head_dim * sizeof(uint16_t);
-    rank->flat_segment_begin = look_put(stream, lookup, corpus->flat_segment_begin,
-                                        (corpus->flat_segments + 1u) * sizeof(uint32_t));
-    rank->flat_k = loci_cuda_ptr(stream, loci_ref_at(corpus->flat_k[lookup->layer], 0),
-                                 corpus->flat_tokens * row);
-    return rank->flat_segment_begin && rank->flat_k;
+    rank->flat_segment_begin = lookup->flat_segment_begin;
+    rank->flat_k = look_flat_k(stream, lookup);
+    return rank->flat_k != NULL;
 }
 
 /* K of the shared prefix in the look-up's layer, f32 [kv_heads][dim]; NULL without one. */

@@ -140,31 +140,20 @@ static cudaError_t launch(cudaStream_t stream, const loci_cuda_look *look,
     return cudaGetLastError();
 }
 
-/* Whether a block may use so much shared memory. */
-static bool has_room(size_t bytes) {
-    static int most; /* the same for every thread that asks */
-    int device = 0;
-    if (most == 0 && (cudaGetDevice(&device) != cudaSuccess ||
-                      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                             device) != cudaSuccess))
-        return false;
-    return bytes <= (size_t)most;
-}
-
 template <bool TIERED>
 static cudaError_t launch_by_dim(cudaStream_t stream, const loci_cuda_look *look,
-                                 const loci_cuda_attend *args) {
+                                 const loci_cuda_attend *args, size_t block_bytes) {
     if (look->dim <= 32) return launch<32, 3, TIERED>(stream, look, args);
     if (look->dim <= 64) return launch<64, 3, TIERED>(stream, look, args);
     if (look->dim > 128) return launch<256, 2, TIERED>(stream, look, args);
-    if (has_room(whole_halves<128, 3>() * sizeof(uint16_t)))
+    if (whole_halves<128, 3>() * sizeof(uint16_t) <= block_bytes)
         return launch<128, 3, TIERED>(stream, look, args);
     return launch<128, 2, TIERED>(stream, look, args);
 }
 
 extern "C" cudaError_t loci_cuda_k_attend_whole(cudaStream_t stream, const loci_cuda_look *look,
-                                                const loci_cuda_attend *args) {
+                                                const loci_cuda_attend *args, size_t block_bytes) {
     if (look->extents == 0) return cudaSuccess;
-    return args->cache.frames ? launch_by_dim<true>(stream, look, args)
-                              : launch_by_dim<false>(stream, look, args);
+    return args->cache.frames ? launch_by_dim<true>(stream, look, args, block_bytes)
+                              : launch_by_dim<false>(stream, look, args, block_bytes);
 }

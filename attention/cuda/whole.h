@@ -21,9 +21,10 @@ static inline uint32_t loci_cuda_whole_chunk(const loci_cuda_look *look) {
     return (uint32_t)tiles * LOCI_CUDA_WHOLE_TILE;
 }
 
-/* A partial result for each chunk of a pair, args->chunks of a pair, as attend_sparse leaves it. */
+/* A partial result for each chunk of a pair, args->chunks of a pair, as attend_sparse leaves it.
+ * block_bytes: the shared memory that a block may use. */
 cudaError_t loci_cuda_k_attend_whole(cudaStream_t stream, const loci_cuda_look *look,
-                                     const loci_cuda_attend *args);
+                                     const loci_cuda_attend *args, size_t block_bytes);
 
 #ifdef __cplusplus
 }

@@ -325,9 +325,7 @@ static void add_usage(loci_query *query, const step *s) {
     query->step_bytes += flat;
 }
 
-/* The sums of exponentials that weigh the sink to the host; and from copies what the call is to
- * get.
- */
+/* To the host the sums of exponentials that weigh the sink; from copies what the call is to get. */
 static void finish(const loci_query *query, step *s, const loci_attend_call *call) {
     size_t count = (size_t)call->rows * call->q_heads, bytes = count * sizeof(float);
     loci_ref nowhere = {0};
@@ -364,9 +362,14 @@ loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err)
     return status;
 }
 
-/* Of the slot's part: with an output of their own the corpus's tokens need two. */
+/* Whether the corpus's tokens have an output of their own first. */
+static bool goes_apart(const loci_query *query) {
+    return query->settings.attn_scale != 1;
+}
+
+/* Of the slot's part. */
 static uint32_t part_rows(const loci_query *query, const loci_attend_call *call) {
-    return (query->settings.attn_scale != 1 ? 2 : 1) * call->rows;
+    return (goes_apart(query) ? 2 : 1) * call->rows;
 }
 
 /* Whether the steps so far have to have run before the next is enqueued: they are many, each is
@@ -374,7 +377,7 @@ static uint32_t part_rows(const loci_query *query, const loci_attend_call *call)
 static bool must_wait(const loci_query *query, const loci_attend_call *call) {
     size_t bytes = part_bytes(part_rows(query, call), call->q_heads, call->head_dim, call->rows);
     return query->steps && (query->step_count == STEPS_MOST || query->step_work > WORK_MOST ||
-                            query->settings.attn_scale != 1 || bytes > query->slot->part_bytes);
+                            goes_apart(query) || bytes > query->slot->part_bytes);
 }
 
 /* The record of a tile's step; the query's from here on. */
@@ -382,7 +385,7 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call, bo
                              step **out, loci_error *err) {
     *out = NULL;
     size_t count = (size_t)call->rows * call->q_heads;
-    bool apart = query->settings.attn_scale != 1;
+    bool apart = goes_apart(query);
     /* Behind the three, what an output of its own begins with. */
     step *s = calloc(1, sizeof *s + count * (3 + (apart ? call->head_dim : 0)) * sizeof(float));
     if (!s) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");

@@ -293,15 +293,20 @@ static bool same_key(void) {
     return memcmp(steps.key[0], steps.key[1], steps.bytes) == 0;
 }
 
+static loci_backend_ops with_steps(const loci_backend_ops *ops) {
+    loci_backend_ops stepping = *ops;
+    stepping.step_begin = begin_step;
+    stepping.step_end = end_step;
+    return stepping;
+}
+
 /* One row in company has the bits that it has alone, and is the same step wherever the others put
  * it. */
 static void test_one_row_alone_and_in_company(void **state) {
     (void)state;
     loci_engine *engine = open_engine();
     const loci_backend_ops *ops = engine->backend->ops;
-    loci_backend_ops stepping = *ops;
-    stepping.step_begin = begin_step;
-    stepping.step_end = end_step;
+    loci_backend_ops stepping = with_steps(ops);
     loci_query query;
     attended plain, stepped;
     begin_query(&query, engine, "books");
@@ -330,9 +335,7 @@ static void test_other_steps(void **state) {
     (void)state;
     loci_engine *engine = open_engine();
     const loci_backend_ops *ops = engine->backend->ops;
-    loci_backend_ops stepping = *ops;
-    stepping.step_begin = begin_step;
-    stepping.step_end = end_step;
+    loci_backend_ops stepping = with_steps(ops);
     engine->backend->ops = &stepping;
     loci_query query;
     loci_error err = {0};
