@@ -105,6 +105,9 @@ typedef struct loci_select_params {
     uint32_t candidates_max;
     bool estimate_tail;          /* add the unread nodes by centroid, size and value mean */
     float squeezed_threshold[2]; /* T of roots and leaves; mode squeezed */
+    /* BF16: products of more than LOCI_ATTEND_EXACT_QUERIES rows with keys and values may round
+     * queries and weights to bf16, as those with weights do. */
+    loci_dtype precision;
 } loci_select_params;
 
 /* The measured defaults: mode hierarchical; attention/README.md has the figures behind them. */
@@ -258,6 +261,10 @@ typedef struct loci_backend_ops {
      * here), steady_lse f32 [rows][q_heads]: log-sum-exp of the exact part (sink, flat, own
      * tokens). shared: in mode squeezed all rows share one set (prefill). Everything is for one
      * retrieval layer, all KV heads. */
+    /* (optional) Whether so many rows of a look-up in one layer take less time in mode dense than
+     * in mode hierarchical, as far as can be told beforehand. Any thread. */
+    bool (*reads_whole)(loci_backend *self, const struct loci_corpus_view *corpus, uint32_t rows,
+                        uint32_t q_heads);
     loci_status (*lookup_create)(loci_backend *self, loci_lookup **out, loci_error *err);
     void (*lookup_free)(loci_backend *self, loci_lookup *lookup);
     /* (optional) Puts the memory of all look-ups made from now on under fn: a look-up refused by it

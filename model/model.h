@@ -136,6 +136,7 @@ typedef struct loci_attend_call {
     loci_ref q; /* f32 [rows][q_heads][head_dim], stride q_stride */
     uint32_t q_stride;
     float scale;
+    loci_dtype precision; /* of products (loci_select_params) */
     /* The sequence's own attention; to be replaced by the merge with the corpus's part. */
     loci_ref out; /* f32 [rows][q_heads][head_dim], stride out_stride */
     uint32_t out_stride;

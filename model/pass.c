@@ -81,6 +81,7 @@ void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
         .q = at_row(own.q, step->row, own.q_stride),
         .q_stride = own.q_stride,
         .scale = own.scale * scale_of(s, layer),
+        .precision = own.precision,
         .out = at_row(own.out, step->row, own.out_stride),
         .out_stride = own.out_stride,
         .lse = at_row(loci_ref_at(p->member[0]->lse, 0), step->row, own.q_heads),

@@ -25,8 +25,15 @@ static void leave_rows(loci_stream *stream, loci_lookup *lookup, bool used) {
         "the cache of rows");
 }
 
+/* Whether products of whole_wide.cu are exact. */
+static bool wide_exact(const loci_lookup *lookup) {
+    return lookup->params.precision != LOCI_BF16 || lookup->look.rows <= LOCI_ATTEND_EXACT_QUERIES;
+}
+
 static cudaError_t attend_pairs(loci_stream *stream, const loci_lookup *lookup, bool listed,
                                 const loci_cuda_attend *args) {
+    if (lookup->wide_chunk)
+        return loci_cuda_k_attend_wide(stream->stream, &lookup->look, args, wide_exact(lookup));
     if (lookup->mode == LOCI_MODE_DENSE)
         return loci_cuda_k_attend_whole(stream->stream, &lookup->look, args,
                                         lookup->cuda->block_bytes);
@@ -84,8 +91,12 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
     bool tail = lookup->params.estimate_tail && lookup->mode == LOCI_MODE_HIERARCHICAL;
     bool whole = lookup->mode == LOCI_MODE_DENSE && look->extents > 0;
     size_t last = (size_t)(look->rows - 1) * out_stride + (size_t)look->q_heads * look->dim;
+    bool wide = whole && loci_cuda_whole_wide(lookup->cuda, look->dim);
+    if (wide) lookup->wide_chunk = loci_cuda_wide_chunk(lookup);
     loci_cuda_attend args = {
-        .chunk = whole ? loci_cuda_whole_chunk(look) : loci_cuda_chunk(look),
+        .chunk = wide    ? lookup->wide_chunk
+                 : whole ? loci_cuda_whole_chunk(look)
+                         : loci_cuda_chunk(look),
         .extents = look->extents,
         .out = loci_cuda_ptr(stream, out, last * sizeof(float)),
         .lse = loci_cuda_ptr(stream, lse, (size_t)look->rows * look->q_heads * sizeof(float)),
@@ -93,14 +104,15 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
     };
     args.chunks = loci_cuda_chunks(look->tokens_max, args.chunk);
     args.parts = args.chunks + (tail ? 1 : 0);
+    if (wide && loci_cuda_wide_narrow(look)) args.parts *= 2;
     bool listed = lookup->tokens_scored && !tail && look->rows == 1 && look->extents > 0 &&
                   loci_cuda_tiles(look->vectors) == 1;
     if (listed) {
         args.extents = 1;
         args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;
     }
-    if ((listed || (whole && look->rows == 1)) && !keep_logits(stream, lookup, listed, &args))
-        return;
+    bool keeps = listed || (whole && look->rows == 1 && (!wide || loci_cuda_wide_narrow(look)));
+    if (keeps && !keep_logits(stream, lookup, listed, &args)) return;
     size_t partials = (size_t)args.extents * look->kv_heads * args.parts *
                       loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
     args.partial = look_alloc(stream, lookup, partials * (look->dim + 2) * sizeof(float));
@@ -141,7 +153,7 @@ static bool clear_mass(loci_stream *stream, loci_lookup *lookup, uint32_t segmen
 void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                          uint32_t row_begin, loci_ref mass) {
     if (!lookup->ready || !lookup->attended) return;
-    if (!lookup->logits && !look_mask(stream, lookup)) return;
+    if (!lookup->logits && !lookup->wide_chunk && !look_mask(stream, lookup)) return;
     const loci_corpus_view *corpus = lookup->corpus;
     const loci_cuda_look *look = &lookup->look;
     uint32_t segments = corpus->flat_segment_base + corpus->flat_segments;
@@ -153,6 +165,8 @@ void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref tota
         .segments = segments,
         .logits = lookup->logits,
         .room = lookup->room,
+        .wide_chunk = lookup->wide_chunk,
+        .exact = wide_exact(lookup),
     };
     if (!args.total_lse || !args.out || !clear_mass(stream, lookup, segments) ||
         !put_flat(stream, lookup, &args))

@@ -8,6 +8,7 @@
 #include "attention/cuda/chunks.cuh"
 #include "attention/cuda/radix.cuh"
 #include "attention/cuda/rows.cuh"
+#include "attention/cuda/whole.h"
 
 /* --- attribution ----------------------------------------------------------------------- */
 
@@ -257,6 +258,7 @@ static cudaError_t attribute_pairs(cudaStream_t stream, const loci_cuda_look *lo
                                    const loci_cuda_choice *choice,
                                    const loci_cuda_attribution *args) {
     if (args->logits) return attribute_kept(stream, look, choice, args);
+    if (args->wide_chunk) return loci_cuda_k_attribute_wide(stream, look, args);
     if (look->dim <= 32) return launch_attribute<32>(stream, look, args);
     if (look->dim <= 64) return launch_attribute<64>(stream, look, args);
     if (look->dim <= 128) return launch_attribute<128>(stream, look, args);

@@ -84,6 +84,7 @@ static loci_status open_device(loci_cuda *cuda, loci_error *err) {
                          device.name, device.major, device.minor);
     cuda->multiprocessors = device.multiProcessorCount;
     cuda->block_bytes = device.sharedMemPerBlockOptin;
+    cuda->wgmma = device.major == 9 && device.minor == 0;
     cuda->room_bytes = ROOM_BYTES;
     snprintf(cuda->description, sizeof cuda->description,
              "cuda %.80s (sm_%d%d, %d multiprocessors, %zu MiB, bf16)", device.name, device.major,
@@ -561,6 +562,7 @@ const loci_backend_ops loci_backend_cuda = {
     .attend_dense = loci_cuda_attend_dense,
     .merge = loci_cuda_merge,
     .sample = loci_cuda_sample,
+    .reads_whole = loci_cuda_reads_whole,
     .lookup_create = loci_cuda_lookup_create,
     .lookup_free = loci_cuda_lookup_free,
     /* No lookup_account: what look-ups take is the device's memory, not the node's. */

@@ -31,9 +31,12 @@ static inline bool can_overlap(void) {
     return major == 9; /* later ones run code for older devices, which does not wait */
 }
 
+/* overlaps: else it begins when all before it has ended, as it must where the stream waits for an
+ * event of another. */
 template <typename... PARAMS, typename... ARGS>
-static inline cudaError_t launch_behind(cudaStream_t stream, void (*kernel)(PARAMS...), dim3 grid,
-                                        uint32_t threads, size_t bytes, const ARGS &...args) {
+static inline cudaError_t launch_where(bool overlaps, cudaStream_t stream,
+                                       void (*kernel)(PARAMS...), dim3 grid, uint32_t threads,
+                                       size_t bytes, const ARGS &...args) {
     if (bytes > USUAL_SHARED_BYTES) {
         cudaError_t result =
             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
@@ -48,8 +51,14 @@ static inline cudaError_t launch_behind(cudaStream_t stream, void (*kernel)(PARA
     config.dynamicSmemBytes = bytes;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = can_overlap() ? 1 : 0;
+    config.numAttrs = overlaps && can_overlap() ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <typename... PARAMS, typename... ARGS>
+static inline cudaError_t launch_behind(cudaStream_t stream, void (*kernel)(PARAMS...), dim3 grid,
+                                        uint32_t threads, size_t bytes, const ARGS &...args) {
+    return launch_where(true, stream, kernel, grid, threads, bytes, args...);
 }
 
 #endif

@@ -487,6 +487,7 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
         lookup->mode = LOCI_MODE_DENSE;
     lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
     lookup->masked = lookup->counted = lookup->figured = false;
+    lookup->wide_chunk = 0;
     lookup->logits = NULL;
     lookup->mass = NULL;
     lookup->figures = NULL;

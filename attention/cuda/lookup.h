@@ -63,6 +63,7 @@ struct loci_lookup {
     bool masked, counted; /* by look_mask, by look_count */
     bool deletions;       /* tokens of a pair are not live */
     bool cached;          /* rows of a pair go through the cache of rows */
+    uint32_t wide_chunk;  /* of whole_wide.cu, which attends; 0: another kernel does */
     uint32_t layer;
     uint64_t live_tokens;
     double spread; /* sum over extents of the square root of their live tokens */
@@ -111,6 +112,9 @@ const uint16_t *look_flat_k(loci_stream *stream, const loci_lookup *lookup);
 void look_tell(loci_stream *stream, loci_lookup *lookup);
 /* steps.c: frees all that was recorded. */
 void look_forget_steps(loci_lookup *lookup);
+/* whole.c: whether whole_wide.cu serves that width, and slots of its blocks. */
+bool loci_cuda_whole_wide(const loci_cuda *cuda, uint32_t dim);
+uint32_t loci_cuda_wide_chunk(const loci_lookup *lookup);
 /* The mask of selected tokens, for those who read it. */
 bool look_mask(loci_stream *stream, loci_lookup *lookup);
 /* root_live and leaf_live. */

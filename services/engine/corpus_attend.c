@@ -85,10 +85,16 @@ typedef struct loci_attend_step {
     float host[];     /* [3][rows][heads]: lse of the sink, of all, of the corpus's tokens */
 } step;
 
-/* The first layers read everything, whatever the mode. */
-static loci_select_params layer_params(const loci_query *query, uint32_t layer) {
+/* The first layers read everything, whatever the mode; so do all in mode hierarchical where a
+ * device takes less time for that than for a selection, but for a question that sets a budget. */
+static loci_select_params layer_params(const loci_query *query, const loci_attend_call *call) {
+    loci_backend *backend = query->engine->backend;
     loci_select_params params = query->params;
-    if (layer < query->settings.dense_layers) params.mode = LOCI_MODE_DENSE;
+    params.precision = call->precision;
+    bool dense = call->retrieval_index < query->settings.dense_layers;
+    if (params.mode == LOCI_MODE_HIERARCHICAL && params.budget == 0 && backend->ops->reads_whole)
+        dense = dense || backend->ops->reads_whole(backend, query->view, call->rows, call->q_heads);
+    if (dense) params.mode = LOCI_MODE_DENSE;
     return params;
 }
 
@@ -394,7 +400,7 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call, bo
     query->step_count++;
     query->step_work += call->rows * query->view->tokens;
     s->call = *call;
-    s->params = layer_params(query, call->retrieval_index);
+    s->params = layer_params(query, call);
     s->row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
     s->all = call->out;
     s->all_lse = call->lse;
@@ -436,10 +442,11 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call, 
  * sketches. A corpus that repeats itself can have several times as many; what bounds memory is the
  * look-up's account, which refuses. */
 static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call) {
-    const loci_select_params layer = layer_params(query, call->retrieval_index), *params = &layer;
+    const loci_select_params layer = layer_params(query, call), *params = &layer;
     if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
     bool all = params->top_p >= 1.0f && params->budget == 0;
-    if (params->mode == LOCI_MODE_DENSE || all) return TILE_ROWS; /* no scores */
+    if (params->mode == LOCI_MODE_DENSE || all) /* no scores */
+        return query->engine->backend->ops->on_device ? call->rows : TILE_ROWS;
     double live = (double)query->view->tokens, spread = 0;
     for (uint32_t e = 0; e < query->view->extent_count; e++)
         spread += sqrt((double)query->view->extents[e].tokens);

@@ -226,6 +226,53 @@ static void test_dense_layers_and_reading_all(void **state) {
     loci_engine_close(engine);
 }
 
+/* What the cpu backend is asked as if it were a device that reads two rows faster than it selects.
+ */
+static bool reads_two(loci_backend *self, const loci_corpus_view *corpus, uint32_t rows,
+                      uint32_t q_heads) {
+    (void)self;
+    assert_true(corpus->tokens > 0 && q_heads == HEADS);
+    return rows >= 2;
+}
+
+/* Mode hierarchical reads everything where the backend takes less time for that, and says so; with
+ * a budget, and in mode squeezed, it does not. */
+static void test_reading_all_where_it_is_faster(void **state) {
+    (void)state;
+    loci_engine *engine = open_engine();
+    const loci_backend_ops *ops = engine->backend->ops;
+    loci_backend_ops reading = *ops;
+    reading.reads_whole = reads_two;
+    loci_query query;
+    attended dense, other;
+    begin_query(&query, engine, "books");
+    query.params.top_p = 0.5f;
+    query.params.roots_min = query.params.candidates_min = 1;
+    query.params.roots = query.params.candidates = 0.01f;
+    draw(&dense, 23);
+    for (uint32_t rows = 1; rows <= 2; rows++)
+        for (uint32_t budget = 0; budget <= 8; budget += 8) {
+            bool all = rows == 2 && budget == 0;
+            other = dense;
+            query.params.budget = 0;
+            query.params.mode = LOCI_MODE_DENSE;
+            uint64_t before = query.usage.kv_read_bytes;
+            attend_rows(&query, 1, &dense, rows, false);
+            uint64_t whole = query.usage.kv_read_bytes - before;
+            query.params.budget = budget;
+            query.params.mode = LOCI_MODE_HIERARCHICAL;
+            engine->backend->ops = &reading;
+            before = query.usage.kv_read_bytes;
+            attend_rows(&query, 1, &other, rows, false);
+            engine->backend->ops = ops;
+            assert_true((query.usage.kv_read_bytes - before == whole) == all);
+            assert_true((memcmp(other.out, dense.out, rows * WIDTH * sizeof(float)) == 0) == all);
+            memcpy(dense.out, dense.own, sizeof dense.out);
+        }
+    loci_query_fini(&query);
+    loci_engine_close(engine);
+}
+
 /* With either setting the attention on sink, corpus and own tokens adds up. */
 static void test_masses_add_up(void **state) {
     (void)state;
@@ -402,6 +449,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_temperature_and_scale_are_those_of_the_formula),
         cmocka_unit_test(test_dense_layers_and_reading_all),
+        cmocka_unit_test(test_reading_all_where_it_is_faster),
         cmocka_unit_test(test_masses_add_up),
         cmocka_unit_test(test_one_row_alone_and_in_company),
         cmocka_unit_test(test_other_steps),

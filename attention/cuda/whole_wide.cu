@@ -1,0 +1,561 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Attention over all live tokens of the pairs for many vectors, and what each token has of it, on
+ * the tensor cores of compute capability 9.0a (FlashAttention-3, arXiv 2407.08608, without its
+ * overlap within a warpgroup). A block takes a chunk of a pair's slots and a tile of 64 vectors for
+ * each of its warpgroups but the last, which copies: tiles of 128 slots go through stages of shared
+ * memory, whose barriers say what is there and what has been read. Blocks of the same chunk follow
+ * each other, so that its K and V come from memory once.
+ *
+ * EXACT: queries and weights go in two parts, rounded and the rest, which gives f32 results to
+ * about 2^-17; else they are rounded.
+ */
+#include "attention/cuda/chunks.cuh"
+#include "attention/cuda/radix.cuh"
+#include "attention/cuda/rows.cuh"
+#include "attention/cuda/wgmma.cuh"
+#include "attention/cuda/whole.h"
+
+#define TILE_SLOTS LOCI_CUDA_WIDE_TILE
+#define GROUP_VECTORS LOCI_CUDA_WIDE_GROUP
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
+static_assert(TILE_SLOTS == 128 && GROUP_VECTORS == 64, "shapes of the products");
+
+#define GROUPS 2u /* warpgroups that multiply */
+#define THREADS ((GROUPS + 1) * WARPGROUP)
+#define WORK_REGISTERS 232 /* of a thread that multiplies, */
+#define COPY_REGISTERS 40  /* or copies; 168 if it were the same */
+
+/* STAGES: tiles in shared memory, K and V of each, or K alone. */
+template <int DIM, bool NARROW, bool EXACT, int STAGES, bool VALUES> struct wide_shape {
+    static const uint32_t vectors = (NARROW ? 1 : GROUPS) * GROUP_VECTORS;
+    static const uint32_t query_bytes = vectors * DIM * 2;
+    static const uint32_t rows_bytes = TILE_SLOTS * DIM * 2; /* K or V of a tile */
+    static const uint32_t all_queries = (EXACT ? 2 : 1) * query_bytes;
+    static const uint32_t stage_bytes = (VALUES ? 2 : 1) * rows_bytes;
+    /* The first 1,024 bytes are what brings the rest to a multiple of it. */
+    static const uint32_t bytes = 1024 + all_queries + STAGES * stage_bytes;
+};
+
+/* Barriers of a stage: K, V. */
+struct wide_stage {
+    uint64_t there[2], read[2];
+};
+
+/* What a block does. */
+struct wide_work {
+    const loci_cuda_pair *pair;
+    uint32_t begin, end; /* slots */
+    uint32_t first;      /* vector, of the warpgroup */
+    uint32_t part;
+};
+
+#if HAS_WGMMA
+
+/* The block's vectors in panels, rounded, and the rest behind them. */
+template <int DIM, int VECTORS, bool EXACT>
+static __device__ void put_vectors(const loci_cuda_look &look, const wide_work &w, uint8_t *to) {
+    const float *q = look.q + (size_t)w.pair->kv_head * look.vectors * DIM;
+    const uint32_t pieces = DIM / 8, panel = VECTORS * PANEL_ROW;
+    const float unit = EXACT ? 1.0f : LOG2_E;
+    for (uint32_t i = threadIdx.x; i < VECTORS * pieces; i += blockDim.x) {
+        uint32_t row = i / pieces, p = i % pieces, v = w.first + row, high[4] = {}, rest[4] = {};
+        const float2 *from = (const float2 *)(q + (size_t)v * DIM + p * 8);
+        for (uint32_t j = 0; j < 4 && v < look.vectors; j++)
+            high[j] = split_pair(from[j].x * unit, from[j].y * unit, &rest[j]);
+        uint8_t *at = to + p / 8 * panel + piece_at(row, p % 8);
+        *(uint4 *)at = uint4{high[0], high[1], high[2], high[3]};
+        if (EXACT) *(uint4 *)(at + VECTORS * DIM * 2) = uint4{rest[0], rest[1], rest[2], rest[3]};
+    }
+}
+
+/* --- the warpgroup that copies --------------------------------------------------------- */
+
+/* Begins to copy K rows, or V rows, of a tile; past the end comes the last one again. TIERED: they
+ * are in memory of the host, and some in the cache of rows. */
+template <int DIM, bool TIERED>
+static __device__ __forceinline__ void copy_rows(const loci_cuda_row_cache &cache,
+                                                 const wide_work &w, const uint16_t *kv,
+                                                 uint32_t tile, uint32_t value, uint8_t *to) {
+    const uint32_t pieces = DIM / 8, panel = TILE_SLOTS * PANEL_ROW;
+#pragma unroll 8
+    for (uint32_t i = threadIdx.x % WARPGROUP; i < TILE_SLOTS * pieces; i += WARPGROUP) {
+        uint32_t row = i / pieces, p = i % pieces;
+        uint32_t slot = tile + row < w.end ? tile + row : w.end - 1;
+        const uint16_t *from =
+            TIERED ? rows_at(cache, w.pair, slot, DIM) : kv + (size_t)slot * 2 * DIM;
+        copy_16((uint16_t *)(to + p / 8 * panel + piece_at(row, p % 8)),
+                from + value * DIM + p * 8);
+    }
+}
+
+template <int DIM, int STAGES, bool VALUES>
+static __device__ __forceinline__ void copy_tiles(const loci_cuda_row_cache &cache,
+                                                  const wide_work &w, wide_stage *stages,
+                                                  uint8_t *memory) {
+    const uint16_t *kv = w.pair->kv;
+    bool tiered = cache.frames && w.pair->frame_of;
+    const uint32_t rows_bytes = TILE_SLOTS * DIM * 2, values = VALUES ? 2 : 1;
+    uint32_t turn = 0, phase = 0;
+    for (uint32_t tile = w.begin; tile < w.end; tile += TILE_SLOTS) {
+        for (uint32_t value = 0; value < values; value++) {
+            wait_barrier(&stages[turn].read[value], phase ^ 1);
+            uint8_t *to = memory + (turn * values + value) * rows_bytes;
+            if (tiered)
+                copy_rows<DIM, true>(cache, w, kv, tile, value, to);
+            else
+                copy_rows<DIM, false>(cache, w, kv, tile, value, to);
+            arrive_copied(&stages[turn].there[value]);
+        }
+        if (++turn == STAGES) {
+            turn = 0;
+            phase ^= 1;
+        }
+    }
+}
+
+/* --- warpgroups that multiply ---------------------------------------------------------- */
+
+/* Logits of the group's 64 vectors with a tile's keys. */
+template <int DIM, int VECTORS, bool EXACT>
+static __device__ __forceinline__ void tile_logits(uint32_t q, uint32_t k, float (&s)[64]) {
+    begin_products();
+#pragma unroll
+    for (uint32_t part = 0; part < (EXACT ? 2 : 1); part++)
+#pragma unroll
+        for (uint32_t d = 0; d < DIM; d += 16) {
+            uint32_t at = d % PANEL * 2, panel = d / PANEL * PANEL_ROW;
+            multiply_shared(s, matrix_of(q + part * VECTORS * DIM * 2 + panel * VECTORS + at, 0),
+                            matrix_of(k + panel * TILE_SLOTS + at, 0), part > 0 || d > 0);
+        }
+    close_products();
+    wait_products();
+}
+
+/* Which of a tile's slots are there and live, four words. Most tiles are whole. */
+struct tile_bits {
+    uint32_t word[4];
+    bool whole;
+};
+
+static __device__ __forceinline__ tile_bits bits_of(const wide_work &w, uint32_t tile) {
+    tile_bits bits;
+    bits.whole = tile + TILE_SLOTS <= w.end && !w.pair->live;
+    if (bits.whole) return bits;
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        uint32_t slot = tile + 32 * i, left = slot < w.end ? w.end - slot : 0;
+        bits.word[i] = left ? live_bits(w.pair, slot, left < 32 ? left : 32) : 0;
+    }
+    return bits;
+}
+
+/* Those that are not have no logit. */
+static __device__ __forceinline__ void mask_logits(const tile_bits &bits, float (&s)[64]) {
+    if (bits.whole) return;
+#pragma unroll
+    for (uint32_t n = 0; n < TILE_SLOTS / 8; n++)
+#pragma unroll
+        for (uint32_t e = 0; e < 4; e++) {
+            uint32_t slot = n * 8 + threadIdx.x % 4 * 2 + e % 2;
+            if (!(bits.word[n / 4] >> slot % 32 & 1)) s[n * 4 + e] = -INFINITY;
+        }
+}
+
+/* The vector of a lane's rows; half: the upper or the lower of the two. */
+static __device__ __forceinline__ uint32_t vector_of(const wide_work &w, uint32_t half) {
+    return w.first + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4 + half * 8;
+}
+
+/* Leaves logits for attribution, of slots that are there. */
+static __device__ __forceinline__ void keep_logits(const loci_cuda_look &look,
+                                                   const loci_cuda_attend &args, const wide_work &w,
+                                                   uint32_t tile, const float (&s)[64]) {
+    if (!args.logits) return;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t v = vector_of(w, half);
+        if (v >= look.vectors) continue;
+        float *to = args.logits + ((size_t)w.pair->kv_head * look.vectors + v) * args.room +
+                    (size_t)w.pair->word_base * 32 + tile;
+#pragma unroll
+        for (uint32_t n = 0; n < TILE_SLOTS / 8; n++) {
+            uint32_t slot = n * 8 + threadIdx.x % 4 * 2;
+            if (tile + slot < w.end)
+                *(float2 *)(to + slot) = float2{s[n * 4 + 2 * half], s[n * 4 + 2 * half + 1]};
+        }
+    }
+}
+
+/* Of a lane's two rows: the maximum, its part of the sum of exponentials, sums of values. */
+template <int DIM> struct wide_state { float max[2], sum[2], out[DIM / 2]; };
+
+/* Logits become weights; what stands so far shrinks where a maximum has grown. */
+template <int DIM, bool EXACT>
+static __device__ __forceinline__ void tile_softmax(wide_state<DIM> &state, float (&s)[64]) {
+    float keep[2];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        float top = state.max[half];
+#pragma unroll
+        for (uint32_t n = 0; n < TILE_SLOTS / 8; n++)
+            top = fmaxf(top, fmaxf(s[n * 4 + 2 * half], s[n * 4 + 2 * half + 1]));
+        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
+        top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
+        float base = top > -INFINITY ? top : 0.0f;
+        keep[half] = weight_of<!EXACT>(state.max[half] - base);
+        state.max[half] = top;
+        float sum = 0.0f;
+#pragma unroll
+        for (uint32_t n = 0; n < TILE_SLOTS / 8; n++)
+#pragma unroll
+            for (uint32_t e = 2 * half; e < 2 * half + 2; e++) {
+                s[n * 4 + e] = weight_of<!EXACT>(s[n * 4 + e] - base);
+                sum += s[n * 4 + e];
+            }
+        state.sum[half] = state.sum[half] * keep[half] + sum;
+    }
+    if (!__any_sync(FULL_WARP, keep[0] != 1.0f || keep[1] != 1.0f)) return;
+#pragma unroll
+    for (uint32_t i = 0; i < DIM / 2; i++) state.out[i] *= keep[i / 2 % 2];
+}
+
+template <int DIM, bool EXACT>
+static __device__ __forceinline__ void tile_values(wide_state<DIM> &state, uint32_t v,
+                                                   const float (&s)[64]) {
+    uint32_t high[TILE_SLOTS / 16][4], rest[TILE_SLOTS / 16][4];
+#pragma unroll
+    for (uint32_t i = 0; i < TILE_SLOTS / 16; i++)
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++)
+            high[i][j] = split_pair(s[i * 8 + j * 2], s[i * 8 + j * 2 + 1], &rest[i][j]);
+    begin_products();
+#pragma unroll
+    for (uint32_t i = 0; i < TILE_SLOTS / 16; i++) {
+        uint64_t values = matrix_of(v + i * 16 * PANEL_ROW, TILE_SLOTS * PANEL_ROW);
+        multiply_rows(state.out, high[i], values);
+        if (EXACT) multiply_rows(state.out, rest[i], values);
+    }
+    close_products();
+    wait_products();
+}
+
+/* A partial result, as attend_sparse leaves it. */
+template <int DIM, bool EXACT>
+static __device__ __forceinline__ void put_partial(const loci_cuda_look &look,
+                                                   const loci_cuda_attend &args, const wide_work &w,
+                                                   const wide_state<DIM> &state) {
+    size_t rows = (size_t)loci_cuda_tiles(look.vectors) * ROWS;
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        float sum = state.sum[half];
+        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+        sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+        uint32_t v = vector_of(w, half), lane = threadIdx.x % 4;
+        if (v >= look.vectors) continue;
+        float *to = args.partial + (w.part * rows + v) * (DIM + 2);
+#pragma unroll
+        for (uint32_t n = 0; n < DIM / 8; n++)
+            *(float2 *)(to + n * 8 + lane * 2) =
+                float2{state.out[n * 4 + 2 * half], state.out[n * 4 + 2 * half + 1]};
+        if (lane != 0) continue;
+        to[DIM] = EXACT ? state.max[half] : state.max[half] * LN_2;
+        to[DIM + 1] = sum;
+    }
+}
+
+template <int DIM, bool NARROW, bool EXACT, int STAGES>
+static __device__ __forceinline__ void
+attend_tiles(const loci_cuda_look &look, const loci_cuda_attend &args, const wide_work &w,
+             wide_stage *stages, uint32_t q, uint32_t memory) {
+    typedef wide_shape<DIM, NARROW, EXACT, STAGES, true> shape;
+    const uint32_t step = NARROW ? GROUPS : 1;
+    uint32_t n = NARROW ? threadIdx.x / WARPGROUP : 0; /* of the tile */
+    wide_state<DIM> state = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
+    for (uint32_t tile = w.begin + n * TILE_SLOTS; tile < w.end; tile += step * TILE_SLOTS) {
+        wide_stage *stage = &stages[n % STAGES];
+        uint32_t k = memory + n % STAGES * shape::stage_bytes, phase = n / STAGES % 2;
+        float s[64];
+        wait_barrier(&stage->there[0], phase);
+        show_products();
+        tile_logits<DIM, shape::vectors, EXACT>(q, k, s);
+        if (threadIdx.x % 32 == 0) arrive(&stage->read[0]);
+        mask_logits(bits_of(w, tile), s);
+        if (NARROW) keep_logits(look, args, w, tile, s);
+        tile_softmax<DIM, EXACT>(state, s);
+        wait_barrier(&stage->there[1], phase);
+        show_products();
+        tile_values<DIM, EXACT>(state, k + shape::rows_bytes, s);
+        if (threadIdx.x % 32 == 0) arrive(&stage->read[1]);
+        n += step;
+    }
+    put_partial<DIM, EXACT>(look, args, w, state);
+}
+
+/* --- blocks ---------------------------------------------------------------------------- */
+
+template <bool NARROW>
+static __device__ __forceinline__ wide_work work_of(const loci_cuda_look &look, uint32_t chunk,
+                                                    uint32_t chunks) {
+    wide_work w;
+    w.pair = &look.pairs[blockIdx.y / chunks];
+    w.begin = blockIdx.y % chunks * chunk;
+    w.end = w.begin + chunk < w.pair->tokens ? w.begin + chunk : w.pair->tokens;
+    w.first = blockIdx.x * (NARROW ? 1 : GROUPS) * GROUP_VECTORS;
+    w.part = blockIdx.y;
+    return w;
+}
+
+/* Barriers of all stages; queries in shared memory, from `q` on. */
+template <int DIM, bool NARROW, bool EXACT, int STAGES>
+static __device__ __forceinline__ void open_block(const loci_cuda_look &look, const wide_work &w,
+                                                  wide_stage *stages, uint8_t *q) {
+    if (threadIdx.x < STAGES)
+        for (uint32_t i = 0; i < 2; i++) {
+            open_barrier(&stages[threadIdx.x].there[i], WARPGROUP);
+            open_barrier(&stages[threadIdx.x].read[i], (NARROW ? 1 : GROUPS) * WARPGROUP / 32);
+        }
+    put_vectors<DIM, (NARROW ? 1 : GROUPS) * GROUP_VECTORS, EXACT>(look, w, q);
+    show_products();
+    __syncthreads();
+}
+
+/* What the block leaves where there is nothing to attend to. */
+template <bool NARROW>
+static __device__ void put_empty(const loci_cuda_look &look, const loci_cuda_attend &args,
+                                 const wide_work &w) {
+    size_t rows = (size_t)loci_cuda_tiles(look.vectors) * ROWS;
+    uint32_t v = w.first + threadIdx.x % (NARROW ? GROUP_VECTORS : GROUPS * GROUP_VECTORS);
+    uint32_t part = NARROW ? w.part * GROUPS + threadIdx.x / GROUP_VECTORS : w.part;
+    if (threadIdx.x >= GROUPS * GROUP_VECTORS || v >= look.vectors) return;
+    float *to = args.partial + (part * rows + v) * (look.dim + 2) + look.dim;
+    to[0] = -INFINITY;
+    to[1] = 0.0f;
+}
+
+#endif
+
+template <int DIM, bool NARROW, bool EXACT, int STAGES>
+static __global__ void __launch_bounds__(THREADS, 1)
+    k_attend_wide(const loci_cuda_look look, const loci_cuda_attend args) {
+#if HAS_WGMMA
+    typedef wide_shape<DIM, NARROW, EXACT, STAGES, true> shape;
+    extern __shared__ uint8_t shared_bytes[];
+    __shared__ wide_stage stages[STAGES];
+    await_previous();
+    uint32_t block = blockIdx.y * gridDim.x + blockIdx.x, group = threadIdx.x / WARPGROUP;
+    for (uint32_t i = block * THREADS + threadIdx.x; i < args.zeroed_count;
+         i += gridDim.x * gridDim.y * THREADS)
+        args.zeroed[i] = 0;
+    wide_work w = work_of<NARROW>(look, args.chunk, args.chunks);
+    if (w.begin >= w.end) {
+        put_empty<NARROW>(look, args, w);
+        return;
+    }
+    uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
+    uint8_t *memory = q + shape::all_queries;
+    open_block<DIM, NARROW, EXACT, STAGES>(look, w, stages, q);
+    if (group == GROUPS) {
+        give_registers<COPY_REGISTERS>();
+        copy_tiles<DIM, STAGES, true>(args.cache, w, stages, memory);
+    } else {
+        take_registers<WORK_REGISTERS>();
+        uint32_t queries = shared_address(q);
+        if (NARROW) {
+            w.part = w.part * GROUPS + group;
+        } else {
+            w.first += group * GROUP_VECTORS;
+            queries += group * GROUP_VECTORS * PANEL_ROW;
+        }
+        attend_tiles<DIM, NARROW, EXACT, STAGES>(look, args, w, stages, queries,
+                                                 shared_address(memory));
+    }
+#endif
+}
+
+template <int DIM, bool NARROW, bool EXACT, int STAGES>
+static cudaError_t launch_attend(cudaStream_t stream, const loci_cuda_look *look,
+                                 const loci_cuda_attend *args) {
+    typedef wide_shape<DIM, NARROW, EXACT, STAGES, true> shape;
+    dim3 grid((look->vectors + shape::vectors - 1) / shape::vectors,
+              look->extents * look->kv_heads * args->chunks);
+    return launch_where(!args->cache.frames, stream, k_attend_wide<DIM, NARROW, EXACT, STAGES>,
+                        grid, THREADS, shape::bytes, *look, *args);
+}
+
+template <int DIM>
+static cudaError_t launch_attend_dim(cudaStream_t stream, const loci_cuda_look *look,
+                                     const loci_cuda_attend *args, bool exact) {
+    if (loci_cuda_wide_narrow(look)) return launch_attend<DIM, true, true, 3>(stream, look, args);
+    if (exact) return launch_attend<DIM, false, true, 2>(stream, look, args);
+    return launch_attend<DIM, false, false, 2>(stream, look, args);
+}
+
+extern "C" cudaError_t loci_cuda_k_attend_wide(cudaStream_t stream, const loci_cuda_look *look,
+                                               const loci_cuda_attend *args, bool exact) {
+    if (look->extents == 0) return cudaSuccess;
+    return look->dim == 64 ? launch_attend_dim<64>(stream, look, args, exact)
+                           : launch_attend_dim<128>(stream, look, args, exact);
+}
+
+/* --- attribution ----------------------------------------------------------------------- */
+
+#define MASS_STAGES 3
+#define MASS_WARPS (GROUPS * WARPGROUP / 32)
+#define MASS_SEGMENTS 6144u /* as many as there is shared memory for in any case */
+#define MASS_MOST 6.0e7f    /* of a slot: sums stay below 2^64 units */
+
+#if HAS_WGMMA
+
+/* Lanes HALF apart have other vectors of the same slots: each goes on with half of them. */
+template <uint32_t HALF> static __device__ __forceinline__ void fold(float (&c)[32]) {
+    bool upper = threadIdx.x & HALF;
+#pragma unroll
+    for (uint32_t i = 0; i < HALF; i++) {
+        float own = upper ? c[HALF + i] : c[i], other = upper ? c[i] : c[HALF + i];
+        c[i] = own + __shfl_xor_sync(FULL_WARP, other, (int)HALF);
+    }
+}
+
+/* A warp's sums of each of a tile's slots over its 16 vectors, to `sums`; s: weights. */
+static __device__ __forceinline__ void add_vectors(const float (&s)[64], float *sums) {
+    uint32_t lane = threadIdx.x % 32, n = lane / 16 * 8 + lane / 8 % 2 * 4 + lane / 4 % 2 * 2;
+    float c[32];
+#pragma unroll
+    for (uint32_t i = 0; i < 32; i++) c[i] = s[i / 2 * 4 + i % 2] + s[i / 2 * 4 + 2 + i % 2];
+    fold<16>(c);
+    fold<8>(c);
+    fold<4>(c);
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++)
+        *(float2 *)(sums + (n + i) * 8 + lane % 4 * 2) = float2{c[2 * i], c[2 * i + 1]};
+}
+
+/* The segment of a slot in its record, in the upper half. */
+static __device__ __forceinline__ uint32_t word_of(const wide_work &w, uint32_t slot,
+                                                   uint32_t dim) {
+    return slot < w.end ? slot_word(w.pair, slot, dim) : 0xffffffffu;
+}
+
+/* What a slot has of the attention of the block's vectors, to its segment; own: the block's sums of
+ * segments in shared memory, or NULL. */
+static __device__ __forceinline__ void add_slot(const loci_cuda_attribution &args,
+                                                const wide_work &w, uint32_t word,
+                                                const float (*sums)[TILE_SLOTS], mass_t *own) {
+    float weight = 0.0f;
+    for (uint32_t i = 0; i < MASS_WARPS; i++) weight += sums[i][threadIdx.x];
+    mass_t mass = (mass_t)((double)fminf(weight, MASS_MOST) * LOCI_CUDA_MASS_UNIT);
+    uint32_t segment = word >> 16;
+    if (mass == 0 || segment >= w.pair->segments || w.pair->segment_base + segment >= args.segments)
+        return;
+    segment += w.pair->segment_base;
+    if (own)
+        add_mass(&own[segment], mass);
+    else
+        atomicAdd(&args.mass[segment], mass);
+}
+
+static __device__ __forceinline__ void await_workers(void) {
+    asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * WARPGROUP) : "memory");
+}
+
+template <int DIM, bool EXACT>
+static __device__ __forceinline__ void
+attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, const wide_work &w,
+                wide_stage *stages, uint32_t q, uint32_t memory,
+                float (*sums)[MASS_WARPS][TILE_SLOTS], mass_t *own) {
+    uint32_t turn = 0, phase = 0, buffer = 0, next = 0;
+    float total[2];
+#pragma unroll
+    for (uint32_t half = 0; half < 2; half++) {
+        uint32_t v = vector_of(w, half), row = v / look.group;
+        size_t at = (size_t)row * look.q_heads + w.pair->kv_head * look.group + v % look.group;
+        bool counts = v < look.vectors && row >= args.row_begin;
+        total[half] = counts ? args.total_lse[at] * LOG2_E : INFINITY;
+        if (!(total[half] > -INFINITY)) total[half] = INFINITY; /* and all weights are 0 */
+    }
+    if (threadIdx.x < TILE_SLOTS) next = word_of(w, w.begin + threadIdx.x, DIM);
+    for (uint32_t tile = w.begin; tile < w.end; tile += TILE_SLOTS, buffer ^= 1) {
+        float s[64];
+        uint32_t word = next;
+        if (threadIdx.x < TILE_SLOTS) next = word_of(w, tile + TILE_SLOTS + threadIdx.x, DIM);
+        wait_barrier(&stages[turn].there[0], phase);
+        show_products();
+        tile_logits<DIM, GROUPS * GROUP_VECTORS, EXACT>(q, memory + turn * TILE_SLOTS * DIM * 2, s);
+        if (threadIdx.x % 32 == 0) arrive(&stages[turn].read[0]);
+        mask_logits(bits_of(w, tile), s);
+#pragma unroll
+        for (uint32_t i = 0; i < 64; i++)
+            s[i] = weight_of<true>(EXACT ? fmaf(s[i], LOG2_E, -total[i / 2 % 2])
+                                         : s[i] - total[i / 2 % 2]);
+        add_vectors(s, sums[buffer][threadIdx.x / 32]);
+        await_workers();
+        if (threadIdx.x < TILE_SLOTS) add_slot(args, w, word, sums[buffer], own);
+        if (++turn == MASS_STAGES) {
+            turn = 0;
+            phase ^= 1;
+        }
+    }
+    if (!own) return;
+    await_workers();
+    for (uint32_t i = threadIdx.x; i < args.segments; i += GROUPS * WARPGROUP)
+        if (own[i]) atomicAdd(&args.mass[i], own[i]);
+}
+
+#endif
+
+/* together: a block adds up masses in shared memory first, since many tokens are to few segments.
+ */
+template <int DIM, bool EXACT>
+static __global__ void __launch_bounds__(THREADS, 1)
+    k_attribute_wide(const loci_cuda_look look, const loci_cuda_attribution args, uint32_t chunks,
+                     bool together) {
+#if HAS_WGMMA
+    typedef wide_shape<DIM, false, EXACT, MASS_STAGES, false> shape;
+    extern __shared__ uint8_t shared_bytes[];
+    __shared__ wide_stage stages[MASS_STAGES];
+    __shared__ float sums[2][MASS_WARPS][TILE_SLOTS];
+    await_previous();
+    uint32_t group = threadIdx.x / WARPGROUP;
+    wide_work w = work_of<false>(look, args.wide_chunk, chunks);
+    if (w.begin >= w.end) return;
+    uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
+    uint8_t *memory = q + shape::all_queries;
+    mass_t *own = together ? (mass_t *)(memory + MASS_STAGES * shape::stage_bytes) : NULL;
+    for (uint32_t i = threadIdx.x; i < args.segments && own; i += THREADS) own[i] = 0;
+    open_block<DIM, false, EXACT, MASS_STAGES>(look, w, stages, q);
+    if (group == GROUPS) {
+        give_registers<COPY_REGISTERS>();
+        copy_tiles<DIM, MASS_STAGES, false>(args.cache, w, stages, memory);
+    } else {
+        take_registers<WORK_REGISTERS>();
+        w.first += group * GROUP_VECTORS;
+        attribute_tiles<DIM, EXACT>(look, args, w, stages,
+                                    shared_address(q) + group * GROUP_VECTORS * PANEL_ROW,
+                                    shared_address(memory), sums, own);
+    }
+#endif
+}
+
+template <int DIM, bool EXACT>
+static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *look,
+                                    const loci_cuda_attribution *args) {
+    typedef wide_shape<DIM, false, EXACT, MASS_STAGES, false> shape;
+    uint32_t chunks = loci_cuda_chunks(look->tokens_max, args->wide_chunk);
+    bool together = args->segments <= MASS_SEGMENTS;
+    size_t bytes = shape::bytes + (together ? args->segments * sizeof(mass_t) : 0);
+    dim3 grid((look->vectors + shape::vectors - 1) / shape::vectors,
+              look->extents * look->kv_heads * chunks);
+    return launch_where(!args->cache.frames, stream, k_attribute_wide<DIM, EXACT>, grid, THREADS,
+                        bytes, *look, *args, chunks, together);
+}
+
+extern "C" cudaError_t loci_cuda_k_attribute_wide(cudaStream_t stream, const loci_cuda_look *look,
+                                                  const loci_cuda_attribution *args) {
+    if (look->dim == 64)
+        return args->exact ? launch_attribute<64, true>(stream, look, args)
+                           : launch_attribute<64, false>(stream, look, args);
+    return args->exact ? launch_attribute<128, true>(stream, look, args)
+                       : launch_attribute<128, false>(stream, look, args);
+}
