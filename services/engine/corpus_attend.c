@@ -223,7 +223,7 @@ static loci_status enqueue(loci_query *query, step *s, loci_error *err) {
     attend_flat(query, s);
     look_up(query, s);
     if (s->apart) LOCI_TRY(join_apart(query, s, err));
-    if (query->slot->mass)
+    if (query->slot->mass && s->row_begin < s->call.rows)
         ops->attribute(stream, query->slot->lookup, s->apart ? s->lse : s->call.lse, s->row_begin,
                        loci_ref_at(query->slot->mass, 0));
     ops->lookup_stats(stream, query->slot->lookup, &s->stats);
@@ -237,7 +237,7 @@ typedef struct step_key {
     uint64_t serial; /* of the slot: its buffers, the question and its snapshot */
     loci_ref q, out, lse;
     loci_select_params params;
-    uint32_t q_stride, out_stride, q_heads, head_dim;
+    uint32_t q_stride, out_stride, q_heads, head_dim, row_begin;
     float scale, corpus_scale;
 } step_key;
 
@@ -264,6 +264,7 @@ static void put_key(const loci_query *query, const step *s, step_key *key) {
     key->out_stride = call->out_stride;
     key->q_heads = call->q_heads;
     key->head_dim = call->head_dim;
+    key->row_begin = s->row_begin;
     key->scale = call->scale;
     key->corpus_scale = s->scale;
 }
@@ -401,7 +402,10 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call, bo
     query->step_work += call->rows * query->view->tokens;
     s->call = *call;
     s->params = layer_params(query, call);
-    s->row_begin = call->row_position == 0 && call->rows > 1 ? 1 : 0; /* not <q> itself */
+    uint32_t from = query->evidence_from, position = call->row_position;
+    s->row_begin = from <= position               ? 0
+                   : from - position < call->rows ? from - position
+                                                  : call->rows;
     s->all = call->out;
     s->all_lse = call->lse;
     s->all_stride = call->out_stride;

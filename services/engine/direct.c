@@ -23,7 +23,7 @@ static loci_status load_evidence(loci_query *query, const loci_answer_request *r
 }
 
 /* What a stock model is told before the question looks at the corpus too, but evidence is what the
- * question and the answer look at: the masses begin anew. */
+ * question and the answer look at. */
 static loci_status ask_question(loci_query *query, loci_error *err) {
     loci_tokens prompt = {0};
     uint32_t head = 0;
@@ -39,12 +39,8 @@ static loci_status ask_question(loci_query *query, loci_error *err) {
         LOCI_TRY_GOTO(loci_stock_prompt(query, NULL, 0, &prompt, &head, err), out);
     else
         LOCI_TRY_GOTO(loci_query_prompt(query, &prompt, err), out);
-    if (head > 0) {
-        LOCI_TRY_GOTO(loci_sequence_append(sequence, prompt.ids, head, 0, -1, query->cancel, err),
-                      out);
-        LOCI_TRY_GOTO(loci_corpus_attend_begin(query, err), out);
-    }
-    status = loci_sequence_append(sequence, prompt.ids + head, (uint32_t)prompt.count - head, 1, -1,
+    if (head > 0) query->evidence_from = head;
+    status = loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,
                                   query->cancel, err);
 out:
     loci_tokens_fini(&prompt);

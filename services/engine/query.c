@@ -129,6 +129,7 @@ static loci_status open_snapshot(loci_query *query, const char *corpus, uint64_t
     query->settings = info->settings;
     query->causal = info->geometry.causal;
     query->start = query->causal ? loci_snapshot_end(query->snapshot) : engine->question_start;
+    query->evidence_from = 1; /* not <q> itself */
     query->usage.corpus_tokens = query->view->tokens;
     query->usage.question_tokens = query->question.count;
     loci_sequence_reset(query->slot->sequence);

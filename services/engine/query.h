@@ -89,6 +89,7 @@ typedef struct loci_query {
     loci_tokens question; /* ids of " question" */
     loci_usage usage;
     uint64_t started_ns;
+    uint32_t evidence_from; /* the first row of the sequence whose attention is evidence */
     double
         sink_mass; /* attention on the shared prefix so far, summed over layers, rows and heads */
     uint64_t step_bytes;                        /* read since it was last set to 0 */

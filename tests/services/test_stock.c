@@ -283,6 +283,55 @@ static void test_a_corpus_of_one_segment_is_a_plain_sequence(void **state) {
     }
 }
 
+static void begin_stock(loci_query *query) {
+    loci_sequence *sequence = query->slot->sequence;
+    loci_error err = {0};
+    loci_sequence_reset(sequence);
+    loci_sequence_jump(sequence, query->start);
+    loci_sequence_set_attend(sequence, loci_corpus_attend, loci_corpus_attended, query);
+    assert_int_equal(loci_corpus_attend_begin(query, &err), LOCI_OK);
+}
+
+static void append(loci_query *query, const uint32_t *ids, size_t count) {
+    loci_error err = {0};
+    if (loci_sequence_append(query->slot->sequence, ids, (uint32_t)count, 0, -1, NULL, &err))
+        fail_msg("%s", err.text);
+}
+
+/* Evidence of a prompt in one pass is that of the question's rows in a pass of their own. */
+static void test_evidence_begins_with_the_question(void **state) {
+    (void)state;
+    enum { MOST = 8 };
+    loci_engine *engine = open_engine(0);
+    loci_ranked ranked[3][MOST];
+    uint32_t count[3], head;
+    double sink[3];
+    loci_tokens prompt = {0};
+    loci_error err = {0};
+    loci_query query;
+    if (loci_query_init(&query, engine, "books", QUESTION, 0, NULL, &err)) fail_msg("%s", err.text);
+    query.params.mode = LOCI_MODE_DENSE;
+    assert_int_equal(loci_stock_prompt(&query, NULL, 0, &prompt, &head, &err), LOCI_OK);
+    for (int how = 0; how < 3; how++) { /* apart, in one pass, and all rows' */
+        begin_stock(&query);
+        query.evidence_from = how == 1 ? head : 1;
+        if (how == 0) append(&query, prompt.ids, head);
+        if (how == 0) assert_int_equal(loci_corpus_attend_begin(&query, &err), LOCI_OK);
+        uint32_t from = how == 0 ? head : 0;
+        append(&query, prompt.ids + from, prompt.count - from);
+        assert_int_equal(loci_corpus_attend_best(&query, MOST, ranked[how], &count[how], &err),
+                         LOCI_OK);
+        assert_int_equal(count[how], MOST);
+        sink[how] = query.sink_mass;
+    }
+    for (uint32_t i = 0; i < MOST; i++)
+        assert_true(fabs(ranked[0][i].score - ranked[1][i].score) < 1e-4 * ranked[0][i].score);
+    assert_true(fabs(sink[0] - sink[1]) < 1e-3 * sink[0] && sink[2] > 1.2 * sink[0]);
+    loci_tokens_fini(&prompt);
+    loci_query_fini(&query);
+    loci_engine_close(engine);
+}
+
 /* --- Causal corpora -------------------------------------------------------------------------- */
 
 /* Several documents of several batches, before and behind an extent. */
@@ -570,6 +619,7 @@ int main(void) {
         cmocka_unit_test(test_hierarchical_in_full_is_dense),
         cmocka_unit_test(test_nothing_is_found_in_an_empty_corpus),
         cmocka_unit_test(test_a_corpus_of_one_segment_is_a_plain_sequence),
+        cmocka_unit_test(test_evidence_begins_with_the_question),
         cmocka_unit_test(test_a_causal_corpus_is_a_plain_sequence),
         cmocka_unit_test(test_a_causal_registration_is_resumed),
         cmocka_unit_test(test_the_trained_length_is_kept_to),
