@@ -298,12 +298,14 @@ attend_tiles(const loci_cuda_look &look, const loci_cuda_attend &args, const wid
 template <bool NARROW>
 static __device__ __forceinline__ wide_work work_of(const loci_cuda_look &look, uint32_t chunk,
                                                     uint32_t chunks) {
+    const uint32_t vectors = (NARROW ? 1 : GROUPS) * GROUP_VECTORS;
+    uint32_t tiles = loci_cuda_chunks(look.vectors, vectors);
     wide_work w;
-    w.pair = &look.pairs[blockIdx.y / chunks];
-    w.begin = blockIdx.y % chunks * chunk;
+    w.part = blockIdx.x / tiles;
+    w.pair = &look.pairs[w.part / chunks];
+    w.begin = w.part % chunks * chunk;
     w.end = w.begin + chunk < w.pair->tokens ? w.begin + chunk : w.pair->tokens;
-    w.first = blockIdx.x * (NARROW ? 1 : GROUPS) * GROUP_VECTORS;
-    w.part = blockIdx.y;
+    w.first = blockIdx.x % tiles * vectors;
     return w;
 }
 
@@ -344,9 +346,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ uint8_t shared_bytes[];
     __shared__ wide_stage stages[STAGES];
     await_previous();
-    uint32_t block = blockIdx.y * gridDim.x + blockIdx.x, group = threadIdx.x / WARPGROUP;
-    for (uint32_t i = block * THREADS + threadIdx.x; i < args.zeroed_count;
-         i += gridDim.x * gridDim.y * THREADS)
+    uint32_t group = threadIdx.x / WARPGROUP;
+    for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < args.zeroed_count;
+         i += gridDim.x * THREADS)
         args.zeroed[i] = 0;
     wide_work w = work_of<NARROW>(look, args.chunk, args.chunks);
     if (w.begin >= w.end) {
@@ -374,12 +376,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
+/* A chunk's tiles of vectors follow each other. */
+static dim3 blocks_of(const loci_cuda_look *look, uint32_t chunks, uint32_t vectors) {
+    return dim3(look->extents * look->kv_heads * chunks * loci_cuda_chunks(look->vectors, vectors));
+}
+
 template <int DIM, bool NARROW, bool EXACT, int STAGES>
 static cudaError_t launch_attend(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_attend *args) {
     typedef wide_shape<DIM, NARROW, EXACT, STAGES, true> shape;
-    dim3 grid((look->vectors + shape::vectors - 1) / shape::vectors,
-              look->extents * look->kv_heads * args->chunks);
+    dim3 grid = blocks_of(look, args->chunks, shape::vectors);
     return launch_where(!args->cache.frames, stream, k_attend_wide<DIM, NARROW, EXACT, STAGES>,
                         grid, THREADS, shape::bytes, *look, *args);
 }
@@ -545,8 +551,7 @@ static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *l
     uint32_t chunks = loci_cuda_chunks(look->tokens_max, args->wide_chunk);
     bool together = args->segments <= MASS_SEGMENTS;
     size_t bytes = shape::bytes + (together ? args->segments * sizeof(mass_t) : 0);
-    dim3 grid((look->vectors + shape::vectors - 1) / shape::vectors,
-              look->extents * look->kv_heads * chunks);
+    dim3 grid = blocks_of(look, chunks, shape::vectors);
     return launch_where(!args->cache.frames, stream, k_attribute_wide<DIM, EXACT>, grid, THREADS,
                         bytes, *look, *args, chunks, together);
 }
