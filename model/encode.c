@@ -7,6 +7,9 @@
  * a span, and a batch never has fewer rows than from which on products are independent of
  * their number, being filled up with a segment of padding. The pass ends at the
  * last retrieval layer's projection, whose attention nobody needs.
+ *
+ * Where operations run later, there are two batches: while one runs, the keys and values of the
+ * one before come to the host.
  */
 #include <stdlib.h>
 
@@ -15,6 +18,7 @@
 /* Bounds the memory of a call (about 20 KiB a row in the built-in model), and is enough for the
  * products to run at full speed. */
 #define BATCH_ROWS 1024u
+#define LANES 2u /* batches at a time, at most */
 
 typedef struct encoder {
     loci_model *model;
@@ -30,6 +34,7 @@ typedef struct encoder {
     const loci_encode_out *out;
     size_t out_row;      /* of the call's tokens: where the batch begins */
     uint32_t batch_rows; /* without padding */
+    bool runs;           /* a batch was begun and not waited for */
 } encoder;
 
 static void put_kv(encoder *e, uint32_t retrieval) {
@@ -81,9 +86,9 @@ static void add_span(encoder *e, const uint32_t *tokens, uint32_t count) {
     e->pass.rows += count;
 }
 
-/* Encodes segments [first, first + count), which fit the scratch. */
-static loci_status run_batch(encoder *e, const uint32_t *tokens, const uint32_t *begin,
-                             uint32_t first, uint32_t count, loci_error *err) {
+/* Begins to encode segments [first, first + count), which fit the scratch. */
+static loci_status begin_batch(encoder *e, const uint32_t *tokens, const uint32_t *begin,
+                               uint32_t first, uint32_t count, loci_error *err) {
     const loci_backend_ops *ops = e->model->backend->ops;
     e->pass.rows = 0;
     e->span_count = 0;
@@ -96,12 +101,22 @@ static loci_status run_batch(encoder *e, const uint32_t *tokens, const uint32_t 
         add_span(e, NULL, LOCI_GEMM_STEADY_ROWS - e->pass.rows);
     ops->upload(e->stream, e->scratch.ids, e->ids, e->pass.rows * sizeof *e->ids);
     ops->upload(e->stream, e->scratch.positions, e->positions, e->pass.rows * sizeof(int32_t));
-    return loci_decoder_finish(&e->pass, loci_decoder_run(&e->pass, err), err);
+    e->runs = true;
+    return loci_decoder_run(&e->pass, err);
 }
 
-static loci_status encoder_open(encoder *e, uint32_t rows, uint32_t spans, loci_error *err) {
-    const loci_model_config *c = &e->model->config;
-    loci_backend *backend = e->model->backend;
+/* Waits for its batch, if there is one; a failure that stands already is the one that counts. */
+static loci_status end_batch(encoder *e, loci_status status, loci_error *err) {
+    bool runs = e->runs;
+    e->runs = false;
+    return runs ? loci_decoder_finish(&e->pass, status, err) : status;
+}
+
+static loci_status encoder_open(encoder *e, loci_model *model, uint32_t rows, uint32_t spans,
+                                loci_error *err) {
+    const loci_model_config *c = &model->config;
+    loci_backend *backend = model->backend;
+    e->model = model;
     if (rows < LOCI_GEMM_STEADY_ROWS) rows = LOCI_GEMM_STEADY_ROWS;
     e->ids = calloc(rows, sizeof *e->ids);
     e->positions = calloc(rows, sizeof *e->positions);
@@ -113,10 +128,14 @@ static loci_status encoder_open(encoder *e, uint32_t rows, uint32_t spans, loci_
     LOCI_TRY(backend->ops->stream_open(backend, &e->stream, err));
     LOCI_TRY(backend->ops->alloc(backend, pairs * 2 * rows * c->head_dim * sizeof(uint16_t),
                                  &e->halves, err));
-    return loci_decoder_scratch_open(e->model, rows, &e->scratch, err);
+    LOCI_TRY(loci_decoder_scratch_open(model, rows, &e->scratch, err));
+    e->pass = (loci_decoder_pass){
+        .model = model, .stream = e->stream, .scratch = &e->scratch, .attend = attend, .ctx = e};
+    return LOCI_OK;
 }
 
 static void encoder_close(encoder *e) {
+    if (!e->model) return;
     loci_backend *backend = e->model->backend;
     if (e->stream) backend->ops->stream_close(backend, e->stream);
     loci_decoder_scratch_close(&e->scratch);
@@ -157,25 +176,27 @@ loci_status loci_model_encode(loci_model *model, const uint32_t *tokens, const u
     uint32_t total = begin[segments] - begin[0];
     uint32_t capacity = longest > BATCH_ROWS ? longest : BATCH_ROWS;
     if (total < capacity) capacity = total;
-    encoder e = {.model = model, .out = out};
-    loci_status status;
-    LOCI_TRY_GOTO(encoder_open(&e, capacity, segments < capacity ? segments : capacity, err), out);
-    e.pass = (loci_decoder_pass){
-        .model = model,
-        .stream = e.stream,
-        .scratch = &e.scratch,
-        .cancel = cancel,
-        .attend = attend,
-        .ctx = &e,
-    };
-    for (uint32_t first = 0; first < segments;) {
+    uint32_t spans = segments < capacity ? segments : capacity;
+    uint32_t lanes = model->backend->ops->mark && total > capacity ? LANES : 1, lane = 0;
+    encoder e[LANES] = {0};
+    loci_status status = LOCI_OK;
+    for (uint32_t i = 0; i < lanes && status == LOCI_OK; i++) {
+        status = encoder_open(&e[i], model, capacity, spans, err);
+        e[i].out = out;
+        e[i].pass.cancel = cancel;
+    }
+    for (uint32_t first = 0; first < segments && status == LOCI_OK;) {
         uint32_t count = 1;
         while (first + count < segments && begin[first + count + 1] - begin[first] <= capacity)
             count++;
-        LOCI_TRY_GOTO(run_batch(&e, tokens, begin, first, count, err), out);
+        status = end_batch(&e[lane], LOCI_OK, err);
+        if (status == LOCI_OK) status = begin_batch(&e[lane], tokens, begin, first, count, err);
         first += count;
+        lane = (lane + 1) % lanes;
     }
-out:
-    encoder_close(&e);
+    for (uint32_t i = 0; i < lanes; i++, lane = (lane + 1) % lanes) {
+        status = end_batch(&e[lane], status, err);
+    }
+    for (uint32_t i = 0; i < lanes; i++) encoder_close(&e[i]);
     return status;
 }

@@ -107,11 +107,11 @@ uint64_t loci_plan_slot_bytes(const loci_model_config *c, bool on_device, uint32
     return cache + part + SEQUENCE_ROWS * row_bytes(c) + 5ull * c->vocab * sizeof(float) + MIB;
 }
 
-/* Rows, and their K and V on their way out (model/encode.c). */
+/* Rows, and their K and V on their way out, on a device of two batches (model/encode.c). */
 uint64_t loci_plan_encode_bytes(const loci_model_config *c, bool on_device, uint32_t tokens) {
     uint64_t kv = 4ull * c->retrieval_count * c->kv_heads * c->head_dim;
     if (!on_device) return tokens * (row_bytes(c) + kv);
-    return tokens * TOKEN_BYTES + (tokens * kv < STAGING_BYTES ? tokens * kv : STAGING_BYTES);
+    return 2 * (tokens * TOKEN_BYTES + (tokens * kv < STAGING_BYTES ? tokens * kv : STAGING_BYTES));
 }
 
 static uint64_t registration_bytes(const loci_plan_request *r, const loci_plan *plan) {
