@@ -265,6 +265,15 @@ static __device__ __forceinline__ void put_partial(const loci_cuda_look &look,
     }
 }
 
+/* A warpgroup without a vector lets the tiles go by; VALUES: V, too. */
+template <int STAGES, bool VALUES>
+static __device__ __forceinline__ void pass_tile(wide_stage *stages, uint32_t n) {
+    for (uint32_t i = 0; i < (VALUES ? 2 : 1); i++) {
+        wait_barrier(&stages[n % STAGES].there[i], n / STAGES % 2);
+        if (threadIdx.x % 32 == 0) arrive(&stages[n % STAGES].read[i]);
+    }
+}
+
 template <int DIM, bool NARROW, bool EXACT, int STAGES>
 static __device__ __forceinline__ void
 attend_tiles(const loci_cuda_look &look, const loci_cuda_attend &args, const wide_work &w,
@@ -277,6 +286,11 @@ attend_tiles(const loci_cuda_look &look, const loci_cuda_attend &args, const wid
         wide_stage *stage = &stages[n % STAGES];
         uint32_t k = memory + n % STAGES * shape::stage_bytes, phase = n / STAGES % 2;
         float s[64];
+        if (w.first >= look.vectors) {
+            pass_tile<STAGES, true>(stages, n);
+            n += step;
+            continue;
+        }
         wait_barrier(&stage->there[0], phase);
         show_products();
         tile_logits<DIM, shape::vectors, EXACT>(q, k, s);
@@ -295,17 +309,18 @@ attend_tiles(const loci_cuda_look &look, const loci_cuda_attend &args, const wid
 
 /* --- blocks ---------------------------------------------------------------------------- */
 
+/* skipped: vectors that the grid leaves out. */
 template <bool NARROW>
 static __device__ __forceinline__ wide_work work_of(const loci_cuda_look &look, uint32_t chunk,
-                                                    uint32_t chunks) {
+                                                    uint32_t chunks, uint32_t skipped) {
     const uint32_t vectors = (NARROW ? 1 : GROUPS) * GROUP_VECTORS;
-    uint32_t tiles = loci_cuda_chunks(look.vectors, vectors);
+    uint32_t tiles = loci_cuda_chunks(look.vectors - skipped, vectors);
     wide_work w;
     w.part = blockIdx.x / tiles;
     w.pair = &look.pairs[w.part / chunks];
     w.begin = w.part % chunks * chunk;
     w.end = w.begin + chunk < w.pair->tokens ? w.begin + chunk : w.pair->tokens;
-    w.first = blockIdx.x % tiles * vectors;
+    w.first = skipped + blockIdx.x % tiles * vectors;
     return w;
 }
 
@@ -350,7 +365,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < args.zeroed_count;
          i += gridDim.x * THREADS)
         args.zeroed[i] = 0;
-    wide_work w = work_of<NARROW>(look, args.chunk, args.chunks);
+    wide_work w = work_of<NARROW>(look, args.chunk, args.chunks, 0);
     if (w.begin >= w.end) {
         put_empty<NARROW>(look, args, w);
         return;
@@ -377,15 +392,16 @@ static __global__ void __launch_bounds__(THREADS, 1)
 }
 
 /* A chunk's tiles of vectors follow each other. */
-static dim3 blocks_of(const loci_cuda_look *look, uint32_t chunks, uint32_t vectors) {
-    return dim3(look->extents * look->kv_heads * chunks * loci_cuda_chunks(look->vectors, vectors));
+static dim3 blocks_of(const loci_cuda_look *look, uint32_t chunks, uint32_t vectors,
+                      uint32_t each) {
+    return dim3(look->extents * look->kv_heads * chunks * loci_cuda_chunks(vectors, each));
 }
 
 template <int DIM, bool NARROW, bool EXACT, int STAGES>
 static cudaError_t launch_attend(cudaStream_t stream, const loci_cuda_look *look,
                                  const loci_cuda_attend *args) {
     typedef wide_shape<DIM, NARROW, EXACT, STAGES, true> shape;
-    dim3 grid = blocks_of(look, args->chunks, shape::vectors);
+    dim3 grid = blocks_of(look, args->chunks, look->vectors, shape::vectors);
     return launch_where(!args->cache.frames, stream, k_attend_wide<DIM, NARROW, EXACT, STAGES>,
                         grid, THREADS, shape::bytes, *look, *args);
 }
@@ -466,12 +482,33 @@ static __device__ __forceinline__ void await_workers(void) {
     asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * WARPGROUP) : "memory");
 }
 
+/* What a tile's slots have of the attention of a warp's vectors, to `sums`. total: their sums of
+ * exponentials, of base 2. */
+template <int DIM, bool EXACT>
+static __device__ __forceinline__ void
+weigh_tile(const wide_work &w, wide_stage *stages, uint32_t q, uint32_t memory, uint32_t tile,
+           uint32_t n, const float (&total)[2], float *sums) {
+    wide_stage *stage = &stages[n % MASS_STAGES];
+    uint32_t k = memory + n % MASS_STAGES * TILE_SLOTS * DIM * 2;
+    float s[64];
+    wait_barrier(&stage->there[0], n / MASS_STAGES % 2);
+    show_products();
+    tile_logits<DIM, GROUPS * GROUP_VECTORS, EXACT>(q, k, s);
+    if (threadIdx.x % 32 == 0) arrive(&stage->read[0]);
+    mask_logits(bits_of(w, tile), s);
+#pragma unroll
+    for (uint32_t i = 0; i < 64; i++)
+        s[i] = weight_of<true>(EXACT ? fmaf(s[i], LOG2_E, -total[i / 2 % 2])
+                                     : s[i] - total[i / 2 % 2]);
+    add_vectors(s, sums);
+}
+
 template <int DIM, bool EXACT>
 static __device__ __forceinline__ void
 attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, const wide_work &w,
                 wide_stage *stages, uint32_t q, uint32_t memory,
                 float (*sums)[MASS_WARPS][TILE_SLOTS], mass_t *own) {
-    uint32_t turn = 0, phase = 0, buffer = 0, next = 0;
+    uint32_t n = 0, next = 0;
     float total[2];
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
@@ -481,27 +518,20 @@ attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, c
         total[half] = counts ? args.total_lse[at] * LOG2_E : INFINITY;
         if (!(total[half] > -INFINITY)) total[half] = INFINITY; /* and all weights are 0 */
     }
+    bool idle = w.first >= look.vectors;
+    for (uint32_t i = threadIdx.x % 32; idle && i < TILE_SLOTS; i += 32)
+        sums[0][threadIdx.x / 32][i] = sums[1][threadIdx.x / 32][i] = 0.0f;
     if (threadIdx.x < TILE_SLOTS) next = word_of(w, w.begin + threadIdx.x, DIM);
-    for (uint32_t tile = w.begin; tile < w.end; tile += TILE_SLOTS, buffer ^= 1) {
-        float s[64];
+    for (uint32_t tile = w.begin; tile < w.end; tile += TILE_SLOTS, n++) {
         uint32_t word = next;
         if (threadIdx.x < TILE_SLOTS) next = word_of(w, tile + TILE_SLOTS + threadIdx.x, DIM);
-        wait_barrier(&stages[turn].there[0], phase);
-        show_products();
-        tile_logits<DIM, GROUPS * GROUP_VECTORS, EXACT>(q, memory + turn * TILE_SLOTS * DIM * 2, s);
-        if (threadIdx.x % 32 == 0) arrive(&stages[turn].read[0]);
-        mask_logits(bits_of(w, tile), s);
-#pragma unroll
-        for (uint32_t i = 0; i < 64; i++)
-            s[i] = weight_of<true>(EXACT ? fmaf(s[i], LOG2_E, -total[i / 2 % 2])
-                                         : s[i] - total[i / 2 % 2]);
-        add_vectors(s, sums[buffer][threadIdx.x / 32]);
+        if (idle)
+            pass_tile<MASS_STAGES, false>(stages, n);
+        else
+            weigh_tile<DIM, EXACT>(w, stages, q, memory, tile, n, total,
+                                   sums[n % 2][threadIdx.x / 32]);
         await_workers();
-        if (threadIdx.x < TILE_SLOTS) add_slot(args, w, word, sums[buffer], own);
-        if (++turn == MASS_STAGES) {
-            turn = 0;
-            phase ^= 1;
-        }
+        if (threadIdx.x < TILE_SLOTS) add_slot(args, w, word, sums[n % 2], own);
     }
     if (!own) return;
     await_workers();
@@ -524,7 +554,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     __shared__ float sums[2][MASS_WARPS][TILE_SLOTS];
     await_previous();
     uint32_t group = threadIdx.x / WARPGROUP;
-    wide_work w = work_of<false>(look, args.wide_chunk, chunks);
+    wide_work w = work_of<false>(look, args.wide_chunk, chunks, args.row_begin * look.group);
     if (w.begin >= w.end) return;
     uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
     uint8_t *memory = q + shape::all_queries;
@@ -551,13 +581,15 @@ static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *l
     uint32_t chunks = loci_cuda_chunks(look->tokens_max, args->wide_chunk);
     bool together = args->segments <= MASS_SEGMENTS;
     size_t bytes = shape::bytes + (together ? args->segments * sizeof(mass_t) : 0);
-    dim3 grid = blocks_of(look, chunks, shape::vectors);
+    uint32_t vectors = look->vectors - args->row_begin * look->group;
+    dim3 grid = blocks_of(look, chunks, vectors, shape::vectors);
     return launch_where(!args->cache.frames, stream, k_attribute_wide<DIM, EXACT>, grid, THREADS,
                         bytes, *look, *args, chunks, together);
 }
 
 extern "C" cudaError_t loci_cuda_k_attribute_wide(cudaStream_t stream, const loci_cuda_look *look,
                                                   const loci_cuda_attribution *args) {
+    if (args->row_begin >= look->rows) return cudaSuccess;
     if (look->dim == 64)
         return args->exact ? launch_attribute<64, true>(stream, look, args)
                            : launch_attribute<64, false>(stream, look, args);
