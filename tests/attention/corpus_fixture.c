@@ -422,7 +422,7 @@ static void attribute(const fixture *f, loci_lookup *lookup, const fixture_run *
     memset(run->mass, 0, bytes);
     ops->upload(f->stream, total, run->total, (size_t)run->rows * f->q_heads * sizeof *run->total);
     ops->upload(f->stream, mass, run->mass, bytes);
-    ops->attribute(f->stream, lookup, total, 0, mass);
+    ops->attribute(f->stream, lookup, total, run->row_begin, mass);
     ops->download(f->stream, run->mass, mass, bytes);
 }
 

@@ -89,7 +89,8 @@ typedef struct fixture_run {
     size_t selected_count;
     bool want_selected;
     const float *total; /* [rows][q_heads] for attribution, or NULL */
-    float *mass;        /* then: masses of the segments */
+    float *mass;        /* then: masses of the segments, of rows from row_begin on */
+    uint32_t row_begin;
     loci_lookup_stats stats;
     uint64_t ns[4]; /* nodes with begin, codes, select, attend */
 } fixture_run;

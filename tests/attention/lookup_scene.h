@@ -21,6 +21,7 @@ typedef struct scene {
 
 typedef struct setting {
     uint32_t tokens, dim, kv_heads, group, rows, extent_tokens, flat_segments;
+    uint32_t row_begin; /* of attribution */
     float spread, sharpness;
     uint64_t seed;
     const char *isa;

@@ -141,6 +141,7 @@ static void compare_run(scene *s, twin *t, const setting *c, loci_select_params 
                         .lse = s->lse,
                         .want_selected = true,
                         .total = out + values + heads,
+                        .row_begin = c->row_begin,
                         .mass = out + values + 2 * heads};
     for (size_t i = 0; i < heads; i++) out[values + heads + i] = (float)s->ref_lse[i]; /* of all */
     must(fixture_look_up(&s->f, &ours, &err), &err);
@@ -239,6 +240,7 @@ static void test_whole_equals_the_cpu(void **state) {
         c.dim = round % 2 ? 64 : 128;
         c.group = groups[fixture_random(&rng) % 6];
         c.rows = rows[round % 6];
+        c.row_begin = round % 3 ? (uint32_t)(fixture_random(&rng) % (c.rows + 1)) : 0;
         scene s = open_scene(c);
         if (round % 4 == 3) kill_some(&s, 2);
         twin t = twin_open(&s.f);
