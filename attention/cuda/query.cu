@@ -7,6 +7,7 @@
 /* One warp for each vector and pair; the first extent's also leave the query's forms. */
 static __global__ void k_queries(const loci_cuda_look look, const loci_cuda_look_query query) {
     __shared__ float scaled[MAX_DIM], products[MAX_DIM];
+    await_previous();
     uint32_t h = blockIdx.y % look.kv_heads, v = blockIdx.x;
     scale_vector(look, query, h, v, scaled);
     if (look.extents > 0) put_mean_term(look, blockIdx.y, v, scaled, products);
@@ -16,12 +17,12 @@ static __global__ void k_queries(const loci_cuda_look look, const loci_cuda_look
 extern "C" cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_look *look,
                                            const loci_cuda_look_query *query) {
     dim3 grid(look->vectors, (look->extents ? look->extents : 1) * look->kv_heads);
-    k_queries<<<grid, 32, 0, stream>>>(*look, *query);
-    return cudaGetLastError();
+    return launch_behind(stream, k_queries, grid, 32, 0, *look, *query);
 }
 
 static __global__ void k_elapsed(const unsigned long long *begun, bool set,
                                  const loci_cuda_stats known, loci_cuda_stats *stats) {
+    await_previous();
     if (set) *stats = known;
     stats->elapsed_ns = device_ns() - *begun;
 }
@@ -29,8 +30,8 @@ static __global__ void k_elapsed(const unsigned long long *begun, bool set,
 extern "C" cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
                                            const loci_cuda_stats *known, loci_cuda_stats *stats) {
     loci_cuda_stats none = {};
-    k_elapsed<<<1, 1, 0, stream>>>(look->begun_ns, known != NULL, known ? *known : none, stats);
-    return cudaGetLastError();
+    return launch_behind(stream, k_elapsed, 1, 1, 0, look->begun_ns, known != NULL,
+                         known ? *known : none, stats);
 }
 
 static __device__ __forceinline__ uint32_t count_live(const loci_cuda_pair *pair, uint32_t first,

@@ -580,7 +580,7 @@ static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *l
     typedef wide_shape<DIM, false, EXACT, MASS_STAGES, false> shape;
     uint32_t chunks = loci_cuda_chunks(look->tokens_max, args->wide_chunk);
     bool together = args->segments <= MASS_SEGMENTS;
-    size_t bytes = shape::bytes + (together ? args->segments * sizeof(mass_t) : 0);
+    size_t bytes = shape::bytes + MASS_SEGMENTS * sizeof(mass_t); /* the same for every thread */
     uint32_t vectors = look->vectors - args->row_begin * look->group;
     dim3 grid = blocks_of(look, chunks, vectors, shape::vectors);
     return launch_where(!args->cache.frames, stream, k_attribute_wide<DIM, EXACT>, grid, THREADS,
