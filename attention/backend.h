@@ -254,6 +254,12 @@ typedef struct loci_backend_ops {
                    const uint32_t *banned, uint32_t banned_count, const uint32_t *recent,
                    uint32_t recent_count);
 
+    /* (optional) Whether so many rows of a look-up in one layer take less time in mode dense than
+     * in mode hierarchical, as far as can be told beforehand. Any thread; the answer changes when
+     * keys and values of the corpus go down to a slower memory, or come back. */
+    bool (*reads_whole)(loci_backend *self, const struct loci_corpus_view *corpus,
+                        uint32_t retrieval_layer, uint32_t rows, uint32_t q_heads);
+
     /* Corpus operations. A loci_lookup is the device-side state of one look-up:
      * begin -> score_nodes -> score_codes -> select -> attend_sparse -> merge (-> attribute).
      * In modes dense and squeezed score_codes does nothing.
@@ -261,10 +267,6 @@ typedef struct loci_backend_ops {
      * here), steady_lse f32 [rows][q_heads]: log-sum-exp of the exact part (sink, flat, own
      * tokens). shared: in mode squeezed all rows share one set (prefill). Everything is for one
      * retrieval layer, all KV heads. */
-    /* (optional) Whether so many rows of a look-up in one layer take less time in mode dense than
-     * in mode hierarchical, as far as can be told beforehand. Any thread. */
-    bool (*reads_whole)(loci_backend *self, const struct loci_corpus_view *corpus, uint32_t rows,
-                        uint32_t q_heads);
     loci_status (*lookup_create)(loci_backend *self, loci_lookup **out, loci_error *err);
     void (*lookup_free)(loci_backend *self, loci_lookup *lookup);
     /* (optional) Puts the memory of all look-ups made from now on under fn: a look-up refused by it

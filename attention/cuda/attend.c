@@ -104,7 +104,11 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
     };
     args.chunks = loci_cuda_chunks(look->tokens_max, args.chunk);
     args.parts = args.chunks + (tail ? 1 : 0);
-    if (wide && loci_cuda_wide_narrow(look)) args.parts *= 2;
+    if (wide) {
+        args.extents = 1;
+        args.chunks = loci_cuda_wide_parts(lookup, args.chunk);
+        args.parts = args.chunks * (loci_cuda_wide_narrow(look) ? 2 : 1);
+    }
     bool listed = lookup->tokens_scored && !tail && look->rows == 1 && look->extents > 0 &&
                   loci_cuda_tiles(look->vectors) == 1;
     if (listed) {
@@ -166,7 +170,8 @@ void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref tota
         .logits = lookup->logits,
         .room = lookup->room,
         .wide_chunk = lookup->wide_chunk,
-        .exact = wide_exact(lookup),
+        .wide_chunks = lookup->wide_chunk ? loci_cuda_wide_parts(lookup, lookup->wide_chunk) : 0,
+        .exact = wide_exact(lookup) || loci_cuda_wide_narrow(look),
     };
     if (!args.total_lse || !args.out || !clear_mass(stream, lookup, segments) ||
         !put_flat(stream, lookup, &args))

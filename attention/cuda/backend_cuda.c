@@ -84,7 +84,9 @@ static loci_status open_device(loci_cuda *cuda, loci_error *err) {
                          device.name, device.major, device.minor);
     cuda->multiprocessors = device.multiProcessorCount;
     cuda->block_bytes = device.sharedMemPerBlockOptin;
+#ifdef LOCI_CUDA_90A
     cuda->wgmma = device.major == 9 && device.minor == 0;
+#endif
     cuda->room_bytes = ROOM_BYTES;
     snprintf(cuda->description, sizeof cuda->description,
              "cuda %.80s (sm_%d%d, %d multiprocessors, %zu MiB, bf16)", device.name, device.major,

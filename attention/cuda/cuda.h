@@ -42,7 +42,7 @@ typedef struct loci_cuda {
     float *logs; /* log n for n <= LOCI_CUDA_LOGS, on the device */
     int multiprocessors;
     size_t block_bytes;  /* most shared memory of a block */
-    bool wgmma;          /* compute capability 9.0, with products of warpgroups */
+    bool wgmma;          /* compute capability 9.0, and code for it: products of warpgroups */
     uint64_t room_bytes; /* most that a look-up reserves of one kind before it knows how much it
                             needs; tests lower it */
     char description[160];
@@ -139,8 +139,8 @@ void loci_cuda_sample(loci_stream *stream, loci_ref ids, loci_ref logprob, loci_
                       const uint32_t *banned, uint32_t banned_count, const uint32_t *recent,
                       uint32_t recent_count);
 /* lookup.c, report.c */
-bool loci_cuda_reads_whole(loci_backend *self, const struct loci_corpus_view *corpus, uint32_t rows,
-                           uint32_t q_heads);
+bool loci_cuda_reads_whole(loci_backend *self, const struct loci_corpus_view *corpus,
+                           uint32_t retrieval_layer, uint32_t rows, uint32_t q_heads);
 loci_status loci_cuda_lookup_create(loci_backend *self, loci_lookup **out, loci_error *err);
 void loci_cuda_lookup_free(loci_backend *self, loci_lookup *lookup);
 void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,

@@ -276,9 +276,10 @@ typedef struct loci_cuda_attribution {
     unsigned long long *mass; /* [segments], zeros before and after */
     float *out;
     uint32_t segments;
+    uint32_t wide_chunk;  /* of whole_wide.cu, over all live tokens; 0: over what masks hold */
+    uint32_t wide_chunks; /* of all pairs of a KV head */
+    bool exact;           /* whole_wide.cu */
     /* the flat part */
-    uint32_t wide_chunk; /* of whole_wide.cu, over all live tokens; 0: over what masks hold */
-    bool exact;          /* whole_wide.cu */
     const uint16_t *flat_k;
     const uint32_t *flat_segment_begin;
     uint32_t flat_tokens, flat_segments, flat_segment_base;
@@ -469,8 +470,6 @@ typedef struct loci_cuda_rank {
     uint32_t count;
     const uint32_t *extent_segment; /* [extents] segment_base */
     const float *sink_k;            /* [kv_heads][dim]; NULL = none */
-    uint32_t wide_chunk; /* slots of a block of whole_wide.cu, of all live tokens; 0: of what is
-                            selected */
     const uint16_t *flat_k;
     const uint32_t *flat_segment_begin;
     uint32_t flat_segment_base, flat_segments;

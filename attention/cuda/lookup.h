@@ -115,6 +115,8 @@ void look_forget_steps(loci_lookup *lookup);
 /* whole.c: whether whole_wide.cu serves that width, and slots of its blocks. */
 bool loci_cuda_whole_wide(const loci_cuda *cuda, uint32_t dim);
 uint32_t loci_cuda_wide_chunk(const loci_lookup *lookup);
+/* In how many such chunks the pairs of a KV head are cut. */
+uint32_t loci_cuda_wide_parts(const loci_lookup *lookup, uint32_t chunk);
 /* The mask of selected tokens, for those who read it. */
 bool look_mask(loci_stream *stream, loci_lookup *lookup);
 /* root_live and leaf_live. */

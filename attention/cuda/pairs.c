@@ -510,6 +510,23 @@ void loci_cuda_pairs_stats_of(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out
     pthread_mutex_unlock(&pairs->lock);
 }
 
+/* An index is about a quarter of K and V more. */
+bool loci_cuda_pairs_above(loci_cuda_pairs *pairs, const loci_corpus_view *corpus, uint32_t layer) {
+    uint64_t row = loci_kv_stride(corpus->head_dim, LOCI_BF16), heads = corpus->kv_heads;
+    uint64_t bytes = corpus->tokens * corpus->retrieval_layers * heads * row * 5 / 4;
+    pthread_mutex_lock(&pairs->lock);
+    bool above = bytes <= pairs->stats.budget;
+    for (uint32_t e = 0; e < corpus->extent_count && above && pairs->stats.host_bytes > 0; e++)
+        for (uint32_t h = 0; h < heads && above; h++) {
+            const loci_extent_view *extent = &corpus->extents[e];
+            const loci_cuda_pair_entry *entry =
+                *link_of(pairs, extent->buffer, extent->pair_at[layer * heads + h]);
+            above = !entry || !has_kv_below(entry);
+        }
+    pthread_mutex_unlock(&pairs->lock);
+    return above;
+}
+
 void loci_cuda_pairs_last_stats(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out) {
     if (pthread_mutex_trylock(&pairs->lock) == 0) {
         tell_stats(pairs, out);

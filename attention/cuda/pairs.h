@@ -60,6 +60,8 @@ LOCI_MUST_CHECK loci_status loci_cuda_pairs_pin(loci_cuda_pairs *pairs,
 void loci_cuda_pairs_unpin(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry);
 /* All K and V that are not pinned go down from the device. */
 void loci_cuda_pairs_lower(loci_cuda_pairs *pairs);
+/* Whether a corpus fits the device and, of one layer, no K and V stand below. */
+bool loci_cuda_pairs_above(loci_cuda_pairs *pairs, const loci_corpus_view *corpus, uint32_t layer);
 /* Drops what was copied from a buffer that goes away. */
 void loci_cuda_pairs_forget(loci_cuda_pairs *pairs, const loci_buffer *buffer);
 /* Gives up about `bytes` of the device's memory; false if nothing can go. NULL allowed. */

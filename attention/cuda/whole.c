@@ -27,48 +27,45 @@ bool loci_cuda_whole_wide(const loci_cuda *cuda, uint32_t dim) {
     return cuda->wgmma && cuda->block_bytes >= SHARED_BYTES && (dim == 64 || dim == 128);
 }
 
-bool loci_cuda_reads_whole(loci_backend *self, const loci_corpus_view *corpus, uint32_t rows,
-                           uint32_t q_heads) {
+bool loci_cuda_reads_whole(loci_backend *self, const loci_corpus_view *corpus,
+                           uint32_t retrieval_layer, uint32_t rows, uint32_t q_heads) {
     const loci_cuda *cuda = self->ctx;
     if (!loci_cuda_whole_wide(cuda, corpus->head_dim)) return false;
-    loci_cuda_pairs_stats stats;
-    loci_cuda_pairs_last_stats(cuda->pairs, &stats);
-    if (stats.host_bytes > 0) return false; /* over the bus all of it takes far longer */
     double tokens = (double)corpus->tokens, width = (double)q_heads * corpus->head_dim;
     double bytes = tokens * corpus->kv_heads * corpus->head_dim * 4.0;
     double operations = 6.0 * rows * tokens * width;
     double whole = WHOLE_NS + fmax(bytes / WHOLE_BYTES, operations / WHOLE_OPERATIONS);
     double each = SELECT_MILLION_NS * sqrt(tokens / 1048576.0 * width / SELECT_WIDTH);
-    return whole <= rows * (SELECT_NS + each);
+    return whole <= rows * (SELECT_NS + each) &&
+           loci_cuda_pairs_above(cuda->pairs, corpus, retrieval_layer); /* the bus is far slower */
 }
 
-/* Blocks that there is work for. */
-static uint64_t blocks_of(const loci_lookup *lookup, uint32_t vector_tiles, uint32_t tiles) {
+uint32_t loci_cuda_wide_parts(const loci_lookup *lookup, uint32_t chunk) {
     const loci_cuda_look *look = &lookup->look;
-    uint64_t blocks = 0;
+    uint32_t parts = 0;
     for (uint32_t e = 0; e < look->extents; e++)
-        blocks += loci_cuda_chunks(lookup->pairs[(size_t)e * look->kv_heads].tokens,
-                                   tiles * LOCI_CUDA_WIDE_TILE);
-    return blocks * look->kv_heads * vector_tiles;
+        parts += loci_cuda_chunks(lookup->pairs[(size_t)e * look->kv_heads].tokens, chunk);
+    return parts;
 }
 
 /* As many whole waves of blocks, one to a multiprocessor, as take the least time. */
 uint32_t loci_cuda_wide_chunk(const loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     uint32_t vectors = (loci_cuda_wide_narrow(look) ? 1 : 2) * LOCI_CUDA_WIDE_GROUP;
-    uint32_t vector_tiles = loci_cuda_chunks(look->vectors, vectors), best = 1;
-    uint64_t all = blocks_of(lookup, vector_tiles, 1), least = UINT64_MAX;
-    uint64_t slots = (uint64_t)lookup->cuda->multiprocessors;
-    for (uint32_t wave = 1; wave <= WAVES_MOST; wave++) {
-        uint64_t room = (uint64_t)wave * slots, tiles = all / room + 1;
-        while (tiles * LOCI_CUDA_WIDE_TILE < look->tokens_max &&
-               blocks_of(lookup, vector_tiles, (uint32_t)tiles) > room)
+    uint64_t each = (uint64_t)look->kv_heads * loci_cuda_chunks(look->vectors, vectors);
+    uint64_t slots = (uint64_t)lookup->cuda->multiprocessors, least = UINT64_MAX;
+    uint64_t all = each * loci_cuda_wide_parts(lookup, LOCI_CUDA_WIDE_TILE);
+    uint64_t first = (each * look->extents + slots - 1) / slots; /* a block to each pair */
+    uint32_t best = LOCI_CUDA_WIDE_TILE;
+    for (uint64_t wave = first; wave < first + WAVES_MOST; wave++) {
+        uint64_t tiles = all / (wave * slots) + 1, blocks;
+        while ((blocks = each * loci_cuda_wide_parts(
+                                    lookup, (uint32_t)tiles * LOCI_CUDA_WIDE_TILE)) > wave * slots)
             tiles += tiles / 64 + 1;
-        uint64_t blocks = blocks_of(lookup, vector_tiles, (uint32_t)tiles);
         uint64_t cost = (blocks + slots - 1) / slots * (tiles + TILES_TO_BEGIN);
         if (cost >= least) continue;
         least = cost;
-        best = (uint32_t)tiles;
+        best = (uint32_t)tiles * LOCI_CUDA_WIDE_TILE;
     }
-    return best * LOCI_CUDA_WIDE_TILE;
+    return best;
 }

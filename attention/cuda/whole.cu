@@ -128,16 +128,9 @@ static cudaError_t launch(cudaStream_t stream, const loci_cuda_look *look,
                           const loci_cuda_attend *args) {
     dim3 grid(look->extents * look->kv_heads * args->chunks, loci_cuda_tiles(look->vectors));
     size_t bytes = whole_halves<DIM, STAGES>() * sizeof(uint16_t);
-    if (!TIERED)
-        return launch_behind(stream, k_attend_whole<DIM, STAGES, TIERED>, grid, TILE_THREADS, bytes,
-                             *look, *args);
     /* What waits for an event of another stream does not overlap the kernel before. */
-    cudaError_t result =
-        cudaFuncSetAttribute(k_attend_whole<DIM, STAGES, TIERED>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
-    if (result != cudaSuccess) return result;
-    k_attend_whole<DIM, STAGES, TIERED><<<grid, TILE_THREADS, bytes, stream>>>(*look, *args);
-    return cudaGetLastError();
+    return launch_where(!TIERED, stream, k_attend_whole<DIM, STAGES, TIERED>, grid, TILE_THREADS,
+                        bytes, *look, *args);
 }
 
 template <bool TIERED>

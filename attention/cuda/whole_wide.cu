@@ -274,6 +274,9 @@ static __device__ __forceinline__ void pass_tile(wide_stage *stages, uint32_t n)
     }
 }
 
+/* With NARROW a warpgroup comes back to a stage when the other one's tile has been there in
+ * between, two phases later. It does not see the end of that one's phase; but the tile before its
+ * own came after it, and a thread's copies arrive in their order. */
 template <int DIM, bool NARROW, bool EXACT, int STAGES>
 static __device__ __forceinline__ void
 attend_tiles(const loci_cuda_look &look, const loci_cuda_attend &args, const wide_work &w,
@@ -309,7 +312,30 @@ attend_tiles(const loci_cuda_look &look, const loci_cuda_attend &args, const wid
 
 /* --- blocks ---------------------------------------------------------------------------- */
 
-/* skipped: vectors that the grid leaves out. */
+/* The extent that has chunk *index of a KV head's, and in *index which of its own that is; by whole
+ * warps. */
+static __device__ __forceinline__ uint32_t extent_of(const loci_cuda_look &look, uint32_t chunk,
+                                                     uint32_t *index) {
+    uint32_t lane = threadIdx.x % 32;
+    for (uint32_t first = 0; first < look.extents; first += 32) {
+        uint32_t e = first + lane, own = 0;
+        if (e < look.extents)
+            own = loci_cuda_chunks(look.pairs[(size_t)e * look.kv_heads].tokens, chunk);
+        uint32_t end = own;
+        for (int offset = 1; offset < 32; offset *= 2) {
+            uint32_t before = __shfl_up_sync(FULL_WARP, end, offset);
+            if (lane >= (uint32_t)offset) end += before;
+        }
+        uint32_t behind = __ballot_sync(FULL_WARP, end > *index);
+        uint32_t at = behind ? (uint32_t)__ffs((int)behind) - 1 : 31;
+        uint32_t begin = __shfl_sync(FULL_WARP, behind ? end - own : end, (int)at);
+        *index -= begin;
+        if (behind) return first + at;
+    }
+    return look.extents - 1;
+}
+
+/* chunks: of a KV head; skipped: vectors that the grid leaves out. */
 template <bool NARROW>
 static __device__ __forceinline__ wide_work work_of(const loci_cuda_look &look, uint32_t chunk,
                                                     uint32_t chunks, uint32_t skipped) {
@@ -317,8 +343,9 @@ static __device__ __forceinline__ wide_work work_of(const loci_cuda_look &look, 
     uint32_t tiles = loci_cuda_chunks(look.vectors - skipped, vectors);
     wide_work w;
     w.part = blockIdx.x / tiles;
-    w.pair = &look.pairs[w.part / chunks];
-    w.begin = w.part % chunks * chunk;
+    uint32_t index = w.part % chunks, extent = extent_of(look, chunk, &index);
+    w.pair = &look.pairs[(size_t)extent * look.kv_heads + w.part / chunks];
+    w.begin = index * chunk;
     w.end = w.begin + chunk < w.pair->tokens ? w.begin + chunk : w.pair->tokens;
     w.first = skipped + blockIdx.x % tiles * vectors;
     return w;
@@ -338,19 +365,6 @@ static __device__ __forceinline__ void open_block(const loci_cuda_look &look, co
     __syncthreads();
 }
 
-/* What the block leaves where there is nothing to attend to. */
-template <bool NARROW>
-static __device__ void put_empty(const loci_cuda_look &look, const loci_cuda_attend &args,
-                                 const wide_work &w) {
-    size_t rows = (size_t)loci_cuda_tiles(look.vectors) * ROWS;
-    uint32_t v = w.first + threadIdx.x % (NARROW ? GROUP_VECTORS : GROUPS * GROUP_VECTORS);
-    uint32_t part = NARROW ? w.part * GROUPS + threadIdx.x / GROUP_VECTORS : w.part;
-    if (threadIdx.x >= GROUPS * GROUP_VECTORS || v >= look.vectors) return;
-    float *to = args.partial + (part * rows + v) * (look.dim + 2) + look.dim;
-    to[0] = -INFINITY;
-    to[1] = 0.0f;
-}
-
 #endif
 
 template <int DIM, bool NARROW, bool EXACT, int STAGES>
@@ -366,10 +380,6 @@ static __global__ void __launch_bounds__(THREADS, 1)
          i += gridDim.x * THREADS)
         args.zeroed[i] = 0;
     wide_work w = work_of<NARROW>(look, args.chunk, args.chunks, 0);
-    if (w.begin >= w.end) {
-        put_empty<NARROW>(look, args, w);
-        return;
-    }
     uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
     uint8_t *memory = q + shape::all_queries;
     open_block<DIM, NARROW, EXACT, STAGES>(look, w, stages, q);
@@ -388,13 +398,15 @@ static __global__ void __launch_bounds__(THREADS, 1)
         attend_tiles<DIM, NARROW, EXACT, STAGES>(look, args, w, stages, queries,
                                                  shared_address(memory));
     }
+#else
+    __trap(); /* loci_cuda.wgmma says that this is not launched */
 #endif
 }
 
 /* A chunk's tiles of vectors follow each other. */
 static dim3 blocks_of(const loci_cuda_look *look, uint32_t chunks, uint32_t vectors,
                       uint32_t each) {
-    return dim3(look->extents * look->kv_heads * chunks * loci_cuda_chunks(vectors, each));
+    return dim3(look->kv_heads * chunks * loci_cuda_chunks(vectors, each));
 }
 
 template <int DIM, bool NARROW, bool EXACT, int STAGES>
@@ -545,8 +557,7 @@ attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, c
  */
 template <int DIM, bool EXACT>
 static __global__ void __launch_bounds__(THREADS, 1)
-    k_attribute_wide(const loci_cuda_look look, const loci_cuda_attribution args, uint32_t chunks,
-                     bool together) {
+    k_attribute_wide(const loci_cuda_look look, const loci_cuda_attribution args, bool together) {
 #if HAS_WGMMA
     typedef wide_shape<DIM, false, EXACT, MASS_STAGES, false> shape;
     extern __shared__ uint8_t shared_bytes[];
@@ -554,8 +565,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
     __shared__ float sums[2][MASS_WARPS][TILE_SLOTS];
     await_previous();
     uint32_t group = threadIdx.x / WARPGROUP;
-    wide_work w = work_of<false>(look, args.wide_chunk, chunks, args.row_begin * look.group);
-    if (w.begin >= w.end) return;
+    wide_work w =
+        work_of<false>(look, args.wide_chunk, args.wide_chunks, args.row_begin * look.group);
     uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
     uint8_t *memory = q + shape::all_queries;
     mass_t *own = together ? (mass_t *)(memory + MASS_STAGES * shape::stage_bytes) : NULL;
@@ -571,6 +582,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
                                     shared_address(q) + group * GROUP_VECTORS * PANEL_ROW,
                                     shared_address(memory), sums, own);
     }
+#else
+    __trap();
 #endif
 }
 
@@ -578,13 +591,12 @@ template <int DIM, bool EXACT>
 static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *look,
                                     const loci_cuda_attribution *args) {
     typedef wide_shape<DIM, false, EXACT, MASS_STAGES, false> shape;
-    uint32_t chunks = loci_cuda_chunks(look->tokens_max, args->wide_chunk);
     bool together = args->segments <= MASS_SEGMENTS;
     size_t bytes = shape::bytes + MASS_SEGMENTS * sizeof(mass_t); /* the same for every thread */
     uint32_t vectors = look->vectors - args->row_begin * look->group;
-    dim3 grid = blocks_of(look, chunks, vectors, shape::vectors);
+    dim3 grid = blocks_of(look, args->wide_chunks, vectors, shape::vectors);
     return launch_where(!args->cache.frames, stream, k_attribute_wide<DIM, EXACT>, grid, THREADS,
-                        bytes, *look, *args, chunks, together);
+                        bytes, *look, *args, together);
 }
 
 extern "C" cudaError_t loci_cuda_k_attribute_wide(cudaStream_t stream, const loci_cuda_look *look,

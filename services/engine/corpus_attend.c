@@ -93,7 +93,8 @@ static loci_select_params layer_params(const loci_query *query, const loci_atten
     params.precision = call->precision;
     bool dense = call->retrieval_index < query->settings.dense_layers;
     if (params.mode == LOCI_MODE_HIERARCHICAL && params.budget == 0 && backend->ops->reads_whole)
-        dense = dense || backend->ops->reads_whole(backend, query->view, call->rows, call->q_heads);
+        dense = dense || backend->ops->reads_whole(backend, query->view, call->retrieval_index,
+                                                   call->rows, call->q_heads);
     if (dense) params.mode = LOCI_MODE_DENSE;
     return params;
 }
@@ -388,8 +389,9 @@ static bool must_wait(const loci_query *query, const loci_attend_call *call) {
 }
 
 /* The record of a tile's step; the query's from here on. */
-static loci_status open_step(loci_query *query, const loci_attend_call *call, bool dense_reads,
-                             step **out, loci_error *err) {
+static loci_status open_step(loci_query *query, const loci_attend_call *call,
+                             const loci_select_params *params, bool dense_reads, step **out,
+                             loci_error *err) {
     *out = NULL;
     size_t count = (size_t)call->rows * call->q_heads;
     bool apart = goes_apart(query);
@@ -401,7 +403,7 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call, bo
     query->step_count++;
     query->step_work += call->rows * query->view->tokens;
     s->call = *call;
-    s->params = layer_params(query, call);
+    s->params = *params;
     uint32_t from = query->evidence_from, position = call->row_position;
     s->row_begin = from <= position               ? 0
                    : from - position < call->rows ? from - position
@@ -421,7 +423,8 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call, bo
 }
 
 /* All parts for the rows of one tile. */
-static loci_status attend_tile(loci_query *query, const loci_attend_call *call, bool dense_reads,
+static loci_status attend_tile(loci_query *query, const loci_attend_call *call,
+                               const loci_select_params *params, bool dense_reads,
                                loci_error *err) {
     const loci_backend_ops *ops = query->engine->backend->ops;
     LOCI_TRY(loci_cancel_check(query->cancel));
@@ -430,7 +433,7 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call, 
         close_steps(query, true);
     }
     step *s;
-    LOCI_TRY(open_step(query, call, dense_reads, &s, err));
+    LOCI_TRY(open_step(query, call, params, dense_reads, &s, err));
     bool repeats = call->rows == 1 && !s->apart && ops->step_begin;
     if (repeats && call->in_company) LOCI_TRY(enter_company(query, s, err));
     if (repeats)
@@ -441,16 +444,20 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call, 
     return LOCI_OK;
 }
 
+/* Rows of one tile of mode dense. */
+static uint32_t dense_rows(const loci_query *query, const loci_attend_call *call) {
+    return query->engine->backend->ops->on_device ? call->rows : TILE_ROWS;
+}
+
 /* Rows of one tile, by what a row's scores usually take: floats for all roots, for the leaves of
  * the kept ones and for about twice as many candidates as are asked for, and each extent's table of
  * sketches. A corpus that repeats itself can have several times as many; what bounds memory is the
  * look-up's account, which refuses. */
-static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call) {
-    const loci_select_params layer = layer_params(query, call), *params = &layer;
+static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call,
+                          const loci_select_params *params) {
     if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
     bool all = params->top_p >= 1.0f && params->budget == 0;
-    if (params->mode == LOCI_MODE_DENSE || all) /* no scores */
-        return query->engine->backend->ops->on_device ? call->rows : TILE_ROWS;
+    if (params->mode == LOCI_MODE_DENSE || all) return dense_rows(query, call); /* no scores */
     double live = (double)query->view->tokens, spread = 0;
     for (uint32_t e = 0; e < query->view->extent_count; e++)
         spread += sqrt((double)query->view->extents[e].tokens);
@@ -466,11 +473,12 @@ static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call)
     return most >= TILE_ROWS ? TILE_ROWS : most > 1 ? (uint32_t)most : 1;
 }
 
-/* Long questions go in tiles: memory stays bounded, and cancelling takes effect between them, on a
- * device where the host waits for it. */
+/* Many rows go in tiles, but for those that read everything on a device: memory stays bounded, and
+ * cancelling takes effect between them, on a device where the host waits for it. */
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
     loci_query *query = ctx;
-    uint32_t most = tile_rows(query, call);
+    const loci_select_params params = layer_params(query, call);
+    uint32_t most = tile_rows(query, call, &params), dense = dense_rows(query, call);
     for (uint32_t row = 0; row < call->rows; row += most) {
         loci_attend_call tile = *call;
         tile.rows = call->rows - row < most ? call->rows - row : most;
@@ -478,9 +486,9 @@ loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_err
         tile.q.offset += (size_t)row * call->q_stride * sizeof(float);
         tile.out.offset += (size_t)row * call->out_stride * sizeof(float);
         tile.lse.offset += (size_t)row * call->q_heads * sizeof(float);
-        /* Dense mode's tiles are of TILE_ROWS, however few rows are together here. */
-        bool dense_reads = row == 0 || row / TILE_ROWS != (row - most) / TILE_ROWS;
-        LOCI_TRY(attend_tile(query, &tile, dense_reads, err));
+        /* Dense mode's tiles are larger, where few rows are together here. */
+        bool dense_reads = row == 0 || row / dense != (row - most) / dense;
+        LOCI_TRY(attend_tile(query, &tile, &params, dense_reads, err));
     }
     return LOCI_OK;
 }

@@ -40,7 +40,12 @@ static loci_status ask_question(loci_query *query, loci_error *err) {
     else
         LOCI_TRY_GOTO(loci_query_prompt(query, &prompt, err), out);
     if (head > 0) query->evidence_from = head;
-    status = loci_sequence_append(sequence, prompt.ids, (uint32_t)prompt.count, 1, -1,
+    /* In mode squeezed rows of a pass share one set, which is to be the question's. */
+    uint32_t from = query->params.mode == LOCI_MODE_SQUEEZED ? head : 0;
+    if (from > 0)
+        LOCI_TRY_GOTO(loci_sequence_append(sequence, prompt.ids, from, 0, -1, query->cancel, err),
+                      out);
+    status = loci_sequence_append(sequence, prompt.ids + from, (uint32_t)prompt.count - from, 1, -1,
                                   query->cancel, err);
 out:
     loci_tokens_fini(&prompt);

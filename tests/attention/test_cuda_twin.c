@@ -240,6 +240,7 @@ static void test_whole_equals_the_cpu(void **state) {
         c.dim = round % 2 ? 64 : 128;
         c.group = groups[fixture_random(&rng) % 6];
         c.rows = rows[round % 6];
+        c.extent_tokens = round % 4 ? c.extent_tokens : 100; /* many, of which the last is short */
         c.row_begin = round % 3 ? (uint32_t)(fixture_random(&rng) % (c.rows + 1)) : 0;
         scene s = open_scene(c);
         if (round % 4 == 3) kill_some(&s, 2);
@@ -254,24 +255,32 @@ static void test_whole_equals_the_cpu(void **state) {
 }
 
 /* By the times in attention/cuda/NOTES.md: a row reads some thousand tokens, but not a million, a
- * question's rows read these, too, and nobody does where some would come over the bus. */
+ * question's rows read these, too, and nobody does where some would come over the bus, or what does
+ * not fit. */
 static void test_all_is_read_where_that_is_faster(void **state) {
     (void)state;
-    scene s = open_scene(usual);
+    setting c = usual;
+    c.dim = 64;
+    scene s = open_scene(c);
     loci_backend *backend = s.f.backend;
     const loci_cuda *cuda = backend->ctx;
     const loci_backend_ops *ops = backend->ops;
-    loci_corpus_view view = {.kv_heads = 4, .head_dim = 128, .tokens = 4096};
-    assert_int_equal(ops->reads_whole(backend, &view, 1, 28), cuda->wgmma);
+    loci_corpus_view view = {.retrieval_layers = 1, .kv_heads = 4, .head_dim = 128, .tokens = 4096};
+    assert_int_equal(ops->reads_whole(backend, &view, 0, 1, 28), cuda->wgmma);
     view.tokens = 1 << 20;
-    assert_false(ops->reads_whole(backend, &view, 1, 28));
-    assert_int_equal(ops->reads_whole(backend, &view, 75, 28), cuda->wgmma);
+    assert_false(ops->reads_whole(backend, &view, 0, 1, 28));
+    assert_int_equal(ops->reads_whole(backend, &view, 0, 75, 28), cuda->wgmma);
     view.head_dim = 96;
-    assert_false(ops->reads_whole(backend, &view, 75, 28));
+    assert_false(ops->reads_whole(backend, &view, 0, 75, 28));
     view.head_dim = 128;
-    (void)run(&s, narrow(0.9f, 0), false);
+    view.retrieval_layers = 10000; /* more than fits */
+    assert_false(ops->reads_whole(backend, &view, 0, 75, 28));
+    view = s.f.view;
+    assert_int_equal(ops->reads_whole(backend, &view, 0, 75, s.f.q_heads), cuda->wgmma);
+    (void)run(&s, narrow(0.9f, 0), false); /* of layer 0 */
     loci_cuda_pairs_lower(pairs_of(&s));
-    assert_false(ops->reads_whole(backend, &view, 75, 28));
+    assert_false(ops->reads_whole(backend, &view, 0, 75, s.f.q_heads));
+    assert_int_equal(ops->reads_whole(backend, &view, 1, 75, s.f.q_heads), cuda->wgmma);
     close_scene(&s);
 }
 

@@ -228,9 +228,10 @@ static void test_dense_layers_and_reading_all(void **state) {
 
 /* What the cpu backend is asked as if it were a device that reads two rows faster than it selects.
  */
-static bool reads_two(loci_backend *self, const loci_corpus_view *corpus, uint32_t rows,
-                      uint32_t q_heads) {
+static bool reads_two(loci_backend *self, const loci_corpus_view *corpus, uint32_t layer,
+                      uint32_t rows, uint32_t q_heads) {
     (void)self;
+    assert_int_equal(layer, 1);
     assert_true(corpus->tokens > 0 && q_heads == HEADS);
     return rows >= 2;
 }
