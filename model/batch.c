@@ -18,6 +18,7 @@
 struct loci_batch {
     loci_model *model;
     loci_stream *stream;
+    loci_stream *group_stream[LOCI_ATTEND_GROUPS]; /* opened when first used */
     loci_buffer *cache, *logits;
     uint32_t members, added, tokens_max, logits_rows;
     pthread_mutex_t lock;
@@ -63,6 +64,8 @@ void loci_batch_close(loci_batch *batch) {
     if (!batch) return;
     loci_backend *backend = batch->model->backend;
     backend->ops->stream_close(backend, batch->stream);
+    for (uint32_t g = 0; g < LOCI_ATTEND_GROUPS; g++)
+        if (batch->group_stream[g]) backend->ops->stream_close(backend, batch->group_stream[g]);
     backend->ops->free(backend, batch->cache);
     backend->ops->free(backend, batch->logits);
     pthread_mutex_destroy(&batch->lock);
@@ -92,6 +95,13 @@ void loci_batch_usage_of(loci_batch *batch, loci_batch_usage *out) {
 
 loci_stream *loci_batch_stream(const loci_batch *batch) {
     return batch->stream;
+}
+
+loci_stream *loci_batch_group_stream(loci_batch *batch, uint32_t group) {
+    loci_backend *backend = batch->model->backend;
+    loci_stream **stream = &batch->group_stream[group];
+    if (!*stream && backend->ops->stream_open(backend, stream, NULL) != LOCI_OK) *stream = NULL;
+    return *stream;
 }
 
 loci_ref loci_batch_logits(const loci_batch *batch, uint32_t *rows) {
@@ -217,14 +227,14 @@ void loci_batch_reach(loci_pass *pass) {
     pthread_mutex_lock(&batch->lock);
     for (uint32_t i = 1; i < pass->count; i++) {
         loci_sequence *member = pass->member[i];
-        if (member->step.status != LOCI_OK || !member->attend) continue;
+        if (!member->step.with) continue;
         member->pass = pass;
         member->step.state = LOCI_STEP_ATTENDING;
         pass->attending++;
         pthread_cond_signal(&member->turn);
     }
     pthread_mutex_unlock(&batch->lock);
-    if (leader->step.status == LOCI_OK && leader->attend) loci_pass_reach(pass, leader);
+    if (leader->step.with) loci_pass_reach(pass, leader);
     pthread_mutex_lock(&batch->lock);
     while (pass->attending > 0) pthread_cond_wait(&leader->turn, &batch->lock);
     pthread_mutex_unlock(&batch->lock);

@@ -132,6 +132,7 @@ typedef struct loci_attend_call {
     uint32_t rows;            /* tokens of this step */
     uint32_t row_position;    /* position of the first of them in the sequence */
     bool in_company;          /* q, out and lse stand elsewhere the next time */
+    uint32_t group;           /* of those reached together: its number in the pass */
     uint32_t q_heads, head_dim;
     loci_ref q; /* f32 [rows][q_heads][head_dim], stride q_stride */
     uint32_t q_stride;
@@ -145,6 +146,19 @@ typedef struct loci_attend_call {
 
 /* Returns LOCI_OK after enqueueing its work; may sync the stream. */
 typedef loci_status (*loci_attend_fn)(void *ctx, const loci_attend_call *call, loci_error *err);
+/* (optional, both or none) Sequences of one pass whose owners' work is largely the same may be
+ * reached by one call. choose: which of `count` of them, in one retrieval layer, are reached together
+ * with the first: bits; 1: the first is reached alone. On the thread of the pass, before any of them
+ * is reached in this layer; each has a thread that waits meanwhile. reach: does for all of them what
+ * loci_attend_fn does for each, on the thread of the first. All calls have one stream, that of the
+ * group: the same group has the same from layer to layer, other groups of the pass have others. What
+ * fails, then or when it runs, ends the appends of the group and no other. */
+#define LOCI_ATTEND_GROUPS 4u /* of a pass; further ones are reached alone */
+typedef struct loci_attend_together {
+    uint32_t (*choose)(void *const *ctx, const loci_attend_call *calls, uint32_t count);
+    loci_status (*reach)(void *const *ctx, const loci_attend_call *calls, uint32_t count,
+                         loci_error *err);
+} loci_attend_together;
 /* At the end of each chunk's pass, on the thread of the append, when all of the calls' work has
  * run: what became of the pass is `status`, with *err for a failure. What it returns is what
  * becomes of the chunk. */
@@ -154,9 +168,11 @@ typedef struct loci_sequence loci_sequence;
 LOCI_MUST_CHECK loci_status loci_sequence_open(loci_model *model, uint32_t tokens_max,
                                                loci_sequence **out, loci_error *err);
 void loci_sequence_close(loci_sequence *sequence);
-/* attended: NULL is allowed. */
+/* attended: NULL is allowed. Until loci_sequence_set_together it is reached alone. */
 void loci_sequence_set_attend(loci_sequence *sequence, loci_attend_fn attend,
                               loci_attended_fn attended, void *ctx);
+/* With those of its batch that have the same `together`, which outlives the sequence. */
+void loci_sequence_set_together(loci_sequence *sequence, const loci_attend_together *together);
 /* Multiplies the logits of later rows in the retrieval layers, the sequence's own and (through
  * loci_attend_call) the corpus's; 1 until then and again after reset. */
 void loci_sequence_scale_attention(loci_sequence *sequence, float factor);

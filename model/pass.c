@@ -6,7 +6,9 @@
  * taking them out would move the others; they touch nobody else's.
  *
  * Nothing here waits before the end. Where there are several members, each member's stream waits
- * for the pass's in a retrieval layer, and the pass's for all of theirs.
+ * for the pass's in a retrieval layer, and the pass's for all of theirs. Members that are reached
+ * together (loci_attend_together) have one stream of the batch in their place, by the set that they
+ * are: what fails there is found at the end, and theirs alone.
  */
 #include "model/sequence.h"
 
@@ -66,11 +68,11 @@ static void attend_own(const loci_pass *p, uint32_t first, uint32_t end, uint32_
     s->model->backend->ops->attend_dense(p->decoder.stream, args);
 }
 
-void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
-    loci_step *step = &s->step;
+static loci_attend_call call_of(const loci_pass *p, const loci_sequence *s) {
+    const loci_step *step = &s->step;
     uint32_t layer = s->model->config.retrieval_layer[step->retrieval];
     loci_attend_dense own = loci_decoder_attention(&p->decoder, layer);
-    loci_attend_call call = {
+    return (loci_attend_call){
         .stream = s->stream,
         .retrieval_index = step->retrieval,
         .rows = step->rows,
@@ -86,27 +88,128 @@ void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
         .out_stride = own.out_stride,
         .lse = at_row(loci_ref_at(p->member[0]->lse, 0), step->row, own.q_heads),
     };
+}
+
+/* --- Groups ------------------------------------------------------------------------------------
+ */
+
+/* What callbacks for several members are given, and which members these are. */
+typedef struct callers {
+    void *ctx[LOCI_PASS_MEMBERS];
+    loci_attend_call call[LOCI_PASS_MEMBERS];
+    uint32_t member[LOCI_PASS_MEMBERS], count;
+} callers;
+
+static callers callers_of(const loci_pass *p, uint32_t set) {
+    callers c = {0};
+    for (uint32_t left = set; left; left &= left - 1) {
+        uint32_t i = (uint32_t)__builtin_ctz(left);
+        c.ctx[c.count] = p->member[i]->attend_ctx;
+        c.call[c.count] = call_of(p, p->member[i]);
+        c.member[c.count++] = i;
+    }
+    return c;
+}
+
+/* The number of such a group, which is new or was there in a layer before; LOCI_ATTEND_GROUPS: the
+ * pass has too many. */
+static uint32_t group_of(loci_pass *p, uint32_t members) {
+    for (uint32_t g = 0; g < p->group_count; g++)
+        if (p->group[g] == members) return g;
+    uint32_t g = p->group_count;
+    if (g == LOCI_ATTEND_GROUPS || !loci_batch_group_stream(p->batch, g)) return LOCI_ATTEND_GROUPS;
+    p->group[p->group_count++] = members;
+    return g;
+}
+
+/* Who of `left` is reached together with the first of them. */
+static uint32_t choose(loci_pass *p, uint32_t left) {
+    loci_sequence *first = p->member[__builtin_ctz(left)];
+    uint32_t alone = left & -left, set = alone, members = alone;
+    for (uint32_t i = 0; i < p->count; i++)
+        if (left >> i & 1 && first->together && p->member[i]->together == first->together)
+            set |= 1u << i;
+    if (set == alone) return alone;
+    callers c = callers_of(p, set);
+    uint32_t chosen = first->together->choose(c.ctx, c.call, c.count);
+    for (uint32_t i = 1; i < c.count; i++) members |= (chosen >> i & 1) << c.member[i];
+    if (members == alone) return alone;
+    first->step.group = group_of(p, members);
+    return first->step.group < LOCI_ATTEND_GROUPS ? members : alone;
+}
+
+static loci_stream *stream_of(const loci_pass *p, const loci_sequence *s) {
+    bool several = s->step.with & (s->step.with - 1);
+    return several ? loci_batch_group_stream(p->batch, s->step.group) : s->stream;
+}
+
+/* All that `first` is to reach the corpus for, itself among them; what fails, fails for all. */
+static void reach_together(const loci_pass *p, loci_sequence *first, loci_stream *stream) {
+    loci_error err = {0};
+    callers c = callers_of(p, first->step.with);
+    for (uint32_t i = 0; i < c.count; i++) {
+        c.call[i].stream = stream;
+        c.call[i].group = first->step.group;
+    }
+    loci_status status = first->together->reach(c.ctx, c.call, c.count, &err);
+    for (uint32_t i = 0; i < c.count && status != LOCI_OK; i++) {
+        p->member[c.member[i]]->step.status = status;
+        p->member[c.member[i]]->step.error = err;
+    }
+}
+
+void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
+    loci_step *step = &s->step;
     const loci_backend_ops *ops = s->model->backend->ops;
+    loci_stream *stream = stream_of(p, s);
     bool apart = p->count > 1 && ops->mark;
-    if (apart) ops->await(s->stream, p->decoder.stream);
-    step->status = s->attend(s->attend_ctx, &call, &step->error);
-    if (apart) ops->mark(s->stream);
+    if (apart) ops->await(stream, p->decoder.stream);
+    if (stream == s->stream) {
+        loci_attend_call call = call_of(p, s);
+        step->status = s->attend(s->attend_ctx, &call, &step->error);
+    } else {
+        reach_together(p, s, stream);
+    }
+    if (apart) ops->mark(stream);
 }
 
 /* All members that are left and have a callback. */
 static void reach(loci_pass *p) {
     const loci_backend_ops *ops = p->decoder.model->backend->ops;
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < p->count; i++) {
+        p->member[i]->step.with = 0;
+        if (in_pass(p->member[i]) && p->member[i]->attend) left |= 1u << i;
+    }
+    while (left) {
+        loci_sequence *first = p->member[__builtin_ctz(left)];
+        first->step.with = choose(p, left);
+        left &= ~first->step.with;
+    }
     if (p->count == 1) {
         loci_pass_reach(p, p->member[0]);
         return;
     }
-    bool reached[LOCI_PASS_MEMBERS];
-    for (uint32_t i = 0; i < p->count; i++)
-        reached[i] = in_pass(p->member[i]) && p->member[i]->attend;
     if (ops->mark) ops->mark(p->decoder.stream);
     loci_batch_reach(p);
     for (uint32_t i = 0; i < p->count && ops->mark; i++)
-        if (reached[i]) ops->await(p->decoder.stream, p->member[i]->stream);
+        if (p->member[i]->step.with)
+            ops->await(p->decoder.stream, stream_of(p, p->member[i]));
+}
+
+/* What failed on a group's stream is a failure of its members. */
+static void settle_groups(const loci_pass *p) {
+    for (uint32_t g = 0; g < p->group_count; g++) {
+        loci_error err = {0};
+        loci_status status = p->decoder.model->backend->ops->sync(
+            loci_batch_group_stream(p->batch, g), &err);
+        for (uint32_t i = 0; i < p->count && status != LOCI_OK; i++) {
+            loci_step *step = &p->member[i]->step;
+            if (!(p->group[g] >> i & 1) || step->status != LOCI_OK) continue;
+            step->status = status;
+            step->error = err;
+        }
+    }
 }
 
 static loci_status attend(void *ctx, uint32_t layer, bool *stop, loci_error *err) {
@@ -205,6 +308,7 @@ void loci_pass_run(loci_pass *p) {
     loci_status status = loci_decoder_run(&p->decoder, &err);
     if (status == LOCI_OK) put_logits(p);
     status = loci_decoder_finish(&p->decoder, status, &err);
+    settle_groups(p);
     for (uint32_t i = 0; i < p->count; i++) {
         loci_sequence *s = p->member[i];
         if (in_pass(s) && status != LOCI_OK) {

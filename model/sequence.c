@@ -79,6 +79,11 @@ void loci_sequence_set_attend(loci_sequence *s, loci_attend_fn attend, loci_atte
     s->attend = attend;
     s->attended = attended;
     s->attend_ctx = ctx;
+    s->together = NULL;
+}
+
+void loci_sequence_set_together(loci_sequence *s, const loci_attend_together *together) {
+    s->together = together;
 }
 
 void loci_sequence_scale_attention(loci_sequence *s, float factor) {

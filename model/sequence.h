@@ -39,7 +39,9 @@ typedef struct loci_step {
     const loci_cancel *cancel;
     loci_status status; /* other than LOCI_OK: left out from here on */
     loci_error error;
-    uint32_t retrieval; /* ATTENDING: of which layer */
+    uint32_t retrieval; /* of which layer */
+    uint32_t with;      /* members that it reaches the corpus for, as bits; 0 = another does */
+    uint32_t group;     /* of the pass; where `with` names several */
     loci_step_state state;
 } loci_step;
 
@@ -59,6 +61,7 @@ struct loci_sequence {
     float attention_scale; /* of logits in retrieval layers */
     loci_attend_fn attend;
     loci_attended_fn attended;
+    const loci_attend_together *together; /* or NULL */
     void *attend_ctx;
     loci_attend_dense *attention; /* one for each layer: the stream reads them until sync */
     loci_buffer *logits;          /* f32 [logits_capacity][vocab] */
@@ -79,6 +82,8 @@ struct loci_sequence {
 struct loci_pass {
     loci_sequence *member[LOCI_PASS_MEMBERS]; /* the first is the leader */
     uint32_t count, rows;
+    uint32_t group[LOCI_ATTEND_GROUPS]; /* members of each, as bits */
+    uint32_t group_count;
     loci_batch *batch;  /* NULL: the leader alone */
     uint32_t attending; /* members that enqueue their look-ups right now; under the batch's lock */
     loci_attend_span span[LOCI_PASS_MEMBERS]; /* of the members; the stream reads them until sync */
@@ -104,15 +109,19 @@ LOCI_MUST_CHECK loci_status loci_sequence_make(loci_model *model, uint32_t token
 /* pass.c: runs the pass on the calling thread, the leader's. Each member's step has its status;
  * failures of its own stream are still there. */
 void loci_pass_run(loci_pass *pass);
-/* The member's callback in step.retrieval, on its own stream and on the member's thread. */
+/* The member's callback in step.retrieval on its own stream, or that of its group for all of them;
+ * on the member's thread. */
 void loci_pass_reach(const loci_pass *pass, loci_sequence *member);
 
 /* batch.c: runs the step of a sequence that has joined a batch, in company if there is any. */
 void loci_batch_run(loci_sequence *sequence);
-/* Has the members but the leader reach the corpus on their threads, and does so for the leader. */
+/* Has the members that are to reach the corpus (step.with) do so, each on its thread. */
 void loci_batch_reach(loci_pass *pass);
 /* Of passes of several members. */
 loci_stream *loci_batch_stream(const loci_batch *batch);
+/* Of a group of such a pass, below LOCI_ATTEND_GROUPS; by the thread of the pass. NULL where it
+ * cannot be opened. */
+loci_stream *loci_batch_group_stream(loci_batch *batch, uint32_t group);
 /* f32 [*rows][vocab], of the pass of few rows. */
 loci_ref loci_batch_logits(const loci_batch *batch, uint32_t *rows);
 /* The sequence's owner is not waited for any longer. */

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Sequences that share passes: the same bits as alone, whatever the company; errors and cancels
- * that stay with their sequence; steps that do not wait for prompts.
+ * that stay with their sequence, or with the group that is reached together; steps that do not wait
+ * for prompts.
  *
  * Where the order matters a sequence holds its batch from within its callback until the others wait
  * in the queue, which is then as the test wants it.
@@ -70,6 +71,7 @@ typedef struct worker {
     uint32_t hold_until_waiting;   /* in call 1, so many chunks in queues */
     _Atomic bool *hold_until;      /* in call 1 */
     uint32_t hold_ms;              /* in every call */
+    uint32_t kind[2];              /* by retrieval layer: the same ones are reached together */
     /* One append: */
     uint32_t count, logits_rows, first_token;
     loci_status status;
@@ -133,6 +135,43 @@ static loci_status pass_ended(void *ctx, loci_status status, loci_error *err) {
     w->attended++;
     w->passed = status;
     return w->refuse ? loci_fail(err, LOCI_E_IO, "a page could not be read") : status;
+}
+
+static uint32_t choose_kind(void *const *ctx, const loci_attend_call *calls, uint32_t count) {
+    uint32_t chosen = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        const worker *first = ctx[0], *w = ctx[i];
+        uint32_t layer = calls[i].retrieval_index % 2;
+        chosen |= (uint32_t)(w->kind[layer] == first->kind[layer]) << i;
+    }
+    return chosen;
+}
+
+static _Atomic uint32_t calls_together, reached_together;
+
+/* As if each were reached alone, but on one stream. */
+static loci_status reach_together(void *const *ctx, const loci_attend_call *calls, uint32_t count,
+                                  loci_error *err) {
+    loci_status status = LOCI_OK;
+    atomic_fetch_add(&calls_together, 1);
+    atomic_fetch_add(&reached_together, count);
+    for (uint32_t i = 0; i < count && status == LOCI_OK; i++) {
+        assert_ptr_equal(calls[i].stream, calls[0].stream);
+        assert_ptr_not_equal(calls[i].stream,
+                             loci_sequence_stream(((worker *)ctx[i])->sequence));
+        assert_int_equal(calls[i].group, calls[0].group);
+        status = reach(ctx[i], &calls[i], err);
+    }
+    return status;
+}
+
+static const loci_attend_together together_by_kind = {choose_kind, reach_together};
+
+/* In the first retrieval layer with those of the same kind, in the second of the same later one. */
+static void go_together(worker *w, uint32_t kind, uint32_t later) {
+    w->kind[0] = kind;
+    w->kind[1] = later;
+    loci_sequence_set_together(w->sequence, &together_by_kind);
 }
 
 static void worker_open(worker *w, loci_batch *batch, uint64_t seed) {
@@ -215,13 +254,17 @@ static void *talk(void *arg) {
     return NULL;
 }
 
-static void check_company(uint64_t seed) {
+static void check_company(uint64_t seed, bool grouped) {
     worker alone, together[MEMBERS];
     loci_batch *batch;
     loci_batch_usage usage;
     loci_error err;
     ok(loci_batch_open(model, MEMBERS + 1, TOKENS, &batch, &err), &err);
-    for (uint32_t i = 0; i < MEMBERS; i++) worker_open(&together[i], batch, seed + i);
+    for (uint32_t i = 0; i < MEMBERS; i++) {
+        worker_open(&together[i], batch, seed + i);
+        if (grouped && i % 4 != 3) go_together(&together[i], i % 2, i % 3);
+    }
+    atomic_store(&calls_together, 0);
     /* One of them without a corpus, so that callbacks and none are mixed. */
     loci_sequence_set_attend(together[MEMBERS - 1].sequence, NULL, NULL, NULL);
     for (uint32_t i = 0; i < MEMBERS; i++) start(&together[i], talk);
@@ -229,6 +272,7 @@ static void check_company(uint64_t seed) {
     loci_batch_usage_of(batch, &usage);
     assert_true(usage.passes > 0 && usage.chunks > usage.passes);
     assert_int_equal(usage.waiting, 0);
+    assert_true(grouped == (atomic_load(&calls_together) > 0));
     for (uint32_t i = 0; i < MEMBERS; i++) {
         worker_open(&alone, NULL, seed + i);
         if (i == MEMBERS - 1) loci_sequence_set_attend(alone.sequence, NULL, NULL, NULL);
@@ -250,7 +294,8 @@ static void test_company_changes_no_bit(void **state) {
     for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
         for (int precision = LOCI_F32; precision <= LOCI_BF16; precision++) {
             open_model(isas[i], (loci_dtype)precision);
-            for (uint64_t seed = 1000; seed < 3000; seed += 1000) check_company(seed);
+            for (uint64_t seed = 1000; seed < 5000; seed += 1000)
+                check_company(seed, seed % 2000 == 0);
             close_model();
         }
 }
@@ -272,6 +317,15 @@ static loci_status reach_later(void *ctx, const loci_attend_call *call, loci_err
     return LOCI_OK;
 }
 
+static loci_status reach_later_together(void *const *ctx, const loci_attend_call *calls,
+                                        uint32_t count, loci_error *err) {
+    atomic_fetch_add(&calls_together, 1);
+    for (uint32_t i = 0; i < count; i++) LOCI_TRY(reach_later(ctx[i], &calls[i], err));
+    return LOCI_OK;
+}
+
+static const loci_attend_together later_by_kind = {choose_kind, reach_later_together};
+
 static void *decode_later(void *arg) {
     worker *w = arg;
     loci_sequence_decoding(w->sequence, true);
@@ -288,8 +342,7 @@ static void open_later(worker *w, loci_batch *batch, uint64_t seed) {
 }
 
 /* Where operations run later, streams of a pass wait for one another. */
-static void test_streams_of_a_pass_are_in_order(void **state) {
-    (void)state;
+static void check_order(bool grouped) {
     worker alone[4], together[4];
     loci_batch *batch;
     loci_batch_usage usage;
@@ -306,6 +359,11 @@ static void test_streams_of_a_pass_are_in_order(void **state) {
     ok(loci_model_open(TINY, backend, LOCI_F32, &model, &err), &err);
     ok(loci_batch_open(model, 4, TOKENS, &batch, &err), &err);
     for (uint32_t i = 0; i < 4; i++) open_later(&together[i], batch, 700 + i);
+    for (uint32_t i = 1; i < 4 && grouped; i++) {
+        together[i].kind[0] = i % 2;
+        loci_sequence_set_together(together[i].sequence, &later_by_kind);
+    }
+    atomic_store(&calls_together, 0);
     together[0].hold_until_waiting = 3; /* who share the next pass */
     for (uint32_t i = 0; i < 4; i++) {
         start(&together[i], decode_later);
@@ -314,6 +372,7 @@ static void test_streams_of_a_pass_are_in_order(void **state) {
     for (uint32_t i = 0; i < 4; i++) join(&together[i]);
     loci_batch_usage_of(batch, &usage);
     assert_true(usage.chunks > usage.passes);
+    assert_true(grouped == (atomic_load(&calls_together) > 0));
     for (uint32_t i = 0; i < 4; i++) {
         same_out(&alone[i], &together[i]);
         loci_buf_fini(&alone[i].out);
@@ -323,6 +382,12 @@ static void test_streams_of_a_pass_are_in_order(void **state) {
     loci_model_close(model);
     deferred_close(backend);
     loci_backend_close(now);
+}
+
+static void test_streams_of_a_pass_are_in_order(void **state) {
+    (void)state;
+    check_order(false);
+    check_order(true);
 }
 #endif
 
@@ -438,6 +503,89 @@ static void test_a_late_failure_is_one_questions_own(void **state) {
             assert_int_equal(atomic_load(&s.w[who].calls), 2);
             scene_check(&s);
         }
+}
+
+/* --- Groups ------------------------------------------------------------------------------------
+ */
+
+/* All but the first of the scene are in its second pass: 1, 4, 7 are of one kind, 2, 5, 8 of
+ * another, and 3 and 6 in the second layer only. */
+static uint32_t kind_of(uint32_t i, uint32_t layer) {
+    return i % 3 > 0 ? i % 3 : layer == 1 ? 3 : 10 + i;
+}
+
+static void group_scene(scene *s) {
+    scene_open(s);
+    for (uint32_t i = 1; i <= MEMBERS; i++) go_together(&s->w[i], kind_of(i, 0), kind_of(i, 1));
+    atomic_store(&calls_together, 0);
+    atomic_store(&reached_together, 0);
+}
+
+static void test_groups_are_reached_by_one_call(void **state) {
+    (void)state;
+    scene s;
+    group_scene(&s);
+    scene_run(&s);
+    for (uint32_t i = 0; i <= MEMBERS; i++) ok(s.w[i].status, &s.w[i].err);
+    assert_int_equal(atomic_load(&calls_together), 2 + 3);
+    assert_int_equal(atomic_load(&reached_together), 6 + 8);
+    scene_check(&s);
+}
+
+/* What fails in a layer, at once or later, fails for those that were together there. */
+static void test_a_failure_is_its_groups_own(void **state) {
+    (void)state;
+    for (uint32_t later = 0; later < 2; later++)
+        for (uint32_t call = 1; call <= 2; call++)
+            for (uint32_t who = 1; who <= MEMBERS; who += 1) {
+                scene s;
+                group_scene(&s);
+                *(later ? &s.w[who].stream_fails_in_call : &s.w[who].fail_in_call) = call;
+                scene_run(&s);
+                loci_status failure = later ? LOCI_E_UNSUPPORTED : LOCI_E_CORRUPT;
+                for (uint32_t i = 0; i <= MEMBERS; i++) {
+                    bool with = i > 0 && kind_of(i, call - 1) == kind_of(who, call - 1);
+                    assert_int_equal(s.w[i].status, with ? failure : LOCI_OK);
+                    if (!with) continue;
+                    assert_int_equal(s.w[i].passed, failure);
+                    assert_string_equal(s.w[i].err.text, s.w[who].err.text);
+                }
+                scene_check(&s);
+            }
+}
+
+/* A member is cancelled between the layers: its group goes on without it. */
+static void test_a_cancel_leaves_its_group(void **state) {
+    (void)state;
+    for (uint32_t who = 1; who <= MEMBERS; who++) {
+        scene s;
+        loci_cancel cancel;
+        loci_cancel_init(&cancel, 0);
+        group_scene(&s);
+        s.w[who].cancel = &cancel;
+        s.w[who % MEMBERS + 1].cancels = &cancel;
+        scene_run(&s);
+        for (uint32_t i = 0; i <= MEMBERS; i++)
+            assert_int_equal(s.w[i].status, i == who ? LOCI_E_CANCELLED : LOCI_OK);
+        assert_int_equal(atomic_load(&s.w[who].calls), 1);
+        bool pair = who % 3 == 0; /* the other one is alone then */
+        assert_int_equal(atomic_load(&calls_together), pair ? 2 + 2 : 2 + 3);
+        assert_int_equal(atomic_load(&reached_together), pair ? 6 + 6 : 6 + 7);
+        scene_check(&s);
+    }
+}
+
+/* Sets change from layer to layer, more than there are groups: the last ones go alone. */
+static void test_too_many_groups(void **state) {
+    (void)state;
+    scene s;
+    scene_open(&s);
+    for (uint32_t i = 1; i <= MEMBERS; i++) go_together(&s.w[i], i / 2, (i + 1) / 2);
+    atomic_store(&calls_together, 0);
+    scene_run(&s);
+    for (uint32_t i = 0; i <= MEMBERS; i++) ok(s.w[i].status, &s.w[i].err);
+    assert_int_equal(atomic_load(&calls_together), LOCI_ATTEND_GROUPS);
+    scene_check(&s);
 }
 
 /* A neighbour in the pass asks for it, in the first retrieval layer. */
@@ -663,6 +811,10 @@ int main(void) {
         cmocka_unit_test(test_who_waits_shares_the_next_pass),
         cmocka_unit_test(test_a_failure_is_one_questions_own),
         cmocka_unit_test(test_a_late_failure_is_one_questions_own),
+        cmocka_unit_test(test_groups_are_reached_by_one_call),
+        cmocka_unit_test(test_a_failure_is_its_groups_own),
+        cmocka_unit_test(test_a_cancel_leaves_its_group),
+        cmocka_unit_test(test_too_many_groups),
         cmocka_unit_test(test_a_cancel_is_one_questions_own),
         cmocka_unit_test(test_a_pass_that_nobody_wants_stops),
         cmocka_unit_test(test_a_cancel_in_the_queue),
