@@ -104,6 +104,7 @@ typedef struct loci_select_params {
      * budget wants a few times as many candidates, where the best leaves may hold far more. */
     uint32_t candidates_max;
     bool estimate_tail;          /* add the unread nodes by centroid, size and value mean */
+    bool each;                   /* attribute_each follows, not attribute */
     float squeezed_threshold[2]; /* T of roots and leaves; mode squeezed */
     /* BF16: products of more than LOCI_ATTEND_EXACT_QUERIES rows with keys and values may round
      * queries and weights to bf16, as those with weights do. */
@@ -290,6 +291,10 @@ typedef struct loci_backend_ops {
      * so that no weight exceeds 1. After attend_sparse. */
     void (*attribute)(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                       uint32_t row_begin, loci_ref mass);
+    /* (optional) The same of a look-up of mode dense with up to LOCI_GEMM_FEW_ROWS rows, of each
+     * row by itself: mass[row]; without a buffer it is not asked for. The array is read at once. */
+    void (*attribute_each)(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                           const loci_ref *mass);
     /* Late-interaction score of segments (ColBERT's PLAID, arXiv 2205.09707, section 4, with
      * log-sum-exp in place of max): for each listed segment, sum over rows and mean over query
      * heads of log sum over its tokens of exp(scale q.k), keys from the position-order codes of

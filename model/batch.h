@@ -13,9 +13,9 @@
  *
  * In retrieval layers each caller's thread runs its own callback on its own stream; the pass goes
  * on behind all of them. An error or a cancel ends the one sequence's append when the pass is
- * through, and no other. Callers whose callbacks say so (loci_attend_together) are reached by one of
- * them for all: they share its errors, and their results are the same in any company as far as those
- * of their callback are.
+ * through, and no other. Callers whose callbacks say so (loci_attend_together) are reached by one
+ * of them for all: they share its errors, and their results are the same in any company as far as
+ * those of their callback are.
  */
 #ifndef LOCI_MODEL_BATCH_H
 #define LOCI_MODEL_BATCH_H

@@ -147,12 +147,12 @@ typedef struct loci_attend_call {
 /* Returns LOCI_OK after enqueueing its work; may sync the stream. */
 typedef loci_status (*loci_attend_fn)(void *ctx, const loci_attend_call *call, loci_error *err);
 /* (optional, both or none) Sequences of one pass whose owners' work is largely the same may be
- * reached by one call. choose: which of `count` of them, in one retrieval layer, are reached together
- * with the first: bits; 1: the first is reached alone. On the thread of the pass, before any of them
- * is reached in this layer; each has a thread that waits meanwhile. reach: does for all of them what
- * loci_attend_fn does for each, on the thread of the first. All calls have one stream, that of the
- * group: the same group has the same from layer to layer, other groups of the pass have others. What
- * fails, then or when it runs, ends the appends of the group and no other. */
+ * reached by one call. choose: which of `count` of them, in one retrieval layer, are reached
+ * together with the first: bits; 1: the first is reached alone. On the thread of the pass, before
+ * any of them is reached in this layer; each has a thread that waits meanwhile. reach: does for all
+ * of them what loci_attend_fn does for each, on the thread of the first. All calls have one stream,
+ * that of the group: the same group has the same from layer to layer, other groups of the pass have
+ * others. What fails, then or when it runs, ends the appends of the group and no other. */
 #define LOCI_ATTEND_GROUPS 4u /* of a pass; further ones are reached alone */
 typedef struct loci_attend_together {
     uint32_t (*choose)(void *const *ctx, const loci_attend_call *calls, uint32_t count);

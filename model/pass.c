@@ -193,16 +193,15 @@ static void reach(loci_pass *p) {
     if (ops->mark) ops->mark(p->decoder.stream);
     loci_batch_reach(p);
     for (uint32_t i = 0; i < p->count && ops->mark; i++)
-        if (p->member[i]->step.with)
-            ops->await(p->decoder.stream, stream_of(p, p->member[i]));
+        if (p->member[i]->step.with) ops->await(p->decoder.stream, stream_of(p, p->member[i]));
 }
 
 /* What failed on a group's stream is a failure of its members. */
 static void settle_groups(const loci_pass *p) {
     for (uint32_t g = 0; g < p->group_count; g++) {
         loci_error err = {0};
-        loci_status status = p->decoder.model->backend->ops->sync(
-            loci_batch_group_stream(p->batch, g), &err);
+        loci_status status =
+            p->decoder.model->backend->ops->sync(loci_batch_group_stream(p->batch, g), &err);
         for (uint32_t i = 0; i < p->count && status != LOCI_OK; i++) {
             loci_step *step = &p->member[i]->step;
             if (!(p->group[g] >> i & 1) || step->status != LOCI_OK) continue;

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "services/engine/query.h"
+#include "services/engine/attend_step.h"
 
 #define TILE_ROWS 32u
 #define TILE_BYTES (192ull << 20) /* about what the scores of one tile may take */
@@ -58,36 +58,10 @@ loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err) {
     return LOCI_OK;
 }
 
-/* Exact attention over some rows. */
-typedef struct exact_part {
-    loci_attend_span span;
-    loci_attend_dense args;
-} exact_part;
+typedef loci_attend_step step;
+typedef loci_exact_part exact_part;
 
-/* Everything one step needs on the host until sync, and what it tells then. */
-typedef struct loci_attend_step {
-    struct loci_attend_step *next; /* of the query's */
-    loci_attend_call call;         /* whose q, out and lse are copies in the slot where others stand
-                                      elsewhere the next time */
-    exact_part sink, flat;
-    loci_select_params params; /* of this layer */
-    uint32_t row_begin;
-    loci_lookup_stats stats;
-    loci_ref out, lse; /* of one part */
-    loci_ref sink_lse;
-    /* What the corpus's tokens are merged into: the call's own, or, when their log-sum-exp is to be
-     * scaled, an output of their own first. */
-    loci_ref all, all_lse;
-    uint32_t all_stride;
-    float scale;      /* of logits over the corpus's tokens */
-    bool apart;       /* that own output is there */
-    bool dense_reads; /* dense mode would read the corpus again for these rows */
-    float host[];     /* [3][rows][heads]: lse of the sink, of all, of the corpus's tokens */
-} step;
-
-/* The first layers read everything, whatever the mode; so do all in mode hierarchical where a
- * device takes less time for that than for a selection, but for a question that sets a budget. */
-static loci_select_params layer_params(const loci_query *query, const loci_attend_call *call) {
+loci_select_params loci_attend_params(const loci_query *query, const loci_attend_call *call) {
     loci_backend *backend = query->engine->backend;
     loci_select_params params = query->params;
     params.precision = call->precision;
@@ -102,7 +76,10 @@ static loci_select_params layer_params(const loci_query *query, const loci_atten
 static void attend_rows(const step *s, exact_part *part, const loci_corpus_view *view, loci_ref k,
                         loci_ref v, loci_dtype dtype, uint32_t count, float scale, float bias) {
     const loci_attend_call *call = &s->call;
-    part->span = (loci_attend_span){0, call->rows, 0, count};
+    /* A row of a question has nothing to do with those of others. */
+    uint32_t spans = s->sharers ? call->rows : 1, rows = call->rows / spans;
+    for (uint32_t i = 0; i < spans; i++)
+        part->span[i] = (loci_attend_span){i * rows, rows, 0, count};
     part->args = (loci_attend_dense){
         .q = call->q,
         .k = k,
@@ -119,8 +96,8 @@ static void attend_rows(const step *s, exact_part *part, const loci_corpus_view 
         .scale = scale,
         .first_key_is_sink = bias != 0,
         .first_key_bias = bias,
-        .spans = &part->span,
-        .span_count = 1,
+        .spans = part->span,
+        .span_count = spans,
     };
 }
 
@@ -130,17 +107,16 @@ static void merge(const loci_backend *backend, const loci_attend_call *call, loc
                         part_lse, call->rows, call->q_heads, call->head_dim);
 }
 
-/* Identical rows that the shared prefix stands for; a causal corpus has one. 0: there is none. */
-static uint64_t sinks_of(const loci_query *query) {
+uint64_t loci_attend_sinks(const loci_query *query) {
     if (!query->view->has_sink) return 0;
     return query->causal ? 1 : query->view->live_segments;
 }
 
-static void attend_sink(loci_query *query, step *s) {
+static void attend_sink(const loci_query *query, step *s) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
     const loci_attend_call *call = &s->call;
-    uint64_t sinks = sinks_of(query);
+    uint64_t sinks = loci_attend_sinks(query);
     if (sinks == 0) return;
     size_t row = (size_t)view->kv_heads * view->head_dim * sizeof(float);
     loci_ref k = view->sink_k, v = view->sink_v;
@@ -152,7 +128,7 @@ static void attend_sink(loci_query *query, step *s) {
 }
 
 /* The open segments, exactly. */
-static void attend_flat(loci_query *query, step *s) {
+static void attend_flat(const loci_query *query, step *s) {
     const loci_corpus_view *view = query->view;
     const loci_backend *backend = query->engine->backend;
     const loci_attend_call *call = &s->call;
@@ -164,11 +140,11 @@ static void attend_flat(loci_query *query, step *s) {
     merge(backend, call, s->all, s->all_stride, s->all_lse, s->out, s->lse);
 }
 
-static void look_up(loci_query *query, step *s) {
+static void look_up(const loci_query *query, step *s) {
     const loci_backend *backend = query->engine->backend;
     const loci_backend_ops *ops = backend->ops;
     const loci_attend_call *call = &s->call;
-    loci_lookup *lookup = query->slot->lookup;
+    loci_lookup *lookup = s->lookup;
     ops->lookup_begin(call->stream, lookup, query->view, call->retrieval_index, call->q,
                       call->q_stride, call->rows, call->q_heads, s->scale, s->all_lse, &s->params);
     ops->score_nodes(call->stream, lookup);
@@ -176,6 +152,12 @@ static void look_up(loci_query *query, step *s) {
     ops->select(call->stream, lookup);
     ops->attend_sparse(call->stream, lookup, s->out, call->q_heads * call->head_dim, s->lse);
     merge(backend, call, s->all, s->all_stride, s->all_lse, s->out, s->lse);
+}
+
+void loci_attend_enqueue(const loci_query *query, step *s) {
+    attend_sink(query, s);
+    attend_flat(query, s);
+    look_up(query, s);
 }
 
 /* The corpus's tokens have an output of their own, empty at first. */
@@ -220,14 +202,12 @@ static loci_status enqueue(loci_query *query, step *s, loci_error *err) {
     const loci_backend_ops *ops = query->engine->backend->ops;
     loci_stream *stream = s->call.stream;
     if (s->apart) begin_apart(query, s);
-    attend_sink(query, s);
-    attend_flat(query, s);
-    look_up(query, s);
+    loci_attend_enqueue(query, s);
     if (s->apart) LOCI_TRY(join_apart(query, s, err));
     if (query->slot->mass && s->row_begin < s->call.rows)
-        ops->attribute(stream, query->slot->lookup, s->apart ? s->lse : s->call.lse, s->row_begin,
+        ops->attribute(stream, s->lookup, s->apart ? s->lse : s->call.lse, s->row_begin,
                        loci_ref_at(query->slot->mass, 0));
-    ops->lookup_stats(stream, query->slot->lookup, &s->stats);
+    ops->lookup_stats(stream, s->lookup, &s->stats);
     return LOCI_OK;
 }
 
@@ -310,27 +290,48 @@ static loci_status enter_company(loci_query *query, step *s, loci_error *err) {
 /* --- What a step tells ------------------------------------------------------------------------ */
 
 /* Adds up the sink's weight, exp(part lse - total lse), over rows and heads. */
-static void add_sink_mass(loci_query *query, const step *s) {
-    size_t count = (size_t)s->call.rows * s->call.q_heads;
-    const float *total = s->host + count;
-    for (size_t i = (size_t)s->row_begin * s->call.q_heads; i < count && query->view->has_sink; i++)
+static void add_sink_mass(loci_query *query, const step *s, uint32_t begin, uint32_t end) {
+    uint32_t heads = s->call.q_heads;
+    const float *total = s->host + (size_t)s->call.rows * heads;
+    for (size_t i = (size_t)begin * heads; i < (size_t)end * heads && query->view->has_sink; i++)
         query->sink_mass += exp((double)s->host[i] - (double)total[i]);
 }
 
-static void add_usage(loci_query *query, const step *s) {
-    const loci_lookup_stats *stats = &s->stats;
-    uint64_t index = stats->root_bytes + stats->leaf_bytes + stats->code_bytes + stats->hash_bytes;
-    query->usage.index_read_bytes += index;
-    query->usage.kv_read_bytes += stats->kv_bytes + stats->tail_bytes;
-    if (s->dense_reads) query->usage.kv_dense_bytes += stats->dense_kv_bytes;
-    query->usage.fetched_bytes += index + stats->kv_leaf_bytes;
-    query->step_bytes += index + stats->kv_bytes + stats->tail_bytes;
-    query->usage.lookup_ms += (double)stats->elapsed_ns / 1e6;
+/* Its part of what `members` questions read once. */
+static uint64_t part_of(uint64_t bytes, uint32_t member, uint32_t members) {
+    return bytes * (member + 1) / members - bytes * member / members;
+}
+
+/* of: whose step it is, of several questions' or its own. */
+static void add_usage(loci_query *query, const step *s, const step *of) {
+    uint32_t member = s->row, members = of == s ? 1 : of->call.rows;
+    const loci_lookup_stats *stats = &of->stats;
     const loci_corpus_view *view = query->view;
     uint64_t flat = (uint64_t)view->flat_tokens * view->kv_heads * view->head_dim * 4u;
-    query->usage.kv_read_bytes += flat;
-    if (s->dense_reads) query->usage.kv_dense_bytes += flat;
-    query->step_bytes += flat;
+    uint64_t index = stats->root_bytes + stats->leaf_bytes + stats->code_bytes + stats->hash_bytes;
+    uint64_t kv = part_of(stats->kv_bytes + stats->tail_bytes + flat, member, members);
+    index = part_of(index, member, members);
+    query->usage.index_read_bytes += index;
+    query->usage.kv_read_bytes += kv;
+    if (s->dense_reads) query->usage.kv_dense_bytes += stats->dense_kv_bytes + flat;
+    query->usage.fetched_bytes += index + part_of(stats->kv_leaf_bytes, member, members);
+    query->step_bytes += index + kv;
+    query->usage.lookup_ms += (double)stats->elapsed_ns / 1e6;
+}
+
+/* What a step tells, which has run. */
+static void add_told(loci_query *query, const step *s) {
+    const step *of = s->shared ? s->shared : s;
+    add_usage(query, s, of);
+    if (s->shared)
+        add_sink_mass(query, of, s->row, s->row + 1);
+    else
+        add_sink_mass(query, s, s->row_begin, s->call.rows);
+}
+
+static void drop_step(step *s) {
+    if (s->shared && atomic_fetch_sub(&s->shared->sharers, 1) == 1) free(s->shared);
+    free(s);
 }
 
 /* To the host the sums of exponentials that weigh the sink; from copies what the call is to get. */
@@ -339,7 +340,8 @@ static void finish(const loci_query *query, step *s, const loci_attend_call *cal
     loci_ref nowhere = {0};
     loci_move moves[4] = {{nowhere, s->call.lse, s->host + count, bytes}};
     uint32_t n = 1;
-    if (sinks_of(query) > 0) moves[n++] = (loci_move){nowhere, s->sink_lse, s->host, bytes};
+    if (loci_attend_sinks(query) > 0)
+        moves[n++] = (loci_move){nowhere, s->sink_lse, s->host, bytes};
     if (s->call.lse.buffer != call->lse.buffer) {
         moves[n++] = (loci_move){call->out, s->call.out, NULL, bytes * call->head_dim};
         moves[n++] = (loci_move){call->lse, s->call.lse, NULL, bytes};
@@ -347,45 +349,54 @@ static void finish(const loci_query *query, step *s, const loci_attend_call *cal
     query->engine->backend->ops->move(call->stream, moves, n);
 }
 
-/* The steps so far, which have run: counted, or only dropped. */
-static void close_steps(loci_query *query, bool counted) {
-    for (step *s = query->steps, *next; s; s = next) {
-        next = s->next;
-        if (counted) {
-            add_usage(query, s);
-            add_sink_mass(query, s);
-        }
-        free(s);
-    }
+/* The steps so far, which have run: counted, or only dropped. Before the pass has ended those that
+ * others have too, of whose stream nobody knows, stay. */
+static void close_steps(loci_query *query, bool counted, bool ended) {
+    step *all = query->steps;
     query->steps = query->last_step = NULL;
     query->step_count = 0;
     query->step_work = 0;
+    for (step *s = all, *next; s; s = next) {
+        next = s->next;
+        s->next = NULL;
+        if (s->shared && !ended) {
+            loci_attend_keep(query, s);
+            continue;
+        }
+        if (counted) add_told(query, s);
+        drop_step(s);
+    }
+}
+
+void loci_attend_keep(loci_query *query, step *s) {
+    *(query->last_step ? &query->last_step->next : &query->steps) = s;
+    query->last_step = s;
 }
 
 loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err) {
     loci_query *query = ctx;
     loci_status read = loci_snapshot_check(query->snapshot, err);
     if (read != LOCI_OK) status = read;
-    close_steps(query, status == LOCI_OK);
+    close_steps(query, status == LOCI_OK, true);
     return status;
 }
 
-/* Whether the corpus's tokens have an output of their own first. */
-static bool goes_apart(const loci_query *query) {
+bool loci_attend_apart(const loci_query *query) {
     return query->settings.attn_scale != 1;
 }
 
 /* Of the slot's part. */
 static uint32_t part_rows(const loci_query *query, const loci_attend_call *call) {
-    return (goes_apart(query) ? 2 : 1) * call->rows;
+    return (loci_attend_apart(query) ? 2 : 1) * call->rows;
 }
 
 /* Whether the steps so far have to have run before the next is enqueued: they are many, each is
  * large (apart), or the part that they use is to grow. */
 static bool must_wait(const loci_query *query, const loci_attend_call *call) {
     size_t bytes = part_bytes(part_rows(query, call), call->q_heads, call->head_dim, call->rows);
-    return query->steps && (query->step_count == STEPS_MOST || query->step_work > WORK_MOST ||
-                            goes_apart(query) || bytes > query->slot->part_bytes);
+    return query->step_count > 0 &&
+           (query->step_count == STEPS_MOST || query->step_work > WORK_MOST ||
+            loci_attend_apart(query) || bytes > query->slot->part_bytes);
 }
 
 /* The record of a tile's step; the query's from here on. */
@@ -394,15 +405,16 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call,
                              loci_error *err) {
     *out = NULL;
     size_t count = (size_t)call->rows * call->q_heads;
-    bool apart = goes_apart(query);
+    bool apart = loci_attend_apart(query);
     /* Behind the three, what an output of its own begins with. */
     step *s = calloc(1, sizeof *s + count * (3 + (apart ? call->head_dim : 0)) * sizeof(float));
     if (!s) return loci_fail(err, LOCI_E_NOMEM, "no memory for an attention step");
-    *(query->last_step ? &query->last_step->next : &query->steps) = s;
-    query->last_step = *out = s;
+    *out = s;
+    loci_attend_keep(query, s);
     query->step_count++;
     query->step_work += call->rows * query->view->tokens;
     s->call = *call;
+    s->lookup = query->slot->lookup;
     s->params = *params;
     uint32_t from = query->evidence_from, position = call->row_position;
     s->row_begin = from <= position               ? 0
@@ -430,7 +442,7 @@ static loci_status attend_tile(loci_query *query, const loci_attend_call *call,
     LOCI_TRY(loci_cancel_check(query->cancel));
     if (must_wait(query, call)) {
         LOCI_TRY(loci_query_settle(query, call->stream, err));
-        close_steps(query, true);
+        close_steps(query, true, false);
     }
     step *s;
     LOCI_TRY(open_step(query, call, params, dense_reads, &s, err));
@@ -477,7 +489,7 @@ static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call,
  * cancelling takes effect between them, on a device where the host waits for it. */
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err) {
     loci_query *query = ctx;
-    const loci_select_params params = layer_params(query, call);
+    const loci_select_params params = loci_attend_params(query, call);
     uint32_t most = tile_rows(query, call, &params), dense = dense_rows(query, call);
     for (uint32_t row = 0; row < call->rows; row += most) {
         loci_attend_call tile = *call;

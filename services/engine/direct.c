@@ -31,6 +31,8 @@ static loci_status ask_question(loci_query *query, loci_error *err) {
     loci_sequence_reset(sequence);
     loci_sequence_jump(sequence, query->start);
     loci_sequence_set_attend(sequence, loci_corpus_attend, loci_corpus_attended, query);
+    if (query->engine->backend->ops->attribute_each)
+        loci_sequence_set_together(sequence, &loci_corpus_together);
     loci_sequence_scale_attention(sequence, loci_query_attention_scale(query));
     loci_query_reach(query, true);
     loci_status status;

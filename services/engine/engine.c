@@ -249,6 +249,8 @@ static void close_slots(loci_engine *engine) {
         loci_slot_close(engine, &engine->slots[i]);
     }
     loci_batch_close(engine->batch);
+    for (uint32_t i = 0; i < LOCI_ATTEND_GROUPS; i++)
+        loci_company_close(engine, &engine->company[i]);
     free(engine->slots);
 }
 

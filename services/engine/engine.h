@@ -131,6 +131,8 @@ typedef struct loci_passage {
     uint64_t answer_start, answer_end; /* where it stands in the document; equal: not literally */
 } loci_passage;
 
+/* Of what questions that decode in one pass read once for all of them (together.c) each has an
+ * equal part of the bytes, but for kv_dense_bytes, and the whole of lookup_ms. */
 typedef struct loci_usage {
     uint64_t corpus_tokens, question_tokens, answer_tokens, decode_steps;
     uint64_t kv_read_bytes, index_read_bytes, kv_dense_bytes, fetched_bytes;

@@ -4,8 +4,8 @@
  *
  * A slot is the reusable working memory of a question (sequence, look-ups, device buffers); the
  * engine has queries_max of them and a question owns one from admission to its end. All of a slot
- * is touched by the question's thread only, but the sequence by whoever runs its pass
- * (model/batch.h).
+ * is touched by the question's thread only, but the sequence by whoever runs its pass, and in it,
+ * in its place while it waits, by a question that reads the corpus for both (model/batch.h).
  */
 #ifndef LOCI_SERVICES_ENGINE_QUERY_H
 #define LOCI_SERVICES_ENGINE_QUERY_H
@@ -36,6 +36,13 @@ typedef struct loci_slot {
     loci_buffer *mass; /* f32, one for each segment of the view; while a question runs; NULL: the
                           attention on each is not asked for */
 } loci_slot;
+
+/* Working memory of the look-ups that several questions have in common, of one group of a pass
+ * (loci_attend_together); made when it is first used. */
+typedef struct loci_company {
+    loci_lookup *lookup;
+    loci_buffer *rows; /* of LOCI_GEMM_FEW_ROWS rows (together.c) */
+} loci_company;
 
 /* Thresholds of mode squeezed for one corpus revision (squeezed.c): of a question's rows and of a
  * next token, for the shares 2^(-i/2) of the tokens to be kept, of roots and leaves. */
@@ -68,6 +75,7 @@ struct loci_engine {
     pthread_mutex_t lock;
     pthread_cond_t slot_free;
     loci_batch *batch; /* of the slots' sequences; NULL where there is one slot */
+    loci_company company[LOCI_ATTEND_GROUPS]; /* by group of a pass of the batch */
     loci_slot *slots;
     unsigned slot_count, waiting, waiting_max;
     loci_squeezed_table squeezed; /* the last one used; under lock */
@@ -94,9 +102,9 @@ typedef struct loci_query {
         sink_mass; /* attention on the shared prefix so far, summed over layers, rows and heads */
     uint64_t step_bytes;                        /* read since it was last set to 0 */
     struct loci_attend_step *steps, *last_step; /* corpus_attend.c: of the pass under way */
-    uint32_t step_count;
-    uint64_t step_work; /* rows times tokens of these */
-    uint64_t reserved;  /* in the memory budget, beyond the slot */
+    uint32_t step_count;                        /* that are its own alone */
+    uint64_t step_work;                         /* rows times tokens of these */
+    uint64_t reserved;                          /* in the memory budget, beyond the slot */
 } loci_query;
 
 /* query.c: takes a slot and a snapshot, tokenises the question; fini releases all. */
@@ -141,6 +149,10 @@ LOCI_MUST_CHECK loci_status loci_stock_prompt_tokens(const loci_model *model, ui
  * at the pass's end what that has read to the usage (loci_attended_fn). */
 loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_error *err);
 loci_status loci_corpus_attended(void *ctx, loci_status status, loci_error *err);
+/* together.c: for loci_sequence_set_together with these hooks. Questions about one revision of a
+ * corpus, whose next tokens read a layer whole, read it together. */
+extern const loci_attend_together loci_corpus_together;
+void loci_company_close(loci_engine *engine, loci_company *company);
 /* Clears the masses; before the first step of an attributed pass. */
 LOCI_MUST_CHECK loci_status loci_corpus_attend_begin(loci_query *query, loci_error *err);
 /* The `count` segments with most mass, best first; share of each of the corpus's mass. */

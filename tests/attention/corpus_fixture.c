@@ -418,11 +418,18 @@ static void enqueue(const fixture *f, loci_lookup *lookup, fixture_run *run, loc
 static void attribute(const fixture *f, loci_lookup *lookup, const fixture_run *run, loci_ref total,
                       loci_ref mass) {
     const loci_backend_ops *ops = f->backend->ops;
-    size_t bytes = f->segments * sizeof *run->mass;
+    uint32_t masses = run->params.each ? run->rows : 1;
+    size_t one = f->segments * sizeof *run->mass, bytes = masses * one;
+    loci_ref each[LOCI_GEMM_FEW_ROWS] = {0};
     memset(run->mass, 0, bytes);
     ops->upload(f->stream, total, run->total, (size_t)run->rows * f->q_heads * sizeof *run->total);
     ops->upload(f->stream, mass, run->mass, bytes);
-    ops->attribute(f->stream, lookup, total, run->row_begin, mass);
+    for (uint32_t i = 0; run->params.each && i < masses; i++)
+        if (!(run->unasked >> i & 1)) each[i] = loci_ref_at(mass.buffer, mass.offset + i * one);
+    if (run->params.each)
+        ops->attribute_each(f->stream, lookup, total, each);
+    else
+        ops->attribute(f->stream, lookup, total, run->row_begin, mass);
     ops->download(f->stream, run->mass, mass, bytes);
 }
 
@@ -433,7 +440,8 @@ loci_status fixture_look_up(const fixture *f, fixture_run *run, loci_error *err)
     loci_lookup *lookup = NULL;
     loci_status status;
     LOCI_TRY(ops->lookup_create(f->backend, &lookup, err));
-    size_t mass_bytes = run->mass ? f->segments * sizeof *run->mass : 0;
+    uint32_t masses = !run->mass ? 0 : run->params.each ? run->rows : 1;
+    size_t mass_bytes = masses * f->segments * sizeof *run->mass;
     LOCI_TRY_GOTO(ops->alloc(f->backend, 2 * (q_bytes + lse_bytes) + mass_bytes, &buffer, err),
                   out);
     loci_ref q = loci_ref_at(buffer, 0), out_ref = loci_ref_at(buffer, q_bytes);

@@ -89,8 +89,10 @@ typedef struct fixture_run {
     size_t selected_count;
     bool want_selected;
     const float *total; /* [rows][q_heads] for attribution, or NULL */
-    float *mass;        /* then: masses of the segments, of rows from row_begin on */
+    float *mass; /* then: masses of the segments, of rows from row_begin on; with params.each
+                    [rows][segments] */
     uint32_t row_begin;
+    uint32_t unasked; /* with params.each: rows whose mass is not asked for, as bits */
     loci_lookup_stats stats;
     uint64_t ns[4]; /* nodes with begin, codes, select, attend */
 } fixture_run;

@@ -317,6 +317,89 @@ static void test_company_changes_no_bit_of_a_row(void **state) {
     }
 }
 
+/* The CPU's, of one row: of the others all weights are 0. */
+static void attribute_row(const twin *t, fixture_run *run, uint32_t row, float *total,
+                          float *mass) {
+    size_t heads = t->f.q_heads;
+    loci_error err = {0};
+    for (size_t i = 0; i < run->rows * heads; i++)
+        total[i] = i / heads == row ? run->total[i] : INFINITY;
+    fixture_run one = *run;
+    one.params.each = false;
+    one.total = total;
+    one.mass = mass;
+    must(fixture_look_up(&t->f, &one, &err), &err);
+    run->stats = one.stats;
+}
+
+static void compare_each(scene *s, twin *t, const setting *c, uint32_t unasked) {
+    size_t heads = (size_t)s->rows * s->f.q_heads, values = heads * s->f.dim;
+    size_t segments = s->f.segments;
+    loci_select_params params = {.mode = LOCI_MODE_DENSE, .each = true};
+    float *out = calloc(values + 3 * heads + (s->rows + 1) * segments, sizeof *out);
+    float *total = out + values + heads, *some = total + heads, *mass = some + heads;
+    float *theirs = mass + s->rows * segments;
+    char what[160];
+    loci_error err = {0};
+    assert_non_null(out);
+    describe(what, c, &params);
+    for (size_t i = 0; i < heads; i++) total[i] = (float)s->ref_lse[i];
+    fixture_run run = {.rows = s->rows,
+                       .q = s->q,
+                       .steady = s->steady,
+                       .params = params,
+                       .out = s->out,
+                       .lse = s->lse,
+                       .total = total,
+                       .mass = mass,
+                       .unasked = unasked};
+    must(fixture_look_up(&s->f, &run, &err), &err);
+    uint64_t selected = run.stats.selected_tokens, read = run.stats.kv_bytes;
+    run.out = out;
+    run.lse = out + values;
+    for (uint32_t row = 0; row < s->rows; row++) {
+        float *ours = mass + row * segments;
+        attribute_row(t, &run, row, some, theirs);
+        bool asked = !(unasked >> row & 1);
+        for (size_t i = 0; i < segments; i++) /* as in compare_run */
+            if (!asked)
+                assert_true(ours[i] == 0.0f);
+            else if (theirs[i] > (float)s->f.q_heads)
+                ours[i] = theirs[i];
+        if (asked) compare_values(ours, theirs, segments, 2e-4, what);
+    }
+    compare_values(s->out, run.out, values, 2e-4, what);
+    compare_values(s->lse, run.lse, heads, 2e-4, what);
+    assert_int_equal(selected, run.stats.selected_tokens);
+    assert_int_equal(read, run.stats.kv_bytes);
+    free(out);
+}
+
+/* Rows of several questions in one look-up, each with its own mass: from kept logits, from keys
+ * that are read again, and where some are not asked for. */
+static void test_masses_of_each_row_equal_the_cpu(void **state) {
+    (void)state;
+    static const uint32_t groups[] = {7, 1, 8, 3, 16, 5};
+    uint64_t rng = seed * 2 + 21;
+    for (uint32_t round = 0; round < 24; round++) {
+        setting c = random_setting(&rng);
+        c.group = groups[round % 6];
+        c.rows = 1 + round % 8;
+        c.flat_segments = round % 3;
+        c.tokens += round % 2 ? 1500 : 0;
+        if (round >= 20) c.extent_tokens = 41; /* as many extents as there are segments */
+        scene s = open_scene(c);
+        if (round % 4 == 1) kill_some(&s, 2);
+        twin t = twin_open(&s.f);
+        compare_each(&s, &t, &c, 0);
+        compare_each(&s, &t, &c, (uint32_t)fixture_random(&rng));
+        ((loci_cuda *)s.f.backend->ctx)->room_bytes = 0;
+        compare_each(&s, &t, &c, round % 3 ? 0 : (uint32_t)fixture_random(&rng));
+        twin_close(&t);
+        close_scene(&s);
+    }
+}
+
 /* The default settings on a corpus of several extents, where all stages have work. */
 static void test_default_reach_equals_the_cpu(void **state) {
     (void)state;
@@ -596,6 +679,7 @@ int main(void) {
         cmocka_unit_test(test_whole_equals_the_cpu),
         cmocka_unit_test(test_all_is_read_where_that_is_faster),
         cmocka_unit_test(test_company_changes_no_bit_of_a_row),
+        cmocka_unit_test(test_masses_of_each_row_equal_the_cpu),
         cmocka_unit_test(test_default_reach_equals_the_cpu),
         cmocka_unit_test(test_limited_candidates_equal_the_cpu),
         cmocka_unit_test(test_squeezed_scores_equal_the_cpu),

@@ -2,7 +2,7 @@
  *
  * Questions that run at the same time, which share forward passes: each is answered as if it were
  * asked alone, event by event and to the last bit of every score, whoever else asks, is cancelled
- * or meets a damaged extent.
+ * or meets a damaged extent; also where those of one corpus read layers together.
  */
 #include <fcntl.h>
 #include <ftw.h>
@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "base/rng.h"
+#include "tests/services/each_row.h"
 #include "tests/services/modes_support.h"
 
 #define AT_ONCE 8u
@@ -40,7 +41,9 @@ typedef struct asker {
     loci_cancel *cancel; /* requested at the third event from `cancel_from` on */
     bool cancels;
     unsigned events;
-    loci_buf seen; /* every event but for times */
+    loci_buf seen; /* every event but for times, and for bytes where they are read together */
+    loci_usage usage;
+    bool together;
     loci_status status;
     loci_error err;
 } asker;
@@ -62,7 +65,8 @@ static loci_status keep(void *ctx, const loci_event *event, loci_error *err) {
                         (unsigned long long)p->end);
         put_double(&a->seen, p->share);
     }
-    if (event->kind == LOCI_EVENT_USAGE)
+    if (event->kind == LOCI_EVENT_USAGE) a->usage = *event->usage;
+    if (event->kind == LOCI_EVENT_USAGE && !a->together)
         loci_buf_printf(&a->seen, "%llu %llu %llu ", (unsigned long long)event->usage->decode_steps,
                         (unsigned long long)event->usage->index_read_bytes,
                         (unsigned long long)event->usage->kv_read_bytes);
@@ -118,14 +122,20 @@ static void draw(asker *a, loci_engine *engine, unsigned number, uint64_t seed) 
         .seed = seed};
 }
 
-static void same_as_alone(const asker *a) {
-    asker alone = {.engine = a->engine, .request = a->request, .seen = LOCI_BUF_INIT};
+static uint64_t alone_read; /* by the questions asked alone */
+
+static void same_as_alone(asker *a) {
+    asker alone = {
+        .engine = a->engine, .request = a->request, .together = a->together, .seen = LOCI_BUF_INIT};
     ask(&alone);
     if (alone.status != LOCI_OK) fail_msg("%s", alone.err.text);
     if (a->status != LOCI_OK) fail_msg("%s", a->err.text);
     assert_int_equal(a->seen.len, alone.seen.len);
     assert_memory_equal(a->seen.data, alone.seen.data, alone.seen.len);
     loci_buf_fini(&alone.seen);
+    assert_true(a->usage.kv_dense_bytes == alone.usage.kv_dense_bytes);
+    assert_true(a->usage.decode_steps == alone.usage.decode_steps);
+    alone_read += alone.usage.kv_read_bytes + alone.usage.index_read_bytes;
 }
 
 static void ask_together(asker *askers, unsigned count) {
@@ -155,13 +165,28 @@ static void test_answers_are_those_of_questions_asked_alone(void **state) {
     }
 }
 
-static void test_cancelled_questions_disturb_nobody(void **state) {
-    (void)state;
+/* --- Read together ----------------------------------------------------------------------------
+ */
+
+/* Of 16, those of the causal corpus and those without a mode of their own among them; in the first
+ * layer all of one corpus read everything. */
+static void draw_together(asker *a, unsigned number, uint64_t seed) {
+    static const int modes[] = {LOCI_MODE_DENSE, LOCI_MODE_DENSE, LOCI_MODE_HIERARCHICAL,
+                                LOCI_MODE_SQUEEZED};
+    draw(a, stock, number, seed);
+    a->together = true;
+    a->request.corpus = number % 5 == 4 ? "text" : number % 7 == 6 ? "note" : "books";
+    a->request.mode = modes[number % 4];
+    a->request.read_twice = 0;
+    a->request.max_tokens = 24;
+}
+
+static void check_cancelled(void (*draw_one)(asker *a, unsigned number, uint64_t seed)) {
     asker askers[ASKERS];
     loci_cancel cancel[ASKERS];
     unsigned cancelled = 0;
     for (unsigned i = 0; i < ASKERS; i++) {
-        draw(&askers[i], stock, i, 5);
+        draw_one(&askers[i], i, 5);
         loci_cancel_init(&cancel[i], 0);
         askers[i].cancel = &cancel[i];
         askers[i].cancels = i % 5 == 1;
@@ -179,6 +204,43 @@ static void test_cancelled_questions_disturb_nobody(void **state) {
         loci_buf_fini(&askers[i].seen);
     }
     assert_true(cancelled > 0);
+}
+
+static void draw_stock(asker *a, unsigned number, uint64_t seed) {
+    draw(a, stock, number, seed);
+}
+
+static void test_cancelled_questions_disturb_nobody(void **state) {
+    (void)state;
+    check_cancelled(draw_stock);
+    each_row_begin(stock->backend);
+    check_cancelled(draw_together);
+    assert_true(each_row_rows >= 2 * each_row_calls && each_row_calls > 0);
+    each_row_end(stock->backend);
+}
+
+static void test_questions_of_a_corpus_read_it_together(void **state) {
+    (void)state;
+    change_settings(stock, "books", 1, 1, 1);
+    each_row_begin(stock->backend);
+    for (uint64_t seed = 11; seed <= 13; seed++) {
+        uint64_t read = 0;
+        asker askers[ASKERS];
+        for (unsigned i = 0; i < ASKERS; i++) draw_together(&askers[i], i, seed);
+        ask_together(askers, ASKERS);
+        alone_read = 0;
+        for (unsigned i = 0; i < ASKERS; i++) {
+            same_as_alone(&askers[i]);
+            read += askers[i].usage.kv_read_bytes + askers[i].usage.index_read_bytes;
+            loci_buf_fini(&askers[i].seen);
+        }
+        assert_true(read < alone_read);
+    }
+    print_message("%llu rows in %llu look-ups\n", (unsigned long long)each_row_rows,
+                  (unsigned long long)each_row_calls);
+    assert_true(each_row_rows >= 2 * each_row_calls && each_row_calls > 0);
+    each_row_end(stock->backend);
+    change_settings(stock, "books", 0, 1, 1);
 }
 
 static char extent_path[512], extent_folder[64];
@@ -210,12 +272,10 @@ static void damage_extent(const char *corpus) {
     close(file);
 }
 
-static void test_a_damaged_extent_is_one_corpuss_own(void **state) {
-    (void)state;
+static void check_damaged(void (*draw_one)(asker *a, unsigned number, uint64_t seed)) {
     asker askers[ASKERS];
-    damage_extent("narrow");
     for (unsigned i = 0; i < ASKERS; i++) {
-        draw(&askers[i], stock, i, 6);
+        draw_one(&askers[i], i, 6);
         if (i % 4 != 0) continue;
         askers[i].request.corpus = "narrow";
         askers[i].request.mode = LOCI_MODE_DENSE;
@@ -233,10 +293,20 @@ static void test_a_damaged_extent_is_one_corpuss_own(void **state) {
     }
 }
 
+static void test_a_damaged_extent_is_one_corpuss_own(void **state) {
+    (void)state;
+    damage_extent("narrow");
+    check_damaged(draw_stock);
+    each_row_begin(stock->backend);
+    check_damaged(draw_together);
+    each_row_end(stock->backend);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_answers_are_those_of_questions_asked_alone),
         cmocka_unit_test(test_cancelled_questions_disturb_nobody),
+        cmocka_unit_test(test_questions_of_a_corpus_read_it_together),
         cmocka_unit_test(test_a_damaged_extent_is_one_corpuss_own),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
