@@ -7,6 +7,8 @@
 #include "attention/cuda/rows.h"
 #include "attention/cuda/whole.h"
 
+_Static_assert(LOCI_CUDA_EACH_ROWS == LOCI_GEMM_FEW_ROWS, "as many as decode together");
+
 /* Between these two, work that reads rows of pairs. */
 static void enter_rows(loci_stream *stream, loci_lookup *lookup, loci_cuda_row_cache *cache) {
     *cache = (loci_cuda_row_cache){0};
@@ -59,28 +61,31 @@ static bool attend_rows(loci_stream *stream, loci_lookup *lookup, bool listed,
     return lookup->ready;
 }
 
-/* Room for what attribution and figures of a single row begin with: logits, a list's in the place
- * of its estimates, which have done their work, and zeros. */
+static uint32_t segments_of(const loci_corpus_view *corpus) {
+    return corpus->flat_segment_base + corpus->flat_segments;
+}
+
+/* Room for what attribution and figures of a single row, or of each of a few, begin with: logits, a
+ * list's in the place of its estimates, which have done their work, and zeros. */
 static bool keep_logits(loci_stream *stream, loci_lookup *lookup, bool listed,
                         loci_cuda_attend *args) {
-    const loci_corpus_view *corpus = lookup->corpus;
-    size_t segments = (size_t)corpus->flat_segment_base + corpus->flat_segments;
+    size_t masses = (size_t)lookup->look.rows * segments_of(lookup->corpus);
     if (listed) {
         args->logits = lookup->choice.score;
         args->room = lookup->choice.room;
     } else {
         args->room = (uint64_t)lookup->look.words * 32;
-        size_t bytes = lookup->look.q_heads * args->room * sizeof *args->logits;
+        size_t bytes = lookup->look.rows * lookup->look.q_heads * args->room * sizeof *args->logits;
         if (bytes > lookup->cuda->room_bytes) return true; /* keys are read again */
         args->logits = look_alloc(stream, lookup, bytes);
         if (!args->logits) return false;
     }
-    args->zeroed_count = (uint32_t)(segments + sizeof *lookup->figures / sizeof *args->zeroed);
+    args->zeroed_count = (uint32_t)(masses + sizeof *lookup->figures / sizeof *args->zeroed);
     args->zeroed = look_alloc(stream, lookup, args->zeroed_count * sizeof *args->zeroed);
     lookup->logits = args->logits;
     lookup->room = args->room;
     lookup->mass = args->zeroed;
-    lookup->figures = args->zeroed ? (void *)(args->zeroed + segments) : NULL;
+    lookup->figures = args->zeroed ? (void *)(args->zeroed + masses) : NULL;
     return args->zeroed != NULL;
 }
 
@@ -115,7 +120,8 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
         args.extents = 1;
         args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;
     }
-    bool keeps = listed || (whole && look->rows == 1 && (!wide || loci_cuda_wide_narrow(look)));
+    bool few = look->rows == 1 || lookup->params.each;
+    bool keeps = listed || (whole && few && (!wide || loci_cuda_wide_narrow(look)));
     if (keeps && !keep_logits(stream, lookup, listed, &args)) return;
     size_t partials = (size_t)args.extents * look->kv_heads * args.parts *
                       loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
@@ -145,8 +151,8 @@ static bool put_flat(loci_stream *stream, loci_lookup *lookup, loci_cuda_attribu
 }
 
 /* Sums of masses where attention has not left zeros. */
-static bool clear_mass(loci_stream *stream, loci_lookup *lookup, uint32_t segments) {
-    size_t bytes = segments * sizeof *lookup->mass;
+static bool clear_mass(loci_stream *stream, loci_lookup *lookup, size_t masses) {
+    size_t bytes = masses * sizeof *lookup->mass;
     if (lookup->logits) return true;
     lookup->mass = look_alloc(stream, lookup, bytes);
     return lookup->mass &&
@@ -154,35 +160,56 @@ static bool clear_mass(loci_stream *stream, loci_lookup *lookup, uint32_t segmen
                          "cudaMemset");
 }
 
-void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
-                         uint32_t row_begin, loci_ref mass) {
-    if (!lookup->ready || !lookup->attended) return;
-    if (!lookup->logits && !lookup->wide_chunk && !look_mask(stream, lookup)) return;
-    const loci_corpus_view *corpus = lookup->corpus;
+/* args: which rows, and where their masses go. */
+static void attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                      loci_cuda_attribution *args) {
     const loci_cuda_look *look = &lookup->look;
-    uint32_t segments = corpus->flat_segment_base + corpus->flat_segments;
     size_t lse = (size_t)look->rows * look->q_heads * sizeof(float);
-    loci_cuda_attribution args = {
-        .total_lse = loci_cuda_ptr(stream, total_lse, lse),
-        .row_begin = row_begin,
-        .out = loci_cuda_ptr(stream, mass, segments * sizeof(float)),
-        .segments = segments,
-        .logits = lookup->logits,
-        .room = lookup->room,
-        .wide_chunk = lookup->wide_chunk,
-        .wide_chunks = lookup->wide_chunk ? loci_cuda_wide_parts(lookup, lookup->wide_chunk) : 0,
-        .exact = wide_exact(lookup) || loci_cuda_wide_narrow(look),
-    };
-    if (!args.total_lse || !args.out || !clear_mass(stream, lookup, segments) ||
-        !put_flat(stream, lookup, &args))
+    args->segments = segments_of(lookup->corpus);
+    args->total_lse = loci_cuda_ptr(stream, total_lse, lse);
+    args->logits = lookup->logits;
+    args->room = lookup->room;
+    args->wide_chunk = lookup->wide_chunk;
+    if (lookup->wide_chunk)
+        args->wide_chunks = loci_cuda_wide_parts(lookup, lookup->wide_chunk);
+    args->exact = wide_exact(lookup) || loci_cuda_wide_narrow(look);
+    if (!args->total_lse ||
+        !clear_mass(stream, lookup, (size_t)args->segments * (args->each ? look->rows : 1)) ||
+        !put_flat(stream, lookup, args))
         return;
-    args.mass = lookup->mass;
-    if (!lookup->logits) enter_rows(stream, lookup, &args.cache);
+    args->mass = lookup->mass;
+    if (!lookup->logits) enter_rows(stream, lookup, &args->cache);
     if (lookup->ready)
         (void)look_launched(stream, lookup,
                             loci_cuda_k_attribute(stream->stream, look,
                                                   lookup->tokens_scored ? &lookup->choice : NULL,
-                                                  &args),
+                                                  args),
                             "attribute");
     if (!lookup->logits) leave_rows(stream, lookup, false);
+}
+
+/* Whether there is something to attribute; masks where they say what was attended to. */
+static bool may_attribute(loci_stream *stream, loci_lookup *lookup) {
+    return lookup->ready && lookup->attended &&
+           (lookup->logits || lookup->wide_chunk || look_mask(stream, lookup));
+}
+
+void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                         uint32_t row_begin, loci_ref mass) {
+    if (!may_attribute(stream, lookup)) return;
+    size_t bytes = segments_of(lookup->corpus) * sizeof(float);
+    loci_cuda_attribution args = {.row_begin = row_begin, .row_end = lookup->look.rows};
+    args.out[0] = loci_cuda_ptr(stream, mass, bytes);
+    if (args.out[0]) attribute(stream, lookup, total_lse, &args);
+}
+
+void loci_cuda_attribute_each(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                              const loci_ref *mass) {
+    LOCI_ASSERT(lookup->params.each && lookup->look.rows <= LOCI_GEMM_FEW_ROWS);
+    if (!may_attribute(stream, lookup)) return;
+    size_t bytes = segments_of(lookup->corpus) * sizeof(float);
+    loci_cuda_attribution args = {.row_end = lookup->look.rows, .each = true};
+    for (uint32_t row = 0; row < lookup->look.rows; row++)
+        if (mass[row].buffer) args.out[row] = loci_cuda_ptr(stream, mass[row], bytes);
+    attribute(stream, lookup, total_lse, &args);
 }

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What attention over a corpus tells beside its output: the attention mass of segments, and the
- * figures of a look-up. A single row's come from the logits that its attention left; else a block
- * takes a chunk of a pair's slots and a tile of vectors, lists what masks hold and reads their keys
- * again.
+ * figures of a look-up. Those of a single row, and masses of each of a few rows, come from the
+ * logits that attention left; else a block takes a chunk of a pair's slots and a tile of vectors,
+ * lists what masks hold and reads their keys again.
  */
 #include "attention/cuda/chunks.cuh"
 #include "attention/cuda/radix.cuh"
@@ -16,6 +16,16 @@
 static __device__ __forceinline__ mass_t mass_of(float below_total) {
     if (!(below_total > -INFINITY)) return 0;
     return (mass_t)((double)fminf(expf(below_total), 6.0e7f) * LOCI_CUDA_MASS_UNIT);
+}
+
+static __device__ __forceinline__ bool counts_row(const loci_cuda_attribution &args, uint32_t row) {
+    return row >= args.row_begin && row < args.row_end;
+}
+
+/* The sums of a row. */
+static __device__ __forceinline__ mass_t *masses_of(const loci_cuda_attribution &args,
+                                                    uint32_t row) {
+    return args.mass + (args.each ? (size_t)row * args.segments : 0);
 }
 
 /* Shared memory of k_attribute: queries, rounded and the rest; for each warp two stages of K. */
@@ -80,13 +90,16 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     float total[2];
     chunk_work w;
     if (!chunk_of(look, chunk, chunks, &w)) return;
+    if ((w.tile + 1) * ROWS <= args.row_begin * look.group ||
+        w.tile * ROWS >= args.row_end * look.group)
+        return;
     uint32_t count = list_slots<TILE_THREADS>(look, w, list);
     split_vectors<DIM>(look, w.pair->kv_head, w.tile, q);
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
         uint32_t v = w.tile * ROWS + lane / 4 + half * 8, row = v / look.group;
         size_t at = (size_t)row * look.q_heads + w.pair->kv_head * look.group + v % look.group;
-        bool counts = v < look.vectors && row >= args.row_begin;
+        bool counts = v < look.vectors && counts_row(args, row);
         total[half] = counts ? args.total_lse[at] : INFINITY; /* of others all weights are 0 */
     }
     __syncthreads();
@@ -118,16 +131,23 @@ static __device__ __forceinline__ void add_flat(const loci_cuda_look &look,
                                                 uint32_t tile, uint32_t token) {
     float logit[2];
     attend_dots(m, logit);
-    mass_t mass = 0;
+    mass_t mass[2] = {};
+    uint32_t first = tile * ROWS + 2 * (threadIdx.x / 32), at[2];
     for (uint32_t i = 0; i < 2; i++) {
-        uint32_t v = tile * ROWS + 2 * (threadIdx.x / 32) + i, row = v / look.group;
-        if (v >= look.vectors || row < args.row_begin || token >= args.flat_tokens) continue;
+        uint32_t v = first + i, row = at[i] = v / look.group;
+        if (v >= look.vectors || !counts_row(args, row) || token >= args.flat_tokens) continue;
         uint32_t head = kv_head * look.group + v % look.group;
-        mass += mass_of(logit[i] - args.total_lse[(size_t)row * look.q_heads + head]);
+        mass[i] = mass_of(logit[i] - args.total_lse[(size_t)row * look.q_heads + head]);
     }
-    if (mass == 0) return;
+    if (!args.each || at[0] == at[1]) {
+        mass[0] += mass[1];
+        mass[1] = 0;
+    }
+    if (mass[0] == 0 && mass[1] == 0) return;
     uint32_t to = flat_segment(args, token);
-    if (to < args.segments) atomicAdd(&args.mass[to], mass);
+    if (to >= args.segments) return;
+    for (uint32_t i = 0; i < 2; i++)
+        if (mass[i]) atomicAdd(&masses_of(args, at[i])[to], mass[i]);
 }
 
 /* Flat tokens, KEYS a block; all vectors of one KV head. */
@@ -152,19 +172,21 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
     }
 }
 
-/* Masses join the output, and begin anew. */
+/* Masses join the outputs, one for each blockIdx.y, and begin anew. */
 static __global__ void k_add_mass(const loci_cuda_attribution args) {
     uint32_t s = blockIdx.x * blockDim.x + threadIdx.x;
+    float *out = args.out[blockIdx.y];
+    mass_t *mass = masses_of(args, blockIdx.y);
     await_previous();
-    if (s >= args.segments) return;
-    args.out[s] += (float)((double)args.mass[s] / LOCI_CUDA_MASS_UNIT);
-    args.mass[s] = 0;
+    if (s >= args.segments || !out) return;
+    out[s] += (float)((double)mass[s] / LOCI_CUDA_MASS_UNIT);
+    mass[s] = 0;
 }
 
 #define LIST_THREADS 256u
 #define LIST_SEGMENTS 32u
 #define WHOLE_THREADS 1024u
-#define WHOLE_BLOCKS 264u    /* of all KV heads together */
+#define WHOLE_BLOCKS 264u    /* of all KV heads and rows together */
 #define WHOLE_SEGMENTS 6144u /* as many as need no more shared memory than any kernel may use */
 
 /* Blocks of LIST_THREADS for a KV head's list, by the tokens that there are: the host does not know
@@ -174,26 +196,32 @@ static uint32_t list_blocks(const loci_cuda_look *look) {
     return blocks < 16 ? 16 : blocks > 256 ? 256 : blocks;
 }
 
-/* One row's segments from the logits of what it attended to: LISTED, its list's entries, of which
- * the cut says which they are, else all places, where tokens that are not live have none. together:
- * a block adds up masses in shared memory first, where many tokens are to few segments. */
+/* A row's segments from the logits of what it attended to: LISTED, its list's entries, of which the
+ * cut says which they are, else all places, where tokens that are not live have none. Blocks of one
+ * place are next to each other row by row, since they read the same words of slots. together: a
+ * block adds up masses in shared memory first, where many tokens are to few segments. */
 template <bool LISTED, uint32_t THREADS>
 static __global__ void __launch_bounds__(THREADS)
     k_attribute_kept(const loci_cuda_look look, const loci_cuda_choice c,
                      const loci_cuda_attribution args, bool together) {
     extern __shared__ float4 shared[];
     mass_t *own = (mass_t *)shared;
+    uint32_t row = LISTED ? 0 : blockIdx.x % look.rows, first_block = blockIdx.x / look.rows;
+    mass_t *masses = masses_of(args, row);
     for (uint32_t s = threadIdx.x; s < args.segments && together; s += THREADS) own[s] = 0;
     await_previous();
+    if (!counts_row(args, row) || (args.each && !args.out[row])) return;
     __syncthreads();
     uint32_t h = blockIdx.y, n = LISTED ? c.count[h] : look.words * 32;
-    const float *logits = args.logits + (size_t)h * look.group * args.room;
-    const float *total = args.total_lse + h * look.group;
+    const float *logits =
+        args.logits + ((size_t)h * look.rows + row) * look.group * (size_t)args.room;
+    const float *total = args.total_lse + (size_t)row * look.q_heads + h * look.group;
     const uint32_t *slots = c.slots + (size_t)h * c.room;
     const float *shares = c.share + (size_t)h * c.room;
     loci_cuda_cut cut = {};
     if (LISTED) cut = c.cut[h];
-    for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < n; i += gridDim.x * THREADS) {
+    for (uint32_t i = first_block * THREADS + threadIdx.x; i < n;
+         i += gridDim.x / look.rows * THREADS) {
         if (LISTED && !is_chosen(cut, shares[i], i)) continue;
         uint32_t slot;
         const loci_cuda_pair *pair = pair_at(look, h, LISTED ? slots[i] : i, &slot);
@@ -216,11 +244,11 @@ static __global__ void __launch_bounds__(THREADS)
         if (together)
             add_mass(&own[segment], mass);
         else
-            atomicAdd(&args.mass[segment], mass);
+            atomicAdd(&masses[segment], mass);
     }
     __syncthreads();
     for (uint32_t s = threadIdx.x; s < args.segments && together; s += THREADS)
-        if (own[s]) atomicAdd(&args.mass[s], own[s]);
+        if (own[s]) atomicAdd(&masses[s], own[s]);
 }
 
 static cudaError_t attribute_kept(cudaStream_t stream, const loci_cuda_look *look,
@@ -228,14 +256,16 @@ static cudaError_t attribute_kept(cudaStream_t stream, const loci_cuda_look *loo
                                   const loci_cuda_attribution *args) {
     bool together = args->segments <= (choice ? LIST_SEGMENTS : WHOLE_SEGMENTS);
     size_t bytes = together ? args->segments * sizeof(mass_t) : 0;
-    if (args->row_begin > 0) return cudaSuccess;
+    if (args->row_begin >= args->row_end) return cudaSuccess;
     if (choice)
         return launch_behind(stream, k_attribute_kept<true, LIST_THREADS>,
                              dim3(list_blocks(look), look->kv_heads), LIST_THREADS, bytes, *look,
                              *choice, *args, together);
-    dim3 grid((WHOLE_BLOCKS + look->kv_heads - 1) / look->kv_heads, look->kv_heads);
+    uint32_t blocks = WHOLE_BLOCKS / (look->kv_heads * look->rows);
     uint32_t most = (look->words * 32 + WHOLE_THREADS - 1) / WHOLE_THREADS;
-    if (grid.x > most) grid.x = most;
+    if (blocks > most) blocks = most;
+    if (blocks == 0) blocks = 1;
+    dim3 grid(blocks * look->rows, look->kv_heads);
     return launch_behind(stream, k_attribute_kept<false, WHOLE_THREADS>, grid, WHOLE_THREADS, bytes,
                          *look, loci_cuda_choice{}, *args, together);
 }
@@ -253,16 +283,32 @@ static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *l
     return cudaGetLastError();
 }
 
-/* Segments of pairs. */
-static cudaError_t attribute_pairs(cudaStream_t stream, const loci_cuda_look *look,
-                                   const loci_cuda_choice *choice,
-                                   const loci_cuda_attribution *args) {
-    if (args->logits) return attribute_kept(stream, look, choice, args);
+/* Reads the keys again. */
+static cudaError_t attribute_anew(cudaStream_t stream, const loci_cuda_look *look,
+                                  const loci_cuda_attribution *args) {
     if (args->wide_chunk) return loci_cuda_k_attribute_wide(stream, look, args);
     if (look->dim <= 32) return launch_attribute<32>(stream, look, args);
     if (look->dim <= 64) return launch_attribute<64>(stream, look, args);
     if (look->dim <= 128) return launch_attribute<128>(stream, look, args);
     return launch_attribute<256>(stream, look, args);
+}
+
+/* Segments of pairs. */
+static cudaError_t attribute_pairs(cudaStream_t stream, const loci_cuda_look *look,
+                                   const loci_cuda_choice *choice,
+                                   const loci_cuda_attribution *args) {
+    cudaError_t result = cudaSuccess;
+    if (args->logits) return attribute_kept(stream, look, choice, args);
+    if (!args->each) return attribute_anew(stream, look, args);
+    for (uint32_t row = args->row_begin; row < args->row_end && result == cudaSuccess; row++) {
+        loci_cuda_attribution one = *args;
+        one.row_begin = row;
+        one.row_end = row + 1;
+        one.each = false;
+        one.mass = args->mass + (size_t)row * args->segments;
+        if (args->out[row]) result = attribute_anew(stream, look, &one);
+    }
+    return result;
 }
 
 extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
@@ -284,7 +330,8 @@ extern "C" cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cud
         result = cudaGetLastError();
         if (result != cudaSuccess) return result;
     }
-    return launch_behind(stream, k_add_mass, (args->segments + 255) / 256, 256, 0, *args);
+    dim3 grid((args->segments + 255) / 256, args->each ? look->rows : 1);
+    return launch_behind(stream, k_add_mass, grid, 256, 0, *args);
 }
 
 /* --- figures --------------------------------------------------------------------------- */

@@ -574,6 +574,7 @@ const loci_backend_ops loci_backend_cuda = {
     .select = loci_cuda_select,
     .attend_sparse = loci_cuda_attend_sparse,
     .attribute = loci_cuda_attribute,
+    .attribute_each = loci_cuda_attribute_each,
     .score_segments = loci_cuda_score_segments,
     .lookup_candidates = loci_cuda_lookup_candidates,
     .lookup_selected = loci_cuda_lookup_selected,

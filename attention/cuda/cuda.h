@@ -154,6 +154,8 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
                              uint32_t out_stride, loci_ref lse);
 void loci_cuda_attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
                          uint32_t row_begin, loci_ref mass);
+void loci_cuda_attribute_each(loci_stream *stream, loci_lookup *lookup, loci_ref total_lse,
+                              const loci_ref *mass);
 void loci_cuda_score_segments(loci_stream *stream, const struct loci_corpus_view *corpus,
                               uint32_t retrieval_layer, loci_ref q, uint32_t q_stride,
                               uint32_t rows, uint32_t q_heads, float scale,

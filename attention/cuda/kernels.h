@@ -250,8 +250,9 @@ typedef struct loci_cuda_attend {
     float *out, *lse;
     uint32_t out_stride;
     loci_cuda_row_cache cache; /* of pairs with frame_of */
-    /* Of one row, for attribution: exact logits [kv_heads][group][room], by place in the list or in
-     * a mask; NULL = not kept. Cleared by the way: what attribution and figures count in. */
+    /* For attribution, of one row, or of each of a few: exact logits [kv_heads][vectors][room], by
+     * place in the list or in a mask; NULL = not kept. Cleared by the way: what attribution and
+     * figures count in. */
     float *logits;
     uint64_t room;
     unsigned long long *zeroed;
@@ -267,14 +268,17 @@ cudaError_t loci_cuda_k_attend_sparse(cudaStream_t stream, const loci_cuda_look 
 cudaError_t loci_cuda_k_join(cudaStream_t stream, const loci_cuda_look *look,
                              const loci_cuda_attend *args);
 
+#define LOCI_CUDA_EACH_ROWS 8u /* most rows that have a mass each */
+
 /* Segment masses as integers of 2^-36, so that atomics add them up the same in any order. */
 #define LOCI_CUDA_MASS_UNIT 68719476736.0
 
 typedef struct loci_cuda_attribution {
     const float *total_lse; /* [rows][q_heads] */
-    uint32_t row_begin;
-    unsigned long long *mass; /* [segments], zeros before and after */
-    float *out;
+    uint32_t row_begin, row_end;
+    bool each;                       /* a mass for each row, else one for all of them */
+    unsigned long long *mass;        /* [rows or 1][segments], zeros before and after */
+    float *out[LOCI_CUDA_EACH_ROWS]; /* NULL: the row's is not asked for */
     uint32_t segments;
     uint32_t wide_chunk;  /* of whole_wide.cu, over all live tokens; 0: over what masks hold */
     uint32_t wide_chunks; /* of all pairs of a KV head */

@@ -70,8 +70,8 @@ struct loci_lookup {
     loci_cuda_look look;
     loci_cuda_choice choice; /* mode hierarchical */
     loci_cuda_squeeze squeeze;
-    /* Of a single row, once it is attended: logits (loci_cuda_attend), masses of segments and
-     * figures; else NULL. */
+    /* Of a single row, or of each of a few, once they are attended: logits (loci_cuda_attend),
+     * masses of segments and figures; else NULL. */
     float *logits;
     uint64_t room;
     unsigned long long *mass;

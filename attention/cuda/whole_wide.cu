@@ -526,7 +526,7 @@ attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, c
     for (uint32_t half = 0; half < 2; half++) {
         uint32_t v = vector_of(w, half), row = v / look.group;
         size_t at = (size_t)row * look.q_heads + w.pair->kv_head * look.group + v % look.group;
-        bool counts = v < look.vectors && row >= args.row_begin;
+        bool counts = v < look.vectors && row >= args.row_begin && row < args.row_end;
         total[half] = counts ? args.total_lse[at] * LOG2_E : INFINITY;
         if (!(total[half] > -INFINITY)) total[half] = INFINITY; /* and all weights are 0 */
     }
