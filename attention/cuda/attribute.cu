@@ -178,8 +178,8 @@ static __global__ void k_add_mass(const loci_cuda_attribution args) {
     float *out = args.out[blockIdx.y];
     mass_t *mass = masses_of(args, blockIdx.y);
     await_previous();
-    if (s >= args.segments || !out) return;
-    out[s] += (float)((double)mass[s] / LOCI_CUDA_MASS_UNIT);
+    if (s >= args.segments) return;
+    if (out) out[s] += (float)((double)mass[s] / LOCI_CUDA_MASS_UNIT);
     mass[s] = 0;
 }
 

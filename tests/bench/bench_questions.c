@@ -23,7 +23,8 @@
  *   cpu_ms_per_step  processor time of the whole process; with --blocking it does not count
  *                  waiting for the device
  *   answers        a hash of all answers in order: the same for every N up to the number of
- *                  questions (for a larger N more are asked), or something is wrong
+ *                  questions (for a larger N more are asked), or something is wrong; but where a
+ *                  device reads layers for several questions together, which rounds otherwise
  *   hits, misses, cache_mib: of pairs in the device's memory
  */
 #include <ftw.h>
