@@ -46,8 +46,8 @@ typedef struct loci_attend_step {
 } loci_attend_step;
 
 /* How a call's rows select. The first layers read everything, whatever the mode; so do all in mode
- * hierarchical where a device takes less time for that than for a selection, but for a question that
- * sets a budget. */
+ * hierarchical where a device takes less time for that than for a selection, but for a question
+ * that sets a budget. */
 loci_select_params loci_attend_params(const loci_query *query, const loci_attend_call *call);
 /* Whether the corpus's tokens have an output of their own first. */
 bool loci_attend_apart(const loci_query *query);

@@ -42,15 +42,14 @@ static bool reads_whole(const loci_query *query, const loci_attend_call *call, u
 static uint32_t choose(void *const *ctx, const loci_attend_call *calls, uint32_t count) {
     uint32_t chosen = 0, before;
     for (uint32_t i = 0; i < count; i++)
-        chosen |= (uint32_t)(may_share(ctx[i], &calls[i]) &&
-                             alike(ctx[0], &calls[0], ctx[i], &calls[i]))
-                  << i;
+        chosen |=
+            (uint32_t)(may_share(ctx[i], &calls[i]) && alike(ctx[0], &calls[0], ctx[i], &calls[i]))
+            << i;
     do {
         before = chosen;
         uint32_t rows = (uint32_t)__builtin_popcount(before);
         for (uint32_t i = 0; i < count; i++)
-            if (before >> i & 1 && !reads_whole(ctx[i], &calls[i], rows))
-                chosen &= ~(1u << i);
+            if (before >> i & 1 && !reads_whole(ctx[i], &calls[i], rows)) chosen &= ~(1u << i);
     } while (chosen != before);
     return chosen & 1 ? chosen : 1;
 }

@@ -181,11 +181,12 @@ static void draw_together(asker *a, unsigned number, uint64_t seed) {
     a->request.max_tokens = 24;
 }
 
-static void check_cancelled(void (*draw_one)(asker *a, unsigned number, uint64_t seed)) {
+static void check_cancelled(void (*draw_one)(asker *a, unsigned number, uint64_t seed),
+                            unsigned count) {
     asker askers[ASKERS];
     loci_cancel cancel[ASKERS];
     unsigned cancelled = 0;
-    for (unsigned i = 0; i < ASKERS; i++) {
+    for (unsigned i = 0; i < count; i++) {
         draw_one(&askers[i], i, 5);
         loci_cancel_init(&cancel[i], 0);
         askers[i].cancel = &cancel[i];
@@ -193,8 +194,8 @@ static void check_cancelled(void (*draw_one)(asker *a, unsigned number, uint64_t
         askers[i].request.max_tokens = 32;
         if (askers[i].cancels) askers[i].request.read_twice = 0; /* it streams */
     }
-    ask_together(askers, ASKERS);
-    for (unsigned i = 0; i < ASKERS; i++) {
+    ask_together(askers, count);
+    for (unsigned i = 0; i < count; i++) {
         if (askers[i].cancels && askers[i].status != LOCI_OK) {
             assert_int_equal(askers[i].status, LOCI_E_CANCELLED);
             cancelled++;
@@ -212,30 +213,94 @@ static void draw_stock(asker *a, unsigned number, uint64_t seed) {
 
 static void test_cancelled_questions_disturb_nobody(void **state) {
     (void)state;
-    check_cancelled(draw_stock);
+    check_cancelled(draw_stock, ASKERS);
     each_row_begin(stock->backend);
-    check_cancelled(draw_together);
+    check_cancelled(draw_together, AT_ONCE);
     assert_true(each_row_rows >= 2 * each_row_calls && each_row_calls > 0);
     each_row_end(stock->backend);
+}
+
+static bool reads_three(loci_backend *self, const loci_corpus_view *corpus, uint32_t rows,
+                        uint32_t q_heads) {
+    (void)self;
+    (void)corpus;
+    (void)q_heads;
+    return rows >= 3;
+}
+
+/* Who of four questions are reached with the first in a layer. */
+static uint32_t chosen(loci_query *queries, uint32_t layer, const loci_attend_call *last) {
+    void *ctx[4];
+    loci_attend_call calls[4];
+    for (uint32_t i = 0; i < 4; i++) {
+        ctx[i] = &queries[i];
+        calls[i] = (loci_attend_call){.retrieval_index = layer,
+                                      .rows = 1,
+                                      .row_position = 40,
+                                      .in_company = true,
+                                      .q_heads = HEADS,
+                                      .head_dim = DIM,
+                                      .scale = 0.25f};
+    }
+    if (last) calls[3] = *last;
+    return loci_corpus_together.choose(ctx, calls, 4);
+}
+
+/* One snapshot, one way to read, one row each. */
+static void test_who_goes_together(void **state) {
+    (void)state;
+    loci_query q[4];
+    loci_backend_ops reading = *stock->backend->ops;
+    const loci_backend_ops *ops = stock->backend->ops;
+    const loci_attend_call plain = {
+        .rows = 1, .row_position = 40, .q_heads = HEADS, .head_dim = DIM, .scale = 0.25f};
+    change_settings(stock, "books", 1, 1, 1);
+    for (uint32_t i = 0; i < 4; i++) begin_query(&q[i], stock, i == 2 ? "text" : "books");
+    q[3].params.mode = LOCI_MODE_DENSE;
+    assert_int_equal(chosen(q, 0, NULL), 0xb); /* layer 0 is dense for all */
+    assert_int_equal(chosen(q, 1, NULL), 0x1); /* two of three would select */
+    for (uint32_t i = 0; i < 3; i++) q[i].params.mode = LOCI_MODE_DENSE;
+    assert_int_equal(chosen(q, 1, NULL), 0xb);
+    q[1].params.mode = LOCI_MODE_SQUEEZED;
+    assert_int_equal(chosen(q, 1, NULL), 0x9);
+    assert_int_equal(chosen(q, 0, NULL), 0xb);
+    for (uint32_t change = 0; change < 6; change++) {
+        loci_attend_call call = plain;
+        loci_query before = q[3];
+        if (change == 1) call.rows = 2;
+        if (change == 2) call.row_position = q[3].evidence_from - 1;
+        if (change == 3) call.scale = 0.26f;
+        if (change == 4) q[3].settings.attn_scale = 0.9f;
+        if (change == 5) q[3].settings.attn_temperature = 0.9f;
+        assert_int_equal(chosen(q, 0, &call), change ? 0x3 : 0xb);
+        q[3] = before;
+    }
+    reading.reads_whole = reads_three;
+    stock->backend->ops = &reading;
+    q[0].params.mode = q[1].params.mode = q[3].params.mode = LOCI_MODE_HIERARCHICAL;
+    assert_int_equal(chosen(q, 1, NULL), 0xb); /* three do not select */
+    q[3].params.budget = 9;
+    assert_int_equal(chosen(q, 1, NULL), 0x1); /* one does in any case, and so do two */
+    stock->backend->ops = ops;
+    for (uint32_t i = 0; i < 4; i++) loci_query_fini(&q[i]);
+    change_settings(stock, "books", 0, 1, 1);
 }
 
 static void test_questions_of_a_corpus_read_it_together(void **state) {
     (void)state;
     change_settings(stock, "books", 1, 1, 1);
     each_row_begin(stock->backend);
-    for (uint64_t seed = 11; seed <= 13; seed++) {
-        uint64_t read = 0;
-        asker askers[ASKERS];
-        for (unsigned i = 0; i < ASKERS; i++) draw_together(&askers[i], i, seed);
-        ask_together(askers, ASKERS);
-        alone_read = 0;
-        for (unsigned i = 0; i < ASKERS; i++) {
-            same_as_alone(&askers[i]);
-            read += askers[i].usage.kv_read_bytes + askers[i].usage.index_read_bytes;
-            loci_buf_fini(&askers[i].seen);
-        }
-        assert_true(read < alone_read);
+    uint64_t read = 0;
+    asker askers[ASKERS];
+    for (unsigned i = 0; i < ASKERS; i++) draw_together(&askers[i], i, 11);
+    ask_together(askers, ASKERS);
+    alone_read = 0;
+    for (unsigned i = 0; i < ASKERS; i++) {
+        same_as_alone(&askers[i]);
+        read += askers[i].usage.kv_read_bytes + askers[i].usage.index_read_bytes;
+        loci_buf_fini(&askers[i].seen);
     }
+    assert_true(read < alone_read);
     print_message("%llu rows in %llu look-ups\n", (unsigned long long)each_row_rows,
                   (unsigned long long)each_row_calls);
     assert_true(each_row_rows >= 2 * each_row_calls && each_row_calls > 0);
@@ -272,17 +337,18 @@ static void damage_extent(const char *corpus) {
     close(file);
 }
 
-static void check_damaged(void (*draw_one)(asker *a, unsigned number, uint64_t seed)) {
+static void check_damaged(void (*draw_one)(asker *a, unsigned number, uint64_t seed),
+                          unsigned count) {
     asker askers[ASKERS];
-    for (unsigned i = 0; i < ASKERS; i++) {
+    for (unsigned i = 0; i < count; i++) {
         draw_one(&askers[i], i, 6);
         if (i % 4 != 0) continue;
         askers[i].request.corpus = "narrow";
         askers[i].request.mode = LOCI_MODE_DENSE;
         askers[i].request.read_twice = 0;
     }
-    ask_together(askers, ASKERS);
-    for (unsigned i = 0; i < ASKERS; i++) {
+    ask_together(askers, count);
+    for (unsigned i = 0; i < count; i++) {
         if (i % 4 == 0) {
             assert_int_equal(askers[i].status, LOCI_E_CORRUPT);
             assert_non_null(strstr(askers[i].err.text, "extent"));
@@ -296,9 +362,9 @@ static void check_damaged(void (*draw_one)(asker *a, unsigned number, uint64_t s
 static void test_a_damaged_extent_is_one_corpuss_own(void **state) {
     (void)state;
     damage_extent("narrow");
-    check_damaged(draw_stock);
+    check_damaged(draw_stock, ASKERS);
     each_row_begin(stock->backend);
-    check_damaged(draw_together);
+    check_damaged(draw_together, AT_ONCE);
     each_row_end(stock->backend);
 }
 
@@ -306,6 +372,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_answers_are_those_of_questions_asked_alone),
         cmocka_unit_test(test_cancelled_questions_disturb_nobody),
+        cmocka_unit_test(test_who_goes_together),
         cmocka_unit_test(test_questions_of_a_corpus_read_it_together),
         cmocka_unit_test(test_a_damaged_extent_is_one_corpuss_own),
     };
