@@ -335,19 +335,20 @@ static __device__ __forceinline__ uint32_t extent_of(const loci_cuda_look &look,
     return look.extents - 1;
 }
 
-/* chunks: of a KV head; skipped: vectors that the grid leaves out. */
+/* chunks: of a KV head; the grid has blocks for `count` vectors from `first` on. */
 template <bool NARROW>
 static __device__ __forceinline__ wide_work work_of(const loci_cuda_look &look, uint32_t chunk,
-                                                    uint32_t chunks, uint32_t skipped) {
+                                                    uint32_t chunks, uint32_t first,
+                                                    uint32_t count) {
     const uint32_t vectors = (NARROW ? 1 : GROUPS) * GROUP_VECTORS;
-    uint32_t tiles = loci_cuda_chunks(look.vectors - skipped, vectors);
+    uint32_t tiles = loci_cuda_chunks(count, vectors);
     wide_work w;
     w.part = blockIdx.x / tiles;
     uint32_t index = w.part % chunks, extent = extent_of(look, chunk, &index);
     w.pair = &look.pairs[(size_t)extent * look.kv_heads + w.part / chunks];
     w.begin = index * chunk;
     w.end = w.begin + chunk < w.pair->tokens ? w.begin + chunk : w.pair->tokens;
-    w.first = skipped + blockIdx.x % tiles * vectors;
+    w.first = first + blockIdx.x % tiles * vectors;
     return w;
 }
 
@@ -379,7 +380,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < args.zeroed_count;
          i += gridDim.x * THREADS)
         args.zeroed[i] = 0;
-    wide_work w = work_of<NARROW>(look, args.chunk, args.chunks, 0);
+    wide_work w = work_of<NARROW>(look, args.chunk, args.chunks, 0, look.vectors);
     uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
     uint8_t *memory = q + shape::all_queries;
     open_block<DIM, NARROW, EXACT, STAGES>(look, w, stages, q);
@@ -565,8 +566,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     __shared__ float sums[2][MASS_WARPS][TILE_SLOTS];
     await_previous();
     uint32_t group = threadIdx.x / WARPGROUP;
-    wide_work w =
-        work_of<false>(look, args.wide_chunk, args.wide_chunks, args.row_begin * look.group);
+    wide_work w = work_of<false>(look, args.wide_chunk, args.wide_chunks,
+                                 args.row_begin * look.group,
+                                 (args.row_end - args.row_begin) * look.group);
     uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
     uint8_t *memory = q + shape::all_queries;
     mass_t *own = together ? (mass_t *)(memory + MASS_STAGES * shape::stage_bytes) : NULL;
@@ -593,7 +595,7 @@ static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *l
     typedef wide_shape<DIM, false, EXACT, MASS_STAGES, false> shape;
     bool together = args->segments <= MASS_SEGMENTS;
     size_t bytes = shape::bytes + MASS_SEGMENTS * sizeof(mass_t); /* the same for every thread */
-    uint32_t vectors = look->vectors - args->row_begin * look->group;
+    uint32_t vectors = (args->row_end - args->row_begin) * look->group;
     dim3 grid = blocks_of(look, args->wide_chunks, vectors, shape::vectors);
     return launch_where(!args->cache.frames, stream, k_attribute_wide<DIM, EXACT>, grid, THREADS,
                         bytes, *look, *args, together);
