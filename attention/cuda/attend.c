@@ -170,8 +170,7 @@ static void attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_l
     args->logits = lookup->logits;
     args->room = lookup->room;
     args->wide_chunk = lookup->wide_chunk;
-    if (lookup->wide_chunk)
-        args->wide_chunks = loci_cuda_wide_parts(lookup, lookup->wide_chunk);
+    if (lookup->wide_chunk) args->wide_chunks = loci_cuda_wide_parts(lookup, lookup->wide_chunk);
     args->exact = wide_exact(lookup) || loci_cuda_wide_narrow(look);
     if (!args->total_lse ||
         !clear_mass(stream, lookup, (size_t)args->segments * (args->each ? look->rows : 1)) ||

@@ -566,9 +566,9 @@ static __global__ void __launch_bounds__(THREADS, 1)
     __shared__ float sums[2][MASS_WARPS][TILE_SLOTS];
     await_previous();
     uint32_t group = threadIdx.x / WARPGROUP;
-    wide_work w = work_of<false>(look, args.wide_chunk, args.wide_chunks,
-                                 args.row_begin * look.group,
-                                 (args.row_end - args.row_begin) * look.group);
+    wide_work w =
+        work_of<false>(look, args.wide_chunk, args.wide_chunks, args.row_begin * look.group,
+                       (args.row_end - args.row_begin) * look.group);
     uint8_t *q = shared_bytes + (1024 - shared_address(shared_bytes) % 1024) % 1024;
     uint8_t *memory = q + shape::all_queries;
     mass_t *own = together ? (mass_t *)(memory + MASS_STAGES * shape::stage_bytes) : NULL;
@@ -603,7 +603,7 @@ static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *l
 
 extern "C" cudaError_t loci_cuda_k_attribute_wide(cudaStream_t stream, const loci_cuda_look *look,
                                                   const loci_cuda_attribution *args) {
-    if (args->row_begin >= look->rows) return cudaSuccess;
+    if (args->row_begin >= args->row_end) return cudaSuccess;
     if (look->dim == 64)
         return args->exact ? launch_attribute<64, true>(stream, look, args)
                            : launch_attribute<64, false>(stream, look, args);
