@@ -12,10 +12,15 @@
 
 /* --- attribution ----------------------------------------------------------------------- */
 
+#define WEIGHT_MOST 6.0e7f
+
 /* NaN where a row has nothing at all. */
+static __device__ __forceinline__ float weight_of(float below_total) {
+    return below_total > -INFINITY ? fminf(expf(below_total), WEIGHT_MOST) : 0.0f;
+}
+
 static __device__ __forceinline__ mass_t mass_of(float below_total) {
-    if (!(below_total > -INFINITY)) return 0;
-    return (mass_t)((double)fminf(expf(below_total), 6.0e7f) * LOCI_CUDA_MASS_UNIT);
+    return (mass_t)((double)weight_of(below_total) * LOCI_CUDA_MASS_UNIT);
 }
 
 static __device__ __forceinline__ bool counts_row(const loci_cuda_attribution &args, uint32_t row) {
@@ -226,7 +231,7 @@ static __global__ void __launch_bounds__(THREADS)
         uint32_t slot;
         const loci_cuda_pair *pair = pair_at(look, h, LISTED ? slots[i] : i, &slot);
         if (!LISTED && slot >= pair->tokens) continue;
-        mass_t mass = 0;
+        float weight = 0.0f; /* of all heads: integers of each would take longer than the rest */
         for (uint32_t first = 0; first < look.group; first += LOCI_CUDA_LOT) {
             float below[LOCI_CUDA_LOT]; /* all under way at once */
 #pragma unroll
@@ -235,8 +240,9 @@ static __global__ void __launch_bounds__(THREADS)
                                ? logits[(first + g) * args.room + i] - total[first + g]
                                : -INFINITY;
 #pragma unroll
-            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++) mass += mass_of(below[g]);
+            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++) weight += weight_of(below[g]);
         }
+        mass_t mass = (mass_t)((double)fminf(weight, WEIGHT_MOST) * LOCI_CUDA_MASS_UNIT);
         if (mass == 0) continue;
         uint32_t segment = slot_word(pair, slot, look.dim) >> 16;
         if (segment >= pair->segments || pair->segment_base + segment >= args.segments) continue;
