@@ -220,10 +220,11 @@ static void test_cancelled_questions_disturb_nobody(void **state) {
     each_row_end(stock->backend);
 }
 
-static bool reads_three(loci_backend *self, const loci_corpus_view *corpus, uint32_t rows,
-                        uint32_t q_heads) {
+static bool reads_three(loci_backend *self, const loci_corpus_view *corpus,
+                        uint32_t retrieval_layer, uint32_t rows, uint32_t q_heads) {
     (void)self;
     (void)corpus;
+    (void)retrieval_layer;
     (void)q_heads;
     return rows >= 3;
 }
