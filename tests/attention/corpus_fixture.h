@@ -89,8 +89,8 @@ typedef struct fixture_run {
     size_t selected_count;
     bool want_selected;
     const float *total; /* [rows][q_heads] for attribution, or NULL */
-    float *mass; /* then: masses of the segments, of rows from row_begin on; with params.each
-                    [rows][segments] */
+    float *mass;        /* then: masses of the segments, of rows from row_begin on; with params.each
+                           [rows][segments] */
     uint32_t row_begin;
     uint32_t unasked; /* with params.each: rows whose mass is not asked for, as bits */
     loci_lookup_stats stats;
