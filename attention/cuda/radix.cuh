@@ -182,32 +182,43 @@ static __device__ __forceinline__ void sweep(const float *value, uint32_t n, VIS
     }
 }
 
-/* Values that a block visits several times: in registers where no thread has more than EACH. */
+/* Values that a block visits several times: EACH of a thread in registers and `held` of the block
+ * in shared memory, where all of them find room. */
 template <uint32_t EACH> struct block_values {
     const float *value;
-    uint32_t n;
-    float own[EACH];
+    uint32_t n, held;
+    float own[EACH], *more;
+    bool fits;
 };
 
 template <uint32_t EACH>
 static __device__ __forceinline__ void load_values(block_values<EACH> &b, const float *value,
-                                                   uint32_t n) {
+                                                   uint32_t n, float *more, uint32_t held) {
+    const uint32_t first = EACH * RADIX_THREADS;
     b.value = value;
     b.n = n;
+    b.held = n > first ? n - first : 0;
+    b.more = more;
+    b.fits = b.held <= held;
+    if (!b.fits) return;
+#pragma unroll 8
+    for (uint32_t i = threadIdx.x; i < b.held; i += RADIX_THREADS) more[i] = value[first + i];
 #pragma unroll
     for (uint32_t j = 0; j < EACH; j++) {
         uint32_t i = j * RADIX_THREADS + threadIdx.x;
-        b.own[j] = i < n && n <= EACH * RADIX_THREADS ? value[i] : -INFINITY;
+        b.own[j] = i < n ? value[i] : -INFINITY;
     }
 }
 
 /* As sweep. */
 template <uint32_t EACH, typename VISIT>
 static __device__ __forceinline__ void visit_values(const block_values<EACH> &b, VISIT visit) {
-    if (b.n > EACH * RADIX_THREADS) {
+    if (!b.fits) {
         sweep(b.value, b.n, visit);
         return;
     }
+    for (uint32_t i = threadIdx.x; i < b.held; i += RADIX_THREADS) /* its own ones */
+        if (b.more[i] > -INFINITY) visit(b.more[i]);
 #pragma unroll
     for (uint32_t j = 0; j < EACH; j++) {
         if (j * RADIX_THREADS >= b.n) break;
@@ -259,12 +270,12 @@ static __device__ void kth_bucket(radix_memory *m, mass_t k) {
 /* The k-th highest of n values, k > 0, -INFINITY and NaN not counted; -FLT_MAX if there are not so
  * many. *top: the highest. All threads get them. Values fall into even steps between the lowest and
  * the highest, so that few threads meet in one counter; those of the k-th one's step are compared.
- */
+ * held: values that there is room for behind m, in shared memory. */
 static __device__ float radix_kth(radix_memory *m, const float *value, uint32_t n, mass_t k,
-                                  float *top) {
+                                  float *top, uint32_t held = 0) {
     float high = -INFINITY, low = INFINITY;
     block_values<KTH_EACH> all;
-    load_values(all, value, n);
+    load_values(all, value, n, (float *)(m + 1), held);
     visit_values(all, [&](float x) {
         high = fmaxf(high, x);
         low = fminf(low, x);

@@ -141,9 +141,14 @@ static __device__ __forceinline__ void put_leaves(const lot_work &w, const root_
         uint32_t begin = __shfl_sync(FULL_WARP, own.begin, (int)(l % 32));
         uint32_t end = __shfl_sync(FULL_WARP, own.end, (int)(l % 32));
         if (l >= last) begin = end = 0;
-#pragma unroll 4
-        for (uint32_t t = begin + v.half; t < end; t += 2)
-            top = __vmaxu2(top, ((const uint32_t *)ring)[(t * 4 + v.word) % (RING * 4)]);
+        for (uint32_t t = begin + v.half; t < end; t += 8) {
+            uint32_t sum[4]; /* all under way at once, the last one again behind the leaf's end */
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++)
+                sum[j] =
+                    ((const uint32_t *)ring)[(min(t + 2 * j, end - 1) * 4 + v.word) % (RING * 4)];
+            top = __vmaxu2(__vmaxu2(top, __vmaxu2(sum[0], sum[1])), __vmaxu2(sum[2], sum[3]));
+        }
         top = __vmaxu2(top, __shfl_xor_sync(FULL_WARP, top, 1));
         if (l >= last || v.g >= w.count) continue;
         bool live = live_bits(&w.pair, own.root.first_slot + begin, end - begin);
@@ -207,9 +212,11 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* --- floors ------------------------------------------------------------------------------ */
 
-/* One block for each (KV head, vector). */
+#define FLOOR_HELD (40u << 10) /* with those in registers all leaves of a million tokens, about */
+
+/* One block for each (KV head, vector). held: values that there is shared memory for. */
 static __global__ void __launch_bounds__(RADIX_THREADS, 1)
-    k_floors(const loci_cuda_look look, const loci_cuda_choice c) {
+    k_floors(const loci_cuda_look look, const loci_cuda_choice c, uint32_t held) {
     extern __shared__ float4 shared[];
     radix_memory *memory = (radix_memory *)shared;
     await_previous();
@@ -217,9 +224,20 @@ static __global__ void __launch_bounds__(RADIX_THREADS, 1)
     const loci_cuda_head *head = &look.heads[h];
     const float *score = c.leaf_score + head->leaf_at * look.vectors + (size_t)v * head->leaves;
     uint32_t n = c.leaf_count[(size_t)h * look.rows + v / look.group];
-    float top, kth = radix_kth(memory, score, n, c.candidates_wanted, &top);
+    float top, kth = radix_kth(memory, score, n, c.candidates_wanted, &top, held);
     top = fmaxf(top, look.steady[blockIdx.x]);
     if (threadIdx.x == 0) c.floor[blockIdx.x] = fmaxf(fmaxf(kth, top - c.reach), -FLT_MAX);
+}
+
+/* Shared memory that a block may have; what any may have where the device does not say. */
+static size_t shared_room(void) {
+    static int room; /* the same for every thread that asks */
+    int device = 0;
+    if (room == 0 && (cudaGetDevice(&device) != cudaSuccess ||
+                      cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                             device) != cudaSuccess))
+        return USUAL_SHARED_BYTES;
+    return (size_t)room;
 }
 
 extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
@@ -231,6 +249,9 @@ extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_l
     cudaError_t result = launch_behind(stream, kernel, share_roots(look), THREADS,
                                        memory_bytes(look->dim), *look, *choice);
     if (result != cudaSuccess) return result;
+    size_t most = (size_t)look->leaves_max * look->extents, own = KTH_EACH * RADIX_THREADS;
+    size_t room = (shared_room() - sizeof(radix_memory) - 1024) / sizeof(float);
+    uint32_t held = most <= own ? 0 : (uint32_t)(room < FLOOR_HELD ? room : FLOOR_HELD);
     return launch_behind(stream, k_floors, look->kv_heads * look->vectors, RADIX_THREADS,
-                         sizeof(radix_memory), *look, *choice);
+                         sizeof(radix_memory) + held * sizeof(float), *look, *choice, held);
 }

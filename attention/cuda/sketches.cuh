@@ -23,7 +23,7 @@
 #define RING (4 * GROUP) /* tokens whose sums it remembers: of a step, and of a leaf before it */
 #define BLOCKS 1600u     /* that share the kept roots, about */
 #define PART_BYTES 128u  /* of a table */
-#define SUMS_ALIGN 128u
+#define SUMS_ALIGN 256u  /* of tables: a codeword takes the low byte of an address */
 
 /* The entries of one lot of a row: 4 dim of LOT bytes. */
 static __device__ __forceinline__ uint4 *table_of(const loci_cuda_look &look,
@@ -148,45 +148,49 @@ static __device__ __forceinline__ void put_step(const step_words<WORDS> &step, u
     }
 }
 
-/* Adds the entry of the codeword at bit BIT of a column's word, of PART in that word. Of a word of
- * entries the first sum has bytes 0 and 2, into which 1 and 3 carry, the second has bytes 1 and 3.
- */
-template <int BIT, int PART>
-static __device__ __forceinline__ void add_entry(uint4 &sum, uint32_t word, uint32_t table) {
-    uint32_t x, y, at = ((BIT < 3 ? word << (3 - BIT) : word >> (BIT - 3)) & 0x78u) | table;
+#define SUM_BITS 14 /* hold PARTS_MAX * 255 */
+#define SUM_WEIGHTS (1u | 1u << (16 + SUM_BITS))
+
+/* Adds the entry of PART, of a column's word, for the codeword in that byte, 8 times. Of a word of
+ * entries bytes 0 and 1 go into the first sum, 2 and 3 into the second, SUM_BITS apart: products,
+ * since the unit that adds, shifts and permutes is the one that all others wait for. */
+template <int PART>
+static __device__ __forceinline__ void add_entry(uint4 &sum, uint32_t codes, uint32_t table) {
+    uint32_t x, y, at = __byte_perm(codes, table, 0x7650 + PART);
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + %3];"
                  : "=r"(x), "=r"(y)
                  : "r"(at), "n"(PART * (int)PART_BYTES));
-    sum.x += x;
-    sum.y += __byte_perm(x, 0, 0x4341);
-    sum.z += y;
-    sum.w += __byte_perm(y, 0, 0x4341);
+    sum.x = __dp2a_lo(SUM_WEIGHTS, x, sum.x);
+    sum.y = __dp2a_hi(SUM_WEIGHTS, x, sum.y);
+    sum.z = __dp2a_lo(SUM_WEIGHTS, y, sum.z);
+    sum.w = __dp2a_hi(SUM_WEIGHTS, y, sum.w);
 }
 
-/* Sums of this lane's two tokens for all vectors of the lot. */
+/* Sums of this lane's two tokens for all vectors of the lot, 16 bits each. */
 static __device__ __forceinline__ void add_columns(const warp_memory &m, uint32_t dim,
                                                    uint4 (&sum)[2]) {
-    uint32_t words = dim / 16;
+    const uint32_t words = dim / 16, low = (1u << SUM_BITS) - 1;
     const uint32_t *column = m.columns + threadIdx.x % 32 * column_words(dim);
     sum[0] = sum[1] = uint4{0, 0, 0, 0};
 #pragma unroll
     for (uint32_t r = 0; r < MAX_DIM / 16; r++) {
         if (r >= words) break;
         uint32_t word = column[r], table = m.table + r * 4 * PART_BYTES;
-        add_entry<0, 0>(sum[0], word, table);
-        add_entry<4, 0>(sum[1], word, table);
-        add_entry<8, 1>(sum[0], word, table);
-        add_entry<12, 1>(sum[1], word, table);
-        add_entry<16, 2>(sum[0], word, table);
-        add_entry<20, 2>(sum[1], word, table);
-        add_entry<24, 3>(sum[0], word, table);
-        add_entry<28, 3>(sum[1], word, table);
+        uint32_t codes[2] = {word << 3 & 0x78787878u, word >> 1 & 0x78787878u};
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++) {
+            add_entry<0>(sum[i], codes[i], table);
+            add_entry<1>(sum[i], codes[i], table);
+            add_entry<2>(sum[i], codes[i], table);
+            add_entry<3>(sum[i], codes[i], table);
+        }
     }
 #pragma unroll
-    for (uint32_t i = 0; i < 2; i++) {
-        sum[i].x -= sum[i].y << 8;
-        sum[i].z -= sum[i].w << 8;
-    }
+    for (uint32_t i = 0; i < 2; i++)
+        sum[i] = {(sum[i].x & low) | (sum[i].y & low) << 16,
+                  sum[i].x >> SUM_BITS | sum[i].y >> SUM_BITS << 16,
+                  (sum[i].z & low) | (sum[i].w & low) << 16,
+                  sum[i].z >> SUM_BITS | sum[i].w >> SUM_BITS << 16};
 }
 
 static __device__ __forceinline__ const uint32_t *
