@@ -53,7 +53,7 @@ def unwaited_kernels(text):
     """Kernels that launch_behind (attention/cuda/launch.cuh) launches and that do not wait."""
     for name in set(re.findall(r"launch_(?:behind|where)\([^;]*?stream,\s*(k_\w+)", text)):
         body = re.search(r"\s%s\([^;{]*\) \{\n(.*?)^\}" % name, text, re.DOTALL | re.MULTILINE)
-        if body and "await_previous();" not in body.group(1):
+        if body and not re.search(r"await_previous(_first)?\(\);", body.group(1)):
             yield text.count("\n", 0, body.start(1)), f"{name} does not call await_previous"
 
 

@@ -114,8 +114,7 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
         args.chunks = loci_cuda_wide_parts(lookup, args.chunk);
         args.parts = args.chunks * (loci_cuda_wide_narrow(look) ? 2 : 1);
     }
-    bool listed = lookup->tokens_scored && !tail && look->rows == 1 && look->extents > 0 &&
-                  loci_cuda_tiles(look->vectors) == 1;
+    bool listed = lookup->tokens_scored && look_listed(lookup);
     if (listed) {
         args.extents = 1;
         args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;

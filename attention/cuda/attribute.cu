@@ -201,10 +201,10 @@ static uint32_t list_blocks(const loci_cuda_look *look) {
     return blocks < 16 ? 16 : blocks > 256 ? 256 : blocks;
 }
 
-/* A row's segments from the logits of what it attended to: LISTED, its list's entries, of which the
- * cut says which they are, else all places, where tokens that are not live have none. Blocks of one
- * place are next to each other row by row, since they read the same words of slots. together: a
- * block adds up masses in shared memory first, where many tokens are to few segments. */
+/* A row's segments from the logits of what it attended to: LISTED, what `chosen` holds, else all
+ * places, where tokens that are not live have none. Blocks of one place are next to each other row
+ * by row, since they read the same words of slots. together: a block adds up masses in shared
+ * memory first, where many tokens are to few segments. */
 template <bool LISTED, uint32_t THREADS>
 static __global__ void __launch_bounds__(THREADS)
     k_attribute_kept(const loci_cuda_look look, const loci_cuda_choice c,
@@ -217,19 +217,16 @@ static __global__ void __launch_bounds__(THREADS)
     await_previous();
     if (!counts_row(args, row) || (args.each && !args.out[row])) return;
     __syncthreads();
-    uint32_t h = blockIdx.y, n = LISTED ? c.count[h] : look.words * 32;
+    uint32_t h = blockIdx.y, n = LISTED ? c.chosen_count[h] : look.words * 32;
     const float *logits =
         args.logits + ((size_t)h * look.rows + row) * look.group * (size_t)args.room;
     const float *total = args.total_lse + (size_t)row * look.q_heads + h * look.group;
-    const uint32_t *slots = c.slots + (size_t)h * c.room;
-    const float *shares = c.share + (size_t)h * c.room;
-    loci_cuda_cut cut = {};
-    if (LISTED) cut = c.cut[h];
     for (uint32_t i = first_block * THREADS + threadIdx.x; i < n;
          i += gridDim.x / look.rows * THREADS) {
-        if (LISTED && !is_chosen(cut, shares[i], i)) continue;
-        uint32_t slot;
-        const loci_cuda_pair *pair = pair_at(look, h, LISTED ? slots[i] : i, &slot);
+        uint32_t slot = 0, segment = 0;
+        const loci_cuda_pair *pair = NULL;
+        if (LISTED) segment = c.chosen[(size_t)h * c.room + i].segment;
+        if (!LISTED) pair = pair_at(look, h, i, &slot);
         if (!LISTED && slot >= pair->tokens) continue;
         float weight = 0.0f; /* of all heads: integers of each would take longer than the rest */
         for (uint32_t first = 0; first < look.group; first += LOCI_CUDA_LOT) {
@@ -244,9 +241,12 @@ static __global__ void __launch_bounds__(THREADS)
         }
         mass_t mass = (mass_t)((double)fminf(weight, WEIGHT_MOST) * LOCI_CUDA_MASS_UNIT);
         if (mass == 0) continue;
-        uint32_t segment = slot_word(pair, slot, look.dim) >> 16;
-        if (segment >= pair->segments || pair->segment_base + segment >= args.segments) continue;
-        segment += pair->segment_base;
+        if (!LISTED) {
+            segment = slot_word(pair, slot, look.dim) >> 16;
+            if (segment >= pair->segments) continue;
+            segment += pair->segment_base;
+        }
+        if (segment >= args.segments) continue;
         if (together)
             add_mass(&own[segment], mass);
         else
@@ -426,18 +426,15 @@ static __global__ void __launch_bounds__(STATS_THREADS)
     if (blockIdx.x == 0 && first == 0) add_base(stats, base);
 }
 
-/* Tokens of the leaf of chosen entry i of a list, unless one before it counts it. */
+/* Tokens of the leaf of chosen token i, unless the one before it is of the same leaf. */
 static __device__ uint32_t leaf_tokens_of(const loci_cuda_look &look, uint32_t h,
-                                          const uint32_t *slots, const float *shares,
-                                          const loci_cuda_cut &cut, uint32_t i) {
-    uint32_t slot;
-    const loci_cuda_pair *pair = pair_at(look, h, slots[i], &slot);
+                                          const loci_cuda_chosen *chosen, uint32_t i) {
+    uint32_t slot, before = i ? chosen[i - 1].place : 0;
+    const loci_cuda_pair *pair = pair_at(look, h, chosen[i].place, &slot);
     uint32_t leaf =
         last_at_most(pair->leaves, slot, [&](uint32_t l) { return pair->leaf_begin[l]; });
-    uint32_t begin = pair->leaf_begin[leaf], place = pair->word_base * 32 + begin;
-    for (uint32_t j = i; j-- > 0 && slots[j] >= place;)
-        if (is_chosen(cut, shares[j], j)) return 0;
-    return pair->leaf_begin[leaf + 1] - begin;
+    uint32_t begin = pair->leaf_begin[leaf], end = pair->leaf_begin[leaf + 1];
+    return i && before >= pair->word_base * 32 + begin ? 0 : end - begin;
 }
 
 /* The figures of one row from its lists; gridDim.x blocks for each KV head. */
@@ -445,13 +442,10 @@ static __global__ void __launch_bounds__(STATS_THREADS)
     k_stats_listed(const loci_cuda_look look, const loci_cuda_choice c, const loci_cuda_stats base,
                    loci_cuda_stats *stats) {
     await_previous();
-    uint32_t h = blockIdx.y, n = c.count[h];
+    uint32_t h = blockIdx.y, n = c.count[h], chosen = c.chosen_count[h];
     uint32_t first = blockIdx.x * STATS_THREADS + threadIdx.x, step = gridDim.x * STATS_THREADS;
-    const uint32_t *slots = c.slots + (size_t)h * c.room;
-    const float *shares = c.share + (size_t)h * c.room;
     const loci_cuda_head *head = &look.heads[h];
-    const loci_cuda_cut cut = c.cut[h];
-    unsigned long long blocks = 0, chosen = 0, leaf_tokens = 0;
+    unsigned long long blocks = 0, leaf_tokens = 0;
     for (uint32_t e = 0; e < look.extents; e++) {
         size_t index = (size_t)e * look.kv_heads + h;
         const loci_cuda_pair *pair = &look.pairs[index];
@@ -461,16 +455,14 @@ static __global__ void __launch_bounds__(STATS_THREADS)
             blocks += root->leaves * 4 + (root->tokens + 31) / 32 * (look.dim / 4) * 16;
         }
     }
-    for (uint32_t i = first; i < n; i += step) {
-        if (!is_chosen(cut, shares[i], i)) continue;
-        chosen++;
-        if (!c.limit) leaf_tokens += leaf_tokens_of(look, h, slots, shares, cut, i);
-    }
+    for (uint32_t i = first; i < chosen && !c.limit; i += step)
+        leaf_tokens += leaf_tokens_of(look, h, c.chosen + (size_t)h * c.room, i);
+    if (c.limit && first == 0) leaf_tokens = chosen;
     add_figure(&stats->leaf_bytes, blocks);
-    add_figure(&stats->selected_tokens, chosen);
-    add_figure(&stats->kv_bytes, chosen * 4 * look.dim);
-    add_figure(&stats->kv_leaf_bytes, (c.limit ? chosen : leaf_tokens) * 4 * look.dim);
+    add_figure(&stats->kv_leaf_bytes, leaf_tokens * 4 * look.dim);
     if (first != 0) return;
+    atomicAdd(&stats->selected_tokens, (unsigned long long)chosen);
+    atomicAdd(&stats->kv_bytes, 4ull * look.dim * chosen);
     atomicAdd(&stats->candidate_tokens, (unsigned long long)n);
     atomicAdd(&stats->code_bytes, (unsigned long long)n * look.pairs[h].record_stride);
     if (h == 0) add_base(stats, base);

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Step 3 of mode hierarchical, first half: the candidates of each row as a list in the order of
- * their places, and their estimates from the 4-bit codes. A warp reads the records (dim / 2 + 8
- * bytes) of 16 candidates once for the row's vectors; products run on tensor cores, in integers.
+ * their places, their estimates from the 4-bit codes, and their segments. A warp reads the records
+ * (dim / 2 + 8 bytes) of 16 candidates once for the row's vectors; products run on tensor cores, in
+ * integers.
  */
 #include "attention/cuda/look.cuh"
 #include "attention/cuda/mma.cuh"
@@ -57,23 +58,40 @@ static __global__ void __launch_bounds__(THREADS)
 template <uint32_t STEPS> struct code_rows {
     uint32_t code[STEPS][2], extent[2];
     uint32_t first, last; /* extents of all 16 */
+    uint32_t word;        /* the slot word of row lane / 4 + 8 (lane % 4), of lanes below 2 there */
+    uint32_t place[2];    /* of the candidates of the warp's next step */
 };
 
-/* The candidates from `begin` on; none behind the list's end. */
+/* Places of candidates from `begin` on; of those behind the list's end anything. */
 template <uint32_t STEPS>
+static __device__ __forceinline__ void load_places(code_rows<STEPS> &r, const uint32_t *slots,
+                                                   uint32_t begin, uint64_t room) {
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t at = begin + threadIdx.x % 32 / 4 + 8 * i;
+        r.place[i] = at < room ? slots[at] : 0;
+    }
+}
+
+/* The candidates from `begin` on, whose places are there; none behind the list's end. WORDS: with
+ * their slot words. Places become those of the step behind. */
+template <uint32_t STEPS, bool WORDS>
 static __device__ __forceinline__ void load_codes(code_rows<STEPS> &r, const loci_cuda_look &look,
-                                                  const uint32_t *slots, uint32_t h, uint32_t begin,
-                                                  uint32_t n) {
-    uint32_t lane = threadIdx.x % 32, end = begin + EACH < n ? begin + EACH : n;
+                                                  const uint32_t *slots, uint64_t room, uint32_t h,
+                                                  uint32_t begin, uint32_t step, uint32_t n) {
+    uint32_t lane = threadIdx.x % 32, left = n - begin, last = left < EACH ? left - 1 : EACH - 1;
+    uint32_t place[2] = {r.place[0], r.place[1]}, front = __shfl_sync(FULL_WARP, place[0], 0);
     if (begin >= n) return;
+    load_places(r, slots, begin + step, room);
     r.first = r.last = 0;
     if (look.extents > 1) {
-        r.first = extent_at(look, h, slots[begin] / 32);
-        r.last = extent_at(look, h, slots[end - 1] / 32);
+        r.first = extent_at(look, h, front / 32);
+        uint32_t back = __shfl_sync(FULL_WARP, last < 8 ? place[0] : place[1], (int)(last % 8 * 4));
+        r.last = extent_at(look, h, back / 32);
     }
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
-        uint32_t at = begin + lane / 4 + 8 * i, slot = slots[at < end ? at : end - 1];
+        uint32_t slot = lane / 4 + 8 * i <= last ? place[i] : front;
         r.extent[i] = r.first == r.last ? r.first : extent_at(look, h, slot / 32);
         const loci_cuda_pair *pair = &look.pairs[(size_t)r.extent[i] * look.kv_heads + h];
         const uint32_t *from =
@@ -84,7 +102,21 @@ static __device__ __forceinline__ void load_codes(code_rows<STEPS> &r, const loc
             uint32_t word = 4 * k + lane % 4;
             r.code[k][i] = word < look.dim / 8 ? from[word] : 0;
         }
+        if (WORDS && lane % 4 == i) r.word = from[look.dim / 8];
     }
+}
+
+/* The segments of 16 candidates. */
+template <uint32_t STEPS>
+static __device__ __forceinline__ void
+put_segments(const loci_cuda_look &look, const loci_cuda_choice &c, const code_rows<STEPS> &r,
+             uint32_t begin, uint32_t n) {
+    uint32_t lane = threadIdx.x % 32, at = begin + lane / 4 + lane % 4 * 8;
+    if (lane % 4 > 1 || at >= n) return;
+    uint32_t extent = lane % 4 ? r.extent[1] : r.extent[0], segment = r.word >> 16;
+    const loci_cuda_pair *pair = &look.pairs[(size_t)extent * look.kv_heads + blockIdx.y];
+    c.segment[blockIdx.y * c.room + at] =
+        segment < pair->segments ? pair->segment_base + segment : 0xffffffffu;
 }
 
 /* Products of the codes with folded queries; q: of vector lane / 4, or NULL. */
@@ -176,26 +208,42 @@ static __device__ void put_totals(const loci_cuda_look &look, const loci_cuda_ch
     __syncthreads();
 }
 
-/* A warp reads the next candidates' records while it scores the last ones. */
-template <uint32_t STEPS>
-static __global__ void __launch_bounds__(THREADS)
+/* A warp reads the next candidates' records while it scores the last ones. LISTED: their segments
+ * are kept. */
+template <uint32_t STEPS, bool LISTED>
+static __global__ void __launch_bounds__(THREADS, STEPS > 4 ? 2 : 4)
     k_score_codes(const loci_cuda_look look, const loci_cuda_choice c) {
     await_previous();
-    uint32_t n = c.count[blockIdx.y], warps = THREADS / 32, step = gridDim.x * warps * EACH;
+    const uint32_t warps = THREADS / 32, step = gridDim.x * warps * EACH;
     const uint32_t *slots = c.slots + (size_t)blockIdx.y * c.room;
     for (uint32_t first = 0; first < look.group; first += WIDE) {
         lane_totals totals = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
         uint32_t begin = (blockIdx.x * warps + threadIdx.x / 32) * EACH;
         code_rows<STEPS> next = {};
-        load_codes(next, look, slots, blockIdx.y / look.rows, begin, n);
+        load_places(next, slots, begin, c.room); /* comes together with the count */
+        uint32_t n = c.count[blockIdx.y];
+        load_codes<STEPS, LISTED>(next, look, slots, c.room, blockIdx.y / look.rows, begin, step,
+                                  n);
         for (; begin < n; begin += step) {
             const code_rows<STEPS> r = next;
-            load_codes(next, look, slots, blockIdx.y / look.rows, begin + step, n);
+            load_codes<STEPS, LISTED>(next, look, slots, c.room, blockIdx.y / look.rows,
+                                      begin + step, step, n);
+            if (LISTED && first == 0) put_segments(look, c, r, begin, n);
             for (uint32_t extent = r.first; extent <= r.last; extent++)
                 score_codes(look, c, r, begin, n, extent, first, totals);
         }
         put_totals(look, c, first, totals);
     }
+}
+
+template <bool LISTED>
+static cudaError_t launch_score(cudaStream_t stream, const loci_cuda_look *look,
+                                const loci_cuda_choice *choice) {
+    auto kernel = look->dim <= 64    ? k_score_codes<2, LISTED>
+                  : look->dim <= 128 ? k_score_codes<4, LISTED>
+                                     : k_score_codes<MAX_DIM / 32, LISTED>;
+    return launch_behind(stream, kernel, dim3(choice->slices, look->kv_heads * look->rows), THREADS,
+                         0, *look, *choice);
 }
 
 extern "C" cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_look *look,
@@ -206,9 +254,6 @@ extern "C" cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_lo
               look->rows);
     cudaError_t result = launch_behind(stream, k_list_candidates, runs, THREADS, 0, *look, *choice);
     if (result != cudaSuccess) return result;
-    auto kernel = look->dim <= 64    ? k_score_codes<2>
-                  : look->dim <= 128 ? k_score_codes<4>
-                                     : k_score_codes<MAX_DIM / 32>;
-    return launch_behind(stream, kernel, dim3(choice->slices, look->kv_heads * look->rows), THREADS,
-                         0, *look, *choice);
+    return choice->segment ? launch_score<true>(stream, look, choice)
+                           : launch_score<false>(stream, look, choice);
 }

@@ -237,12 +237,12 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_chunk(const loci_cuda_look *look) {
     return chunk;
 }
 
-#define LOCI_CUDA_LISTED 256u /* blocks that share the listed candidates of all heads, about */
+#define LOCI_CUDA_LISTED 256u /* blocks that share what is selected of all heads' lists, about */
 
 /* Partial results of attention over the pairs: for each (pair, part of it) and tile of vectors,
  * [LOCI_CUDA_ROWS][dim + 2] as in loci_cuda_dense. parts: chunks, and one more for a tail. Where
- * the look-up has one row, one tile and a list of candidates, the parts of a head are even shares
- * of its list instead, whose cut says what is attended. */
+ * there is a list of what is selected (loci_cuda_choice.chosen), the parts of a head are even
+ * shares of it instead. */
 typedef struct loci_cuda_attend {
     uint32_t extents; /* whose parts are merged: 1 where lists are used */
     float *partial;   /* [pairs * parts][tiles][ROWS][dim + 2] */
@@ -251,8 +251,8 @@ typedef struct loci_cuda_attend {
     uint32_t out_stride;
     loci_cuda_row_cache cache; /* of pairs with frame_of */
     /* For attribution, of one row, or of each of a few: exact logits [kv_heads][vectors][room], by
-     * place in the list or in a mask; NULL = not kept. Cleared by the way: what attribution and
-     * figures count in. */
+     * place in the list of what is selected or in a mask; NULL = not kept. Cleared by the way: what
+     * attribution and figures count in. */
     float *logits;
     uint64_t room;
     unsigned long long *zeroed;
@@ -337,8 +337,16 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_runs(const loci_cuda_look *look) {
     return look->words / LOCI_CUDA_RUN + look->extents + 1;
 }
 
-#define LOCI_CUDA_SLICES 800u /* of all lists, each scored by a block, about */
-#define LOCI_CUDA_STEPS 2048u /* of shares, 16 to each power of two: the cut begins with them */
+#define LOCI_CUDA_SLICES 800u     /* of all lists, each scored by a block, about */
+#define LOCI_CUDA_STEPS 2048u     /* of shares, 16 to each power of two: the cut begins with them */
+#define LOCI_CUDA_STEP_LIST 4096u /* shares of the cut's step that are listed, at most */
+#define LOCI_CUDA_CHOOSERS 128u   /* blocks, at most, that list what is selected for a head */
+
+/* What is selected: its place in the mask, and the number of its segment among those of the view,
+ * or any greater number if it has none. */
+typedef struct loci_cuda_chosen {
+    uint32_t place, segment;
+} loci_cuda_chosen;
 
 /* How a vector's estimates by sketch are counted where candidates are limited: in steps, top being
  * what a sum of 0 means to the best kept root; floor: the least key (candidates.cu) of a candidate.
@@ -396,8 +404,15 @@ typedef struct loci_cuda_choice {
                       and the sum of exp(score - that) */
     unsigned long long *step_mass; /* [hr][LOCI_CUDA_STEPS]: shares of a step together (zeroed) */
     uint32_t *step_count;          /* the same: how many, where there is a budget (zeroed) */
+    float *step_list;              /* [hr][LOCI_CUDA_STEP_LIST]: shares of the cut's step */
+    uint32_t *step_listed;         /* [hr][2] (zeroed): how many; blocks that have listed theirs */
     loci_cuda_cut *cut;            /* [hr] */
-    int8_t *folded;                /* [pairs][vectors][dim], as in loci_cuda_rank */
+    /* Of one row in a tile, of which attention reads a list; else NULL. As slots, `room` a head: */
+    uint32_t *segment;        /* of each candidate, as in loci_cuda_chosen */
+    loci_cuda_chosen *chosen; /* what is selected, in the order of places, side by side */
+    uint32_t *chosen_count;   /* [kv_heads] */
+    uint32_t *chosen_told;    /* [kv_heads][LOCI_CUDA_CHOOSERS] (zeroed): 1 + how many of a part */
+    int8_t *folded;           /* [pairs][vectors][dim], as in loci_cuda_rank */
     float *folded_scale;
     int32_t *folded_sum;
 } loci_cuda_choice;
@@ -423,15 +438,15 @@ cudaError_t loci_cuda_k_list_reaching(cudaStream_t stream, const loci_cuda_look 
                                       const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_raise_floors(cudaStream_t stream, const loci_cuda_look *look,
                                      const loci_cuda_choice *choice);
-/* codes.cu: rank, count, slots, score and totals. */
+/* codes.cu: rank, count, slots, segment, score and totals. */
 cudaError_t loci_cuda_k_codes(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
-/* choose.cu: share and cut; then token_mask, which has been zeroed. */
+/* choose.cu: share, cut and chosen; then token_mask, which has been zeroed. */
 cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci_cuda_look *look,
                                       const loci_cuda_choice *choice);
 cudaError_t loci_cuda_k_mask_chosen(cudaStream_t stream, const loci_cuda_look *look,
                                     const loci_cuda_choice *choice);
-/* sparse.cu: loci_cuda_k_attend_sparse for one row and one tile of vectors, from the list. */
+/* sparse.cu: loci_cuda_k_attend_sparse for one row and one tile of vectors, from `chosen`. */
 cudaError_t loci_cuda_k_attend_listed(cudaStream_t stream, const loci_cuda_look *look,
                                       const loci_cuda_choice *choice, const loci_cuda_attend *args);
 /* tail.cu: the last part of each pair's partial results. */
@@ -440,7 +455,7 @@ cudaError_t loci_cuda_k_attend_tail(cudaStream_t stream, const loci_cuda_look *l
 
 /* --- attribute.cu ----------------------------------------------------------------------- */
 
-/* choice: logits are those of its lists; NULL: of all places. */
+/* choice: logits are those of `chosen`; NULL: of all places. */
 cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *look,
                                   const loci_cuda_choice *choice,
                                   const loci_cuda_attribution *args);
@@ -449,7 +464,7 @@ cudaError_t loci_cuda_k_attribute(cudaStream_t stream, const loci_cuda_look *loo
 cudaError_t loci_cuda_k_stats(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice, const loci_cuda_stats *base,
                               loci_cuda_stats *stats);
-/* The same of one row's lists. */
+/* The same where there is `chosen`. */
 cudaError_t loci_cuda_k_stats_listed(cudaStream_t stream, const loci_cuda_look *look,
                                      const loci_cuda_choice *choice, const loci_cuda_stats *base,
                                      loci_cuda_stats *stats);

@@ -21,6 +21,14 @@ static __device__ __forceinline__ void await_previous(void) {
 #endif
 }
 
+/* The same where blocks of the next kernel, before they wait, read what the kernel before wrote. */
+static __device__ __forceinline__ void await_previous_first(void) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 static inline bool can_overlap(void) {
     static int major; /* the same for every thread that asks */
     int device = 0;

@@ -81,6 +81,12 @@ uint64_t look_limit(const loci_lookup *lookup) {
     return applies ? lookup->params.candidates_max : 0;
 }
 
+bool look_listed(const loci_lookup *lookup) {
+    const loci_cuda_look *look = &lookup->look;
+    return lookup->mode == LOCI_MODE_HIERARCHICAL && look->rows == 1 && look->extents > 0 &&
+           loci_cuda_tiles(look->vectors) == 1 && !lookup->params.estimate_tail;
+}
+
 bool look_shared(const loci_lookup *lookup) {
     return lookup->mode != LOCI_MODE_HIERARCHICAL;
 }
@@ -371,8 +377,9 @@ static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
     size_t hr = (size_t)look->kv_heads * look->rows, pairs = (size_t)look->extents * look->kv_heads;
     size_t masses = hr * LOCI_CUDA_STEPS * sizeof *c->step_mass;
     size_t words =
-        hr * (LOCI_CUDA_STEPS + look->words + loci_cuda_runs(look) + 2) + pairs * look->rows;
+        hr * (LOCI_CUDA_STEPS + look->words + loci_cuda_runs(look) + 4) + pairs * look->rows;
     if (c->limit) words += hr * look->vectors;
+    if (look_listed(lookup)) words += hr * LOCI_CUDA_CHOOSERS;
     size_t bytes = (masses + words * sizeof(uint32_t) + 15) / 16 * 16;
     c->zeroed_count = bytes / 16;
     c->zeroed = look_alloc(stream, lookup, bytes);
@@ -383,8 +390,10 @@ static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
     c->run_count = c->candidates + hr * look->words;
     c->leaf_count = c->run_count + hr * loci_cuda_runs(look);
     c->count = c->leaf_count + hr;
-    c->kept_count = c->count + hr;
+    c->step_listed = c->count + hr;
+    c->kept_count = c->step_listed + 2 * hr;
     c->reached_count = c->kept_count + pairs * look->rows;
+    c->chosen_told = c->reached_count + (c->limit ? hr * look->vectors : 0);
     return true;
 }
 
@@ -434,7 +443,9 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
         .rank = look_alloc(stream, lookup, hr * look->words * sizeof(uint32_t)),
         .slices = slices,
         .totals = look_alloc(stream, lookup, look->kv_heads * vectors * slices * 2 * sizeof(float)),
+        .step_list = look_alloc(stream, lookup, hr * LOCI_CUDA_STEP_LIST * sizeof *c->step_list),
         .cut = look_alloc(stream, lookup, hr * sizeof *c->cut),
+        .chosen_count = look_alloc(stream, lookup, hr * sizeof *c->chosen_count),
         .folded = look_alloc(stream, lookup, pairs * vectors * look->dim),
         .folded_scale = look_alloc(stream, lookup, pairs * vectors * sizeof(float)),
         .folded_sum = look_alloc(stream, lookup, pairs * vectors * sizeof(int32_t)),
@@ -612,7 +623,10 @@ void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
 static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     loci_cuda_choice *c = &lookup->choice;
-    uint64_t rows = (uint64_t)look->kv_heads * look->rows, each = (look->group + 2) * 4;
+    bool listed = look_listed(lookup);
+    size_t own = sizeof *c->chosen + sizeof *c->segment;
+    uint64_t rows = (uint64_t)look->kv_heads * look->rows;
+    uint64_t each = (look->group + 2) * 4 + (listed ? own : 0);
     c->room = (uint64_t)look->words * 32;
     if (rows * c->room * each > lookup->cuda->room_bytes)
         c->room = read_most(stream, lookup, c->run_count, rows, loci_cuda_runs(look));
@@ -620,6 +634,9 @@ static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     c->slots = look_alloc(stream, lookup, rows * c->room * sizeof(uint32_t));
     c->score = look_alloc(stream, lookup, rows * look->group * c->room * sizeof(float));
     c->share = look_alloc(stream, lookup, rows * c->room * sizeof(float));
+    if (!listed) return lookup->ready;
+    c->segment = look_alloc(stream, lookup, rows * c->room * sizeof *c->segment);
+    c->chosen = look_alloc(stream, lookup, rows * c->room * sizeof *c->chosen);
     return lookup->ready;
 }
 

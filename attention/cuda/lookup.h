@@ -122,6 +122,8 @@ bool look_mask(loci_stream *stream, loci_lookup *lookup);
 /* root_live and leaf_live. */
 bool look_count(loci_stream *stream, loci_lookup *lookup);
 bool look_shared(const loci_lookup *lookup);
+/* Whether what is selected becomes a list that attention, attribution and figures read. */
+bool look_listed(const loci_lookup *lookup);
 /* The limit to a row's candidates, 0 where there is none. */
 uint64_t look_limit(const loci_lookup *lookup);
 /* Waits for the stream and reads device memory; false on failure. */

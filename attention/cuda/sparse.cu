@@ -63,16 +63,19 @@ static __device__ __forceinline__ void keep_rows(uint32_t begin, uint32_t count,
     }
 }
 
-/* Keys 0 to `count` through all warps. sees(row, i, logit): whether vector `row` of the tile has
- * key i. KEEP: frame_of(i): where the rows of key i go, or NULL. */
-template <int DIM, bool KEEP, typename ROW_OF, typename SEES, typename FRAME_OF>
-static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uint16_t *q,
-                                                   uint16_t *own, uint32_t count, uint32_t dim,
-                                                   ROW_OF row_of, SEES sees, FRAME_OF frame_of) {
+/* Keys 0 to `count` through all warps. ready(i): called by a warp before row_of of the keys of the
+ * run that begins at i. sees(row, i, logit): whether vector `row` of the tile has key i. KEEP:
+ * frame_of(i): where the rows of key i go, or NULL. */
+template <int DIM, bool KEEP, typename READY, typename ROW_OF, typename SEES, typename FRAME_OF>
+static __device__ __forceinline__ void
+attend_keys(warp_state<DIM> &s, const uint16_t *q, uint16_t *own, uint32_t count, uint32_t dim,
+            READY ready, ROW_OF row_of, SEES sees, FRAME_OF frame_of) {
     const uint32_t stage = 2 * RUN * WIDTH_OF(DIM), step = TILE_WARPS * RUN;
     uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * RUN, turn = 0;
+    ready(first);
     gather<DIM>(first, count, dim, own, row_of);
     for (uint32_t begin = first; begin < count; begin += step, turn ^= 1) {
+        ready(begin + step);
         gather<DIM>(begin + step, count, dim, own + (turn ^ 1) * stage, row_of);
         wait_groups<1>();
         __syncwarp();
@@ -91,6 +94,9 @@ static __device__ __forceinline__ void attend_keys(warp_state<DIM> &s, const uin
         __syncwarp(); /* all lanes have read the stage that is filled next */
     }
     wait_groups<0>();
+}
+
+static __device__ __forceinline__ void always_ready(uint32_t) {
 }
 
 static __device__ __forceinline__ uint16_t *no_frame(uint32_t) {
@@ -120,7 +126,7 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     const uint16_t *kv = w.pair->kv + (size_t)w.first * 2 * look.dim;
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
     attend_keys<DIM, false>(
-        s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
+        s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim, always_ready,
         [&](uint32_t i) {
             return TIERED ? rows_at(args.cache, w.pair, w.first + list[i], look.dim)
                           : kv + (size_t)list[i] * 2 * look.dim;
@@ -133,24 +139,25 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     merge_warps<DIM>(s, look.dim, look.vectors - w.tile * ROWS, (float *)stages, partial);
 }
 
-#define LIST_EACH 4u /* candidates of a thread */
+#define LIST_EACH 4u /* listed tokens of a thread */
+#define LIST_LOT (LIST_EACH * TILE_THREADS)
 
-/* Where listed rows stand, and to where those go that come from the host: as many as there are free
- * frames. taken: a bit for each of this thread's places, which come from `at` on in the lists. */
+/* Where the rows of a lot of listed tokens stand, and to where those go that come from the host: as
+ * many as there are free frames. By all threads. */
 static __device__ __forceinline__ void list_tiered(const loci_cuda_look &look,
                                                    const loci_cuda_row_cache &cache, uint32_t h,
-                                                   const uint32_t (&place)[LIST_EACH],
-                                                   uint32_t taken, uint32_t at,
+                                                   const loci_cuda_chosen *chosen, uint32_t count,
                                                    const uint16_t **rows, uint16_t **frames) {
     __shared__ uint32_t turn;
-    uint32_t missed = 0, hits = 0, sum, slot, to = at;
+    uint32_t missed = 0, hits = 0, sum, slot;
 #pragma unroll
     for (uint32_t j = 0; j < LIST_EACH; j++) {
-        if (!(taken >> j & 1)) continue;
-        const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
+        uint32_t i = j * TILE_THREADS + threadIdx.x;
+        if (i >= count) continue;
+        const loci_cuda_pair *pair = pair_at(look, h, chosen[i].place, &slot);
         uint32_t frame = frame_at(cache, pair, slot);
-        frames[to] = NULL;
-        rows[to++] = frame ? frame_rows(cache, frame) : pair->kv + (size_t)slot * 2 * look.dim;
+        frames[i] = NULL;
+        rows[i] = frame ? frame_rows(cache, frame) : pair->kv + (size_t)slot * 2 * look.dim;
         if (!pair->frame_of || !cache.frames) continue;
         if (frame) cache.use[frame - 1] = LOCI_CUDA_FRAME_USED;
         if (frame) hits++;
@@ -163,71 +170,114 @@ static __device__ __forceinline__ void list_tiered(const loci_cuda_look &look,
 #pragma unroll
     for (uint32_t j = 0; j < LIST_EACH; j++) {
         if (!(missed >> j & 1)) continue;
-        const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
-        frames[at + __popc(taken & ((1u << j) - 1))] = take_frame(cache, pair, slot, next++);
+        uint32_t i = j * TILE_THREADS + threadIdx.x;
+        const loci_cuda_pair *pair = pair_at(look, h, chosen[i].place, &slot);
+        frames[i] = take_frame(cache, pair, slot, next++);
     }
+    __syncthreads();
 }
 
-/* The same for one row over a share of a head's candidates, of which the cut says what is selected:
- * as many candidates for each block, wherever they stand. */
-template <int DIM, bool TIERED>
-static __global__ void __launch_bounds__(TILE_THREADS)
-    k_attend_listed(const loci_cuda_look look, const loci_cuda_choice c,
-                    const loci_cuda_attend args) {
-    extern __shared__ float4 shared[];
-    __shared__ const uint16_t *list[LIST_EACH * TILE_THREADS];
-    __shared__ uint32_t places[LIST_EACH * TILE_THREADS];
-    __shared__ uint16_t *frames[TIERED ? LIST_EACH * TILE_THREADS : 1];
-    await_previous();
-    uint32_t h = blockIdx.x / args.parts, part = blockIdx.x % args.parts, n = c.count[h];
-    uint32_t share = (n + args.parts - 1) / args.parts, begin = part * share;
-    uint32_t end = begin + share < n ? begin + share : n;
-    float *partial = args.partial + (size_t)blockIdx.x * ROWS * (look.dim + 2);
-    float *logits = args.logits + (size_t)h * look.vectors * args.room;
-    clear_counts(args);
-    if (begin >= end) {
-        put_nothing(partial, look.dim);
-        return;
-    }
-    uint16_t *q = (uint16_t *)shared, *stages = q + 2 * ROWS * WIDTH_OF(DIM);
-    const uint32_t *slots = c.slots + (size_t)h * c.room;
-    const float *shares = c.share + (size_t)h * c.room;
-    const loci_cuda_cut cut = c.cut[h];
-    split_vectors<DIM>(look, h, 0, q);
-    warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
-    for (; begin < end; begin += LIST_EACH * TILE_THREADS) {
-        uint32_t place[LIST_EACH], taken = 0, count;
-#pragma unroll
-        for (uint32_t j = 0; j < LIST_EACH; j++) {
-            uint32_t i = begin + j * TILE_THREADS + threadIdx.x;
-            place[j] = i < end ? slots[i] : 0;
-            if (i < end && is_chosen(cut, shares[i], i)) taken |= 1u << j;
-        }
-        uint32_t at = sum_before<TILE_THREADS>(__popc(taken), &count);
-        if (TIERED) list_tiered(look, args.cache, h, place, taken, at, list, frames);
-#pragma unroll
-        for (uint32_t j = 0; j < LIST_EACH; j++) {
-            if (!(taken >> j & 1)) continue;
-            places[at] = begin + j * TILE_THREADS + threadIdx.x;
-            if (!TIERED) {
-                uint32_t slot;
-                const loci_cuda_pair *pair = pair_at(look, h, place[j], &slot);
-                list[at] = pair->kv + (size_t)slot * 2 * look.dim;
-            }
-            at++;
-        }
-        __syncthreads();
-        attend_keys<DIM, TIERED>(
-            s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
-            [&](uint32_t i) { return list[i]; },
+/* A block's share of what is selected for a head. */
+struct listed_share {
+    const loci_cuda_chosen *chosen;
+    float *logits; /* of its first token and vector */
+    uint32_t h, count;
+    uint16_t *q, *stages;
+};
+
+static __device__ __forceinline__ void put_logit(const loci_cuda_look &look,
+                                                 const loci_cuda_attend &args, float *logits,
+                                                 uint32_t row, uint32_t i, float logit) {
+    if (row < look.vectors) logits[row * args.room + i] = logit;
+}
+
+/* Rows that may stand in memory of the host: lot by lot, which all warps look up together. */
+template <int DIM>
+static __device__ __forceinline__ void attend_tiered(const loci_cuda_look &look,
+                                                     const loci_cuda_attend &args,
+                                                     const listed_share &w, warp_state<DIM> &s) {
+    __shared__ const uint16_t *rows[LIST_LOT];
+    __shared__ uint16_t *frames[LIST_LOT];
+    for (uint32_t at = 0; at < w.count; at += LIST_LOT) {
+        uint32_t count = w.count - at < LIST_LOT ? w.count - at : LIST_LOT;
+        list_tiered(look, args.cache, w.h, w.chosen + at, count, rows, frames);
+        attend_keys<DIM, true>(
+            s, w.q, w.stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
+            always_ready, [&](uint32_t i) { return rows[i]; },
             [&](uint32_t row, uint32_t i, float logit) {
-                if (row < look.vectors) logits[row * args.room + places[i]] = logit;
+                put_logit(look, args, w.logits + at, row, i, logit);
                 return true;
             },
             [&](uint32_t i) { return frames[i]; });
         __syncthreads();
     }
-    merge_warps<DIM>(s, look.dim, look.vectors, (float *)stages, partial);
+}
+
+/* Rows on the device: a warp looks up those of its next run while it waits for the last ones. */
+template <int DIM>
+static __device__ __forceinline__ void attend_listed(const loci_cuda_look &look,
+                                                     const loci_cuda_attend &args,
+                                                     const listed_share &w, warp_state<DIM> &s) {
+    __shared__ const uint16_t *rows[TILE_WARPS][RUN];
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, ahead = 0;
+    auto place_of = [&](uint32_t run) {
+        uint32_t i = run + lane < w.count ? run + lane : w.count - 1;
+        return lane < RUN ? w.chosen[i].place : 0;
+    };
+    ahead = place_of(warp * RUN);
+    __syncthreads(); /* queries are there */
+    attend_keys<DIM, false>(
+        s, w.q, w.stages + warp * 4 * RUN * WIDTH_OF(DIM), w.count, look.dim,
+        [&](uint32_t run) {
+            uint32_t slot;
+            if (run >= w.count) return;
+            __syncwarp(); /* all lanes have read the run before */
+            if (lane < RUN) {
+                const loci_cuda_pair *pair = pair_at(look, w.h, ahead, &slot);
+                rows[warp][lane] = pair->kv + (size_t)slot * 2 * look.dim;
+            }
+            __syncwarp();
+            if (run + TILE_WARPS * RUN < w.count) ahead = place_of(run + TILE_WARPS * RUN);
+        },
+        [&](uint32_t i) { return rows[warp][i % RUN]; },
+        [&](uint32_t row, uint32_t i, float logit) {
+            put_logit(look, args, w.logits, row, i, logit);
+            return true;
+        },
+        no_frame);
+    __syncthreads();
+}
+
+/* The same for one row from the list of what is selected, in even shares. */
+template <int DIM, bool TIERED>
+static __global__ void __launch_bounds__(TILE_THREADS)
+    k_attend_listed(const loci_cuda_look look, const loci_cuda_choice c,
+                    const loci_cuda_attend args) {
+    extern __shared__ float4 shared[];
+    await_previous();
+    uint32_t h = blockIdx.x / args.parts, part = blockIdx.x % args.parts, n = c.chosen_count[h];
+    uint32_t share = (n + args.parts - 1) / args.parts, begin = part * share;
+    uint32_t end = begin + share < n ? begin + share : n;
+    float *partial = args.partial + (size_t)blockIdx.x * ROWS * (look.dim + 2);
+    clear_counts(args);
+    if (begin >= end) {
+        put_nothing(partial, look.dim);
+        return;
+    }
+    uint16_t *q = (uint16_t *)shared;
+    const listed_share w = {c.chosen + (size_t)h * c.room + begin,
+                            args.logits + (size_t)h * look.vectors * args.room + begin,
+                            h,
+                            end - begin,
+                            q,
+                            q + 2 * ROWS * WIDTH_OF(DIM)};
+    split_vectors<DIM>(look, h, 0, q);
+    warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
+    if (TIERED)
+        attend_tiered<DIM>(look, args, w, s);
+    else
+        attend_listed<DIM>(look, args, w, s);
+    merge_warps<DIM>(s, look.dim, look.vectors, (float *)w.stages, partial);
 }
 
 /* Before tiles of many vectors: what any row selected and only the host has comes into frames, as
