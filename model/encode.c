@@ -184,6 +184,10 @@ loci_status loci_model_encode(loci_model *model, const uint32_t *tokens, const u
         status = encoder_open(&e[i], model, capacity, spans, err);
         e[i].out = out;
         e[i].pass.cancel = cancel;
+        if (status == LOCI_OK || i == 0) continue;
+        encoder_close(&e[i]); /* one batch at a time, where there is room for no more */
+        status = LOCI_OK;
+        lanes = i;
     }
     for (uint32_t first = 0; first < segments && status == LOCI_OK;) {
         uint32_t count = 1;

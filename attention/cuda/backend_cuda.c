@@ -286,10 +286,11 @@ static void cuda_stream_close(loci_backend *self, loci_stream *stream) {
     }
     pthread_mutex_lock(&cuda->idle_lock);
     bool keep = well && cuda->idle_count < LOCI_CUDA_IDLE_STREAMS;
-    /* The encoder's staging, which has grown, is kept once. */
-    for (const loci_stream *idle = cuda->idle; idle && keep; idle = idle->next)
-        keep = stream->staging_bytes == LOCI_CUDA_STAGING_BYTES ||
-               idle->staging_bytes == LOCI_CUDA_STAGING_BYTES;
+    /* The encoder's staging, which has grown, is kept for its two batches. */
+    unsigned grown = 0;
+    for (const loci_stream *idle = cuda->idle; idle; idle = idle->next)
+        grown += idle->staging_bytes > LOCI_CUDA_STAGING_BYTES;
+    keep = keep && (stream->staging_bytes == LOCI_CUDA_STAGING_BYTES || grown < 2);
     if (keep) {
         stream->next = cuda->idle;
         cuda->idle = stream;

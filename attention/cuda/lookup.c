@@ -100,7 +100,7 @@ bool look_read(loci_stream *stream, void *to, const void *from, size_t bytes) {
             loci_cuda_ok(stream, cudaStreamSynchronize(stream->stream), "a look-up"));
 }
 
-static void unpin(loci_lookup *lookup) {
+void look_unpin(loci_lookup *lookup) {
     for (size_t i = 0; i < lookup->pinned_count; i++)
         loci_cuda_pairs_unpin(lookup->cuda->pairs, lookup->pinned[i]);
     lookup->pinned_count = 0;
@@ -117,7 +117,7 @@ loci_status loci_cuda_lookup_create(loci_backend *self, loci_lookup **out, loci_
 void loci_cuda_lookup_free(loci_backend *self, loci_lookup *lookup) {
     (void)self;
     if (!lookup) return;
-    unpin(lookup);
+    look_unpin(lookup);
     look_forget_steps(lookup);
     arena_clear(&lookup->arena);
     for (uint32_t i = 0; i < lookup->table_count; i++) {
@@ -225,7 +225,7 @@ static bool pin_layer(loci_stream *stream, loci_lookup *lookup) {
     loci_error err;
     loci_status status = pin_pairs(lookup, false, &err);
     if (status == LOCI_E_LIMIT) {
-        unpin(lookup);
+        look_unpin(lookup);
         loci_cuda_pairs_lower(lookup->cuda->pairs);
         status = pin_pairs(lookup, true, &err);
     }
@@ -295,7 +295,7 @@ static bool open_pairs(loci_stream *stream, loci_lookup *lookup) {
 
 void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
                uint32_t layer) {
-    unpin(lookup);
+    look_unpin(lookup);
     if (lookup->arena.count > KEEP_CHUNKS) arena_clear(&lookup->arena);
     lookup->arena.current = lookup->arena.used = 0;
     lookup->corpus = corpus;

@@ -102,6 +102,8 @@ void *look_alloc(loci_stream *stream, loci_lookup *lookup, size_t bytes);
 void *look_put(loci_stream *stream, loci_lookup *lookup, const void *data, size_t bytes);
 /* After a launcher: not ready any more on failure. */
 bool look_launched(loci_stream *stream, loci_lookup *lookup, cudaError_t result, const char *what);
+/* What was enqueued may run on. */
+void look_unpin(loci_lookup *lookup);
 /* Pins the pairs of a layer, and sends what kernels must know of them. `ready` says whether that
  * went well; the host's part of a look-up is as before lookup_begin but for that. */
 void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,

@@ -83,6 +83,7 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
     }
     loci_buffer buffer = {.bytes = sizeof *from, .device = (void *)from};
     loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
+    if (lookup->params.each) look_unpin(lookup); /* nobody knows when there is a next one */
 }
 
 /* --- selected tokens ------------------------------------------------------------------- */

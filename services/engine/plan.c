@@ -107,11 +107,11 @@ uint64_t loci_plan_slot_bytes(const loci_model_config *c, bool on_device, uint32
     return cache + part + SEQUENCE_ROWS * row_bytes(c) + 5ull * c->vocab * sizeof(float) + MIB;
 }
 
-/* Rows, and their K and V on their way out, on a device of two batches (model/encode.c). */
+/* Rows, and their K and V on their way out (model/encode.c). */
 uint64_t loci_plan_encode_bytes(const loci_model_config *c, bool on_device, uint32_t tokens) {
     uint64_t kv = 4ull * c->retrieval_count * c->kv_heads * c->head_dim;
     if (!on_device) return tokens * (row_bytes(c) + kv);
-    return 2 * (tokens * TOKEN_BYTES + (tokens * kv < STAGING_BYTES ? tokens * kv : STAGING_BYTES));
+    return tokens * TOKEN_BYTES + (tokens * kv < STAGING_BYTES ? tokens * kv : STAGING_BYTES);
 }
 
 static uint64_t registration_bytes(const loci_plan_request *r, const loci_plan *plan) {
@@ -122,8 +122,9 @@ static uint64_t registration_bytes(const loci_plan_request *r, const loci_plan *
     options.merge_tokens = plan->merge_tokens;
     options.pairs_overlap = r->pairs_overlap;
     options.seal_beside = plan->seal_beside;
+    unsigned batches = r->on_device ? 2 : 1;
     return loci_ingest_memory(r->geometry, &options) +
-           loci_plan_encode_bytes(r->config, r->on_device, ENCODE_ROWS) + 4 * MIB;
+           batches * loci_plan_encode_bytes(r->config, r->on_device, ENCODE_ROWS) + 4 * MIB;
 }
 
 static uint64_t process_bytes(const loci_plan_request *r) {

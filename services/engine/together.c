@@ -87,7 +87,8 @@ static loci_status open_company(loci_engine *engine, const loci_attend_call *cal
 void loci_company_close(loci_engine *engine, loci_company *company) {
     loci_backend *backend = engine->backend;
     if (company->lookup) backend->ops->lookup_free(backend, company->lookup);
-    backend->ops->free(backend, company->rows);
+    if (company->rows)
+        backend->ops->free(backend, company->rows); /* else there may be no backend */
 }
 
 /* --- The step --------------------------------------------------------------------------------- */

@@ -568,6 +568,21 @@ static void test_every_end_of_text_ends_an_answer(void **state) {
 }
 
 /* test_engine [int8] */
+/* Before there is anything to close. */
+static void test_an_unknown_backend_is_refused_by_name(void **state) {
+    (void)state;
+    char other[FOLDER_BYTES];
+    loci_error err = {0};
+    loci_engine *none = NULL;
+    make_folder("no-backend", other);
+    const loci_engine_options options = {
+        .data = other, .model = "model/default", .backend = "abacus"};
+    assert_int_equal(loci_engine_open(&options, &none, &err), LOCI_E_UNSUPPORTED);
+    assert_non_null(strstr(err.text, "abacus"));
+    assert_null(none);
+    remove_folder(other);
+}
+
 int main(int argc, char **argv) {
     kv_int8 = argc > 1 && strcmp(argv[1], "int8") == 0;
     const struct CMUnitTest tests[] = {
@@ -586,6 +601,7 @@ int main(int argc, char **argv) {
         cmocka_unit_test(test_unreadable_pages_are_an_error),
         cmocka_unit_test(test_deleted_documents_are_gone),
         cmocka_unit_test(test_models_that_cannot_serve_are_refused_at_once),
+        cmocka_unit_test(test_an_unknown_backend_is_refused_by_name),
         cmocka_unit_test(test_every_end_of_text_ends_an_answer),
     };
     return cmocka_run_group_tests(tests, set_up, tear_down);
