@@ -400,7 +400,8 @@ static void test_masses_of_each_row_equal_the_cpu(void **state) {
     }
 }
 
-/* The default settings on a corpus of several extents, where all stages have work. */
+/* The default settings on a corpus of several extents, where all stages have work, and for a single
+ * row on one whose lists several blocks share, with few candidates and with nearly all tokens. */
 static void test_default_reach_equals_the_cpu(void **state) {
     (void)state;
     uint64_t rng = seed * 2 + 77;
@@ -409,7 +410,7 @@ static void test_default_reach_equals_the_cpu(void **state) {
         c.dim = rows == 1 ? 128 : 64;
         c.group = rows == 1 ? 7 : 3;
         c.rows = rows;
-        c.tokens = 12000;
+        c.tokens = rows == 1 ? 44000 : 12000;
         c.extent_tokens = 5000;
         c.seed = fixture_random(&rng) % 100000;
         scene s = open_scene(c);
@@ -419,6 +420,10 @@ static void test_default_reach_equals_the_cpu(void **state) {
         params.candidates_min = 300;
         params.roots_min = 16;
         compare_run(&s, &t, &c, params);
+        params.top_p = 0.945f;
+        params.roots = 20.0f;
+        params.candidates = 250.0f; /* times the root of the tokens */
+        if (rows == 1) compare_run(&s, &t, &c, params);
         twin_close(&t);
         close_scene(&s);
     }
