@@ -111,6 +111,12 @@ typedef struct loci_select_params {
     loci_dtype precision;
 } loci_select_params;
 
+/* Whether a look-up reads everything. */
+static inline bool loci_select_all(const loci_select_params *params) {
+    return params->mode == LOCI_MODE_DENSE ||
+           (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0);
+}
+
 /* The measured defaults: mode hierarchical; attention/README.md has the figures behind them. */
 void loci_select_defaults(loci_select_params *params);
 /* How many roots and candidates. Passages need their best tokens only, not nearly all mass, and all
@@ -360,6 +366,12 @@ struct loci_pool *loci_backend_pool(loci_backend *backend); /* ops->pool */
 
 static inline loci_ref loci_ref_at(loci_buffer *buffer, size_t offset) {
     loci_ref ref = {buffer, offset};
+    return ref;
+}
+
+/* So many rows of `width` floats further. */
+static inline loci_ref loci_ref_row(loci_ref ref, size_t row, size_t width) {
+    ref.offset += row * width * sizeof(float);
     return ref;
 }
 

@@ -12,11 +12,6 @@
  */
 #include "model/sequence.h"
 
-static loci_ref at_row(loci_ref ref, uint32_t row, size_t width) {
-    ref.offset += row * width * sizeof(float);
-    return ref;
-}
-
 static bool in_pass(const loci_sequence *s) {
     return s->step.status == LOCI_OK;
 }
@@ -80,13 +75,13 @@ static loci_attend_call call_of(const loci_pass *p, const loci_sequence *s) {
         .in_company = p->count > 1,
         .q_heads = own.q_heads,
         .head_dim = own.head_dim,
-        .q = at_row(own.q, step->row, own.q_stride),
+        .q = loci_ref_row(own.q, step->row, own.q_stride),
         .q_stride = own.q_stride,
         .scale = own.scale * scale_of(s, layer),
         .precision = own.precision,
-        .out = at_row(own.out, step->row, own.out_stride),
+        .out = loci_ref_row(own.out, step->row, own.out_stride),
         .out_stride = own.out_stride,
-        .lse = at_row(loci_ref_at(p->member[0]->lse, 0), step->row, own.q_heads),
+        .lse = loci_ref_row(loci_ref_at(p->member[0]->lse, 0), step->row, own.q_heads),
     };
 }
 

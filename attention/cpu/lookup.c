@@ -343,8 +343,7 @@ void loci_cpu_lookup_begin(loci_stream *stream, loci_lookup *lookup, const loci_
         .arena = arena,
     };
     LOCI_ASSERT(rows > 0 && q_heads % corpus->kv_heads == 0 && q_heads > 0);
-    if (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0)
-        lookup->mode = LOCI_MODE_DENSE;
+    if (loci_select_all(params)) lookup->mode = LOCI_MODE_DENSE;
     if (lookup->dim == 0 || lookup->dim > LOCI_HEAD_DIM_MAX || lookup->dim % 16 != 0) {
         loci_cpu_fail(stream, LOCI_E_UNSUPPORTED, "head_dim %u is not a multiple of 16 up to %u",
                       lookup->dim, LOCI_HEAD_DIM_MAX);

@@ -29,7 +29,8 @@ static void leave_rows(loci_stream *stream, loci_lookup *lookup, bool used) {
 
 /* Whether products of whole_wide.cu are exact. */
 static bool wide_exact(const loci_lookup *lookup) {
-    return lookup->params.precision != LOCI_BF16 || lookup->look.rows <= LOCI_ATTEND_EXACT_QUERIES;
+    return loci_cuda_wide_narrow(&lookup->look) || lookup->params.precision != LOCI_BF16 ||
+           lookup->look.rows <= LOCI_ATTEND_EXACT_QUERIES;
 }
 
 static cudaError_t attend_pairs(loci_stream *stream, const loci_lookup *lookup, bool listed,
@@ -170,7 +171,7 @@ static void attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_l
     args->room = lookup->room;
     args->wide_chunk = lookup->wide_chunk;
     if (lookup->wide_chunk) args->wide_chunks = loci_cuda_wide_parts(lookup, lookup->wide_chunk);
-    args->exact = wide_exact(lookup) || loci_cuda_wide_narrow(look);
+    args->exact = wide_exact(lookup);
     if (!args->total_lse ||
         !clear_mass(stream, lookup, (size_t)args->segments * (args->each ? look->rows : 1)) ||
         !put_flat(stream, lookup, args))

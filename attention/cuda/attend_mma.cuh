@@ -46,6 +46,9 @@ static __device__ __forceinline__ void run_logits(const uint16_t *q, uint32_t re
     }
 }
 
+#define LOG2_E 1.4426950408889634f
+#define LN_2 0.6931471805599453f
+
 /* exp(x), or 2^x to about 2^-22. */
 template <bool BASE2> static __device__ __forceinline__ float weight_of(float x) {
     if (!BASE2) return expf(x);

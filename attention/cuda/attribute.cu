@@ -5,26 +5,20 @@
  * logits that attention left; else a block takes a chunk of a pair's slots and a tile of vectors,
  * lists what masks hold and reads their keys again.
  */
+#include "attention/cuda/attribute.cuh"
 #include "attention/cuda/chunks.cuh"
-#include "attention/cuda/radix.cuh"
 #include "attention/cuda/rows.cuh"
 #include "attention/cuda/whole.h"
 
 /* --- attribution ----------------------------------------------------------------------- */
 
-#define WEIGHT_MOST 6.0e7f
-
 /* NaN where a row has nothing at all. */
 static __device__ __forceinline__ float weight_of(float below_total) {
-    return below_total > -INFINITY ? fminf(expf(below_total), WEIGHT_MOST) : 0.0f;
+    return below_total > -INFINITY ? expf(below_total) : 0.0f;
 }
 
 static __device__ __forceinline__ mass_t mass_of(float below_total) {
-    return (mass_t)((double)weight_of(below_total) * LOCI_CUDA_MASS_UNIT);
-}
-
-static __device__ __forceinline__ bool counts_row(const loci_cuda_attribution &args, uint32_t row) {
-    return row >= args.row_begin && row < args.row_end;
+    return mass_of_weight(weight_of(below_total));
 }
 
 /* The sums of a row. */
@@ -102,10 +96,8 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     split_vectors<DIM>(look, w.pair->kv_head, w.tile, q);
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        uint32_t v = w.tile * ROWS + lane / 4 + half * 8, row = v / look.group;
-        size_t at = (size_t)row * look.q_heads + w.pair->kv_head * look.group + v % look.group;
-        bool counts = v < look.vectors && counts_row(args, row);
-        total[half] = counts ? args.total_lse[at] : INFINITY; /* of others all weights are 0 */
+        uint32_t v = w.tile * ROWS + lane / 4 + half * 8;
+        total[half] = total_of(look, args, w.pair->kv_head, v);
     }
     __syncthreads();
     gather_keys<DIM>(look, args.cache, w, list, warp * RUN, count, own);
@@ -239,7 +231,7 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++) weight += weight_of(below[g]);
         }
-        mass_t mass = (mass_t)((double)fminf(weight, WEIGHT_MOST) * LOCI_CUDA_MASS_UNIT);
+        mass_t mass = mass_of_weight(weight);
         if (mass == 0) continue;
         if (!LISTED) {
             segment = slot_word(pair, slot, look.dim) >> 16;

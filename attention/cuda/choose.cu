@@ -141,7 +141,6 @@ struct step_list {
     }
 };
 
-#define CUT_BLOCKS 16u   /* of an hr, where it has many shares and there are few of them */
 #define CUT_ALONE 16384u /* shares that one block goes through by itself */
 
 /* The shares of the cut's step, which all blocks of the hr look for, each in its part; true in the
@@ -309,9 +308,9 @@ extern "C" cudaError_t loci_cuda_k_choose_tokens(cudaStream_t stream, const loci
     cudaError_t result = launch_behind(stream, k_shares, dim3(SPREAD, rows), 256,
                                        (look->group + 1) / 2 * sizeof(float4), *look, *choice);
     if (result != cudaSuccess) return result;
-    bool alone = rows > CUT_BLOCKS || choice->room <= CUT_ALONE;
-    result = launch_behind(stream, k_cut, dim3(rows, alone ? 1 : CUT_BLOCKS), RADIX_THREADS,
-                           sizeof(radix_memory), *look, *choice);
+    bool alone = !choice->step_list || choice->room <= CUT_ALONE;
+    result = launch_behind(stream, k_cut, dim3(rows, alone ? 1 : LOCI_CUDA_CUT_BLOCKS),
+                           RADIX_THREADS, sizeof(radix_memory), *look, *choice);
     if (result != cudaSuccess || !choice->chosen || choice->room <= CUT_ALONE) return result;
     uint64_t blocks = (choice->room + CHOOSER_PART - 1) / CHOOSER_PART;
     dim3 grid(blocks < LOCI_CUDA_CHOOSERS ? (uint32_t)blocks : LOCI_CUDA_CHOOSERS, look->kv_heads);

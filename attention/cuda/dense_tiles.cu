@@ -18,9 +18,6 @@ static constexpr size_t tile_bytes(uint32_t dim, bool exact) {
            sizeof(uint16_t);
 }
 
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
-
 /* Logits that need not be exact are of base 2. */
 template <bool EXACT> static __device__ __forceinline__ float unit_of(void) {
     return EXACT ? 1.0f : LOG2_E;

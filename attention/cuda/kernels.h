@@ -340,6 +340,7 @@ LOCI_CUDA_BOTH uint32_t loci_cuda_runs(const loci_cuda_look *look) {
 #define LOCI_CUDA_SLICES 800u     /* of all lists, each scored by a block, about */
 #define LOCI_CUDA_STEPS 2048u     /* of shares, 16 to each power of two: the cut begins with them */
 #define LOCI_CUDA_STEP_LIST 4096u /* shares of the cut's step that are listed, at most */
+#define LOCI_CUDA_CUT_BLOCKS 16u  /* of an hr, where there are no more hr and many shares */
 #define LOCI_CUDA_CHOOSERS 128u   /* blocks, at most, that list what is selected for a head */
 
 /* What is selected: its place in the mask, and the number of its segment among those of the view,
@@ -404,9 +405,11 @@ typedef struct loci_cuda_choice {
                       and the sum of exp(score - that) */
     unsigned long long *step_mass; /* [hr][LOCI_CUDA_STEPS]: shares of a step together (zeroed) */
     uint32_t *step_count;          /* the same: how many, where there is a budget (zeroed) */
-    float *step_list;              /* [hr][LOCI_CUDA_STEP_LIST]: shares of the cut's step */
-    uint32_t *step_listed;         /* [hr][2] (zeroed): how many; blocks that have listed theirs */
-    loci_cuda_cut *cut;            /* [hr] */
+    /* [hr][LOCI_CUDA_STEP_LIST]: shares of the cut's step; NULL of more than LOCI_CUDA_CUT_BLOCKS
+     * hr, where one block looks for the cut. */
+    float *step_list;
+    uint32_t *step_listed; /* [hr][2] (zeroed): how many; blocks that have listed theirs */
+    loci_cuda_cut *cut;    /* [hr] */
     /* Of one row in a tile, of which attention reads a list; else NULL. As slots, `room` a head: */
     uint32_t *segment;        /* of each candidate, as in loci_cuda_chosen */
     loci_cuda_chosen *chosen; /* what is selected, in the order of places, side by side */
@@ -427,9 +430,10 @@ cudaError_t loci_cuda_k_prepare(cudaStream_t stream, const loci_cuda_look *look,
 /* nodes.cu: root_score, root_centre, root_floor, then what says which roots are kept. */
 cudaError_t loci_cuda_k_roots(cudaStream_t stream, const loci_cuda_look *look,
                               const loci_cuda_choice *choice);
-/* sketches.cu: leaf_score and sums, then floor; candidates and run_count. */
+/* sketches.cu: leaf_score and sums, then floor; candidates and run_count. block_bytes: the shared
+ * memory that a block may use. */
 cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
-                               const loci_cuda_choice *choice);
+                               const loci_cuda_choice *choice, size_t block_bytes);
 cudaError_t loci_cuda_k_candidates(cudaStream_t stream, const loci_cuda_look *look,
                                    const loci_cuda_choice *choice);
 /* Between these two, where there is a limit: key_scale, reached and its counts; the floors there.

@@ -443,7 +443,10 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
         .rank = look_alloc(stream, lookup, hr * look->words * sizeof(uint32_t)),
         .slices = slices,
         .totals = look_alloc(stream, lookup, look->kv_heads * vectors * slices * 2 * sizeof(float)),
-        .step_list = look_alloc(stream, lookup, hr * LOCI_CUDA_STEP_LIST * sizeof *c->step_list),
+        .step_list =
+            hr <= LOCI_CUDA_CUT_BLOCKS
+                ? look_alloc(stream, lookup, hr * LOCI_CUDA_STEP_LIST * sizeof *c->step_list)
+                : NULL,
         .cut = look_alloc(stream, lookup, hr * sizeof *c->cut),
         .chosen_count = look_alloc(stream, lookup, hr * sizeof *c->chosen_count),
         .folded = look_alloc(stream, lookup, pairs * vectors * look->dim),
@@ -494,8 +497,7 @@ void loci_cuda_lookup_begin(loci_stream *stream, loci_lookup *lookup,
     lookup->opened = false;
     lookup->params = *params;
     lookup->mode = params->mode;
-    if (params->mode == LOCI_MODE_HIERARCHICAL && params->top_p >= 1.0f && params->budget == 0)
-        lookup->mode = LOCI_MODE_DENSE;
+    if (loci_select_all(params)) lookup->mode = LOCI_MODE_DENSE;
     lookup->tokens_scored = lookup->tokens_selected = lookup->attended = false;
     lookup->masked = lookup->counted = lookup->figured = false;
     lookup->wide_chunk = 0;
@@ -613,7 +615,9 @@ void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_choice *c = &lookup->choice;
     if (lookup->deletions && !look_count(stream, lookup)) return;
     if (look_launched(stream, lookup, loci_cuda_k_roots(stream->stream, look, c), "roots") &&
-        look_launched(stream, lookup, loci_cuda_k_leaves(stream->stream, look, c), "leaves") &&
+        look_launched(stream, lookup,
+                      loci_cuda_k_leaves(stream->stream, look, c, lookup->cuda->block_bytes),
+                      "leaves") &&
         c->limit && look->extents > 0)
         limit_candidates(stream, lookup);
 }

@@ -229,19 +229,8 @@ static __global__ void __launch_bounds__(RADIX_THREADS, 1)
     if (threadIdx.x == 0) c.floor[blockIdx.x] = fmaxf(fmaxf(kth, top - c.reach), -FLT_MAX);
 }
 
-/* Shared memory that a block may have; what any may have where the device does not say. */
-static size_t shared_room(void) {
-    static int room; /* the same for every thread that asks */
-    int device = 0;
-    if (room == 0 && (cudaGetDevice(&device) != cudaSuccess ||
-                      cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                             device) != cudaSuccess))
-        return USUAL_SHARED_BYTES;
-    return (size_t)room;
-}
-
 extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_look *look,
-                                          const loci_cuda_choice *choice) {
+                                          const loci_cuda_choice *choice, size_t block_bytes) {
     if (look->extents == 0) return cudaSuccess;
     auto kernel = look->dim == 64    ? k_score_leaves<64>
                   : look->dim == 128 ? k_score_leaves<128>
@@ -250,7 +239,7 @@ extern "C" cudaError_t loci_cuda_k_leaves(cudaStream_t stream, const loci_cuda_l
                                        memory_bytes(look->dim), *look, *choice);
     if (result != cudaSuccess) return result;
     size_t most = (size_t)look->leaves_max * look->extents, own = KTH_EACH * RADIX_THREADS;
-    size_t room = (shared_room() - sizeof(radix_memory) - 1024) / sizeof(float);
+    size_t room = (block_bytes - sizeof(radix_memory) - 1024) / sizeof(float);
     uint32_t held = most <= own ? 0 : (uint32_t)(room < FLOOR_HELD ? room : FLOOR_HELD);
     return launch_behind(stream, k_floors, look->kv_heads * look->vectors, RADIX_THREADS,
                          sizeof(radix_memory) + held * sizeof(float), *look, *choice, held);

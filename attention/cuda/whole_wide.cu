@@ -2,24 +2,23 @@
  *
  * Attention over all live tokens of the pairs for many vectors, and what each token has of it, on
  * the tensor cores of compute capability 9.0a (FlashAttention-3, arXiv 2407.08608, without its
- * overlap within a warpgroup). A block takes a chunk of a pair's slots and a tile of 64 vectors for
- * each of its warpgroups but the last, which copies: tiles of 128 slots go through stages of shared
- * memory, whose barriers say what is there and what has been read. Blocks of the same chunk follow
- * each other, so that its K and V come from memory once.
+ * overlap within a warpgroup). Two of a block's warpgroups multiply, the third one copies: tiles of
+ * 128 slots of the block's chunk of a pair go through stages of shared memory, whose barriers say
+ * what is there and what has been read. Of many vectors each warpgroup has 64 and goes through all
+ * tiles; up to 64 both have all of them (NARROW) and every other tile, and leave a part each.
+ * Blocks of the same chunk follow each other, so that its K and V come from memory once.
  *
  * EXACT: queries and weights go in two parts, rounded and the rest, which gives f32 results to
  * about 2^-17; else they are rounded.
  */
+#include "attention/cuda/attribute.cuh"
 #include "attention/cuda/chunks.cuh"
-#include "attention/cuda/radix.cuh"
 #include "attention/cuda/rows.cuh"
 #include "attention/cuda/wgmma.cuh"
 #include "attention/cuda/whole.h"
 
 #define TILE_SLOTS LOCI_CUDA_WIDE_TILE
 #define GROUP_VECTORS LOCI_CUDA_WIDE_GROUP
-#define LOG2_E 1.4426950408889634f
-#define LN_2 0.6931471805599453f
 static_assert(TILE_SLOTS == 128 && GROUP_VECTORS == 64, "shapes of the products");
 
 #define GROUPS 2u /* warpgroups that multiply */
@@ -439,7 +438,6 @@ extern "C" cudaError_t loci_cuda_k_attend_wide(cudaStream_t stream, const loci_c
 #define MASS_STAGES 3
 #define MASS_WARPS (GROUPS * WARPGROUP / 32)
 #define MASS_SEGMENTS 6144u /* as many as there is shared memory for in any case */
-#define MASS_MOST 6.0e7f    /* of a slot: sums stay below 2^64 units */
 
 #if HAS_WGMMA
 
@@ -480,7 +478,7 @@ static __device__ __forceinline__ void add_slot(const loci_cuda_attribution &arg
                                                 const float (*sums)[TILE_SLOTS], mass_t *own) {
     float weight = 0.0f;
     for (uint32_t i = 0; i < MASS_WARPS; i++) weight += sums[i][threadIdx.x];
-    mass_t mass = (mass_t)((double)fminf(weight, MASS_MOST) * LOCI_CUDA_MASS_UNIT);
+    mass_t mass = mass_of_weight(weight);
     uint32_t segment = word >> 16;
     if (mass == 0 || segment >= w.pair->segments || w.pair->segment_base + segment >= args.segments)
         return;
@@ -525,10 +523,7 @@ attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, c
     float total[2];
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
-        uint32_t v = vector_of(w, half), row = v / look.group;
-        size_t at = (size_t)row * look.q_heads + w.pair->kv_head * look.group + v % look.group;
-        bool counts = v < look.vectors && row >= args.row_begin && row < args.row_end;
-        total[half] = counts ? args.total_lse[at] * LOG2_E : INFINITY;
+        total[half] = total_of(look, args, w.pair->kv_head, vector_of(w, half)) * LOG2_E;
         if (!(total[half] > -INFINITY)) total[half] = INFINITY; /* and all weights are 0 */
     }
     bool idle = w.first >= look.vectors;

@@ -417,9 +417,8 @@ static loci_status open_step(loci_query *query, const loci_attend_call *call,
     s->lookup = query->slot->lookup;
     s->params = *params;
     uint32_t from = query->evidence_from, position = call->row_position;
-    s->row_begin = from <= position               ? 0
-                   : from - position < call->rows ? from - position
-                                                  : call->rows;
+    uint32_t before = from > position ? from - position : 0;
+    s->row_begin = before < call->rows ? before : call->rows;
     s->all = call->out;
     s->all_lse = call->lse;
     s->all_stride = call->out_stride;
@@ -467,9 +466,8 @@ static uint32_t dense_rows(const loci_query *query, const loci_attend_call *call
  * look-up's account, which refuses. */
 static uint32_t tile_rows(const loci_query *query, const loci_attend_call *call,
                           const loci_select_params *params) {
-    if (params->mode == LOCI_MODE_SQUEEZED) return call->rows; /* they share one set */
-    bool all = params->top_p >= 1.0f && params->budget == 0;
-    if (params->mode == LOCI_MODE_DENSE || all) return dense_rows(query, call); /* no scores */
+    if (params->mode == LOCI_MODE_SQUEEZED) return call->rows;   /* they share one set */
+    if (loci_select_all(params)) return dense_rows(query, call); /* no scores */
     double live = (double)query->view->tokens, spread = 0;
     for (uint32_t e = 0; e < query->view->extent_count; e++)
         spread += sqrt((double)query->view->extents[e].tokens);
@@ -495,9 +493,9 @@ loci_status loci_corpus_attend(void *ctx, const loci_attend_call *call, loci_err
         loci_attend_call tile = *call;
         tile.rows = call->rows - row < most ? call->rows - row : most;
         tile.row_position += row;
-        tile.q.offset += (size_t)row * call->q_stride * sizeof(float);
-        tile.out.offset += (size_t)row * call->out_stride * sizeof(float);
-        tile.lse.offset += (size_t)row * call->q_heads * sizeof(float);
+        tile.q = loci_ref_row(call->q, row, call->q_stride);
+        tile.out = loci_ref_row(call->out, row, call->out_stride);
+        tile.lse = loci_ref_row(call->lse, row, call->q_heads);
         /* Dense mode's tiles are larger, where few rows are together here. */
         bool dense_reads = row == 0 || row / dense != (row - most) / dense;
         LOCI_TRY(attend_tile(query, &tile, &params, dense_reads, err));

@@ -33,9 +33,8 @@ static bool may_share(const loci_query *query, const loci_attend_call *call) {
 static bool reads_whole(const loci_query *query, const loci_attend_call *call, uint32_t rows) {
     loci_attend_call all = *call;
     all.rows = rows;
-    loci_select_params params = loci_attend_params(query, &all);
-    return params.mode == LOCI_MODE_DENSE ||
-           (params.mode == LOCI_MODE_HIERARCHICAL && params.top_p >= 1 && params.budget == 0);
+    const loci_select_params params = loci_attend_params(query, &all);
+    return loci_select_all(&params);
 }
 
 /* Whether a question's row is read whole may depend on how many there are. */
@@ -134,11 +133,6 @@ static void move(move_list *list, loci_ref to, loci_ref from, size_t bytes) {
     if (list->count == LOCI_MOVES_MAX) flush(list);
 }
 
-static loci_ref row_of(loci_ref ref, uint32_t row, size_t width) {
-    ref.offset += row * width * sizeof(float);
-    return ref;
-}
-
 static bool same_place(loci_ref a, loci_ref b) {
     return a.buffer == b.buffer && a.offset == b.offset;
 }
@@ -147,9 +141,9 @@ static bool same_place(loci_ref a, loci_ref b) {
 static bool neighbours(const loci_attend_call *calls, uint32_t count) {
     const loci_attend_call *first = calls;
     for (uint32_t i = 1; i < count; i++)
-        if (!same_place(calls[i].q, row_of(first->q, i, first->q_stride)) ||
-            !same_place(calls[i].out, row_of(first->out, i, first->out_stride)) ||
-            !same_place(calls[i].lse, row_of(first->lse, i, first->q_heads)))
+        if (!same_place(calls[i].q, loci_ref_row(first->q, i, first->q_stride)) ||
+            !same_place(calls[i].out, loci_ref_row(first->out, i, first->out_stride)) ||
+            !same_place(calls[i].lse, loci_ref_row(first->lse, i, first->q_heads)))
             return false;
     return true;
 }
@@ -160,9 +154,9 @@ static void gather(const loci_attend_call *calls, uint32_t count, const places *
     size_t heads = s->call.q_heads, values = heads * s->call.head_dim;
     move_list list = {.ops = ops, .stream = s->call.stream};
     for (uint32_t i = 0; i < count; i++) {
-        move(&list, row_of(at->q, i, values), calls[i].q, values * sizeof(float));
-        move(&list, row_of(at->out, i, values), calls[i].out, values * sizeof(float));
-        move(&list, row_of(at->lse, i, heads), calls[i].lse, heads * sizeof(float));
+        move(&list, loci_ref_row(at->q, i, values), calls[i].q, values * sizeof(float));
+        move(&list, loci_ref_row(at->out, i, values), calls[i].out, values * sizeof(float));
+        move(&list, loci_ref_row(at->lse, i, heads), calls[i].lse, heads * sizeof(float));
     }
     flush(&list);
     s->call.q = at->q;
@@ -176,8 +170,8 @@ static void put_back(const loci_attend_call *calls, uint32_t count, const step *
     size_t heads = s->call.q_heads, values = heads * s->call.head_dim;
     move_list list = {.ops = ops, .stream = s->call.stream};
     for (uint32_t i = 0; i < count; i++) {
-        move(&list, calls[i].out, row_of(s->call.out, i, values), values * sizeof(float));
-        move(&list, calls[i].lse, row_of(s->call.lse, i, heads), heads * sizeof(float));
+        move(&list, calls[i].out, loci_ref_row(s->call.out, i, values), values * sizeof(float));
+        move(&list, calls[i].lse, loci_ref_row(s->call.lse, i, heads), heads * sizeof(float));
     }
     flush(&list);
 }
