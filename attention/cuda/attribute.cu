@@ -39,12 +39,14 @@ gather_keys(const loci_cuda_look &look, const loci_cuda_row_cache &cache, const 
             const uint16_t *list, uint32_t begin, uint32_t count, uint16_t *k) {
     const uint32_t lanes = DIM / 8;
     uint32_t lane = threadIdx.x % 32, p = lane % lanes;
-    if (begin < count && p < look.dim / 8) {
+    if (begin < count) {
 #pragma unroll
         for (uint32_t r = lane / lanes; r < RUN; r += 32 / lanes) {
             uint32_t i = begin + r < count ? begin + r : count - 1;
-            const uint16_t *from = rows_at(cache, w.pair, w.first + list[i], look.dim);
-            copy_16(k + r * WIDTH_OF(DIM) + p * 8, from + p * 8);
+            row_ref from = rows_at(cache, w.pair, w.first + list[i]);
+            uint16_t *to = k + r * WIDTH_OF(DIM);
+            if (p < look.dim / (row_is_int8(from) ? 16 : 8))
+                copy_piece<DIM>(p, from, look.dim, look.int8, to, NULL);
         }
     }
     close_group();
@@ -105,6 +107,7 @@ static __global__ void __launch_bounds__(TILE_THREADS)
         gather_keys<DIM>(look, args.cache, w, list, begin + step, count, own + (turn ^ 1) * stage);
         wait_groups<1>();
         __syncwarp();
+        if (look.int8) restore_rows<DIM>(look.dim, false, own + turn * stage, own + turn * stage);
         float logit[2][4] = {};
         run_logits<DIM, 1, true>(q, ROWS, own + turn * stage, look.dim, logit);
         __syncwarp(); /* all lanes have read the stage that is filled next */
@@ -412,8 +415,8 @@ static __global__ void __launch_bounds__(STATS_THREADS)
     }
     if (look.mask_rows == 1) selected *= look.rows;
     add_figure(&stats->selected_tokens, selected);
-    add_figure(&stats->kv_bytes, read * 4 * look.dim);
-    add_figure(&stats->kv_leaf_bytes, (c.limit ? read : leaf_tokens) * 4 * look.dim);
+    add_figure(&stats->kv_bytes, read * look.row_bytes);
+    add_figure(&stats->kv_leaf_bytes, (c.limit ? read : leaf_tokens) * look.row_bytes);
     if (CHOICE) add_choice(look, c, pair, stats);
     if (blockIdx.x == 0 && first == 0) add_base(stats, base);
 }
@@ -451,10 +454,10 @@ static __global__ void __launch_bounds__(STATS_THREADS)
         leaf_tokens += leaf_tokens_of(look, h, c.chosen + (size_t)h * c.room, i);
     if (c.limit && first == 0) leaf_tokens = chosen;
     add_figure(&stats->leaf_bytes, blocks);
-    add_figure(&stats->kv_leaf_bytes, leaf_tokens * 4 * look.dim);
+    add_figure(&stats->kv_leaf_bytes, leaf_tokens * look.row_bytes);
     if (first != 0) return;
     atomicAdd(&stats->selected_tokens, (unsigned long long)chosen);
-    atomicAdd(&stats->kv_bytes, 4ull * look.dim * chosen);
+    atomicAdd(&stats->kv_bytes, (unsigned long long)look.row_bytes * chosen);
     atomicAdd(&stats->candidate_tokens, (unsigned long long)n);
     atomicAdd(&stats->code_bytes, (unsigned long long)n * look.pairs[h].record_stride);
     if (h == 0) add_base(stats, base);

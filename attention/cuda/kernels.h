@@ -111,18 +111,23 @@ typedef struct loci_cuda_root {
 } loci_cuda_root;
 
 /* One pair on the device. Nodes: float centroid and variance scale, int8 centroid[dim], uint8
- * variance[dim]. Records: code[dim / 2], slot word, check. kv: K row and V row of each slot, on the
- * device or in mapped memory of the host; there frame_of, unless NULL, has for each slot 1 + the
- * frame of the row cache that holds its rows, or 0. */
+ * variance[dim]. Records: code[dim / 2], slot word, check. kv: K row and V row of each slot, in
+ * row_bytes, on the device or in mapped memory of the host; there frame_of, unless NULL, has for
+ * each slot 1 + the frame of the row cache that holds its rows, or 0. Rows are bf16 or, with int8,
+ * bytes, behind which stands what their greatest values are, as in the blob (loci_kv_scales). */
+
 typedef struct loci_cuda_pair {
     const uint8_t *blob, *root_nodes, *leaf_nodes, *records, *position_codes;
-    const uint16_t *kv, *value_means; /* means: roots, then leaves */
+    const uint8_t *kv;
+    const uint16_t *value_means; /* roots, then leaves */
     const float *mean, *code_scale, *codebook;
     const loci_cuda_root *root_table;
     const uint32_t *leaf_begin; /* [leaves + 1] slots */
     const uint32_t *leaf_root;  /* [leaves] */
     uint32_t tokens, leaves, roots, node_stride, record_stride;
     uint32_t root_tokens; /* of the largest root */
+    uint32_t row_bytes;   /* a multiple of 16 */
+    bool int8;
     uint32_t *frame_of;
     /* Added by a look-up: */
     const uint64_t *live;          /* a bit a slot; NULL: all */
@@ -146,10 +151,10 @@ typedef struct loci_cuda_row_state {
     uint32_t head, tail, hand;
 } loci_cuda_row_state;
 
-/* Frames hold K row and V row of a slot, 4 dim bytes. No frames: all NULL. rows.h says who may use
- * it when. */
+/* Frames, of 4 dim bytes, hold K row and V row of a slot as its pair has them. No frames: all NULL.
+ * rows.h says who may use it when. */
 typedef struct loci_cuda_row_cache {
-    uint16_t *frames;
+    uint8_t *frames;
     uint8_t *use;     /* [count]: idle, read since the hand came by, or free */
     uint32_t **owner; /* [count]: the entry of a frame_of that names it; NULL = none */
     uint32_t *ring;   /* [ring_count], a power of two */
@@ -182,6 +187,8 @@ typedef struct loci_cuda_look {
     uint32_t mask_rows;                         /* rows, or 1 where all rows share one set */
     uint32_t tokens_max, roots_max, leaves_max; /* of a pair */
     uint32_t root_tokens_max;                   /* of a root */
+    uint32_t row_bytes;                         /* of a slot's K and V; the largest of all pairs */
+    bool int8;                                  /* of some pairs */
     uint64_t roots_all, leaves_all;             /* of all heads */
     const float *logs;
     float *q;                           /* [kv_heads][vectors][dim], scaled */

@@ -214,7 +214,10 @@ static loci_status pin_pairs(loci_lookup *lookup, bool below, loci_error *err) {
                                          corpus->kv_heads, h, corpus->head_dim, below,
                                          &lookup->pinned[at], &lookup->pairs[at], err));
             lookup->pinned_count = at + 1;
-            if (lookup->pairs[at].frame_of) lookup->cached = true;
+            const loci_cuda_pair *pair = &lookup->pairs[at];
+            if (pair->frame_of) lookup->cached = true;
+            if (pair->int8) lookup->look.int8 = true;
+            if (pair->row_bytes > lookup->look.row_bytes) lookup->look.row_bytes = pair->row_bytes;
         }
     return LOCI_OK;
 }

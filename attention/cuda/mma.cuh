@@ -66,8 +66,14 @@ static __device__ __forceinline__ uint32_t split_pair(float first, float second,
 }
 
 /* 16 bytes; both addresses are multiples of 16. */
-static __device__ __forceinline__ void copy_16(uint16_t *to, const uint16_t *from) {
+static __device__ __forceinline__ void copy_16(void *to, const void *from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                 : "memory");
+}
+
+/* 4 bytes; both addresses are multiples of 4. */
+static __device__ __forceinline__ void copy_4(void *to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
                  : "memory");
 }
 

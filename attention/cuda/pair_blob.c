@@ -15,6 +15,7 @@
 #define CHECK_SLOTS 1024u /* of one task */
 #define READ_SLOTS 128u
 #define COPY_BYTES ((size_t)32 << 10)
+#define ROW_ALIGN 16u
 
 /* --- verification ---------------------------------------------------------------------- */
 
@@ -169,9 +170,12 @@ size_t loci_cuda_blob_index_bytes(const uint8_t *blob) {
     return rounded(front_bytes(blob)) + rounded(codes_bytes(blob)) + extras_bytes(&x);
 }
 
+size_t loci_cuda_blob_row_bytes(const uint8_t *blob) {
+    return (loci_pair_kv_stride(blob) + ROW_ALIGN - 1) / ROW_ALIGN * ROW_ALIGN;
+}
+
 size_t loci_cuda_blob_kv_bytes(const uint8_t *blob) {
-    const loci_pair_header *header = loci_pair_header_of(blob);
-    return header->tokens * loci_kv_stride(header->head_dim, LOCI_BF16);
+    return loci_pair_header_of(blob)->tokens * loci_cuda_blob_row_bytes(blob);
 }
 
 static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const extras *x) {
@@ -199,6 +203,8 @@ static loci_cuda_pair describe(const uint8_t *blob, const uint8_t *device, const
         .leaves = header->leaves,
         .roots = header->roots,
         .root_tokens = root_tokens,
+        .row_bytes = (uint32_t)loci_cuda_blob_row_bytes(blob),
+        .int8 = header->kv_dtype == LOCI_I8,
         .node_stride = (uint32_t)loci_node_stride(dim),
         .record_stride = (uint32_t)loci_record_stride(dim),
     };
@@ -277,22 +283,19 @@ typedef struct read_job {
 static void read_some(void *arg, size_t index, unsigned thread) {
     (void)thread;
     const read_job *job = arg;
-    const loci_pair_header *header = loci_pair_header_of(job->blob);
-    size_t row = loci_kv_stride(header->head_dim, LOCI_BF16);
+    size_t row = loci_cuda_blob_row_bytes(job->blob), stride = loci_pair_kv_stride(job->blob);
     uint32_t at = (uint32_t)index * READ_SLOTS, left = job->count - at;
     uint32_t count = left < READ_SLOTS ? left : READ_SLOTS;
     uint8_t *to = job->to + at * row;
-    if (header->kv_dtype != LOCI_I8) {
-        memcpy(to, loci_slot_kv(job->blob, job->slot + at), count * row);
-        return;
-    }
-    for (uint32_t i = 0; i < count; i++) {
-        uint16_t *k = (void *)(to + i * row);
-        loci_slot_read(job->blob, job->slot + at + i, k, k + header->head_dim);
+    const uint8_t *from = loci_slot_kv(job->blob, job->slot + at);
+    if (stride == row) memcpy(to, from, count * row);
+    for (uint32_t i = 0; i < count && stride != row; i++) {
+        memcpy(to + i * row, from + i * stride, stride);
+        memset(to + i * row + stride, 0, row - stride);
     }
 }
 
-/* K and V of `count` slots as bf16, which those of an int8 pair are read back as. */
+/* K and V of `count` slots. */
 static void read_rows(loci_pool *pool, const uint8_t *blob, uint32_t slot, uint32_t count,
                       uint8_t *to) {
     read_job job = {blob, slot, count, to};
@@ -306,7 +309,7 @@ loci_status loci_cuda_blob_put_kv(loci_cuda_staging *staging, loci_pool *pool, c
         read_rows(pool, blob, 0, tokens, to);
         return LOCI_OK;
     }
-    size_t row = loci_kv_stride(loci_pair_header_of(blob)->head_dim, LOCI_BF16), turn = 0;
+    size_t row = loci_cuda_blob_row_bytes(blob), turn = 0;
     uint32_t most = (uint32_t)(STAGING_BYTES / row);
     for (uint32_t slot = 0; slot < tokens; turn = 1 - turn) {
         uint32_t count = tokens - slot < most ? tokens - slot : most;

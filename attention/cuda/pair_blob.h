@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Pair blobs as the device has them, in two parts: the index (everything that look-ups search, and
- * what they would have to add up from roots and leaves) and K and V, as bf16. This is the one place
- * that knows the bytes of a blob; kernels get a loci_cuda_pair. A part is verified before it is
+ * what they would have to add up from roots and leaves) and K and V, rows of bf16 or int8 that
+ * begin at multiples of 16 bytes. This is the one place that knows the bytes of a blob; kernels get
+ * a loci_cuda_pair. A part is verified before it is
  * copied; copied, it is trusted.
  */
 #ifndef LOCI_ATTENTION_CUDA_PAIR_BLOB_H
@@ -31,6 +32,7 @@ LOCI_MUST_CHECK loci_status loci_cuda_blob_check_kv(loci_pool *pool, const uint8
                                                     loci_error *err);
 size_t loci_cuda_blob_index_bytes(const uint8_t *blob);
 size_t loci_cuda_blob_kv_bytes(const uint8_t *blob);
+size_t loci_cuda_blob_row_bytes(const uint8_t *blob); /* K and V of a slot */
 /* Copies the index to the device, of index_bytes, and describes it; kv and frame_of are NULL. */
 LOCI_MUST_CHECK loci_status loci_cuda_blob_put_index(loci_cuda_staging *staging, loci_pool *pool,
                                                      const uint8_t *blob, uint8_t *device,

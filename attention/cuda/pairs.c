@@ -422,7 +422,7 @@ loci_status loci_cuda_pairs_pin(loci_cuda_pairs *pairs, const loci_extent_view *
                              head_dim, below, entry, err);
     if (status == LOCI_OK) {
         *out = (*entry)->pair;
-        out->kv = (const void *)(*entry)->kv;
+        out->kv = (*entry)->kv;
         out->frame_of = (*entry)->frame_of;
     }
     pthread_mutex_unlock(&pairs->lock);
@@ -479,6 +479,16 @@ bool loci_cuda_pairs_shrink(loci_cuda_pairs *pairs, size_t bytes) {
     return any;
 }
 
+uint64_t loci_cuda_row_bytes(const loci_corpus_view *corpus) {
+    uint64_t most = corpus->extent_count ? 0 : loci_kv_stride(corpus->head_dim, LOCI_BF16);
+    for (uint32_t e = 0; e < corpus->extent_count; e++) {
+        const loci_extent_view *extent = &corpus->extents[e];
+        uint64_t row = loci_cuda_blob_row_bytes(extent->buffer->host + extent->pair_at[0]);
+        if (row > most) most = row;
+    }
+    return most;
+}
+
 void loci_cuda_pairs_lower(loci_cuda_pairs *pairs) {
     loci_cuda_pair_entry *old;
     pthread_mutex_lock(&pairs->lock);
@@ -510,10 +520,10 @@ void loci_cuda_pairs_stats_of(loci_cuda_pairs *pairs, loci_cuda_pairs_stats *out
     pthread_mutex_unlock(&pairs->lock);
 }
 
-/* An index is about a quarter of K and V more. */
+/* An index is about a byte a channel. */
 bool loci_cuda_pairs_above(loci_cuda_pairs *pairs, const loci_corpus_view *corpus, uint32_t layer) {
-    uint64_t row = loci_kv_stride(corpus->head_dim, LOCI_BF16), heads = corpus->kv_heads;
-    uint64_t bytes = corpus->tokens * corpus->retrieval_layers * heads * row * 5 / 4;
+    uint64_t row = loci_cuda_row_bytes(corpus) + corpus->head_dim, heads = corpus->kv_heads;
+    uint64_t bytes = corpus->tokens * corpus->retrieval_layers * heads * row;
     pthread_mutex_lock(&pairs->lock);
     bool above = bytes <= pairs->stats.budget;
     for (uint32_t e = 0; e < corpus->extent_count && above && pairs->stats.host_bytes > 0; e++)

@@ -18,7 +18,7 @@ _Static_assert(sizeof(loci_cuda_stats) == sizeof(loci_lookup_stats) &&
 static loci_cuda_stats known_stats(const loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     loci_cuda_stats known = {
-        .dense_kv_bytes = lookup->live_tokens * look->kv_heads * 4ull * look->dim,
+        .dense_kv_bytes = lookup->live_tokens * look->kv_heads * look->row_bytes,
     };
     if (look->extents == 0) return known;
     if (lookup->tokens_scored) known.root_bytes = look->roots_all * lookup->pairs[0].node_stride;

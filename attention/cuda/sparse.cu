@@ -24,42 +24,41 @@ template <int DIM> static __host__ __device__ constexpr uint32_t sparse_halves(v
 }
 
 /* Begins to copy K and V rows of a run, by one warp; row_of(i): of key i of `count`. Past the end
- * comes the last key again. */
+ * comes the last key again. int8: some may be. */
 template <int DIM, typename ROW_OF>
 static __device__ __forceinline__ void gather(uint32_t begin, uint32_t count, uint32_t dim,
-                                              uint16_t *k, ROW_OF row_of) {
+                                              bool int8, uint16_t *k, ROW_OF row_of) {
     const uint32_t lanes = DIM / 4 < 32 ? DIM / 4 : 32;
     uint32_t lane = threadIdx.x % 32;
     if (begin < count) {
 #pragma unroll
         for (uint32_t r = lane / lanes; r < RUN; r += 32 / lanes) {
-            const uint16_t *from = row_of(begin + r < count ? begin + r : count - 1);
+            row_ref from = row_of(begin + r < count ? begin + r : count - 1);
+            uint16_t *to = k + r * WIDTH_OF(DIM);
 #pragma unroll
-            for (uint32_t p = lane % lanes; p < DIM / 4; p += lanes) {
-                if (p >= dim / 4) break;
-                bool value = p >= dim / 8;
-                copy_16(k + (value ? RUN + r : r) * WIDTH_OF(DIM) + (value ? p - dim / 8 : p) * 8,
-                        from + p * 8);
-            }
+            for (uint32_t p = lane % lanes; p < DIM / 4; p += lanes)
+                copy_piece<DIM>(p, from, dim, int8, to, to + RUN * WIDTH_OF(DIM));
         }
     }
     close_group();
 }
 
-/* Rows of a run that are to be kept, from shared memory to their frames, by one warp. */
+/* Rows of a run that are to be kept, as they came to shared memory, to their frames; by a warp. */
 template <int DIM, typename FRAME_OF>
 static __device__ __forceinline__ void keep_rows(uint32_t begin, uint32_t count, uint32_t dim,
-                                                 const uint16_t *k, FRAME_OF frame_of) {
+                                                 bool int8, const uint16_t *k, FRAME_OF frame_of) {
     uint32_t lane = threadIdx.x % 32;
-    uint16_t *own = lane < RUN && begin + lane < count ? frame_of(begin + lane) : NULL;
+    uint8_t *own = lane < RUN && begin + lane < count ? frame_of(begin + lane) : NULL;
     for (uint32_t left = __ballot_sync(FULL_WARP, own != NULL); left; left &= left - 1) {
-        uint32_t r = (uint32_t)__ffs((int)left) - 1;
+        uint32_t r = (uint32_t)__ffs((int)left) - 1, most = NOT_INT8;
         uint4 *to = (uint4 *)__shfl_sync(FULL_WARP, (unsigned long long)own, (int)r);
-        for (uint32_t p = lane; p < dim / 4; p += 32) {
-            bool value = p >= dim / 8;
-            const uint16_t *from = k + (value ? RUN + r : r) * WIDTH_OF(DIM);
-            to[p] = ((const uint4 *)from)[value ? p - dim / 8 : p];
+        if (int8) most = *(const uint32_t *)(k + r * WIDTH_OF(DIM) + DIM);
+        uint32_t half = most == NOT_INT8 ? dim / 8 : dim / 16; /* pieces of K, and of V */
+        for (uint32_t p = lane; p < 2 * half; p += 32) {
+            const uint16_t *from = k + (p >= half ? RUN + r : r) * WIDTH_OF(DIM);
+            to[p] = ((const uint4 *)from)[p >= half ? p - half : p];
         }
+        if (most != NOT_INT8 && lane == 0) to[2 * half] = uint4{most, 0, 0, 0};
     }
 }
 
@@ -69,18 +68,20 @@ static __device__ __forceinline__ void keep_rows(uint32_t begin, uint32_t count,
 template <int DIM, bool KEEP, typename READY, typename ROW_OF, typename SEES, typename FRAME_OF>
 static __device__ __forceinline__ void
 attend_keys(warp_state<DIM> &s, const uint16_t *q, uint16_t *own, uint32_t count, uint32_t dim,
-            READY ready, ROW_OF row_of, SEES sees, FRAME_OF frame_of) {
+            bool int8, READY ready, ROW_OF row_of, SEES sees, FRAME_OF frame_of) {
     const uint32_t stage = 2 * RUN * WIDTH_OF(DIM), step = TILE_WARPS * RUN;
     uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * RUN, turn = 0;
     ready(first);
-    gather<DIM>(first, count, dim, own, row_of);
+    gather<DIM>(first, count, dim, int8, own, row_of);
     for (uint32_t begin = first; begin < count; begin += step, turn ^= 1) {
         ready(begin + step);
-        gather<DIM>(begin + step, count, dim, own + (turn ^ 1) * stage, row_of);
+        gather<DIM>(begin + step, count, dim, int8, own + (turn ^ 1) * stage, row_of);
         wait_groups<1>();
         __syncwarp();
-        const uint16_t *k = own + turn * stage;
-        if (KEEP) keep_rows<DIM>(begin, count, dim, k, frame_of);
+        uint16_t *k = own + turn * stage;
+        if (KEEP) keep_rows<DIM>(begin, count, dim, int8, k, frame_of);
+        if (KEEP && int8) __syncwarp();
+        if (int8) restore_run<DIM>(dim, k, k + RUN * WIDTH_OF(DIM));
         float logit[2][4] = {};
         run_logits<DIM, 1, true>(q, ROWS, k, dim, logit);
 #pragma unroll
@@ -99,7 +100,7 @@ attend_keys(warp_state<DIM> &s, const uint16_t *q, uint16_t *own, uint32_t count
 static __device__ __forceinline__ void always_ready(uint32_t) {
 }
 
-static __device__ __forceinline__ uint16_t *no_frame(uint32_t) {
+static __device__ __forceinline__ uint8_t *no_frame(uint32_t) {
     return NULL;
 }
 
@@ -123,13 +124,15 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     split_vectors<DIM>(look, w.pair->kv_head, w.tile, q);
     __syncthreads();
     bool alone = w.row_low == w.row_high; /* the list is what every vector selected */
-    const uint16_t *kv = w.pair->kv + (size_t)w.first * 2 * look.dim;
+    row_ref kv = rows_of(w.pair, w.first);
+    uint32_t row_bytes = w.pair->row_bytes;
     warp_state<DIM> s = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}, {}};
     attend_keys<DIM, false>(
-        s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim, always_ready,
+        s, q, stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim, look.int8,
+        always_ready,
         [&](uint32_t i) {
-            return TIERED ? rows_at(args.cache, w.pair, w.first + list[i], look.dim)
-                          : kv + (size_t)list[i] * 2 * look.dim;
+            return TIERED ? rows_at(args.cache, w.pair, w.first + list[i])
+                          : kv + (size_t)list[i] * row_bytes;
         },
         [&](uint32_t row, uint32_t i, float) {
             return alone || selected(look, w, row, w.first + list[i]);
@@ -147,7 +150,7 @@ static __global__ void __launch_bounds__(TILE_THREADS)
 static __device__ __forceinline__ void list_tiered(const loci_cuda_look &look,
                                                    const loci_cuda_row_cache &cache, uint32_t h,
                                                    const loci_cuda_chosen *chosen, uint32_t count,
-                                                   const uint16_t **rows, uint16_t **frames) {
+                                                   row_ref *rows, uint8_t **frames) {
     __shared__ uint32_t turn;
     uint32_t missed = 0, hits = 0, sum, slot;
 #pragma unroll
@@ -157,7 +160,7 @@ static __device__ __forceinline__ void list_tiered(const loci_cuda_look &look,
         const loci_cuda_pair *pair = pair_at(look, h, chosen[i].place, &slot);
         uint32_t frame = frame_at(cache, pair, slot);
         frames[i] = NULL;
-        rows[i] = frame ? frame_rows(cache, frame) : pair->kv + (size_t)slot * 2 * look.dim;
+        rows[i] = frame ? frame_rows(cache, frame) + pair->int8 : rows_of(pair, slot);
         if (!pair->frame_of || !cache.frames) continue;
         if (frame) cache.use[frame - 1] = LOCI_CUDA_FRAME_USED;
         if (frame) hits++;
@@ -196,14 +199,14 @@ template <int DIM>
 static __device__ __forceinline__ void attend_tiered(const loci_cuda_look &look,
                                                      const loci_cuda_attend &args,
                                                      const listed_share &w, warp_state<DIM> &s) {
-    __shared__ const uint16_t *rows[LIST_LOT];
-    __shared__ uint16_t *frames[LIST_LOT];
+    __shared__ row_ref rows[LIST_LOT];
+    __shared__ uint8_t *frames[LIST_LOT];
     for (uint32_t at = 0; at < w.count; at += LIST_LOT) {
         uint32_t count = w.count - at < LIST_LOT ? w.count - at : LIST_LOT;
         list_tiered(look, args.cache, w.h, w.chosen + at, count, rows, frames);
         attend_keys<DIM, true>(
             s, w.q, w.stages + threadIdx.x / 32 * 4 * RUN * WIDTH_OF(DIM), count, look.dim,
-            always_ready, [&](uint32_t i) { return rows[i]; },
+            look.int8, always_ready, [&](uint32_t i) { return rows[i]; },
             [&](uint32_t row, uint32_t i, float logit) {
                 put_logit(look, args, w.logits + at, row, i, logit);
                 return true;
@@ -218,7 +221,7 @@ template <int DIM>
 static __device__ __forceinline__ void attend_listed(const loci_cuda_look &look,
                                                      const loci_cuda_attend &args,
                                                      const listed_share &w, warp_state<DIM> &s) {
-    __shared__ const uint16_t *rows[TILE_WARPS][RUN];
+    __shared__ row_ref rows[TILE_WARPS][RUN];
     uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, ahead = 0;
     auto place_of = [&](uint32_t run) {
         uint32_t i = run + lane < w.count ? run + lane : w.count - 1;
@@ -227,14 +230,14 @@ static __device__ __forceinline__ void attend_listed(const loci_cuda_look &look,
     ahead = place_of(warp * RUN);
     __syncthreads(); /* queries are there */
     attend_keys<DIM, false>(
-        s, w.q, w.stages + warp * 4 * RUN * WIDTH_OF(DIM), w.count, look.dim,
+        s, w.q, w.stages + warp * 4 * RUN * WIDTH_OF(DIM), w.count, look.dim, look.int8,
         [&](uint32_t run) {
             uint32_t slot;
             if (run >= w.count) return;
             __syncwarp(); /* all lanes have read the run before */
             if (lane < RUN) {
                 const loci_cuda_pair *pair = pair_at(look, w.h, ahead, &slot);
-                rows[warp][lane] = pair->kv + (size_t)slot * 2 * look.dim;
+                rows[warp][lane] = rows_of(pair, slot);
             }
             __syncwarp();
             if (run + TILE_WARPS * RUN < w.count) ahead = place_of(run + TILE_WARPS * RUN);
@@ -303,8 +306,9 @@ static __global__ void __launch_bounds__(TILE_THREADS)
             to = (unsigned long long)take_frame(args.cache, w.pair, slot,
                                                 count_reads(args.cache, 0, 1));
         to = __shfl_sync(FULL_WARP, to, 0);
-        const uint4 *from = (const uint4 *)(w.pair->kv + (size_t)slot * 2 * look.dim);
-        for (uint32_t p = lane; p < look.dim / 4 && to; p += 32) ((uint4 *)to)[p] = from[p];
+        const uint4 *from = (const uint4 *)(w.pair->kv + (size_t)slot * w.pair->row_bytes);
+        for (uint32_t p = lane; p < w.pair->row_bytes / 16 && to; p += 32)
+            ((uint4 *)to)[p] = from[p];
     }
     if (lane == 0) (void)count_reads(args.cache, hits, 0);
 }

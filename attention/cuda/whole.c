@@ -17,6 +17,7 @@
  * included; nanoseconds of a look-up of one row: of its kernels, however little they do, and of
  * 2^20 tokens with 28 heads of 128, which grow with the root of either. */
 #define WHOLE_BYTES 3500.0
+#define INT8_BYTES 1500.0
 #define WHOLE_OPERATIONS 4.2e5
 #define WHOLE_NS 20e3
 #define SELECT_NS 100e3
@@ -32,9 +33,11 @@ bool loci_cuda_reads_whole(loci_backend *self, const loci_corpus_view *corpus,
     const loci_cuda *cuda = self->ctx;
     if (!loci_cuda_whole_wide(cuda, corpus->head_dim)) return false;
     double tokens = (double)corpus->tokens, width = (double)q_heads * corpus->head_dim;
-    double bytes = tokens * corpus->kv_heads * corpus->head_dim * 4.0;
+    double row = (double)loci_cuda_row_bytes(corpus), bf16 = 4.0 * corpus->head_dim;
+    double bytes = tokens * corpus->kv_heads * row;
     double operations = 6.0 * rows * tokens * width;
-    double whole = WHOLE_NS + fmax(bytes / WHOLE_BYTES, operations / WHOLE_OPERATIONS);
+    double read = bytes / (row < bf16 ? INT8_BYTES : WHOLE_BYTES);
+    double whole = WHOLE_NS + fmax(read, operations / WHOLE_OPERATIONS);
     double each = SELECT_MILLION_NS * sqrt(tokens / 1048576.0 * width / SELECT_WIDTH);
     return whole <= rows * (SELECT_NS + each) &&
            loci_cuda_pairs_above(cuda->pairs, corpus, retrieval_layer); /* the bus is far slower */

@@ -22,19 +22,15 @@ template <int DIM, int STAGES> static __host__ __device__ constexpr uint32_t who
  * last one again. */
 template <int DIM, bool TIERED>
 static __device__ __forceinline__ void
-copy_tile(const loci_cuda_row_cache &cache, const loci_cuda_pair *pair, const uint16_t *kv,
-          uint32_t dim, uint32_t tile, uint32_t end, uint16_t *stage) {
+copy_tile(const loci_cuda_row_cache &cache, const loci_cuda_pair *pair, row_ref kv,
+          uint32_t row_bytes, uint32_t dim, uint32_t tile, uint32_t end, uint16_t *stage) {
     const uint32_t lanes = DIM / 4; /* of a slot */
 #pragma unroll
     for (uint32_t i = threadIdx.x; i < TILE_SLOTS * lanes; i += TILE_THREADS) {
         uint32_t row = i / lanes, p = i % lanes, slot = tile + row < end ? tile + row : end - 1;
-        if (p >= dim / 4) continue;
-        const uint16_t *from =
-            TIERED ? rows_at(cache, pair, slot, dim) : kv + (size_t)slot * 2 * dim;
-        bool value = p >= dim / 8;
-        copy_16(stage + (value ? TILE_SLOTS + row : row) * WIDTH_OF(DIM) +
-                    (value ? p - dim / 8 : p) * 8,
-                from + p * 8);
+        uint16_t *to = stage + row * WIDTH_OF(DIM);
+        row_ref from = TIERED ? rows_at(cache, pair, slot) : kv + (size_t)slot * row_bytes;
+        copy_piece<DIM>(p, from, dim, false, to, to + TILE_SLOTS * WIDTH_OF(DIM));
     }
 }
 
@@ -85,7 +81,8 @@ static __global__ void __launch_bounds__(TILE_THREADS)
         put_nothing(partial, look.dim);
         return;
     }
-    const uint16_t *kv = pair->kv;
+    row_ref kv = rows_of(pair, 0);
+    uint32_t row_bytes = pair->row_bytes;
     uint16_t *q = (uint16_t *)shared, *memory = q + 2 * ROWS * WIDTH_OF(DIM);
     float *kept = args.logits;
     if (kept)
@@ -94,7 +91,8 @@ static __global__ void __launch_bounds__(TILE_THREADS)
     for (uint32_t i = 0; i + 1 < stages; i++) {
         uint32_t tile = begin + i * TILE_SLOTS;
         if (tile < end)
-            copy_tile<DIM, TIERED>(args.cache, pair, kv, look.dim, tile, end, memory + i * stage);
+            copy_tile<DIM, TIERED>(args.cache, pair, kv, row_bytes, look.dim, tile, end,
+                                   memory + i * stage);
         close_group();
     }
     split_vectors<DIM>(look, pair->kv_head, blockIdx.y, q);
@@ -105,13 +103,14 @@ static __global__ void __launch_bounds__(TILE_THREADS)
         __syncthreads(); /* the tile is there, and all are through with the one before */
         uint32_t next = tile + (stages - 1) * TILE_SLOTS, free = turn ? turn - 1 : stages - 1;
         if (next < end)
-            copy_tile<DIM, TIERED>(args.cache, pair, kv, look.dim, next, end,
+            copy_tile<DIM, TIERED>(args.cache, pair, kv, row_bytes, look.dim, next, end,
                                    memory + free * stage);
         close_group();
-        const uint16_t *k = memory + turn * stage + run * WIDTH_OF(DIM);
+        uint16_t *k = memory + turn * stage + run * WIDTH_OF(DIM);
         uint32_t bits = run_bits(pair, tile + run, end);
         turn = turn + 1 < stages ? turn + 1 : 0;
         if (tile + run >= end) continue;
+        if (row_is_int8(kv)) restore_run<DIM>(look.dim, k, k + TILE_SLOTS * WIDTH_OF(DIM));
         float logit[2][4] = {};
         run_logits<DIM, 1, true>(q, ROWS, k, look.dim, logit);
         mask_logits(look, kept ? kept + tile + run : NULL, args.room, bits, logit);

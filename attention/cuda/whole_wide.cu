@@ -13,18 +13,15 @@
  */
 #include "attention/cuda/attribute.cuh"
 #include "attention/cuda/chunks.cuh"
-#include "attention/cuda/rows.cuh"
-#include "attention/cuda/wgmma.cuh"
-#include "attention/cuda/whole.h"
+#include "attention/cuda/wide_copy.cuh"
 
-#define TILE_SLOTS LOCI_CUDA_WIDE_TILE
 #define GROUP_VECTORS LOCI_CUDA_WIDE_GROUP
 static_assert(TILE_SLOTS == 128 && GROUP_VECTORS == 64, "shapes of the products");
 
 #define GROUPS 2u /* warpgroups that multiply */
 #define THREADS ((GROUPS + 1) * WARPGROUP)
-#define WORK_REGISTERS 232 /* of a thread that multiplies, */
-#define COPY_REGISTERS 40  /* or copies; 168 if it were the same */
+#define WORK_REGISTERS 224 /* of a thread that multiplies, */
+#define COPY_REGISTERS 56  /* or copies; 168 if it were the same */
 
 /* STAGES: tiles in shared memory, K and V of each, or K alone. */
 template <int DIM, bool NARROW, bool EXACT, int STAGES, bool VALUES> struct wide_shape {
@@ -35,19 +32,6 @@ template <int DIM, bool NARROW, bool EXACT, int STAGES, bool VALUES> struct wide
     static const uint32_t stage_bytes = (VALUES ? 2 : 1) * rows_bytes;
     /* The first 1,024 bytes are what brings the rest to a multiple of it. */
     static const uint32_t bytes = 1024 + all_queries + STAGES * stage_bytes;
-};
-
-/* Barriers of a stage: K, V. */
-struct wide_stage {
-    uint64_t there[2], read[2];
-};
-
-/* What a block does. */
-struct wide_work {
-    const loci_cuda_pair *pair;
-    uint32_t begin, end; /* slots */
-    uint32_t first;      /* vector, of the warpgroup */
-    uint32_t part;
 };
 
 #if HAS_WGMMA
@@ -66,51 +50,6 @@ static __device__ void put_vectors(const loci_cuda_look &look, const wide_work &
         uint8_t *at = to + p / 8 * panel + piece_at(row, p % 8);
         *(uint4 *)at = uint4{high[0], high[1], high[2], high[3]};
         if (EXACT) *(uint4 *)(at + VECTORS * DIM * 2) = uint4{rest[0], rest[1], rest[2], rest[3]};
-    }
-}
-
-/* --- the warpgroup that copies --------------------------------------------------------- */
-
-/* Begins to copy K rows, or V rows, of a tile; past the end comes the last one again. TIERED: they
- * are in memory of the host, and some in the cache of rows. */
-template <int DIM, bool TIERED>
-static __device__ __forceinline__ void copy_rows(const loci_cuda_row_cache &cache,
-                                                 const wide_work &w, const uint16_t *kv,
-                                                 uint32_t tile, uint32_t value, uint8_t *to) {
-    const uint32_t pieces = DIM / 8, panel = TILE_SLOTS * PANEL_ROW;
-#pragma unroll 8
-    for (uint32_t i = threadIdx.x % WARPGROUP; i < TILE_SLOTS * pieces; i += WARPGROUP) {
-        uint32_t row = i / pieces, p = i % pieces;
-        uint32_t slot = tile + row < w.end ? tile + row : w.end - 1;
-        const uint16_t *from =
-            TIERED ? rows_at(cache, w.pair, slot, DIM) : kv + (size_t)slot * 2 * DIM;
-        copy_16((uint16_t *)(to + p / 8 * panel + piece_at(row, p % 8)),
-                from + value * DIM + p * 8);
-    }
-}
-
-template <int DIM, int STAGES, bool VALUES>
-static __device__ __forceinline__ void copy_tiles(const loci_cuda_row_cache &cache,
-                                                  const wide_work &w, wide_stage *stages,
-                                                  uint8_t *memory) {
-    const uint16_t *kv = w.pair->kv;
-    bool tiered = cache.frames && w.pair->frame_of;
-    const uint32_t rows_bytes = TILE_SLOTS * DIM * 2, values = VALUES ? 2 : 1;
-    uint32_t turn = 0, phase = 0;
-    for (uint32_t tile = w.begin; tile < w.end; tile += TILE_SLOTS) {
-        for (uint32_t value = 0; value < values; value++) {
-            wait_barrier(&stages[turn].read[value], phase ^ 1);
-            uint8_t *to = memory + (turn * values + value) * rows_bytes;
-            if (tiered)
-                copy_rows<DIM, true>(cache, w, kv, tile, value, to);
-            else
-                copy_rows<DIM, false>(cache, w, kv, tile, value, to);
-            arrive_copied(&stages[turn].there[value]);
-        }
-        if (++turn == STAGES) {
-            turn = 0;
-            phase ^= 1;
-        }
     }
 }
 
@@ -193,6 +132,7 @@ template <int DIM> struct wide_state { float max[2], sum[2], out[DIM / 2]; };
 /* Logits become weights; what stands so far shrinks where a maximum has grown. */
 template <int DIM, bool EXACT>
 static __device__ __forceinline__ void tile_softmax(wide_state<DIM> &state, float (&s)[64]) {
+    const float unit = EXACT ? LOG2_E : 1.0f; /* weights are powers of 2 */
     float keep[2];
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
@@ -203,14 +143,14 @@ static __device__ __forceinline__ void tile_softmax(wide_state<DIM> &state, floa
         top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 1));
         top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, 2));
         float base = top > -INFINITY ? top : 0.0f;
-        keep[half] = weight_of<!EXACT>(state.max[half] - base);
+        keep[half] = weight_of<true>((state.max[half] - base) * unit);
         state.max[half] = top;
         float sum = 0.0f;
 #pragma unroll
         for (uint32_t n = 0; n < TILE_SLOTS / 8; n++)
 #pragma unroll
             for (uint32_t e = 2 * half; e < 2 * half + 2; e++) {
-                s[n * 4 + e] = weight_of<!EXACT>(s[n * 4 + e] - base);
+                s[n * 4 + e] = weight_of<true>((s[n * 4 + e] - base) * unit);
                 sum += s[n * 4 + e];
             }
         state.sum[half] = state.sum[half] * keep[half] + sum;
@@ -385,7 +325,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
     open_block<DIM, NARROW, EXACT, STAGES>(look, w, stages, q);
     if (group == GROUPS) {
         give_registers<COPY_REGISTERS>();
-        copy_tiles<DIM, STAGES, true>(args.cache, w, stages, memory);
+        if (w.pair->int8)
+            copy_int8<DIM, STAGES, true>(args.cache, w, stages, memory);
+        else
+            copy_tiles<DIM, STAGES, true>(args.cache, w, stages, memory);
     } else {
         take_registers<WORK_REGISTERS>();
         uint32_t queries = shared_address(q);
@@ -571,7 +514,10 @@ static __global__ void __launch_bounds__(THREADS, 1)
     open_block<DIM, false, EXACT, MASS_STAGES>(look, w, stages, q);
     if (group == GROUPS) {
         give_registers<COPY_REGISTERS>();
-        copy_tiles<DIM, MASS_STAGES, false>(args.cache, w, stages, memory);
+        if (w.pair->int8)
+            copy_int8<DIM, MASS_STAGES, false>(args.cache, w, stages, memory);
+        else
+            copy_tiles<DIM, MASS_STAGES, false>(args.cache, w, stages, memory);
     } else {
         take_registers<WORK_REGISTERS>();
         w.first += group * GROUP_VECTORS;

@@ -197,15 +197,15 @@ cudaError_t FAKE(loci_cuda_k_rows_forget)(cudaStream_t stream, const loci_cuda_r
     return cudaSuccess;
 }
 
-const uint16_t *fake_read_rows(const loci_cuda_row_cache *cache, const loci_cuda_pair *pair,
-                               uint32_t slot, uint32_t dim) {
-    const uint16_t *rows = pair->kv + (size_t)slot * 2 * dim;
+const uint8_t *fake_read_rows(const loci_cuda_row_cache *cache, const loci_cuda_pair *pair,
+                              uint32_t slot, uint32_t dim) {
+    const uint8_t *rows = pair->kv + (size_t)slot * pair->row_bytes;
     if (!cache->frames || !pair->frame_of) return rows;
     if (pair->frame_of[slot]) {
         uint32_t frame = pair->frame_of[slot] - 1;
         cache->use[frame] = LOCI_CUDA_FRAME_USED;
         cache->state->hits++;
-        return cache->frames + (size_t)frame * 2 * dim;
+        return cache->frames + (size_t)frame * 4 * dim;
     }
     cache->state->misses++;
     uint32_t turn = cache->state->head++;
@@ -214,6 +214,6 @@ const uint16_t *fake_read_rows(const loci_cuda_row_cache *cache, const loci_cuda
     cache->owner[frame] = &pair->frame_of[slot];
     cache->use[frame] = LOCI_CUDA_FRAME_USED;
     pair->frame_of[slot] = frame + 1;
-    memcpy(cache->frames + (size_t)frame * 2 * dim, rows, 4 * (size_t)dim);
+    memcpy(cache->frames + (size_t)frame * 4 * dim, rows, pair->row_bytes);
     return rows;
 }

@@ -24,7 +24,7 @@ extern fake_cuda fake;
 
 /* What a decoding step does with the rows of a slot (rows.cuh): reads them, and keeps them in a
  * frame where there is a free one. */
-const uint16_t *fake_read_rows(const loci_cuda_row_cache *cache, const loci_cuda_pair *pair,
-                               uint32_t slot, uint32_t dim);
+const uint8_t *fake_read_rows(const loci_cuda_row_cache *cache, const loci_cuda_pair *pair,
+                              uint32_t slot, uint32_t dim);
 
 #endif

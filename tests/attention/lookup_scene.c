@@ -55,6 +55,15 @@ setting random_setting(uint64_t *rng) {
     return c;
 }
 
+/* What int8 rows hold, as bf16. */
+static void round_rows(uint16_t *rows, uint32_t tokens, uint32_t dim) {
+    for (uint32_t t = 0; t < tokens; t++) {
+        int8_t bytes[LOCI_HEAD_DIM_MAX];
+        uint16_t most = loci_kv_quantise(bytes, rows + (size_t)t * dim, dim);
+        loci_kv_restore(rows + (size_t)t * dim, bytes, most, dim);
+    }
+}
+
 scene open_scene(setting c) {
     scene s = {.rows = c.rows, .rng = c.seed * 2 + 1};
     loci_error err = {0};
@@ -69,6 +78,10 @@ scene open_scene(setting c) {
                            .seed = c.seed};
     loci_pair_build_options options = {.position_codes = true, .kv_int8 = c.kv_int8};
     fixture_generate(&s.f, &shape);
+    for (uint32_t i = 0; i < s.f.layers * c.kv_heads && c.kv_rounded; i++) {
+        round_rows(s.f.k[i], c.tokens, c.dim);
+        round_rows(s.f.v[i], c.tokens, c.dim);
+    }
     if (fixture_build(&s.f, c.isa, c.threads, c.extent_tokens, c.flat_segments, &options, &err))
         fail_msg("%s", err.text);
     /* Its pairs have several parts, as those of large extents do; every other look-up is too large

@@ -27,6 +27,7 @@ typedef struct setting {
     const char *isa;
     unsigned threads;
     bool kv_int8;
+    bool kv_rounded; /* K and V are what int8 rows hold, in whatever form */
 } setting;
 
 extern const setting usual;

@@ -121,10 +121,10 @@ static const uint8_t *blob_of(const scene *s, uint32_t p) {
     return fixture_blob(&s->f, p / each, p % each / HEADS, p % HEADS);
 }
 
-static void check_rows(const scene *s, uint32_t p, uint32_t slot, const uint16_t *rows) {
-    uint16_t expected[2 * 256];
-    loci_slot_read(blob_of(s, p), slot, expected, expected + s->f.dim);
-    if (memcmp(rows, expected, 4 * s->f.dim) != 0) fail_msg("pair %u, slot %u", p, slot);
+static void check_rows(const scene *s, uint32_t p, uint32_t slot, const uint8_t *rows) {
+    size_t bytes = loci_pair_kv_stride(blob_of(s, p));
+    if (memcmp(rows, loci_slot_kv(blob_of(s, p), slot), bytes) != 0)
+        fail_msg("pair %u, slot %u", p, slot);
 }
 
 static void check_pair(const scene *s, uint32_t p) {
@@ -141,7 +141,10 @@ static void check_pair(const scene *s, uint32_t p) {
                             pair->tokens * s->f.dim / 2);
     assert_int_equal(pair->leaf_begin[pair->leaves], pair->tokens);
     for (uint32_t slot = 0; slot < pair->tokens; slot++)
-        check_rows(s, p, slot, pair->kv + (size_t)slot * 2 * s->f.dim);
+        check_rows(s, p, slot, pair->kv + (size_t)slot * pair->row_bytes);
+    assert_int_equal(pair->int8, header->kv_dtype == LOCI_I8);
+    assert_int_equal(pair->row_bytes, pair->int8 ? 2 * s->f.dim + 16 : 4 * s->f.dim);
+    assert_int_equal((uintptr_t)pair->kv % 16, 0);
 }
 
 /* Budgets hold, and books say what the device and the host have. */
