@@ -530,8 +530,13 @@ typedef struct loci_cuda_sample_part {
 /* Tokens whose weight has the same first bits. */
 typedef struct loci_cuda_sample_step {
     unsigned long long mass;
-    uint32_t count, unused;
+    uint32_t count, listed;
 } loci_cuda_sample_step;
+
+typedef struct loci_cuda_sample_token {
+    float weight;
+    uint32_t place;
+} loci_cuda_sample_token;
 
 #define LOCI_CUDA_SAMPLE_STEPS 2048u
 
@@ -540,6 +545,7 @@ typedef struct loci_cuda_sample_args {
     float *adjusted;              /* [rows][vocab] */
     loci_cuda_sample_part *parts; /* [rows][parts], a part for each LOCI_CUDA_SAMPLE_PART tokens */
     loci_cuda_sample_step *steps; /* [rows][LOCI_CUDA_SAMPLE_STEPS]; of draws */
+    loci_cuda_sample_token *list; /* [rows][vocab]; of draws: by steps, the heaviest first */
     int32_t *ids;
     float *logprob;
     uint32_t rows, vocab;

@@ -306,11 +306,14 @@ void loci_cuda_sample(loci_stream *stream, loci_ref ids, loci_ref logprob, loci_
         .fault = stream->fault,
     };
     size_t steps = (size_t)rows * LOCI_CUDA_SAMPLE_STEPS;
+    size_t listed = args.temperature > 0.0f ? count : 0;
     args.steps = loci_cuda_scratch(stream, steps * sizeof *args.steps + parts * sizeof *args.parts +
-                                               count * sizeof(float) + lists * sizeof(uint32_t));
+                                               listed * sizeof *args.list + count * sizeof(float) +
+                                               lists * sizeof(uint32_t));
     if (!args.logits || !args.ids || !args.logprob || !args.steps) return;
     args.parts = (loci_cuda_sample_part *)(void *)(args.steps + steps);
-    args.adjusted = (float *)(void *)(args.parts + parts);
+    args.list = (loci_cuda_sample_token *)(void *)(args.parts + parts);
+    args.adjusted = (float *)(void *)(args.list + listed);
     uint32_t *device_banned = (uint32_t *)(void *)(args.adjusted + count);
     uint32_t *device_recent = device_banned + banned_count;
     args.banned = device_banned;

@@ -2,17 +2,18 @@
  *
  * Choosing the next token from a row of logits, as attention/cpu/sample.c states it: penalty, bans,
  * temperature, top-p, one draw named by (seed, step, row). Blocks look through parts of a row, and
- * one block a row makes the token of what they found; it reads the row again only to draw. Weights
- * become integers of 2^-40 of the best one's; the nucleus and the token that the draw falls on are
- * both found by radix selection, without a sort.
+ * one block a row makes the token of what they found. Weights become integers of 2^-40 of the best
+ * one's; the nucleus and the token that the draw falls on are both found by radix selection: blocks
+ * list the row by the first bits of weights, and the last one looks at those tokens alone whose
+ * first bits are the wanted ones.
  */
 #include "attention/cuda/launch.cuh"
+#include "attention/cuda/look.cuh"
 #include "attention/cuda/radix.cuh"
 #include "base/rng.h"
 
 #define UNIT 1099511627776.0 /* 2^40 */
 #define PART_THREADS 256u
-#define LIST_ROOM 4096u /* tokens of one step of weights that a block keeps */
 #define PART_EACH (LOCI_CUDA_SAMPLE_PART / PART_THREADS)
 static_assert(LOCI_CUDA_SAMPLE_STEPS == RADIX_BUCKETS, "steps are the first histogram");
 
@@ -146,6 +147,10 @@ static __device__ __forceinline__ mass_t mass_of(float weight) {
     return (mass_t)((double)weight * UNIT);
 }
 
+static __device__ __forceinline__ uint32_t step_of(float weight) {
+    return __float_as_uint(weight) >> RADIX_SHARES;
+}
+
 /* Adds the weights of a part to the row's steps, which have the keys' first bits. */
 static __global__ void __launch_bounds__(PART_THREADS)
     k_sample_steps(loci_cuda_sample_args args, uint32_t parts) {
@@ -162,7 +167,7 @@ static __global__ void __launch_bounds__(PART_THREADS)
     for (uint32_t i = begin + threadIdx.x; i < end; i += PART_THREADS) {
         float weight = weigh(adjusted[i], best, args.temperature);
         if (!(weight > 0.0f)) continue;
-        uint32_t at = __float_as_uint(weight) >> RADIX_SHARES;
+        uint32_t at = step_of(weight);
         add_mass(&mass[at], mass_of(weight));
         atomicAdd(&count[at], 1u);
     }
@@ -175,13 +180,60 @@ static __global__ void __launch_bounds__(PART_THREADS)
     }
 }
 
-/* What a block needs to draw from a row: the selection, and the tokens of one step. */
+/* Puts the weights of a part to the row's in the order of their steps, the heaviest first. */
+static __global__ void __launch_bounds__(PART_THREADS)
+    k_sample_list(loci_cuda_sample_args args, uint32_t parts) {
+    __shared__ uint32_t first[RADIX_BUCKETS]; /* of a step */
+    const uint32_t each = RADIX_BUCKETS / PART_THREADS;
+    __shared__ uint32_t count[RADIX_BUCKETS];
+    uint32_t row = blockIdx.y, begin = blockIdx.x * LOCI_CUDA_SAMPLE_PART;
+    uint32_t end = min(begin + LOCI_CUDA_SAMPLE_PART, args.vocab);
+    uint32_t top = RADIX_BUCKETS - 1 - threadIdx.x * each, own = 0, all, before[PART_EACH];
+    float weight[PART_EACH];
+    const float *adjusted = args.adjusted + (size_t)row * args.vocab;
+    loci_cuda_sample_step *steps = args.steps + (size_t)row * RADIX_BUCKETS;
+    loci_cuda_sample_token *list = args.list + (size_t)row * args.vocab;
+    await_previous();
+#pragma unroll
+    for (uint32_t j = 0; j < each; j++) own += count[top - j] = steps[top - j].count;
+    uint32_t at = sum_before<PART_THREADS>(own, &all);
+#pragma unroll
+    for (uint32_t j = 0; j < each; j++) {
+        first[top - j] = at;
+        at += count[top - j];
+        count[top - j] = 0;
+    }
+    __syncthreads();
+    float best = join_parts(args.parts + (size_t)row * parts, parts).best;
+#pragma unroll
+    for (uint32_t j = 0; j < PART_EACH; j++) {
+        uint32_t i = begin + threadIdx.x + j * PART_THREADS;
+        weight[j] = i < end ? weigh(adjusted[i], best, args.temperature) : 0.0f;
+        if (weight[j] > 0.0f) before[j] = atomicAdd(&count[step_of(weight[j])], 1u);
+    }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t j = 0; j < each; j++)
+        if (count[top - j] > 0) first[top - j] += atomicAdd(&steps[top - j].listed, count[top - j]);
+    __syncthreads();
+#pragma unroll
+    for (uint32_t j = 0; j < PART_EACH; j++)
+        if (weight[j] > 0.0f)
+            list[first[step_of(weight[j])] + before[j]] = {weight[j],
+                                                           begin + threadIdx.x + j * PART_THREADS};
+}
+
+/* What a block needs to draw from a row. */
 typedef struct draw_memory {
     radix_memory radix;
-    uint32_t listed, chosen; /* listed: more than LIST_ROOM, if there are more */
-    float weight[LIST_ROOM];
-    uint32_t place[LIST_ROOM];
+    uint32_t chosen;
 } draw_memory;
+
+/* Tokens of one step, in any order. */
+typedef struct step_tokens {
+    const loci_cuda_sample_token *list;
+    uint32_t count;
+} step_tokens;
 
 /* The row's steps as the first histogram of a selection, and all weight. */
 static __device__ mass_t take_steps(draw_memory *memory, const loci_cuda_sample_step *steps) {
@@ -200,94 +252,65 @@ static __device__ mass_t take_steps(draw_memory *memory, const loci_cuda_sample_
     return all;
 }
 
-/* Where in descending order of weight `target` is reached. The first look at the row lists the
- * tokens of the step in which that is; the second one looks at the list, if it holds them all. */
-static __device__ radix_cut cut_row(draw_memory *memory, const float *adjusted, float best,
-                                    const loci_cuda_sample_args &args, mass_t target) {
-    bool again = false;
-    if (threadIdx.x == 0) memory->listed = 0;
+/* Where in descending order of weight `target` is reached, and the tokens of the step that that is
+ * in. */
+static __device__ radix_cut cut_row(draw_memory *memory, const loci_cuda_sample_args &args,
+                                    uint32_t row, mass_t target, step_tokens *tokens) {
+    *tokens = {};
     auto visit = [&](auto add) {
-        if (again && memory->listed <= LIST_ROOM) {
-            for (uint32_t i = threadIdx.x; i < memory->listed; i += RADIX_THREADS)
-                (void)add(__float_as_uint(memory->weight[i]), mass_of(memory->weight[i]));
-            return;
+        if (!tokens->list) {
+            const radix_memory *m = &memory->radix; /* of the first histogram */
+            tokens->list = args.list + (size_t)row * args.vocab + m->found_count;
+            tokens->count = args.steps[(size_t)row * RADIX_BUCKETS + m->found].count;
         }
-        for (uint32_t begin = threadIdx.x; begin < args.vocab;
-             begin += SWEEP_EACH * RADIX_THREADS) {
-            float x[SWEEP_EACH];
-#pragma unroll
-            for (uint32_t j = 0; j < SWEEP_EACH; j++) {
-                uint32_t i = begin + j * RADIX_THREADS;
-                x[j] = i < args.vocab ? weigh(adjusted[i], best, args.temperature) : 0.0f;
-            }
-#pragma unroll
-            for (uint32_t j = 0; j < SWEEP_EACH; j++) {
-                if (!(x[j] > 0.0f) || !add(__float_as_uint(x[j]), mass_of(x[j])) || again) continue;
-                uint32_t at = atomicAdd(&memory->listed, 1u);
-                if (at >= LIST_ROOM) continue;
-                memory->weight[at] = x[j];
-                memory->place[at] = begin + j * RADIX_THREADS;
-            }
+        for (uint32_t i = threadIdx.x; i < tokens->count; i += RADIX_THREADS) {
+            float weight = tokens->list[i].weight;
+            (void)add(__float_as_uint(weight), mass_of(weight));
         }
-        again = true;
     };
     return radix_select<RADIX_SHARES>(&memory->radix, target, ~(mass_t)0, true, visit);
 }
 
-/* Of the tokens whose weight is `key`, the `wanted`-th by its place, from 1; vocab: there are
- * fewer. */
-static __device__ uint32_t equal_at(draw_memory *memory, const float *adjusted, float best,
-                                    const loci_cuda_sample_args &args, uint32_t key,
-                                    uint32_t wanted) {
-    __shared__ uint32_t passed;
-    if (threadIdx.x == 0) {
-        memory->chosen = args.vocab;
-        passed = 0;
-    }
+/* Of the tokens at the cut the last one that is taken, by its place; vocab: there is none. */
+static __device__ uint32_t token_at(draw_memory *memory, const step_tokens &tokens,
+                                    const radix_cut &cut, uint32_t vocab) {
+    auto visit = [&](auto add) {
+        for (uint32_t i = threadIdx.x; i < tokens.count; i += RADIX_THREADS)
+            if (__float_as_uint(tokens.list[i].weight) == cut.key) add(tokens.list[i].place);
+    };
+    uint32_t shift = (uint32_t)__clz((int)vocab); /* so that the first bits differ */
+    if (cut.equal > 1 && tokens.count > 0)
+        return ~radix_select(&memory->radix, ~(mass_t)0, cut.ties, false,
+                             [&](auto add) {
+                                 visit([&](uint32_t place) { (void)add(~(place << shift), 0); });
+                             })
+                    .key >>
+               shift;
+    if (threadIdx.x == 0) memory->chosen = vocab;
     __syncthreads();
-    uint32_t listed = memory->listed;
-    for (uint32_t i = threadIdx.x; listed <= LIST_ROOM && i < listed; i += RADIX_THREADS) {
-        if (__float_as_uint(memory->weight[i]) != key) continue;
-        uint32_t before = 0;
-        for (uint32_t j = 0; j < listed; j++)
-            before +=
-                __float_as_uint(memory->weight[j]) == key && memory->place[j] < memory->place[i];
-        if (before + 1 == wanted) memory->chosen = memory->place[i];
-    }
-    for (uint32_t begin = 0; listed > LIST_ROOM && begin < args.vocab; begin += RADIX_THREADS) {
-        uint32_t i = begin + threadIdx.x;
-        bool hit =
-            i < args.vocab && __float_as_uint(weigh(adjusted[i], best, args.temperature)) == key;
-        mass_t none = 0;
-        uint32_t count = hit ? 1 : 0;
-        scan_block(&memory->radix, &none, &count);
-        if (hit && passed + count == wanted) memory->chosen = i;
-        uint32_t total = (uint32_t)__syncthreads_count(hit);
-        if (threadIdx.x == 0) passed += total;
-        __syncthreads();
-        if (memory->chosen < args.vocab) break;
-    }
+    visit([&](uint32_t place) { memory->chosen = place; });
     __syncthreads();
     return memory->chosen;
 }
 
 /* A draw from the nucleus: the first token, in descending order of weight and by its place, after
  * which the drawn share of its mass is exceeded. */
-static __device__ uint32_t draw_token(draw_memory *memory, const float *adjusted, uint32_t row,
-                                      float best, const loci_cuda_sample_args &args) {
+static __device__ uint32_t draw_token(draw_memory *memory, uint32_t row,
+                                      const loci_cuda_sample_args &args) {
     const loci_cuda_sample_step *steps = args.steps + (size_t)row * RADIX_BUCKETS;
+    step_tokens tokens;
     mass_t all = take_steps(memory, steps), kept = all;
     if (args.top_p > 0.0f && args.top_p < 1.0f) {
         mass_t most = (mass_t)ceil((double)args.top_p * (double)all);
-        radix_cut nucleus = cut_row(memory, adjusted, best, args, most ? most : 1);
+        radix_cut nucleus = cut_row(memory, args, row, most ? most : 1, &tokens);
         if (nucleus.ties != 0xffffffffu)
             kept = nucleus.mass + mass_of(__uint_as_float(nucleus.key)) * nucleus.ties;
         __syncthreads();
         (void)take_steps(memory, steps);
     }
     mass_t target = (mass_t)(draw(args.seed, args.step, row) * (double)kept) + 1;
-    radix_cut cut = cut_row(memory, adjusted, best, args, target < kept ? target : kept);
-    return equal_at(memory, adjusted, best, args, cut.key, cut.ties);
+    radix_cut cut = cut_row(memory, args, row, target < kept ? target : kept, &tokens);
+    return token_at(memory, tokens, cut, args.vocab);
 }
 
 static __global__ void __launch_bounds__(RADIX_THREADS)
@@ -295,7 +318,6 @@ static __global__ void __launch_bounds__(RADIX_THREADS)
     extern __shared__ float4 shared[];
     uint32_t row = blockIdx.x;
     await_previous();
-    const float *adjusted = args.adjusted + (size_t)row * args.vocab;
     loci_cuda_sample_part all = join_parts(args.parts + (size_t)row * parts, parts);
     uint32_t token = all.place;
     if (all.best == -INFINITY) {
@@ -303,7 +325,7 @@ static __global__ void __launch_bounds__(RADIX_THREADS)
         return;
     }
     if (args.temperature > 0.0f) {
-        uint32_t drawn = draw_token((draw_memory *)shared, adjusted, row, all.best, args);
+        uint32_t drawn = draw_token((draw_memory *)shared, row, args);
         if (drawn < args.vocab) token = drawn;
     }
     if (threadIdx.x != 0) return;
@@ -318,6 +340,8 @@ extern "C" cudaError_t loci_cuda_k_sample(cudaStream_t stream, const loci_cuda_s
     cudaError_t result = launch_behind(stream, k_sample_parts, grid, PART_THREADS, 0, *args);
     if (result == cudaSuccess && draws)
         result = launch_behind(stream, k_sample_steps, grid, PART_THREADS, 0, *args, parts);
+    if (result == cudaSuccess && draws)
+        result = launch_behind(stream, k_sample_list, grid, PART_THREADS, 0, *args, parts);
     if (result != cudaSuccess) return result;
     return launch_behind(stream, k_sample, dim3(args->rows), draws ? RADIX_THREADS : 32,
                          draws ? sizeof(draw_memory) : 0, *args, parts);
