@@ -66,11 +66,25 @@ static uint32_t segments_of(const loci_corpus_view *corpus) {
     return corpus->flat_segment_base + corpus->flat_segments;
 }
 
-/* Room for what attribution and figures of a single row, or of each of a few, begin with: logits, a
- * list's in the place of its estimates, which have done their work, and zeros. */
+/* Masses of all segments. */
+static size_t mass_count(const loci_lookup *lookup) {
+    return (size_t)segments_of(lookup->corpus) * (lookup->params.each ? LOCI_CUDA_EACH_ROWS : 1);
+}
+
+/* Zeros, which attention writes by the way, for attribution and figures to begin with. */
+static bool take_zeros(loci_stream *stream, loci_lookup *lookup, loci_cuda_attend *args) {
+    size_t masses = mass_count(lookup);
+    args->zeroed_count = (uint32_t)(masses + sizeof *lookup->figures / sizeof *args->zeroed);
+    args->zeroed = look_alloc(stream, lookup, args->zeroed_count * sizeof *args->zeroed);
+    lookup->mass = args->zeroed;
+    lookup->figures = args->zeroed ? (void *)(args->zeroed + masses) : NULL;
+    return args->zeroed != NULL;
+}
+
+/* Room for the logits of a single row, or of a few, a list's in the place of its estimates, which
+ * have done their work. */
 static bool keep_logits(loci_stream *stream, loci_lookup *lookup, bool listed,
                         loci_cuda_attend *args) {
-    size_t masses = (size_t)lookup->look.rows * segments_of(lookup->corpus);
     if (listed) {
         args->logits = lookup->choice.score;
         args->room = lookup->choice.room;
@@ -81,13 +95,9 @@ static bool keep_logits(loci_stream *stream, loci_lookup *lookup, bool listed,
         args->logits = look_alloc(stream, lookup, bytes);
         if (!args->logits) return false;
     }
-    args->zeroed_count = (uint32_t)(masses + sizeof *lookup->figures / sizeof *args->zeroed);
-    args->zeroed = look_alloc(stream, lookup, args->zeroed_count * sizeof *args->zeroed);
     lookup->logits = args->logits;
     lookup->room = args->room;
-    lookup->mass = args->zeroed;
-    lookup->figures = args->zeroed ? (void *)(args->zeroed + masses) : NULL;
-    return args->zeroed != NULL;
+    return true;
 }
 
 void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref out,
@@ -120,8 +130,10 @@ void loci_cuda_attend_sparse(loci_stream *stream, loci_lookup *lookup, loci_ref 
         args.extents = 1;
         args.parts = (LOCI_CUDA_LISTED + look->kv_heads - 1) / look->kv_heads;
     }
-    bool few = look->rows == 1 || lookup->params.each;
-    bool keeps = listed || (whole && few && (!wide || loci_cuda_wide_narrow(look)));
+    bool each = whole && lookup->params.each; /* of several rows whole_wide.cu reads keys again */
+    bool keeps = listed || (wide ? look->rows == 1 && loci_cuda_wide_narrow(look)
+                                 : whole && (look->rows == 1 || each));
+    if ((keeps || each) && !take_zeros(stream, lookup, &args)) return;
     if (keeps && !keep_logits(stream, lookup, listed, &args)) return;
     size_t partials = (size_t)args.extents * look->kv_heads * args.parts *
                       loci_cuda_tiles(look->vectors) * LOCI_CUDA_ROWS;
@@ -151,9 +163,9 @@ static bool put_flat(loci_stream *stream, loci_lookup *lookup, loci_cuda_attribu
 }
 
 /* Sums of masses where attention has not left zeros. */
-static bool clear_mass(loci_stream *stream, loci_lookup *lookup, size_t masses) {
-    size_t bytes = masses * sizeof *lookup->mass;
-    if (lookup->logits) return true;
+static bool clear_mass(loci_stream *stream, loci_lookup *lookup) {
+    size_t bytes = mass_count(lookup) * sizeof *lookup->mass;
+    if (lookup->mass) return true;
     lookup->mass = look_alloc(stream, lookup, bytes);
     return lookup->mass &&
            look_launched(stream, lookup, cudaMemsetAsync(lookup->mass, 0, bytes, stream->stream),
@@ -172,10 +184,7 @@ static void attribute(loci_stream *stream, loci_lookup *lookup, loci_ref total_l
     args->wide_chunk = lookup->wide_chunk;
     if (lookup->wide_chunk) args->wide_chunks = loci_cuda_wide_parts(lookup, lookup->wide_chunk);
     args->exact = wide_exact(lookup);
-    if (!args->total_lse ||
-        !clear_mass(stream, lookup, (size_t)args->segments * (args->each ? look->rows : 1)) ||
-        !put_flat(stream, lookup, args))
-        return;
+    if (!args->total_lse || !clear_mass(stream, lookup) || !put_flat(stream, lookup, args)) return;
     args->mass = lookup->mass;
     if (!lookup->logits) enter_rows(stream, lookup, &args->cache);
     if (lookup->ready)

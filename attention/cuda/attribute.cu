@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * What attention over a corpus tells beside its output: the attention mass of segments, and the
- * figures of a look-up. Those of a single row, and masses of each of a few rows, come from the
- * logits that attention left; else a block takes a chunk of a pair's slots and a tile of vectors,
- * lists what masks hold and reads their keys again.
+ * figures of a look-up. Those of a single row, and masses of each of a few rows where
+ * whole_wide.cu does not serve, come from the logits that attention left; else a block takes a
+ * chunk of a pair's slots and a tile of vectors, lists what masks hold and reads their keys again.
  */
 #include "attention/cuda/attribute.cuh"
 #include "attention/cuda/chunks.cuh"
@@ -14,17 +14,11 @@
 
 /* NaN where a row has nothing at all. */
 static __device__ __forceinline__ float weight_of(float below_total) {
-    return below_total > -INFINITY ? expf(below_total) : 0.0f;
+    return below_total > -INFINITY ? share_of(below_total) : 0.0f;
 }
 
 static __device__ __forceinline__ mass_t mass_of(float below_total) {
     return mass_of_weight(weight_of(below_total));
-}
-
-/* The sums of a row. */
-static __device__ __forceinline__ mass_t *masses_of(const loci_cuda_attribution &args,
-                                                    uint32_t row) {
-    return args.mass + (args.each ? (size_t)row * args.segments : 0);
 }
 
 /* Shared memory of k_attribute: queries, rounded and the rest; for each warp two stages of K. */
@@ -147,7 +141,7 @@ static __device__ __forceinline__ void add_flat(const loci_cuda_look &look,
     uint32_t to = flat_segment(args, token);
     if (to >= args.segments) return;
     for (uint32_t i = 0; i < 2; i++)
-        if (mass[i]) atomicAdd(&masses_of(args, at[i])[to], mass[i]);
+        if (mass[i]) atomicAdd(&args.mass[mass_at(args, at[i], to)], mass[i]);
 }
 
 /* Flat tokens, KEYS a block; all vectors of one KV head. */
@@ -176,11 +170,11 @@ static __global__ void __launch_bounds__(ATTEND_THREADS)
 static __global__ void k_add_mass(const loci_cuda_attribution args) {
     uint32_t s = blockIdx.x * blockDim.x + threadIdx.x;
     float *out = args.out[blockIdx.y];
-    mass_t *mass = masses_of(args, blockIdx.y);
     await_previous();
     if (s >= args.segments) return;
-    if (out) out[s] += (float)((double)mass[s] / LOCI_CUDA_MASS_UNIT);
-    mass[s] = 0;
+    mass_t *mass = &args.mass[mass_at(args, blockIdx.y, s)];
+    if (out) out[s] += (float)((double)*mass / LOCI_CUDA_MASS_UNIT);
+    *mass = 0;
 }
 
 #define LIST_THREADS 256u
@@ -207,7 +201,7 @@ static __global__ void __launch_bounds__(THREADS)
     extern __shared__ float4 shared[];
     mass_t *own = (mass_t *)shared;
     uint32_t row = LISTED ? 0 : blockIdx.x % look.rows, first_block = blockIdx.x / look.rows;
-    mass_t *masses = masses_of(args, row);
+    mass_t *masses = args.mass + mass_at(args, row, 0);
     for (uint32_t s = threadIdx.x; s < args.segments && together; s += THREADS) own[s] = 0;
     await_previous();
     if (!counts_row(args, row) || (args.each && !args.out[row])) return;
@@ -223,7 +217,7 @@ static __global__ void __launch_bounds__(THREADS)
         if (LISTED) segment = c.chosen[(size_t)h * c.room + i].segment;
         if (!LISTED) pair = pair_at(look, h, i, &slot);
         if (!LISTED && slot >= pair->tokens) continue;
-        float weight = 0.0f; /* of all heads: integers of each would take longer than the rest */
+        mass_t mass = 0; /* of all heads: integers of each would take longer than the rest */
         for (uint32_t first = 0; first < look.group; first += LOCI_CUDA_LOT) {
             float below[LOCI_CUDA_LOT]; /* all under way at once */
 #pragma unroll
@@ -232,9 +226,10 @@ static __global__ void __launch_bounds__(THREADS)
                                ? logits[(first + g) * args.room + i] - total[first + g]
                                : -INFINITY;
 #pragma unroll
-            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++) weight += weight_of(below[g]);
+            for (uint32_t g = 0; g < LOCI_CUDA_LOT; g++) below[g] = weight_of(below[g]);
+            mass += mass_of_weight(((below[0] + below[4]) + (below[2] + below[6])) +
+                                   ((below[1] + below[5]) + (below[3] + below[7])));
         }
-        mass_t mass = mass_of_weight(weight);
         if (mass == 0) continue;
         if (!LISTED) {
             segment = slot_word(pair, slot, look.dim) >> 16;
@@ -300,7 +295,7 @@ static cudaError_t attribute_pairs(cudaStream_t stream, const loci_cuda_look *lo
                                    const loci_cuda_attribution *args) {
     cudaError_t result = cudaSuccess;
     if (args->logits) return attribute_kept(stream, look, choice, args);
-    if (!args->each) return attribute_anew(stream, look, args);
+    if (!args->each || args->wide_chunk) return attribute_anew(stream, look, args);
     for (uint32_t row = args->row_begin; row < args->row_end && result == cudaSuccess; row++) {
         loci_cuda_attribution one = *args;
         one.row_begin = row;

@@ -5,6 +5,7 @@
 #ifndef LOCI_ATTENTION_CUDA_ATTRIBUTE_CUH
 #define LOCI_ATTENTION_CUDA_ATTRIBUTE_CUH
 
+#include "attention/cuda/attend_mma.cuh"
 #include "attention/cuda/look.cuh"
 #include "attention/cuda/radix.cuh"
 
@@ -16,6 +17,25 @@ static __device__ __forceinline__ mass_t mass_of_weight(float weight) {
 
 static __device__ __forceinline__ bool counts_row(const loci_cuda_attribution &args, uint32_t row) {
     return row >= args.row_begin && row < args.row_end;
+}
+
+/* The weight of a logit so far below the total. */
+static __device__ __forceinline__ float share_of(float below_total) {
+    return weight_of<true>(below_total * LOG2_E);
+}
+
+/* Where a row's mass of a segment stands where whole_wide.cu adds up each row's: those of a segment
+ * side by side. */
+static __device__ __forceinline__ size_t each_at(uint32_t row, uint32_t segment) {
+    return (size_t)segment * LOCI_CUDA_EACH_ROWS + row;
+}
+
+/* Where it stands in any case. */
+static __device__ __forceinline__ size_t mass_at(const loci_cuda_attribution &args, uint32_t row,
+                                                 uint32_t segment) {
+    if (!args.each) return segment;
+    if (args.wide_chunk && !args.logits) return each_at(row, segment);
+    return (size_t)row * args.segments + segment;
 }
 
 /* The log-sum-exp that vector v of a KV head is weighed by; of one that does not count INFINITY, by

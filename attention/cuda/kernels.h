@@ -283,8 +283,9 @@ cudaError_t loci_cuda_k_join(cudaStream_t stream, const loci_cuda_look *look,
 typedef struct loci_cuda_attribution {
     const float *total_lse; /* [rows][q_heads] */
     uint32_t row_begin, row_end;
-    bool each;                       /* a mass for each row, else one for all of them */
-    unsigned long long *mass;        /* [rows or 1][segments], zeros before and after */
+    bool each;                /* a mass for each row, else one for all of them */
+    unsigned long long *mass; /* [rows or 1][segments], or [segments][LOCI_CUDA_EACH_ROWS] where
+                                 whole_wide.cu adds up each row's; zeros before and after */
     float *out[LOCI_CUDA_EACH_ROWS]; /* NULL: the row's is not asked for */
     uint32_t segments;
     uint32_t wide_chunk;  /* of whole_wide.cu, over all live tokens; 0: over what masks hold */

@@ -39,7 +39,7 @@ cudaError_t loci_cuda_k_attend_whole(cudaStream_t stream, const loci_cuda_look *
 cudaError_t loci_cuda_k_attend_wide(cudaStream_t stream, const loci_cuda_look *look,
                                     const loci_cuda_attend *args, bool exact);
 /* What live tokens of pairs have of the attention, to the masses of their segments, in chunks of
- * args->wide_chunk. */
+ * args->wide_chunk; of each row, exact, those that its own kept logits would give. */
 cudaError_t loci_cuda_k_attribute_wide(cudaStream_t stream, const loci_cuda_look *look,
                                        const loci_cuda_attribution *args);
 

@@ -34,16 +34,32 @@ template <int DIM, bool NARROW, bool EXACT, int STAGES, bool VALUES> struct wide
     static const uint32_t bytes = 1024 + all_queries + STAGES * stage_bytes;
 };
 
+/* Eights of places that a row's vectors of a KV head take. */
+static __host__ __device__ __forceinline__ uint32_t eights_of(const loci_cuda_look *look) {
+    return (look->group + 7) / 8;
+}
+
 #if HAS_WGMMA
 
+/* The vector at a place of the products: the same, or, with EACH, such that eight places are of one
+ * row; past all vectors where there is none. */
+template <bool EACH>
+static __device__ __forceinline__ uint32_t vector_at(const loci_cuda_look &look, uint32_t place) {
+    if (!EACH) return place;
+    uint32_t eights = eights_of(&look), row = place / 8 / eights;
+    uint32_t own = place / 8 % eights * 8 + place % 8;
+    return own < look.group ? row * look.group + own : look.vectors;
+}
+
 /* The block's vectors in panels, rounded, and the rest behind them. */
-template <int DIM, int VECTORS, bool EXACT>
+template <int DIM, int VECTORS, bool EXACT, bool EACH>
 static __device__ void put_vectors(const loci_cuda_look &look, const wide_work &w, uint8_t *to) {
     const float *q = look.q + (size_t)w.pair->kv_head * look.vectors * DIM;
     const uint32_t pieces = DIM / 8, panel = VECTORS * PANEL_ROW;
     const float unit = EXACT ? 1.0f : LOG2_E;
     for (uint32_t i = threadIdx.x; i < VECTORS * pieces; i += blockDim.x) {
-        uint32_t row = i / pieces, p = i % pieces, v = w.first + row, high[4] = {}, rest[4] = {};
+        uint32_t row = i / pieces, p = i % pieces, high[4] = {}, rest[4] = {};
+        uint32_t v = vector_at<EACH>(look, w.first + row);
         const float2 *from = (const float2 *)(q + (size_t)v * DIM + p * 8);
         for (uint32_t j = 0; j < 4 && v < look.vectors; j++)
             high[j] = split_pair(from[j].x * unit, from[j].y * unit, &rest[j]);
@@ -55,9 +71,9 @@ static __device__ void put_vectors(const loci_cuda_look &look, const wide_work &
 
 /* --- warpgroups that multiply ---------------------------------------------------------- */
 
-/* Logits of the group's 64 vectors with a tile's keys. */
+/* Logits of the group's 64 vectors with a tile's keys, there after wait_products. */
 template <int DIM, int VECTORS, bool EXACT>
-static __device__ __forceinline__ void tile_logits(uint32_t q, uint32_t k, float (&s)[64]) {
+static __device__ __forceinline__ void begin_logits(uint32_t q, uint32_t k, float (&s)[64]) {
     begin_products();
 #pragma unroll
     for (uint32_t part = 0; part < (EXACT ? 2 : 1); part++)
@@ -68,6 +84,11 @@ static __device__ __forceinline__ void tile_logits(uint32_t q, uint32_t k, float
                             matrix_of(k + panel * TILE_SLOTS + at, 0), part > 0 || d > 0);
         }
     close_products();
+}
+
+template <int DIM, int VECTORS, bool EXACT>
+static __device__ __forceinline__ void tile_logits(uint32_t q, uint32_t k, float (&s)[64]) {
+    begin_logits<DIM, VECTORS, EXACT>(q, k, s);
     wait_products();
 }
 
@@ -292,7 +313,7 @@ static __device__ __forceinline__ wide_work work_of(const loci_cuda_look &look, 
 }
 
 /* Barriers of all stages; queries in shared memory, from `q` on. */
-template <int DIM, bool NARROW, bool EXACT, int STAGES>
+template <int DIM, bool NARROW, bool EXACT, int STAGES, bool EACH = false>
 static __device__ __forceinline__ void open_block(const loci_cuda_look &look, const wide_work &w,
                                                   wide_stage *stages, uint8_t *q) {
     if (threadIdx.x < STAGES)
@@ -300,7 +321,7 @@ static __device__ __forceinline__ void open_block(const loci_cuda_look &look, co
             open_barrier(&stages[threadIdx.x].there[i], WARPGROUP);
             open_barrier(&stages[threadIdx.x].read[i], (NARROW ? 1 : GROUPS) * WARPGROUP / 32);
         }
-    put_vectors<DIM, (NARROW ? 1 : GROUPS) * GROUP_VECTORS, EXACT>(look, w, q);
+    put_vectors<DIM, (NARROW ? 1 : GROUPS) * GROUP_VECTORS, EXACT, EACH>(look, w, q);
     show_products();
     __syncthreads();
 }
@@ -325,10 +346,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
     open_block<DIM, NARROW, EXACT, STAGES>(look, w, stages, q);
     if (group == GROUPS) {
         give_registers<COPY_REGISTERS>();
-        if (w.pair->int8)
-            copy_int8<DIM, STAGES, true>(args.cache, w, stages, memory);
-        else
-            copy_tiles<DIM, STAGES, true>(args.cache, w, stages, memory);
+        copy_tiles<DIM, STAGES, true>(args.cache, w, stages, memory);
     } else {
         take_registers<WORK_REGISTERS>();
         uint32_t queries = shared_address(q);
@@ -394,18 +412,23 @@ template <uint32_t HALF> static __device__ __forceinline__ void fold(float (&c)[
     }
 }
 
-/* A warp's sums of each of a tile's slots over its 16 vectors, to `sums`; s: weights. */
-static __device__ __forceinline__ void add_vectors(const float (&s)[64], float *sums) {
+/* Sums of each of a tile's slots over eight vectors of a warp, to `sums`; c: a lane's parts. */
+static __device__ __forceinline__ void add_lanes(float (&c)[32], float *sums) {
     uint32_t lane = threadIdx.x % 32, n = lane / 16 * 8 + lane / 8 % 2 * 4 + lane / 4 % 2 * 2;
-    float c[32];
-#pragma unroll
-    for (uint32_t i = 0; i < 32; i++) c[i] = s[i / 2 * 4 + i % 2] + s[i / 2 * 4 + 2 + i % 2];
     fold<16>(c);
     fold<8>(c);
     fold<4>(c);
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++)
         *(float2 *)(sums + (n + i) * 8 + lane % 4 * 2) = float2{c[2 * i], c[2 * i + 1]};
+}
+
+/* The same over a warp's 16 vectors; s: weights. */
+static __device__ __forceinline__ void add_vectors(const float (&s)[64], float *sums) {
+    float c[32];
+#pragma unroll
+    for (uint32_t i = 0; i < 32; i++) c[i] = s[i / 2 * 4 + i % 2] + s[i / 2 * 4 + 2 + i % 2];
+    add_lanes(c, sums);
 }
 
 /* The segment of a slot in its record, in the upper half. */
@@ -436,20 +459,31 @@ static __device__ __forceinline__ void await_workers(void) {
     asm volatile("bar.sync 1, %0;" ::"n"(GROUPS * WARPGROUP) : "memory");
 }
 
-/* What a tile's slots have of the attention of a warp's vectors, to `sums`. total: their sums of
- * exponentials, of base 2. */
-template <int DIM, bool EXACT>
-static __device__ __forceinline__ void
-weigh_tile(const wide_work &w, wide_stage *stages, uint32_t q, uint32_t memory, uint32_t tile,
-           uint32_t n, const float (&total)[2], float *sums) {
-    wide_stage *stage = &stages[n % MASS_STAGES];
-    uint32_t k = memory + n % MASS_STAGES * TILE_SLOTS * DIM * 2;
-    float s[64];
-    wait_barrier(&stage->there[0], n / MASS_STAGES % 2);
+/* Logits of a tile where only K is copied; VECTORS: of the block. meanwhile(): runs beside the
+ * products, after the fence, which waits for all that a thread has under way. */
+template <int DIM, int VECTORS, bool EXACT, int STAGES, typename MEANWHILE>
+static __device__ __forceinline__ void key_logits(const wide_work &w, wide_stage *stages,
+                                                  uint32_t q, uint32_t memory, uint32_t tile,
+                                                  uint32_t n, float (&s)[64], MEANWHILE meanwhile) {
+    wide_stage *stage = &stages[n % STAGES];
+    wait_barrier(&stage->there[0], n / STAGES % 2);
     show_products();
-    tile_logits<DIM, GROUPS * GROUP_VECTORS, EXACT>(q, k, s);
+    begin_logits<DIM, VECTORS, EXACT>(q, memory + n % STAGES * TILE_SLOTS * DIM * 2, s);
+    meanwhile();
+    wait_products();
     if (threadIdx.x % 32 == 0) arrive(&stage->read[0]);
     mask_logits(bits_of(w, tile), s);
+}
+
+/* What a tile's slots have of the attention of a warp's vectors, to `sums`. total: their sums of
+ * exponentials, of base 2. */
+template <int DIM, bool EXACT, typename MEANWHILE>
+static __device__ __forceinline__ void
+weigh_tile(const wide_work &w, wide_stage *stages, uint32_t q, uint32_t memory, uint32_t tile,
+           uint32_t n, const float (&total)[2], float *sums, MEANWHILE meanwhile) {
+    float s[64];
+    key_logits<DIM, GROUPS * GROUP_VECTORS, EXACT, MASS_STAGES>(w, stages, q, memory, tile, n, s,
+                                                                meanwhile);
 #pragma unroll
     for (uint32_t i = 0; i < 64; i++)
         s[i] = weight_of<true>(EXACT ? fmaf(s[i], LOG2_E, -total[i / 2 % 2])
@@ -462,7 +496,7 @@ static __device__ __forceinline__ void
 attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, const wide_work &w,
                 wide_stage *stages, uint32_t q, uint32_t memory,
                 float (*sums)[MASS_WARPS][TILE_SLOTS], mass_t *own) {
-    uint32_t n = 0, next = 0;
+    uint32_t n = 0, word = 0, next = 0;
     float total[2];
 #pragma unroll
     for (uint32_t half = 0; half < 2; half++) {
@@ -474,16 +508,20 @@ attribute_tiles(const loci_cuda_look &look, const loci_cuda_attribution &args, c
         sums[0][threadIdx.x / 32][i] = sums[1][threadIdx.x / 32][i] = 0.0f;
     if (threadIdx.x < TILE_SLOTS) next = word_of(w, w.begin + threadIdx.x, DIM);
     for (uint32_t tile = w.begin; tile < w.end; tile += TILE_SLOTS, n++) {
-        uint32_t word = next;
-        if (threadIdx.x < TILE_SLOTS) next = word_of(w, tile + TILE_SLOTS + threadIdx.x, DIM);
+        auto add_last = [&] {
+            if (threadIdx.x >= TILE_SLOTS) return; /* of the warpgroup that is never idle */
+            if (n > 0) add_slot(args, w, word, sums[(n - 1) % 2], own);
+            word = next;
+            next = word_of(w, tile + TILE_SLOTS + threadIdx.x, DIM);
+        };
         if (idle)
             pass_tile<MASS_STAGES, false>(stages, n);
         else
             weigh_tile<DIM, EXACT>(w, stages, q, memory, tile, n, total,
-                                   sums[n % 2][threadIdx.x / 32]);
+                                   sums[n % 2][threadIdx.x / 32], add_last);
         await_workers();
-        if (threadIdx.x < TILE_SLOTS) add_slot(args, w, word, sums[n % 2], own);
     }
+    if (threadIdx.x < TILE_SLOTS) add_slot(args, w, word, sums[(n - 1) % 2], own);
     if (!own) return;
     await_workers();
     for (uint32_t i = threadIdx.x; i < args.segments; i += GROUPS * WARPGROUP)
@@ -514,12 +552,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
     open_block<DIM, false, EXACT, MASS_STAGES>(look, w, stages, q);
     if (group == GROUPS) {
         give_registers<COPY_REGISTERS>();
-        if (w.pair->int8)
-            copy_int8<DIM, MASS_STAGES, false>(args.cache, w, stages, memory);
-        else
-            copy_tiles<DIM, MASS_STAGES, false>(args.cache, w, stages, memory);
+        copy_tiles<DIM, MASS_STAGES, false>(args.cache, w, stages, memory);
     } else {
         take_registers<WORK_REGISTERS>();
+        const loci_cuda_pair pair = *w.pair; /* in registers */
+        w.pair = &pair;
         w.first += group * GROUP_VECTORS;
         attribute_tiles<DIM, EXACT>(look, args, w, stages,
                                     shared_address(q) + group * GROUP_VECTORS * PANEL_ROW,
@@ -542,9 +579,14 @@ static cudaError_t launch_attribute(cudaStream_t stream, const loci_cuda_look *l
                         bytes, *look, *args, together);
 }
 
+#include "attention/cuda/whole_each.cuh"
+
 extern "C" cudaError_t loci_cuda_k_attribute_wide(cudaStream_t stream, const loci_cuda_look *look,
                                                   const loci_cuda_attribution *args) {
     if (args->row_begin >= args->row_end) return cudaSuccess;
+    if (args->each)
+        return look->dim == 64 ? launch_each<64>(stream, look, args)
+                               : launch_each<128>(stream, look, args);
     if (look->dim == 64)
         return args->exact ? launch_attribute<64, true>(stream, look, args)
                            : launch_attribute<64, false>(stream, look, args);

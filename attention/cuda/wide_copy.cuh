@@ -45,9 +45,9 @@ static __device__ __forceinline__ void copy_rows(const loci_cuda_row_cache &cach
 }
 
 template <int DIM, int STAGES, bool VALUES>
-static __device__ __forceinline__ void copy_tiles(const loci_cuda_row_cache &cache,
-                                                  const wide_work &w, wide_stage *stages,
-                                                  uint8_t *memory) {
+static __device__ __forceinline__ void copy_bf16(const loci_cuda_row_cache &cache,
+                                                 const wide_work &w, wide_stage *stages,
+                                                 uint8_t *memory) {
     const uint8_t *kv = w.pair->kv;
     bool tiered = cache.frames && w.pair->frame_of;
     const uint32_t rows_bytes = TILE_SLOTS * DIM * 2, values = VALUES ? 2 : 1;
@@ -161,6 +161,16 @@ static __device__ __forceinline__ void copy_int8(const loci_cuda_row_cache &cach
         restore_tile<DIM>(value, memory + (turn * values + value) * rows_bytes);
         arrive(&stages[turn].there[value]);
     }
+}
+
+template <int DIM, int STAGES, bool VALUES>
+static __device__ __forceinline__ void copy_tiles(const loci_cuda_row_cache &cache,
+                                                  const wide_work &w, wide_stage *stages,
+                                                  uint8_t *memory) {
+    if (w.pair->int8)
+        copy_int8<DIM, STAGES, VALUES>(cache, w, stages, memory);
+    else
+        copy_bf16<DIM, STAGES, VALUES>(cache, w, stages, memory);
 }
 
 #endif

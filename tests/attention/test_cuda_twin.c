@@ -121,6 +121,17 @@ static void compare_values(const float *a, const float *b, size_t count, double 
             fail_msg("%s: value %zu is %.7g, the CPU's %.7g", what, i, (double)a[i], (double)b[i]);
 }
 
+/* A look-up of the scene's rows, whose weights are relative to `total`. */
+static fixture_run run_of(const scene *s, loci_select_params params, const float *total,
+                          float *mass) {
+    fixture_run run = {.rows = s->rows, .q = s->q, .steady = s->steady, .params = params};
+    run.out = s->out;
+    run.lse = s->lse;
+    run.total = total;
+    run.mass = mass;
+    return run;
+}
+
 /* One look-up on both. Shares are sums of exponentials that the two round differently, so that a
  * token whose share stands at the threshold may be taken by one alone; there, outputs differ by
  * what that token holds. A budget is a threshold where two may change places, each with a head's
@@ -133,16 +144,9 @@ static void compare_run(scene *s, twin *t, const setting *c, loci_select_params 
     loci_error err = {0};
     assert_non_null(out);
     describe(what, c, &params);
-    fixture_run ours = {.rows = s->rows,
-                        .q = s->q,
-                        .steady = s->steady,
-                        .params = params,
-                        .out = s->out,
-                        .lse = s->lse,
-                        .want_selected = true,
-                        .total = out + values + heads,
-                        .row_begin = c->row_begin,
-                        .mass = out + values + 2 * heads};
+    fixture_run ours = run_of(s, params, out + values + heads, out + values + 2 * heads);
+    ours.want_selected = true;
+    ours.row_begin = c->row_begin;
     for (size_t i = 0; i < heads; i++) out[values + heads + i] = (float)s->ref_lse[i]; /* of all */
     must(fixture_look_up(&s->f, &ours, &err), &err);
     fixture_run theirs = ours;
@@ -284,33 +288,39 @@ static void test_all_is_read_where_that_is_faster(void **state) {
     close_scene(&s);
 }
 
-/* A row reads everything with the same result in whatever company of up to 64 vectors. */
+/* A row reads everything with the same result in whatever company of up to 64 vectors, and has the
+ * same masses in any: alone from kept logits, else from keys that are read again. */
 static void test_company_changes_no_bit_of_a_row(void **state) {
     (void)state;
+    static const uint32_t groups[] = {7, 7, 8, 8, 3, 16};
     uint64_t rng = seed * 2 + 31;
-    for (uint32_t round = 0; round < 4; round++) {
+    for (uint32_t round = 0; round < 6; round++) {
         setting c = random_setting(&rng);
         c.dim = round % 2 ? 64 : 128;
-        c.group = round < 2 ? 7 : 8;
+        c.group = groups[round];
         c.rows = 8;
         c.tokens += 1500;
         scene s = open_scene(c);
-        loci_select_params params = {.mode = LOCI_MODE_DENSE, .precision = LOCI_BF16};
-        size_t width = (size_t)s.f.q_heads * s.f.dim;
-        float *together = malloc(c.rows * width * sizeof *together);
+        size_t heads = s.f.q_heads, width = heads * s.f.dim, segments = s.f.segments;
+        float *together = malloc((c.rows * (width + heads + segments) + segments) * sizeof(float));
         assert_non_null(together);
-        (void)run(&s, params, false);
+        float *total = together + c.rows * width, *mass = total + c.rows * heads;
+        for (size_t i = 0; i < c.rows * heads; i++) total[i] = (float)s.ref_lse[i];
+        loci_error err = {0};
+        loci_select_params params = {.mode = LOCI_MODE_DENSE, .precision = LOCI_BF16, .each = true};
+        fixture_run run = run_of(&s, params, total, mass);
+        must(fixture_look_up(&s.f, &run, &err), &err);
         memcpy(together, s.out, c.rows * width * sizeof *together);
+        run.rows = 1;
+        run.mass = mass + c.rows * segments;
         for (uint32_t row = 0; row < c.rows; row++) {
-            loci_error err = {0};
-            fixture_run alone = {.rows = 1,
-                                 .q = s.q + row * width,
-                                 .steady = s.steady + row * s.f.q_heads,
-                                 .params = params,
-                                 .out = s.out,
-                                 .lse = s.lse};
-            must(fixture_look_up(&s.f, &alone, &err), &err);
-            assert_memory_equal(s.out, together + row * width, width * sizeof *together);
+            must(fixture_look_up(&s.f, &run, &err), &err);
+            if (c.rows * c.group <= 64)
+                assert_memory_equal(s.out, together + row * width, width * sizeof *together);
+            assert_memory_equal(run.mass, mass + row * segments, segments * sizeof *mass);
+            run.q += width;
+            run.steady += heads;
+            run.total += heads;
         }
         free(together);
         close_scene(&s);
@@ -344,15 +354,8 @@ static void compare_each(scene *s, twin *t, const setting *c, uint32_t unasked) 
     assert_non_null(out);
     describe(what, c, &params);
     for (size_t i = 0; i < heads; i++) total[i] = (float)s->ref_lse[i];
-    fixture_run run = {.rows = s->rows,
-                       .q = s->q,
-                       .steady = s->steady,
-                       .params = params,
-                       .out = s->out,
-                       .lse = s->lse,
-                       .total = total,
-                       .mass = mass,
-                       .unasked = unasked};
+    fixture_run run = run_of(s, params, total, mass);
+    run.unasked = unasked;
     must(fixture_look_up(&s->f, &run, &err), &err);
     uint64_t selected = run.stats.selected_tokens, read = run.stats.kv_bytes;
     run.out = out;
@@ -375,8 +378,8 @@ static void compare_each(scene *s, twin *t, const setting *c, uint32_t unasked) 
     free(out);
 }
 
-/* Rows of several questions in one look-up, each with its own mass: from kept logits, from keys
- * that are read again, and where some are not asked for. */
+/* Rows of several questions in one look-up, each with its own mass: from keys that are read again
+ * for all at once or row by row, from kept logits, and where some are not asked for. */
 static void test_masses_of_each_row_equal_the_cpu(void **state) {
     (void)state;
     static const uint32_t groups[] = {7, 1, 8, 3, 16, 5};
