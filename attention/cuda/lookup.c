@@ -373,6 +373,11 @@ static bool alloc_look(loci_stream *stream, loci_lookup *lookup) {
 #define SUMS_LOTS 4u
 #define SUMS_BYTES ((size_t)512 << 20)
 
+static size_t sums_bytes(const loci_cuda_look *look) {
+    size_t lots = (size_t)look->kv_heads * look->rows * loci_cuda_lots(look);
+    return lots * look->words * 32 * sizeof(uint4);
+}
+
 /* What kernels count in, one piece of memory that the first one clears. */
 static bool alloc_zeroed(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
@@ -407,7 +412,7 @@ static bool alloc_choice(loci_stream *stream, loci_lookup *lookup) {
     loci_cuda_choice *c = &lookup->choice;
     size_t vectors = look->vectors, pairs = (size_t)look->extents * look->kv_heads;
     size_t lots = loci_cuda_lots(look), hr = (size_t)look->kv_heads * look->rows;
-    size_t sums = hr * lots * look->words * 32 * sizeof *c->sums;
+    size_t sums = sums_bytes(look);
     bool keeps =
         look->rows * lots <= SUMS_LOTS && sums <= SUMS_BYTES && sums <= lookup->cuda->room_bytes;
     uint64_t limit = look_limit(lookup);
@@ -625,8 +630,19 @@ void loci_cuda_score_nodes(loci_stream *stream, loci_lookup *lookup) {
         limit_candidates(stream, lookup);
 }
 
+/* Memory where the sums of sketches stand, which have done their work, or, where that is used up,
+ * of the arena. */
+static void *alloc_over_sums(loci_stream *stream, loci_lookup *lookup, size_t *used, size_t bytes) {
+    size_t room = lookup->choice.sums ? sums_bytes(&lookup->look) : 0;
+    bytes = (bytes + 15) / 16 * 16;
+    if (room - *used < bytes) return look_alloc(stream, lookup, bytes);
+    void *at = (uint8_t *)lookup->choice.sums + *used;
+    *used += bytes;
+    return at;
+}
+
 /* Room for the candidates of each row: for all tokens, or, where that is much, for as many as there
- * are, which the host must wait for. */
+ * are, which the host must wait for. What a single row's list takes fits over its sums. */
 static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     loci_cuda_choice *c = &lookup->choice;
@@ -638,12 +654,14 @@ static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     if (rows * c->room * each > lookup->cuda->room_bytes)
         c->room = read_most(stream, lookup, c->run_count, rows, loci_cuda_runs(look));
     if (!c->room) return false;
-    c->slots = look_alloc(stream, lookup, rows * c->room * sizeof(uint32_t));
-    c->score = look_alloc(stream, lookup, rows * look->group * c->room * sizeof(float));
-    c->share = look_alloc(stream, lookup, rows * c->room * sizeof(float));
-    if (!listed) return lookup->ready;
-    c->segment = look_alloc(stream, lookup, rows * c->room * sizeof *c->segment);
-    c->chosen = look_alloc(stream, lookup, rows * c->room * sizeof *c->chosen);
+    size_t places = rows * c->room, used = 0;
+    if (listed) {
+        c->chosen = alloc_over_sums(stream, lookup, &used, places * sizeof *c->chosen);
+        c->segment = alloc_over_sums(stream, lookup, &used, places * sizeof *c->segment);
+    }
+    c->slots = alloc_over_sums(stream, lookup, &used, places * sizeof *c->slots);
+    c->share = alloc_over_sums(stream, lookup, &used, places * sizeof *c->share);
+    c->score = look_alloc(stream, lookup, look->group * places * sizeof *c->score);
     return lookup->ready;
 }
 
