@@ -15,6 +15,9 @@
 #include "attention/cuda/few.h"
 #include "base/half.h"
 
+/* As many rows are read in f32 by products with weights in bf16: for more of them reading twice the
+ * bytes takes longer than rounding them first. */
+#define UNROUNDED_ROWS 2u
 #define PLAN_ROWS 256u /* what the one plan is made for */
 #define PACK_BYTES ((size_t)64 << 20)
 
@@ -141,10 +144,15 @@ static loci_status plan_of(const loci_weight *weight, bool aligned, const loci_c
     return status;
 }
 
+/* Whether the product reads x as it is. */
+static bool reads_floats(const loci_weight *w, const float *x, uint32_t rows) {
+    return w->cols == w->cols_padded && (uintptr_t)x % 16 == 0 &&
+           (w->precision == LOCI_F32 || rows <= UNROUNDED_ROWS);
+}
+
 /* x in the weight's form; NULL on failure. */
 static const void *prepare_x(loci_stream *stream, const loci_weight *w, const float *x,
                              uint32_t rows, uint8_t *scratch) {
-    if (w->precision == LOCI_F32 && w->cols == w->cols_padded && (uintptr_t)x % 16 == 0) return x;
     cudaError_t result;
     if (w->precision == LOCI_F32) {
         size_t bytes = (size_t)rows * w->cols_padded * sizeof(float);
@@ -169,15 +177,15 @@ static loci_status run_plan(loci_stream *stream, const loci_weight *w, float *y,
 }
 
 static loci_status run_few(loci_stream *stream, const loci_weight *w, float *y, const void *x,
-                           uint32_t rows, bool accumulate, loci_error *err) {
-    size_t row_bytes = w->cols_padded * size_of(w->precision);
+                           loci_dtype dtype, uint32_t rows, bool accumulate, loci_error *err) {
+    size_t row_bytes = w->cols_padded * size_of(dtype);
     for (uint32_t first = 0; first < rows; first += LOCI_CUDA_FEW_ROWS) {
         uint32_t count = rows - first < LOCI_CUDA_FEW_ROWS ? rows - first : LOCI_CUDA_FEW_ROWS;
-        LOCI_TRY(loci_cuda_try(loci_cuda_k_few(stream->stream, y + (size_t)first * w->rows,
-                                               (const uint8_t *)x + first * row_bytes, w->data,
-                                               w->precision == LOCI_BF16, count, w->rows,
-                                               w->cols_padded, accumulate),
-                               "a kernel", err));
+        LOCI_TRY(loci_cuda_try(
+            loci_cuda_k_few(stream->stream, y + (size_t)first * w->rows,
+                            (const uint8_t *)x + first * row_bytes, dtype == LOCI_BF16, w->data,
+                            w->precision == LOCI_BF16, count, w->rows, w->cols_padded, accumulate),
+            "a kernel", err));
     }
     return LOCI_OK;
 }
@@ -192,11 +200,14 @@ void loci_cuda_gemm(loci_stream *stream, loci_ref y, loci_ref x, uint32_t rows,
     uint8_t *scratch =
         from && to ? loci_cuda_scratch(stream, LOCI_CUBLASLT_WORKSPACE + x_bytes) : NULL;
     if (!scratch) return;
-    const void *ready = prepare_x(stream, w, from, rows, scratch + LOCI_CUBLASLT_WORKSPACE);
+    bool floats = reads_floats(w, from, rows);
+    const void *ready =
+        floats ? from : prepare_x(stream, w, from, rows, scratch + LOCI_CUBLASLT_WORKSPACE);
     if (!ready) return;
     loci_error err;
     loci_status status = rows < LOCI_GEMM_STEADY_ROWS
-                             ? run_few(stream, w, to, ready, rows, accumulate, &err)
+                             ? run_few(stream, w, to, ready, floats ? LOCI_F32 : w->precision, rows,
+                                       accumulate, &err)
                              : run_plan(stream, w, to, ready, rows, accumulate, scratch, &err);
     if (status != LOCI_OK)
         loci_cuda_fail(stream, status, "a product of %u x %u x %u: %s", rows, w->rows, w->cols,

@@ -54,14 +54,20 @@ static __device__ __forceinline__ void multiply_u8(int (&d)[4], const uint32_t (
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Two floats rounded to bf16, the first in the low half; rest: what rounding left, in the same
- * form, so that the two together hold 16 bits of mantissa. */
+/* Two floats rounded to bf16, the first in the low half. */
+static __device__ __forceinline__ uint32_t round_pair(float first, float second) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+
+/* The same; rest: what rounding left, in the same form, so that the two together hold 16 bits of
+ * mantissa. */
 static __device__ __forceinline__ uint32_t split_pair(float first, float second, uint32_t *rest) {
-    uint32_t high;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(high) : "f"(second), "f"(first));
+    uint32_t high = round_pair(first, second);
     first -= __uint_as_float(high << 16);
     second -= __uint_as_float(high & 0xffff0000u);
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(*rest) : "f"(second), "f"(first));
+    *rest = round_pair(first, second);
     return high;
 }
 

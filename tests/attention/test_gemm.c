@@ -231,6 +231,65 @@ static void test_a_row_does_not_depend_on_the_others(void **state) {
     free(row);
 }
 
+/* All numbers of rows up to FEW, x standing `shift` floats after the buffer's begin: the results
+ * are the same. */
+static void check_few(rig *r, const loci_weight *weight, const float *x, size_t shift, uint32_t n,
+                      uint32_t k, const float *good) {
+    const uint32_t most = LOCI_GEMM_FEW_ROWS;
+    size_t x_bytes = (size_t)most * k * sizeof(float), bytes = (size_t)most * n * sizeof(float);
+    float *y = grab(bytes);
+    loci_ref xd = put(r, NULL, x_bytes + shift * sizeof(float)), yd = put(r, NULL, bytes);
+    xd.offset = shift * sizeof(float);
+    r->ops->upload(r->stream, xd, x, x_bytes);
+    for (uint32_t rows = 1; rows <= most; rows++) {
+        r->ops->gemm(r->stream, yd, xd, rows, weight, false);
+        get(r, y, yd, bytes);
+        assert_memory_equal(y, good, (size_t)rows * n * sizeof(float));
+    }
+    drop(r, xd);
+    drop(r, yd);
+    free(y);
+}
+
+/* A backend may cut wide, long and narrow weights in other ways, and go other ways where rows are
+ * not aligned or few. */
+static void test_few_rows_by_weights_of_all_forms(void **state) {
+    (void)state;
+    static const uint32_t forms[][2] = {
+        {25003, 40}, {24576, 33}, {40, 20008}, {17, 4104}, {4099, 264}};
+    const uint32_t most = LOCI_GEMM_FEW_ROWS;
+    for (size_t f = 0; f < sizeof forms / sizeof *forms; f++) {
+        uint32_t n = forms[f][0], k = forms[f][1];
+        size_t count = (size_t)most * n;
+        float *w = random_floats((size_t)n * k), *x = random_floats((size_t)most * k);
+        float *good = grab(count * sizeof(float)), *y = grab(count * sizeof(float));
+        const void *parts[] = {w};
+        for (int precision = LOCI_F32; precision <= LOCI_BF16; precision++) {
+            expect(good, x, w, most, n, k, (loci_dtype)precision);
+            for (size_t i = 0; i < ISA_COUNT; i++) {
+                rig r = rig_open(isas[i], 2);
+                loci_weight *weight;
+                ok(&r, r.ops->weight_create(r.backend, parts, &n, 1, k, LOCI_F32,
+                                            (loci_dtype)precision, &weight, &r.err));
+                loci_ref xd = put(&r, x, (size_t)most * k * sizeof(float));
+                loci_ref yd = put(&r, NULL, count * sizeof(float));
+                r.ops->gemm(r.stream, yd, xd, most, weight, false);
+                get(&r, y, yd, count * sizeof(float));
+                check_close(y, good, count, 3e-5 * sqrt(k), "product");
+                for (size_t shift = 0; shift < 3; shift++) check_few(&r, weight, x, shift, n, k, y);
+                drop(&r, xd);
+                drop(&r, yd);
+                r.ops->weight_free(r.backend, weight);
+                rig_close(&r);
+            }
+        }
+        free(w);
+        free(x);
+        free(good);
+        free(y);
+    }
+}
+
 static void test_embedding_rows(void **state) {
     (void)state;
     enum { N = 131, K = 49, ROWS = 6 };
@@ -294,6 +353,7 @@ int main(void) {
         cmocka_unit_test(test_products_equal_sums_in_double),
         cmocka_unit_test(test_mapped_weights_are_packed_ones),
         cmocka_unit_test(test_a_row_does_not_depend_on_the_others),
+        cmocka_unit_test(test_few_rows_by_weights_of_all_forms),
         cmocka_unit_test(test_embedding_rows),
         cmocka_unit_test(test_refusals),
     };
