@@ -2,14 +2,15 @@
  *
  * Dense attention of one query over few keys, in f32: the own keys of a decoding step, and the
  * shared prefix. A block has one query head; its warps take keys, then its threads channels, so
- * that nothing is waited for more than a few times.
+ * that nothing is waited for more than a few times. Over a single key, the shared prefix, it has
+ * as few threads as it can, with the same result.
  */
 #include "attention/cuda/attend.cuh"
 #include "attention/cuda/dense.cuh"
 #include "attention/cuda/launch.cuh"
 
 #define ROW_THREADS 1024u
-#define ROW_WARPS (ROW_THREADS / 32)
+#define KEY_THREADS 128u /* over one key, but a thread has one channel at most */
 static_assert(LOCI_CUDA_ROW_KEYS == ROW_THREADS, "a thread has a key's weight");
 
 /* Keys of a warp whose loads are under way together. */
@@ -18,10 +19,10 @@ template <int DIM> static __device__ constexpr uint32_t ahead_of(void) {
 }
 
 /* The products of the query, in registers, with all keys, by all warps. */
-template <int DIM, typename T>
+template <int DIM, uint32_t THREADS, typename T>
 static __device__ __forceinline__ void put_logits(const loci_cuda_dense &args, const dense_place &p,
                                                   const float *query, float *logits) {
-    const uint32_t each = DIM / 32, ahead = ahead_of<DIM>();
+    const uint32_t each = DIM / 32, ahead = ahead_of<DIM>(), warps = THREADS / 32;
     uint32_t lane = threadIdx.x % 32, count = p.span.kv_count;
     const T *k =
         (const T *)args.k + (size_t)p.span.kv_begin * args.kv_stride + (size_t)p.kv_head * args.dim;
@@ -29,11 +30,11 @@ static __device__ __forceinline__ void put_logits(const loci_cuda_dense &args, c
 #pragma unroll
     for (uint32_t i = 0; i < each; i++)
         q[i] = lane + 32 * i < args.dim ? query[lane + 32 * i] * args.scale : 0.0f;
-    for (uint32_t first = threadIdx.x / 32; first < count; first += ahead * ROW_WARPS) {
+    for (uint32_t first = threadIdx.x / 32; first < count; first += ahead * warps) {
         float sum[ahead];
 #pragma unroll
         for (uint32_t j = 0; j < ahead; j++) {
-            uint32_t key = first + j * ROW_WARPS;
+            uint32_t key = first + j * warps;
             const T *row = k + (size_t)(key < count ? key : first) * args.kv_stride;
             sum[j] = 0.0f;
 #pragma unroll
@@ -43,7 +44,7 @@ static __device__ __forceinline__ void put_logits(const loci_cuda_dense &args, c
 #pragma unroll
         for (uint32_t j = 0; j < ahead; j++) {
             float all = warp_sum(sum[j]);
-            uint32_t key = first + j * ROW_WARPS;
+            uint32_t key = first + j * warps;
             if (lane == 0 && key < count) logits[key] = all;
         }
     }
@@ -65,10 +66,10 @@ static __device__ __forceinline__ float add_values(const loci_cuda_dense &args,
     return value;
 }
 
-template <int DIM, typename T>
-static __global__ void __launch_bounds__(ROW_THREADS)
+template <int DIM, uint32_t THREADS, typename T>
+static __global__ void __launch_bounds__(THREADS)
     k_attend_row(const __grid_constant__ loci_cuda_dense args) {
-    __shared__ float buffer[WARPS_MAX], weights[ROW_THREADS], sums[ROW_THREADS];
+    __shared__ float buffer[WARPS_MAX], weights[THREADS], sums[THREADS];
     await_previous();
     const dense_place p = find_task(args, blockIdx.x);
     uint32_t group = args.q_heads / args.kv_heads, t = threadIdx.x;
@@ -76,7 +77,8 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     size_t row = p.span.q_begin + p.tile / group;
     int64_t first, last;
     visible(args, p.span, p.tile, group, &first, &last);
-    put_logits<DIM, T>(args, p, args.q + row * args.q_stride + (size_t)head * args.dim, weights);
+    put_logits<DIM, THREADS, T>(args, p, args.q + row * args.q_stride + (size_t)head * args.dim,
+                                weights);
     __syncthreads();
     float logit = -INFINITY;
     if (t < p.span.kv_count) {
@@ -89,7 +91,7 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     float weight = expf(logit - base), sum = block_sum(weight, buffer), value;
     weights[t] = weight; /* all have read theirs before the barriers of the sums */
     __syncthreads();
-    const uint32_t slices = ROW_THREADS / DIM;
+    const uint32_t slices = THREADS / DIM;
     uint32_t channel = t % DIM;
     value = channel < args.dim ? add_values<T>(args, p, weights, channel, t / DIM, slices) : 0.0f;
     sums[t] = value;
@@ -102,14 +104,28 @@ static __global__ void __launch_bounds__(ROW_THREADS)
     if (t == 0) put_lse(args, p.span, p.kv_head, p.tile, max, sum);
 }
 
+static bool single_keys(const loci_cuda_dense *args) {
+    for (uint32_t i = 0; i < args->span_count; i++)
+        if (args->spans || args->few[i].kv_count > 1) return false;
+    return true;
+}
+
+template <int DIM, typename T>
+static cudaError_t launch(cudaStream_t stream, const loci_cuda_dense *args) {
+    const uint32_t few = DIM > KEY_THREADS ? DIM : KEY_THREADS;
+    if (single_keys(args))
+        return launch_behind(stream, k_attend_row<DIM, few, T>, args->tasks, few, 0, *args);
+    return launch_behind(stream, k_attend_row<DIM, ROW_THREADS, T>, args->tasks, ROW_THREADS, 0,
+                         *args);
+}
+
 template <typename T>
 static cudaError_t launch_by_dim(cudaStream_t stream, const loci_cuda_dense *args) {
-    auto kernel = args->dim <= 32    ? k_attend_row<32, T>
-                  : args->dim <= 64  ? k_attend_row<64, T>
-                  : args->dim <= 128 ? k_attend_row<128, T>
-                  : args->dim <= 256 ? k_attend_row<256, T>
-                                     : k_attend_row<512, T>;
-    return launch_behind(stream, kernel, args->tasks, ROW_THREADS, 0, *args);
+    return args->dim <= 32    ? launch<32, T>(stream, args)
+           : args->dim <= 64  ? launch<64, T>(stream, args)
+           : args->dim <= 128 ? launch<128, T>(stream, args)
+           : args->dim <= 256 ? launch<256, T>(stream, args)
+                              : launch<512, T>(stream, args);
 }
 
 extern "C" cudaError_t loci_cuda_k_attend_row(cudaStream_t stream, const loci_cuda_dense *args) {

@@ -309,6 +309,38 @@ static void test_bytes_do_not_depend_on_threads_or_company(void **state) {
     }
 }
 
+/* Spans of one key, which may be the quicker way of a call that has no others, have the bytes that
+ * they have beside longer ones; they are that key's values. */
+static void test_single_keys_in_any_company(void **state) {
+    (void)state;
+    static const uint32_t dims[] = {16, 80, 128, 144, 256, 320};
+    for (size_t i = 0; i < ISA_COUNT * (sizeof dims / sizeof *dims); i++) {
+        rig r = rig_open(isas[i % ISA_COUNT], 2);
+        dense_case all = {6, 2,    dims[i / ISA_COUNT], 0, i % 2 == 0, i % 3 == 0, i % 5 == 0,
+                          4, {{0}}};
+        const loci_attend_span spans[] = {{0, 1, 2, 1}, {1, 1, 0, 1}, {2, 1, 3, 0}, {3, 1, 4, 300}};
+        memcpy(all.spans, spans, sizeof spans);
+        dense_case single = all;
+        single.span_count = 3;
+        random_state = 80;
+        arrays a = make_arrays(&all);
+        random_state = 80;
+        arrays b = make_arrays(&all);
+        run_case(&r, &all, &a, true);
+        run_case(&r, &single, &b, true);
+        assert_memory_equal(a.out, b.out, (size_t)3 * a.out_stride * sizeof(float));
+        assert_memory_equal(a.lse, b.lse, (size_t)3 * all.q_heads * sizeof(float));
+        assert_memory_not_equal(a.out, b.out, (size_t)4 * a.out_stride * sizeof(float));
+        for (uint32_t d = 0; d < all.head_dim; d++) {
+            float value = a.v[(size_t)2 * a.kv_stride + d];
+            assert_true(b.out[d] == (all.bf16 ? round_bf16(value) : value));
+        }
+        free_arrays(&a);
+        free_arrays(&b);
+        rig_close(&r);
+    }
+}
+
 /* The last queries of a span have the same bytes when they come alone: a prefill may be cut. */
 static void test_bytes_do_not_depend_on_earlier_queries(void **state) {
     (void)state;
@@ -428,6 +460,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_cases_equal_a_softmax_in_double),
         cmocka_unit_test(test_bytes_do_not_depend_on_threads_or_company),
+        cmocka_unit_test(test_single_keys_in_any_company),
         cmocka_unit_test(test_bytes_do_not_depend_on_earlier_queries),
         cmocka_unit_test(test_few_queries_are_exact),
         cmocka_unit_test(test_merge_of_halves_equals_the_whole),
