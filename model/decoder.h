@@ -44,7 +44,8 @@ struct loci_model {
     loci_ref final_gain, inv_freq;
 };
 
-/* Device memory of a pass of at most `rows` rows. */
+/* Device memory of a pass of at most `rows` rows. From ids to positions it is as far as from there
+ * to places. */
 typedef struct loci_decoder_scratch {
     loci_backend *backend;
     loci_buffer *buffer;

@@ -8,7 +8,8 @@
  * Nothing here waits before the end. Where there are several members, each member's stream waits
  * for the pass's in a retrieval layer, and the pass's for all of theirs. Members that are reached
  * together (loci_attend_together) have one stream of the batch in their place, by the set that they
- * are: what fails there is found at the end, and theirs alone.
+ * are: what fails there is found at the end, and theirs alone. Where they are all of the pass they
+ * have the pass's own, and no stream waits for another.
  */
 #include "model/sequence.h"
 
@@ -133,8 +134,14 @@ static uint32_t choose(loci_pass *p, uint32_t left) {
     return first->step.group < LOCI_ATTEND_GROUPS ? members : alone;
 }
 
+/* Whether the member reaches the corpus for the whole pass. */
+static bool for_all(const loci_pass *p, const loci_sequence *s) {
+    return s->step.with == (1u << p->count) - 1;
+}
+
 static loci_stream *stream_of(const loci_pass *p, const loci_sequence *s) {
     bool several = s->step.with & (s->step.with - 1);
+    if (for_all(p, s)) return p->decoder.stream;
     return several ? loci_batch_group_stream(p->batch, s->step.group) : s->stream;
 }
 
@@ -157,7 +164,7 @@ void loci_pass_reach(const loci_pass *p, loci_sequence *s) {
     loci_step *step = &s->step;
     const loci_backend_ops *ops = s->model->backend->ops;
     loci_stream *stream = stream_of(p, s);
-    bool apart = p->count > 1 && ops->mark;
+    bool apart = stream != p->decoder.stream && ops->mark;
     if (apart) ops->await(stream, p->decoder.stream);
     if (stream == s->stream) {
         loci_attend_call call = call_of(p, s);
@@ -181,7 +188,7 @@ static void reach(loci_pass *p) {
         first->step.with = choose(p, left);
         left &= ~first->step.with;
     }
-    if (p->count == 1) {
+    if (for_all(p, p->member[0])) {
         loci_pass_reach(p, p->member[0]);
         return;
     }
@@ -261,11 +268,12 @@ static void put_logits(const loci_pass *p) {
     }
 }
 
-/* Ids, positions and places of all rows, one chunk after another. */
+/* Ids, positions and places of all rows, one chunk after another, in one upload. */
 static void upload_rows(loci_pass *p) {
-    const loci_backend_ops *ops = p->decoder.model->backend->ops;
-    uint32_t ids[LOCI_CHUNK_ROWS];
-    int32_t positions[LOCI_CHUNK_ROWS], places[LOCI_CHUNK_ROWS];
+    const loci_decoder_scratch *to = p->decoder.scratch;
+    size_t apart = (to->positions.offset - to->ids.offset) / sizeof(int32_t);
+    int32_t ids[3 * LOCI_CHUNK_ROWS] = {0}, *positions = ids + apart, *places = positions + apart;
+    LOCI_ASSERT(apart <= LOCI_CHUNK_ROWS);
     p->decoder.rows = 0;
     for (uint32_t i = 0; i < p->count; i++) {
         loci_sequence *s = p->member[i];
@@ -274,19 +282,16 @@ static void upload_rows(loci_pass *p) {
         /* Alone its keys are counted from its own first one: some backends prepare all before. */
         p->span[i] = (loci_attend_span){step->row, step->rows, p->count == 1 ? 0 : s->cache_row,
                                         s->length + step->rows};
-        LOCI_ASSERT(step->rows <= p->decoder.scratch->rows - step->row);
+        LOCI_ASSERT(step->rows <= to->rows - step->row);
         for (uint32_t r = 0; r < step->rows; r++) {
-            ids[step->row + r] = step->tokens[r];
+            ids[step->row + r] = (int32_t)step->tokens[r];
             positions[step->row + r] = (int32_t)(s->skipped + s->length + r);
             places[step->row + r] = (int32_t)(s->cache_row + s->length + r);
         }
         p->decoder.rows += step->rows;
     }
-    uint32_t rows = p->decoder.rows;
-    ops->upload(p->decoder.stream, p->decoder.scratch->ids, ids, rows * sizeof *ids);
-    ops->upload(p->decoder.stream, p->decoder.scratch->positions, positions,
-                rows * sizeof *positions);
-    ops->upload(p->decoder.stream, p->decoder.scratch->places, places, rows * sizeof *places);
+    p->decoder.model->backend->ops->upload(p->decoder.stream, to->ids, ids,
+                                           (2 * apart + p->decoder.rows) * sizeof *ids);
 }
 
 void loci_pass_run(loci_pass *p) {

@@ -254,9 +254,11 @@ loci_status loci_sequence_sample(loci_sequence *s, const loci_sample_params *par
     uint32_t vocab = s->model->config.vocab;
     size_t last = (size_t)(s->logits_rows - 1) * vocab * sizeof(float);
     loci_ref id_ref = loci_ref_at(s->sampled, 0), logprob_ref = loci_ref_at(s->sampled, 64);
+    const loci_move told[] = {{{0}, id_ref, id, sizeof *id},
+                              {{0}, logprob_ref, logprob, sizeof *logprob}};
+    if (params->repetition_penalty == 1) recent_count = 0; /* they need not go to a device */
     ops->sample(s->stream, id_ref, logprob_ref, loci_ref_at(s->logits, last), 1, vocab, params,
                 banned, banned_count, recent, recent_count);
-    ops->download(s->stream, id, id_ref, sizeof *id);
-    ops->download(s->stream, logprob, logprob_ref, sizeof *logprob);
+    ops->move(s->stream, told, 2);
     return ops->sync(s->stream, err);
 }

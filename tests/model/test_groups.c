@@ -72,6 +72,37 @@ static void test_a_cancel_leaves_its_group(void **state) {
     }
 }
 
+/* All of a pass are one group: it has the pass's own stream, what fails there is everybody's, and
+ * who is cancelled leaves the others a stream of their own. */
+static void test_one_group_for_all(void **state) {
+    (void)state;
+    loci_cancel cancel;
+    for (uint32_t what = 0; what < 6; what++) {
+        scene s;
+        scene_open(&s);
+        for (uint32_t i = 1; i <= MEMBERS; i++) go_together(&s.w[i], 1, 1);
+        atomic_store(&calls_together, 0);
+        atomic_store(&reached_together, 0);
+        uint32_t who = 1 + what; /* of the failures the first, and others */
+        if (what < 2) s.w[who].fail_in_call = 1 + what;
+        if (what == 2 || what == 3) s.w[who].stream_fails_in_call = what - 1;
+        loci_status failure = what < 2 ? LOCI_E_CORRUPT : what < 4 ? LOCI_E_UNSUPPORTED : LOCI_OK;
+        loci_cancel_init(&cancel, 0);
+        if (what == 4) s.w[who].cancel = s.w[2].cancels = &cancel;
+        scene_run(&s);
+        ok(s.w[0].status, &s.w[0].err);
+        for (uint32_t i = 1; i <= MEMBERS; i++) {
+            assert_int_equal(s.w[i].status, what == 4 && i == who ? LOCI_E_CANCELLED : failure);
+            if (failure != LOCI_OK) assert_string_equal(s.w[i].err.text, s.w[who].err.text);
+        }
+        if (failure == LOCI_OK) {
+            assert_int_equal(atomic_load(&calls_together), 2);
+            assert_int_equal(atomic_load(&reached_together), 2 * MEMBERS - (what == 4));
+        }
+        scene_check(&s);
+    }
+}
+
 /* Sets change from layer to layer, more than there are groups: the last ones go alone. */
 static void test_too_many_groups(void **state) {
     (void)state;
@@ -90,6 +121,7 @@ int main(void) {
         cmocka_unit_test(test_groups_are_reached_by_one_call),
         cmocka_unit_test(test_a_failure_is_its_groups_own),
         cmocka_unit_test(test_a_cancel_leaves_its_group),
+        cmocka_unit_test(test_one_group_for_all),
         cmocka_unit_test(test_too_many_groups),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
