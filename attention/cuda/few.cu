@@ -1,13 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Products of few rows (decoding): y (+)= x W^T for 1 to LOCI_CUDA_FEW_ROWS rows. What bounds them
- * is reading W, once. By weights in bf16 a warp makes 16 columns of y for all rows on tensor cores,
- * whose other operand are the rows, zeros where there are fewer than 8; so a row's sums are the
- * same in any company. The 32 elements of a row of W that are next are 16 bytes of each of 4 lanes:
- * in which order elements meet does not matter as long as x has the same. Where there are not
- * enough columns to have all of the memory at work, several warps take every so many-th piece each,
- * and their sums are added in order. The first pieces of W, which nobody writes, are on their way
- * while the kernel before still makes x.
+ * is reading W, once. By weights in bf16 a block makes 16 columns of y for all rows on tensor
+ * cores, whose other operand are the rows, zeros where there are fewer than 8; so a row's sums are
+ * the same in any company. Its warps take every so many-th piece of 32 elements, so that together
+ * they read long runs of a few rows of W, and their sums are added in order. A piece of a row is 16
+ * bytes of each of 4 lanes: in which order elements meet does not matter as long as x has the same.
+ * The first pieces of W, which nobody writes, are on their way while the kernel before still makes
+ * x.
  */
 #include "attention/cuda/device.cuh"
 #include "attention/cuda/few.h"
@@ -18,15 +18,11 @@ static_assert(LOCI_CUDA_FEW_ROWS == 8, "columns of a product on tensor cores");
 
 /* --- Weights in bf16 ------------------------------------------------------------------- */
 
-/* Warps that make the same columns: many together read long pieces of few rows of W. With 16 of
- * them so many tiles of columns are under way at a time on a large device; a constant, so that
- * results do not depend on the device. */
-#define MOST_SHARERS 16u
-#define SHARERS 8u
-#define MOST_TILES 264u
-#define TILE_COLUMNS 16u
-#define TILE (TILE_COLUMNS * LOCI_CUDA_FEW_ROWS)
-#define PIECE 32u /* elements */
+#define WARPS 8u
+#define COLUMNS 16u
+#define VALUES (COLUMNS * LOCI_CUDA_FEW_ROWS)
+#define PIECE 32u                    /* elements */
+static constexpr uint32_t AHEAD = 4; /* pieces of W that a warp has asked for */
 
 /* 16 bytes that nobody reads again soon, and to the L2 what stands next to them. */
 static __device__ __forceinline__ uint4 read_once(const uint16_t *from) {
@@ -49,13 +45,13 @@ static __device__ __forceinline__ uint4 read_values(const float *from) {
 }
 
 /* x: as it is, or rounded to bf16 before. */
-template <uint32_t WARPS, uint32_t AHEAD, typename X>
+template <typename X>
 static __global__ void __launch_bounds__(WARPS * 32)
     k_few_bf16(float *y, const X *x, const uint16_t *w, uint32_t rows, uint32_t columns,
                uint32_t width, bool accumulate) {
-    __shared__ float sums[WARPS][TILE];
+    __shared__ float sums[WARPS][VALUES];
     const uint32_t t = threadIdx.x, lane = t % 32, warp = t / 32, row = lane / 4;
-    const uint32_t first = blockIdx.x * TILE_COLUMNS, step = WARPS * PIECE;
+    const uint32_t first = blockIdx.x * COLUMNS, step = WARPS * PIECE;
     const uint16_t *from[2];
 #pragma unroll
     for (uint32_t h = 0; h < 2; h++) { /* the last column again where there is none */
@@ -72,9 +68,9 @@ static __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
     for (uint32_t k = 0; k < AHEAD; k++) read(ahead[k], at + k * step);
     await_previous();
-    /* A thread's value of the tile is element t / 32 of lane t % 32. */
+    /* A thread's value is element t / 32 of lane t % 32. */
     uint32_t column = first + lane / 4 + t / 64 * 8, place = lane % 4 * 2 + warp % 2;
-    bool has = t < TILE && column < columns && place < rows;
+    bool has = t < VALUES && column < columns && place < rows;
     float *to = y + (size_t)place * columns + column, before = has && accumulate ? *to : 0.0f;
     const X *values = x + (size_t)(row < rows ? row : 0) * width;
     float sum[2][4] = {};
@@ -105,45 +101,40 @@ static __global__ void __launch_bounds__(WARPS * 32)
 template <typename X>
 static cudaError_t launch_bf16(cudaStream_t stream, float *y, const void *x, const void *w,
                                uint32_t rows, uint32_t columns, uint32_t width, bool accumulate) {
-    uint32_t tiles = (columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
-    if (tiles <= MOST_TILES)
-        return launch_behind(stream, k_few_bf16<MOST_SHARERS, 2, X>, dim3(tiles), MOST_SHARERS * 32,
-                             0, y, (const X *)x, (const uint16_t *)w, rows, columns, width,
-                             accumulate);
-    return launch_behind(stream, k_few_bf16<SHARERS, 4, X>, dim3(tiles), SHARERS * 32, 0, y,
-                         (const X *)x, (const uint16_t *)w, rows, columns, width, accumulate);
+    return launch_behind(stream, k_few_bf16<X>, dim3((columns + COLUMNS - 1) / COLUMNS), WARPS * 32,
+                         0, y, (const X *)x, (const uint16_t *)w, rows, columns, width, accumulate);
 }
 
 /* --- Weights in f32 -------------------------------------------------------------------- */
 
 #define F32_WARPS 4u
-#define COLUMNS 2 /* of y that a warp makes for all rows, its lanes 16 bytes of W apart */
-#define VECTOR 4u /* floats of 16 bytes */
+#define F32_COLUMNS 2 /* of y that a warp makes for all rows, its lanes 16 bytes of W apart */
+#define VECTOR 4u     /* floats of 16 bytes */
 
 template <int ROWS>
 static __global__ void __launch_bounds__(F32_WARPS * 32)
     k_few_f32(float *y, const float *x, const float *w, uint32_t columns, uint32_t width,
               bool accumulate) {
     uint32_t lane = threadIdx.x % 32, warp = blockIdx.x * F32_WARPS + threadIdx.x / 32;
-    uint32_t first = warp * COLUMNS;
+    uint32_t first = warp * F32_COLUMNS;
     if (first >= columns) return;
-    const float *from[COLUMNS];
+    const float *from[F32_COLUMNS];
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++) /* the last warp may make its last column twice */
+    for (int c = 0; c < F32_COLUMNS; c++) /* the last warp may make its last column twice */
         from[c] = w + (size_t)(first + c < columns ? first + c : columns - 1) * width;
-    float sum[COLUMNS][ROWS] = {};
+    float sum[F32_COLUMNS][ROWS] = {};
     await_previous();
 #pragma unroll 4
     for (uint32_t at = lane * VECTOR; at < width; at += 32 * VECTOR) {
-        float4 weight[COLUMNS];
+        float4 weight[F32_COLUMNS];
 #pragma unroll
-        for (int c = 0; c < COLUMNS; c++)
+        for (int c = 0; c < F32_COLUMNS; c++)
             weight[c] = __ldcs((const float4 *)(const void *)(from[c] + at));
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float4 value = *(const float4 *)(const void *)(x + (size_t)r * width + at);
 #pragma unroll
-            for (int c = 0; c < COLUMNS; c++) {
+            for (int c = 0; c < F32_COLUMNS; c++) {
                 sum[c][r] = fmaf(weight[c].x, value.x, sum[c][r]);
                 sum[c][r] = fmaf(weight[c].y, value.y, sum[c][r]);
                 sum[c][r] = fmaf(weight[c].z, value.z, sum[c][r]);
@@ -152,7 +143,7 @@ static __global__ void __launch_bounds__(F32_WARPS * 32)
         }
     }
 #pragma unroll
-    for (int c = 0; c < COLUMNS; c++)
+    for (int c = 0; c < F32_COLUMNS; c++)
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float all = warp_sum(sum[c][r]);
@@ -168,7 +159,7 @@ static cudaError_t launch_f32(cudaStream_t stream, float *y, const float *x, con
     if constexpr (ROWS < (int)LOCI_CUDA_FEW_ROWS)
         if (rows > ROWS)
             return launch_f32<ROWS + 1>(stream, y, x, w, rows, columns, width, accumulate);
-    uint32_t each = F32_WARPS * COLUMNS;
+    uint32_t each = F32_WARPS * F32_COLUMNS;
     return launch_behind(stream, k_few_f32<ROWS>, dim3((columns + each - 1) / each), F32_WARPS * 32,
                          0, y, x, w, columns, width, accumulate);
 }
