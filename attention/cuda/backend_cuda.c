@@ -448,6 +448,11 @@ static uint8_t *stage(loci_stream *stream, void *to, size_t bytes) {
     return at;
 }
 
+void *loci_cuda_stage(loci_stream *stream, void *to, size_t bytes) {
+    make_room(stream, 1, bytes);
+    return stage(stream, to, bytes);
+}
+
 void loci_cuda_tell(loci_stream *stream, void *to, const void *from, size_t bytes) {
     make_room(stream, 1, 0);
     stream->downloads[stream->download_count++] = (loci_cuda_download){to, from, bytes};

@@ -105,7 +105,10 @@ void *loci_cuda_scratch(loci_stream *stream, size_t bytes);
 /* Bytes from the host into device memory, in the order of the stream; src may change afterwards. */
 bool loci_cuda_send(loci_stream *stream, void *to, const void *src, size_t bytes);
 
-/* What work on the stream writes to page-locked memory comes to `to` at sync(). */
+/* Page-locked memory, of at most LOCI_CUDA_STAGING_BYTES, that work on the stream is to write: it
+ * comes to `to` at sync(). */
+void *loci_cuda_stage(loci_stream *stream, void *to, size_t bytes);
+/* The same of page-locked memory that is there. */
 void loci_cuda_tell(loci_stream *stream, void *to, const void *from, size_t bytes);
 /* Before it is written again: waits if it is still to be told. */
 void loci_cuda_told(loci_stream *stream, const void *from);

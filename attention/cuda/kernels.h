@@ -306,10 +306,11 @@ typedef struct loci_cuda_stats {
         tail_bytes, dense_kv_bytes, selected_tokens, candidate_tokens, elapsed_ns;
 } loci_cuda_stats;
 
-/* query.cu: the time since the queries came, and all else where the host knows it (known, or NULL).
- */
-cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
-                                const loci_cuda_stats *known, loci_cuda_stats *stats);
+/* query.cu: what was counted on the device, or, where that is NULL, what the host knows, and the
+ * time since the queries came; told is page-locked. */
+cudaError_t loci_cuda_k_tell(cudaStream_t stream, const loci_cuda_look *look,
+                             const loci_cuda_stats *counted, const loci_cuda_stats *known,
+                             loci_cuda_stats *told);
 
 /* --- mode squeezed: squeeze.cu --------------------------------------------------------- */
 

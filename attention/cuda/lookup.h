@@ -84,7 +84,7 @@ struct loci_lookup {
     lookup_table *tables;  /* [table_count], by layer */
     uint32_t table_count;
     const uint32_t *flat_segment_begin; /* on the device; NULL without flat tokens */
-    loci_cuda_stats *reported;          /* on the device; NULL: no figures were made */
+    bool reported;                      /* figures go to the host */
     lookup_step *steps;                 /* [step_count], LOOKUP_STEPS a layer */
     uint32_t step_count;
     uint64_t step_clock;
@@ -110,8 +110,8 @@ void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view 
                uint32_t layer);
 /* The flat part's keys in the look-up's layer; NULL after a failure. */
 const uint16_t *look_flat_k(loci_stream *stream, const loci_lookup *lookup);
-/* steps.c: the figures of the step that is recorded go to the host. */
-void look_tell(loci_stream *stream, loci_lookup *lookup);
+/* steps.c: where the figures of the step that is recorded go. */
+loci_cuda_stats *look_told(const loci_lookup *lookup);
 /* steps.c: frees all that was recorded. */
 void look_forget_steps(loci_lookup *lookup);
 /* whole.c: whether whole_wide.cu serves that width, and slots of its blocks. */

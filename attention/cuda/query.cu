@@ -20,18 +20,18 @@ extern "C" cudaError_t loci_cuda_k_queries(cudaStream_t stream, const loci_cuda_
     return launch_behind(stream, k_queries, grid, 32, 0, *look, *query);
 }
 
-static __global__ void k_elapsed(const unsigned long long *begun, bool set,
-                                 const loci_cuda_stats known, loci_cuda_stats *stats) {
+static __global__ void k_tell(const unsigned long long *begun, const loci_cuda_stats *counted,
+                              const loci_cuda_stats known, loci_cuda_stats *told) {
     await_previous();
-    if (set) *stats = known;
-    stats->elapsed_ns = device_ns() - *begun;
+    loci_cuda_stats stats = counted ? *counted : known;
+    stats.elapsed_ns = device_ns() - *begun;
+    *told = stats;
 }
 
-extern "C" cudaError_t loci_cuda_k_elapsed(cudaStream_t stream, const loci_cuda_look *look,
-                                           const loci_cuda_stats *known, loci_cuda_stats *stats) {
-    loci_cuda_stats none = {};
-    return launch_behind(stream, k_elapsed, 1, 1, 0, look->begun_ns, known != NULL,
-                         known ? *known : none, stats);
+extern "C" cudaError_t loci_cuda_k_tell(cudaStream_t stream, const loci_cuda_look *look,
+                                        const loci_cuda_stats *counted,
+                                        const loci_cuda_stats *known, loci_cuda_stats *told) {
+    return launch_behind(stream, k_tell, 1, 1, 0, look->begun_ns, counted, *known, told);
 }
 
 static __device__ __forceinline__ uint32_t count_live(const loci_cuda_pair *pair, uint32_t first,

@@ -62,28 +62,21 @@ void loci_cuda_lookup_stats(loci_stream *stream, loci_lookup *lookup, loci_looku
     *stats = (loci_lookup_stats){0};
     if (!lookup->ready || !lookup->tokens_selected) return;
     const loci_cuda_look *look = &lookup->look;
-    loci_cuda_stats known = known_stats(lookup), *from;
-    bool all = lookup->mode == LOCI_MODE_DENSE && !lookup->deletions; /* are known */
-    if (all) {
+    loci_cuda_stats known = known_stats(lookup), *counted = NULL;
+    if (lookup->mode == LOCI_MODE_DENSE && !lookup->deletions) { /* all are known */
         known.kv_bytes = known.kv_leaf_bytes = known.dense_kv_bytes;
         known.selected_tokens = lookup->live_tokens * look->kv_heads * look->rows;
-        from = look_alloc(stream, lookup, sizeof *from);
     } else {
         bool listed = lookup->attended && lookup->logits && lookup->tokens_scored;
-        from = listed ? add_listed(stream, lookup, &known) : add_stats(stream, lookup, &known);
+        counted = listed ? add_listed(stream, lookup, &known) : add_stats(stream, lookup, &known);
+        if (!counted) return;
     }
-    if (!from || !look_launched(
-                     stream, lookup,
-                     loci_cuda_k_elapsed(stream->stream, look, all ? &known : NULL, from), "stats"))
-        return;
-    lookup->reported = from;
-    if (stream->recording) {
-        look_tell(stream, lookup);
-        return;
-    }
-    loci_buffer buffer = {.bytes = sizeof *from, .device = (void *)from};
-    loci_backend_cuda.download(stream, stats, loci_ref_at(&buffer, 0), sizeof *stats);
-    if (lookup->params.each) look_unpin(lookup); /* nobody knows when there is a next one */
+    loci_cuda_stats *told =
+        stream->recording ? look_told(lookup) : loci_cuda_stage(stream, stats, sizeof *told);
+    lookup->reported = look_launched(
+        stream, lookup, loci_cuda_k_tell(stream->stream, look, counted, &known, told), "stats");
+    if (!stream->recording && lookup->params.each)
+        look_unpin(lookup); /* nobody knows when there is a next one */
 }
 
 /* --- selected tokens ------------------------------------------------------------------- */

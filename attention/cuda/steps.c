@@ -14,7 +14,6 @@
 #include <string.h>
 
 #include "attention/cuda/lookup.h"
-#include "attention/cuda/moves.h"
 
 #define TOLD_MOST 512u /* steps whose figures there is room for */
 
@@ -38,11 +37,8 @@ static loci_cuda_stats *told_of(const loci_lookup *lookup, const lookup_step *st
     return &lookup->told[step - lookup->steps];
 }
 
-void look_tell(loci_stream *stream, loci_lookup *lookup) {
-    loci_cuda_moves moves = {
-        {{(const void *)lookup->reported, (void *)told_of(lookup, lookup->step),
-          sizeof(loci_cuda_stats) / sizeof(uint32_t)}}};
-    (void)look_launched(stream, lookup, loci_cuda_k_move(stream->stream, &moves, 1), "stats");
+loci_cuda_stats *look_told(const loci_lookup *lookup) {
+    return told_of(lookup, lookup->step);
 }
 
 /* The record with this key, or the one of the layer that was used least recently, made a new one;
@@ -105,7 +101,7 @@ static void begin_recording(loci_stream *stream, loci_lookup *lookup) {
 bool loci_cuda_step_begin(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view *corpus,
                           uint32_t retrieval_layer, const void *key, size_t key_bytes) {
     LOCI_ASSERT(!stream->recording);
-    lookup->reported = NULL;
+    lookup->reported = false;
     lookup->replayed = false;
     lookup_step *step = lookup->step = step_of(lookup, retrieval_layer, key, key_bytes);
     if (!step || stream->error.status != LOCI_OK) {
