@@ -50,55 +50,61 @@ static __device__ __forceinline__ void put_logits(const loci_cuda_dense &args, c
     }
 }
 
-/* Channel `at` of the sum of values: this thread's part, every `slices`-th key. */
-template <typename T>
-static __device__ __forceinline__ float add_values(const loci_cuda_dense &args,
-                                                   const dense_place &p, const float *weights,
-                                                   uint32_t at, uint32_t slice, uint32_t slices) {
-    const T *v = (const T *)args.v + (size_t)p.span.kv_begin * args.kv_stride +
-                 (size_t)p.kv_head * args.dim + at;
-    float value = 0.0f;
-#pragma unroll 8
-    for (uint32_t key = slice; key < p.span.kv_count; key += slices) {
-        float x = load_one(v + (size_t)key * args.kv_stride), weight = weights[key];
-        value += weight > 0.0f ? weight * x : 0.0f;
-    }
-    return value;
-}
+/* The values of a channel that a thread asks for before it knows their weights, and those after. */
+static constexpr uint32_t EARLY = 12;
 
 template <int DIM, uint32_t THREADS, typename T>
 static __global__ void __launch_bounds__(THREADS)
     k_attend_row(const __grid_constant__ loci_cuda_dense args) {
-    __shared__ float buffer[WARPS_MAX], weights[THREADS], sums[THREADS];
+    __shared__ float logits[THREADS], weights[THREADS];
     await_previous();
     const dense_place p = find_task(args, blockIdx.x);
-    uint32_t group = args.q_heads / args.kv_heads, t = threadIdx.x;
-    uint32_t head = p.kv_head * group + p.tile % group;
+    const uint32_t group = args.q_heads / args.kv_heads, t = threadIdx.x, lane = t % 32;
+    const uint32_t count = p.span.kv_count, head = p.kv_head * group + p.tile % group;
     size_t row = p.span.q_begin + p.tile / group;
+    /* Every `slices`-th value of a channel. */
+    const uint32_t slices = THREADS / DIM, slice = t / DIM, channel = t % DIM;
+    bool has = channel < args.dim;
+    const T *v = (const T *)args.v + (size_t)p.span.kv_begin * args.kv_stride +
+                 (size_t)p.kv_head * args.dim + channel;
+    float early[EARLY];
+#pragma unroll
+    for (uint32_t i = 0; i < EARLY; i++) {
+        uint32_t key = slice + i * slices;
+        early[i] = has && key < count ? load_one(v + (size_t)key * args.kv_stride) : 0.0f;
+    }
+    put_logits<DIM, THREADS, T>(args, p, args.q + row * args.q_stride + (size_t)head * args.dim,
+                                logits);
+    __syncthreads();
     int64_t first, last;
     visible(args, p.span, p.tile, group, &first, &last);
-    put_logits<DIM, THREADS, T>(args, p, args.q + row * args.q_stride + (size_t)head * args.dim,
-                                weights);
+    auto seen = [&](uint32_t key) {
+        if (key == 0 && args.sink) return logits[key] + args.bias;
+        return key >= first && key < last ? logits[key] : -INFINITY;
+    };
+    /* Of all keys, by each warp for itself, so that none waits for another. */
+    float max = -INFINITY, sum = 0.0f, value = 0.0f;
+    for (uint32_t key = lane; key < count; key += 32) max = fmaxf(max, seen(key));
+    max = warp_max(max);
+    weights[t] = t < count ? expf(seen(t) - (max > -INFINITY ? max : 0.0f)) : 0.0f;
     __syncthreads();
-    float logit = -INFINITY;
-    if (t < p.span.kv_count) {
-        if (t == 0 && args.sink)
-            logit = weights[t] + args.bias;
-        else if (t >= first && t < last)
-            logit = weights[t];
-    }
-    float max = block_max(logit, buffer), base = max > -INFINITY ? max : 0.0f;
-    float weight = expf(logit - base), sum = block_sum(weight, buffer), value;
-    weights[t] = weight; /* all have read theirs before the barriers of the sums */
-    __syncthreads();
-    const uint32_t slices = THREADS / DIM;
-    uint32_t channel = t % DIM;
-    value = channel < args.dim ? add_values<T>(args, p, weights, channel, t / DIM, slices) : 0.0f;
-    sums[t] = value;
+    for (uint32_t key = lane; key < count; key += 32) sum += weights[key];
+    sum = warp_sum(sum);
+    auto add = [&](uint32_t key, float x) {
+        float weight = weights[key];
+        value += weight > 0.0f ? weight * x : 0.0f;
+    };
+#pragma unroll
+    for (uint32_t i = 0; i < EARLY; i++)
+        if (slice + i * slices < count) add(slice + i * slices, early[i]);
+#pragma unroll 8
+    for (uint32_t key = slice + EARLY * slices; has && key < count; key += slices)
+        add(key, load_one(v + (size_t)key * args.kv_stride));
+    logits[t] = value; /* all have read the logits */
     __syncthreads();
     if (t < args.dim) {
 #pragma unroll
-        for (uint32_t i = 1; i < slices; i++) value += sums[i * DIM + t];
+        for (uint32_t i = 1; i < slices; i++) value += logits[i * DIM + t];
         put_value(args, p.span, p.kv_head, p.tile, t, value * factor_of(sum));
     }
     if (t == 0) put_lse(args, p.span, p.kv_head, p.tile, max, sum);
