@@ -217,7 +217,8 @@ static __global__ void __launch_bounds__(THREADS)
         if (LISTED) segment = c.chosen[(size_t)h * c.room + i].segment;
         if (!LISTED) pair = pair_at(look, h, i, &slot);
         if (!LISTED && slot >= pair->tokens) continue;
-        mass_t mass = 0; /* of all heads: integers of each would take longer than the rest */
+        mass_t mass = 0; /* an integer for eight heads, added in the order of add_lanes */
+        static_assert(LOCI_CUDA_LOT == 8, "what add_lanes adds up");
         for (uint32_t first = 0; first < look.group; first += LOCI_CUDA_LOT) {
             float below[LOCI_CUDA_LOT]; /* all under way at once */
 #pragma unroll

@@ -115,7 +115,6 @@ typedef struct loci_cuda_root {
  * row_bytes, on the device or in mapped memory of the host; there frame_of, unless NULL, has for
  * each slot 1 + the frame of the row cache that holds its rows, or 0. Rows are bf16 or, with int8,
  * bytes, behind which stands what their greatest values are, as in the blob (loci_kv_scales). */
-
 typedef struct loci_cuda_pair {
     const uint8_t *blob, *root_nodes, *leaf_nodes, *records, *position_codes;
     const uint8_t *kv;

@@ -3,8 +3,7 @@
  * Pair blobs as the device has them, in two parts: the index (everything that look-ups search, and
  * what they would have to add up from roots and leaves) and K and V, rows of bf16 or int8 that
  * begin at multiples of 16 bytes. This is the one place that knows the bytes of a blob; kernels get
- * a loci_cuda_pair. A part is verified before it is
- * copied; copied, it is trusted.
+ * a loci_cuda_pair. A part is verified before it is copied; copied, it is trusted.
  */
 #ifndef LOCI_ATTENTION_CUDA_PAIR_BLOB_H
 #define LOCI_ATTENTION_CUDA_PAIR_BLOB_H

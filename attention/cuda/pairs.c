@@ -480,13 +480,11 @@ bool loci_cuda_pairs_shrink(loci_cuda_pairs *pairs, size_t bytes) {
 }
 
 uint64_t loci_cuda_row_bytes(const loci_corpus_view *corpus) {
-    uint64_t most = corpus->extent_count ? 0 : loci_kv_stride(corpus->head_dim, LOCI_BF16);
-    for (uint32_t e = 0; e < corpus->extent_count; e++) {
-        const loci_extent_view *extent = &corpus->extents[e];
-        uint64_t row = loci_cuda_blob_row_bytes(extent->buffer->host + extent->pair_at[0]);
-        if (row > most) most = row;
-    }
-    return most;
+    const loci_extent_view *first = corpus->extents;
+    if (corpus->extent_count > 0 && first->buffer->host && first->pair_at[0] % 8 == 0 &&
+        first->pair_at[0] + sizeof(loci_pair_header) <= first->buffer->bytes)
+        return loci_cuda_blob_row_bytes(first->buffer->host + first->pair_at[0]);
+    return loci_kv_stride(corpus->head_dim, LOCI_BF16);
 }
 
 void loci_cuda_pairs_lower(loci_cuda_pairs *pairs) {

@@ -60,8 +60,8 @@ LOCI_MUST_CHECK loci_status loci_cuda_pairs_pin(loci_cuda_pairs *pairs,
 void loci_cuda_pairs_unpin(loci_cuda_pairs *pairs, loci_cuda_pair_entry *entry);
 /* All K and V that are not pinned go down from the device. */
 void loci_cuda_pairs_lower(loci_cuda_pairs *pairs);
-/* Of K and V of a token and head on the device; the most of all extents, by what their headers say,
- * which may not be verified yet. */
+/* Of K and V of a token and head on the device, by what the first extent's header says; all extents
+ * of a corpus are alike. */
 uint64_t loci_cuda_row_bytes(const loci_corpus_view *corpus);
 /* Whether a corpus fits the device and, of one layer, no K and V stand below. */
 bool loci_cuda_pairs_above(loci_cuda_pairs *pairs, const loci_corpus_view *corpus, uint32_t layer);

@@ -17,6 +17,7 @@
 #include "tests/attention/lookup_scene.h"
 
 static uint64_t seed;
+static uint64_t rows_cached; /* read in frames of the cache of rows */
 
 /* Outputs, sums of exponentials, masses of segments, of each row where that is asked for. */
 typedef struct outcome {
@@ -70,6 +71,8 @@ static void compare_corpora(setting c, const loci_select_params *params, size_t 
     scene bf16 = open_scene(c);
     c.kv_int8 = true;
     scene int8 = open_scene(c);
+    loci_cuda_pairs *pairs = ((loci_cuda *)int8.f.backend->ctx)->pairs;
+    loci_cuda_pairs_stats stats;
     size_t heads = (size_t)int8.rows * int8.f.q_heads;
     float *total = calloc(heads, sizeof *total);
     assert_non_null(total);
@@ -80,8 +83,14 @@ static void compare_corpora(setting c, const loci_select_params *params, size_t 
     }
     for (size_t p = 0; p < count; p++) {
         compare_look_ups(&bf16, &int8, &c, params[p], total);
-        if (below && p == 0) loci_cuda_pairs_lower(((loci_cuda *)int8.f.backend->ctx)->pairs);
+        if (below && p == 0) {
+            loci_cuda_pairs_lower(pairs);
+            loci_cuda_pairs_stats_of(pairs, &stats);
+            assert_true(stats.host_bytes > 0);
+        }
     }
+    loci_cuda_pairs_stats_of(pairs, &stats);
+    rows_cached += stats.row_hits;
     free(total);
     close_scene(&bf16);
     close_scene(&int8);
@@ -110,6 +119,7 @@ static void test_int8_rows_give_what_bf16_rows_give(void **state) {
         size_t count = sizeof params / sizeof *params - (c.rows > LOCI_GEMM_FEW_ROWS);
         compare_corpora(c, params, count, round % 4 == 3, round % 5 > 2);
     }
+    assert_true(rows_cached > 0);
 }
 
 int main(void) {
