@@ -273,7 +273,8 @@ static void upload_rows(loci_pass *p) {
     const loci_decoder_scratch *to = p->decoder.scratch;
     size_t apart = (to->positions.offset - to->ids.offset) / sizeof(int32_t);
     int32_t ids[3 * LOCI_CHUNK_ROWS] = {0}, *positions = ids + apart, *places = positions + apart;
-    LOCI_ASSERT(apart <= LOCI_CHUNK_ROWS);
+    LOCI_ASSERT(apart <= LOCI_CHUNK_ROWS &&
+                to->places.offset - to->positions.offset == apart * sizeof *ids);
     p->decoder.rows = 0;
     for (uint32_t i = 0; i < p->count; i++) {
         loci_sequence *s = p->member[i];

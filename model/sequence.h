@@ -109,8 +109,8 @@ LOCI_MUST_CHECK loci_status loci_sequence_make(loci_model *model, uint32_t token
 /* pass.c: runs the pass on the calling thread, the leader's. Each member's step has its status;
  * failures of its own stream are still there. */
 void loci_pass_run(loci_pass *pass);
-/* The member's callback in step.retrieval on its own stream, or that of its group for all of them;
- * on the member's thread. */
+/* The member's callback in step.retrieval on its own stream, that of its group, or the pass's,
+ * where the group is all of it; on the member's thread. */
 void loci_pass_reach(const loci_pass *pass, loci_sequence *member);
 
 /* batch.c: runs the step of a sequence that has joined a batch, in company if there is any. */

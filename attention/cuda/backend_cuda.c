@@ -449,6 +449,7 @@ static uint8_t *stage(loci_stream *stream, void *to, size_t bytes) {
 }
 
 void *loci_cuda_stage(loci_stream *stream, void *to, size_t bytes) {
+    LOCI_ASSERT(bytes <= LOCI_CUDA_STAGING_BYTES);
     make_room(stream, 1, bytes);
     return stage(stream, to, bytes);
 }

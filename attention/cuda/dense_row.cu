@@ -50,7 +50,7 @@ static __device__ __forceinline__ void put_logits(const loci_cuda_dense &args, c
     }
 }
 
-/* The values of a channel that a thread asks for before it knows their weights, and those after. */
+/* The first values of a channel, which a thread asks for before it knows their weights. */
 static constexpr uint32_t EARLY = 12;
 
 template <int DIM, uint32_t THREADS, typename T>

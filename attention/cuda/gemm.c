@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Weights and matrix products. A weight stands row by row in its precision, rows filled up with
- * zeros to 16 bytes; x is converted to the same form in the stream's scratch. From
- * LOCI_GEMM_STEADY_ROWS rows on one plan of cuBLASLt, without split sums, serves all numbers of
- * rows; fewer go through our own kernel (few.cu), so many at a time as it takes. So a row's result
- * does not depend on the others. (Plans for few rows read the weights at a tenth of the rate where
- * these are narrow and long.)
+ * zeros to 16 bytes; x is converted to the same form in the stream's scratch, but for one or two
+ * rows that few.cu reads in f32. From LOCI_GEMM_STEADY_ROWS rows on one plan of cuBLASLt, without
+ * split sums, serves all numbers of rows; fewer go through our own kernel (few.cu), so many at a
+ * time as it takes. So a row's result does not depend on the others. (Plans for few rows read the
+ * weights at a tenth of the rate where these are narrow and long.)
  */
 #include <stdlib.h>
 #include <string.h>

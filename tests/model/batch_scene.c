@@ -93,6 +93,7 @@ uint32_t choose_kind(void *const *ctx, const loci_attend_call *calls, uint32_t c
 }
 
 _Atomic uint32_t calls_together, reached_together;
+loci_stream *_Atomic stream_together;
 
 /* As if each were reached alone, but on one stream. */
 static loci_status reach_together(void *const *ctx, const loci_attend_call *calls, uint32_t count,
@@ -100,6 +101,7 @@ static loci_status reach_together(void *const *ctx, const loci_attend_call *call
     loci_status status = LOCI_OK;
     atomic_fetch_add(&calls_together, 1);
     atomic_fetch_add(&reached_together, count);
+    atomic_store(&stream_together, calls[0].stream);
     for (uint32_t i = 0; i < count && status == LOCI_OK; i++) {
         assert_ptr_equal(calls[i].stream, calls[0].stream);
         assert_ptr_not_equal(calls[i].stream, loci_sequence_stream(((worker *)ctx[i])->sequence));

@@ -79,6 +79,7 @@ loci_status pass_ended(void *ctx, loci_status status, loci_error *err);
 void go_together(worker *w, uint32_t kind, uint32_t later);
 uint32_t choose_kind(void *const *ctx, const loci_attend_call *calls, uint32_t count);
 extern _Atomic uint32_t calls_together, reached_together;
+extern loci_stream *_Atomic stream_together; /* of the last such call */
 
 /* Appends the next tokens, and keeps their logits. */
 void append(worker *w, uint32_t count, uint32_t logits_rows);

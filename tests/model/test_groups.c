@@ -4,6 +4,7 @@
  * members' and nobody else's.
  */
 #include "batch_scene.h"
+#include "model/sequence.h"
 
 /* All but the first of the scene are in its second pass: 1, 4, 7 are of one kind, 2, 5, 8 of
  * another, and 3 and 6 in the second layer only. */
@@ -83,7 +84,7 @@ static void test_one_group_for_all(void **state) {
         for (uint32_t i = 1; i <= MEMBERS; i++) go_together(&s.w[i], 1, 1);
         atomic_store(&calls_together, 0);
         atomic_store(&reached_together, 0);
-        uint32_t who = 1 + what; /* of the failures the first, and others */
+        uint32_t who = what == 3 ? MEMBERS : 1 + what; /* 3: found at the end of the pass */
         if (what < 2) s.w[who].fail_in_call = 1 + what;
         if (what == 2 || what == 3) s.w[who].stream_fails_in_call = what - 1;
         loci_status failure = what < 2 ? LOCI_E_CORRUPT : what < 4 ? LOCI_E_UNSUPPORTED : LOCI_OK;
@@ -97,6 +98,8 @@ static void test_one_group_for_all(void **state) {
         }
         if (failure == LOCI_OK) {
             assert_int_equal(atomic_load(&calls_together), 2);
+            bool own = atomic_load(&stream_together) == loci_batch_stream(s.batch);
+            assert_true(own == (what == 5)); /* else one is missing in the second layer */
             assert_int_equal(atomic_load(&reached_together), 2 * MEMBERS - (what == 4));
         }
         scene_check(&s);
