@@ -107,13 +107,19 @@ static callers callers_of(const loci_pass *p, uint32_t set) {
     return c;
 }
 
+/* Whether these are all members of the pass. */
+static bool are_all(const loci_pass *p, uint32_t members) {
+    return members == (1u << p->count) - 1;
+}
+
 /* The number of such a group, which is new or was there in a layer before; LOCI_ATTEND_GROUPS: the
  * pass has too many. */
 static uint32_t group_of(loci_pass *p, uint32_t members) {
     for (uint32_t g = 0; g < p->group_count; g++)
         if (p->group[g] == members) return g;
     uint32_t g = p->group_count;
-    if (g == LOCI_ATTEND_GROUPS || !loci_batch_group_stream(p->batch, g)) return LOCI_ATTEND_GROUPS;
+    if (g == LOCI_ATTEND_GROUPS) return g;
+    if (!are_all(p, members) && !loci_batch_group_stream(p->batch, g)) return LOCI_ATTEND_GROUPS;
     p->group[p->group_count++] = members;
     return g;
 }
@@ -134,14 +140,9 @@ static uint32_t choose(loci_pass *p, uint32_t left) {
     return first->step.group < LOCI_ATTEND_GROUPS ? members : alone;
 }
 
-/* Whether the member reaches the corpus for the whole pass. */
-static bool for_all(const loci_pass *p, const loci_sequence *s) {
-    return s->step.with == (1u << p->count) - 1;
-}
-
 static loci_stream *stream_of(const loci_pass *p, const loci_sequence *s) {
     bool several = s->step.with & (s->step.with - 1);
-    if (for_all(p, s)) return p->decoder.stream;
+    if (are_all(p, s->step.with)) return p->decoder.stream;
     return several ? loci_batch_group_stream(p->batch, s->step.group) : s->stream;
 }
 
@@ -188,7 +189,7 @@ static void reach(loci_pass *p) {
         first->step.with = choose(p, left);
         left &= ~first->step.with;
     }
-    if (for_all(p, p->member[0])) {
+    if (are_all(p, p->member[0]->step.with)) {
         loci_pass_reach(p, p->member[0]);
         return;
     }
@@ -198,10 +199,11 @@ static void reach(loci_pass *p) {
         if (p->member[i]->step.with) ops->await(p->decoder.stream, stream_of(p, p->member[i]));
 }
 
-/* What failed on a group's stream is a failure of its members. */
+/* What failed on a group's own stream is a failure of its members. */
 static void settle_groups(const loci_pass *p) {
     for (uint32_t g = 0; g < p->group_count; g++) {
         loci_error err = {0};
+        if (are_all(p, p->group[g])) continue;
         loci_status status =
             p->decoder.model->backend->ops->sync(loci_batch_group_stream(p->batch, g), &err);
         for (uint32_t i = 0; i < p->count && status != LOCI_OK; i++) {

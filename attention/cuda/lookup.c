@@ -642,8 +642,8 @@ static void *alloc_over_sums(loci_stream *stream, loci_lookup *lookup, size_t *u
 }
 
 /* Room for the candidates of each row: for all tokens, or, where that is much, for as many as there
- * are, which the host must wait for. What is chosen of a single row, its
- * segments and slots fit over its sums. */
+ * are, which the host must wait for. What is chosen of a single row, its segments and slots fit
+ * over its sums. */
 static bool reserve_candidates(loci_stream *stream, loci_lookup *lookup) {
     const loci_cuda_look *look = &lookup->look;
     loci_cuda_choice *c = &lookup->choice;

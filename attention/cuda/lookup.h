@@ -110,7 +110,7 @@ void look_open(loci_stream *stream, loci_lookup *lookup, const loci_corpus_view 
                uint32_t layer);
 /* The flat part's keys in the look-up's layer; NULL after a failure. */
 const uint16_t *look_flat_k(loci_stream *stream, const loci_lookup *lookup);
-/* steps.c: where the figures of the step that is recorded go. */
+/* steps.c: where the figures of the step that is recorded or replayed go. */
 loci_cuda_stats *look_told(const loci_lookup *lookup);
 /* steps.c: frees all that was recorded. */
 void look_forget_steps(loci_lookup *lookup);

@@ -66,14 +66,11 @@ static __device__ __forceinline__ uint32_t count_reads(const loci_cuda_row_cache
 /* Four bytes of a row as four bf16; by the same two roundings as on the host. */
 static __device__ __forceinline__ uint2 restored(uint32_t bytes, float scale) {
     float x[4];
-    uint2 pairs;
     bytes ^= 0x80808080u; /* as many more than -128 */
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) /* in the mantissa of 2^23 */
         x[i] = (__uint_as_float(__byte_perm(bytes, 0x4b000000u, 0x7440u | i)) - 8388736.0f) * scale;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs.x) : "f"(x[1]), "f"(x[0]));
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pairs.y) : "f"(x[3]), "f"(x[2]));
-    return pairs;
+    return uint2{round_pair(x[0], x[1]), round_pair(x[2], x[3])};
 }
 
 /* Sixteen bytes of a row, by what its greatest value is. */

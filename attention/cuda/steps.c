@@ -33,12 +33,8 @@ void look_forget_steps(loci_lookup *lookup) {
     lookup->told = NULL;
 }
 
-static loci_cuda_stats *told_of(const loci_lookup *lookup, const lookup_step *step) {
-    return &lookup->told[step - lookup->steps];
-}
-
 loci_cuda_stats *look_told(const loci_lookup *lookup) {
-    return told_of(lookup, lookup->step);
+    return &lookup->told[lookup->step - lookup->steps];
 }
 
 /* The record with this key, or the one of the layer that was used least recently, made a new one;
@@ -88,7 +84,7 @@ static void begin_recording(loci_stream *stream, loci_lookup *lookup) {
         return;
     }
     lookup->told = told;
-    loci_cuda_told(stream, told_of(lookup, lookup->step));
+    loci_cuda_told(stream, look_told(lookup));
     pthread_mutex_lock(&lookup->cuda->recording);
     stream->unrecordable = false;
     stream->recording =
@@ -127,7 +123,7 @@ bool loci_cuda_step_begin(loci_stream *stream, loci_lookup *lookup, const loci_c
         step->state = SEEN_NEVER;
         return false;
     }
-    loci_cuda_told(stream, told_of(lookup, step));
+    loci_cuda_told(stream, look_told(lookup));
     lookup->replayed =
         loci_cuda_ok(stream, cudaGraphLaunch(step->graph, stream->stream), "cudaGraphLaunch");
     atomic_fetch_add(&lookup->cuda->steps_replayed, 1);
@@ -179,6 +175,6 @@ bool loci_cuda_step_end(loci_stream *stream, loci_lookup *lookup, loci_lookup_st
             remember(stream, lookup, step, SEEN_ONCE);
         return true;
     }
-    loci_cuda_tell(stream, stats, told_of(lookup, step), sizeof *stats);
+    loci_cuda_tell(stream, stats, look_told(lookup), sizeof *stats);
     return true;
 }

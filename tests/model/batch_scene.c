@@ -201,6 +201,16 @@ void scene_run(scene *s) {
     for (uint32_t i = 0; i <= MEMBERS; i++) join(&s->w[i]);
 }
 
+void scene_cancel(scene *s, uint32_t who, loci_cancel *cancel) {
+    loci_cancel_init(cancel, 0);
+    s->w[who].cancel = cancel;
+    s->w[who % MEMBERS + 1].cancels = cancel;
+    scene_run(s);
+    for (uint32_t i = 0; i <= MEMBERS; i++)
+        assert_int_equal(s->w[i].status, i == who ? LOCI_E_CANCELLED : LOCI_OK);
+    assert_int_equal(atomic_load(&s->w[who].calls), 1);
+}
+
 void scene_check(scene *s) {
     for (uint32_t i = 0; i <= MEMBERS; i++) {
         worker alone, *w = &s->w[i];

@@ -98,6 +98,9 @@ typedef struct scene {
 
 void scene_open(scene *s);
 void scene_run(scene *s);
+/* Runs it; a neighbour in the pass cancels `who` in its first call: it has no second one, and all
+ * others end well. `cancel` is made here, and used until scene_check. */
+void scene_cancel(scene *s, uint32_t who, loci_cancel *cancel);
 /* Those that ended well are as if they had been alone; and so is everybody's next step. Closes it.
  */
 void scene_check(scene *s);

@@ -228,14 +228,8 @@ static void test_a_cancel_is_one_questions_own(void **state) {
     for (uint32_t who = 1; who <= MEMBERS; who += 3) {
         scene s;
         loci_cancel cancel;
-        loci_cancel_init(&cancel, 0);
         scene_open(&s);
-        s.w[who].cancel = &cancel;
-        s.w[who % MEMBERS + 1].cancels = &cancel;
-        scene_run(&s);
-        for (uint32_t i = 0; i <= MEMBERS; i++)
-            assert_int_equal(s.w[i].status, i == who ? LOCI_E_CANCELLED : LOCI_OK);
-        assert_int_equal(atomic_load(&s.w[who].calls), 1); /* not in the second layer any more */
+        scene_cancel(&s, who, &cancel);
         assert_non_null(strstr(s.w[who].err.text, "was stopped"));
         scene_check(&s);
     }

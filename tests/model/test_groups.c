@@ -58,14 +58,8 @@ static void test_a_cancel_leaves_its_group(void **state) {
     for (uint32_t who = 1; who <= MEMBERS; who++) {
         scene s;
         loci_cancel cancel;
-        loci_cancel_init(&cancel, 0);
         group_scene(&s);
-        s.w[who].cancel = &cancel;
-        s.w[who % MEMBERS + 1].cancels = &cancel;
-        scene_run(&s);
-        for (uint32_t i = 0; i <= MEMBERS; i++)
-            assert_int_equal(s.w[i].status, i == who ? LOCI_E_CANCELLED : LOCI_OK);
-        assert_int_equal(atomic_load(&s.w[who].calls), 1);
+        scene_cancel(&s, who, &cancel);
         bool pair = who % 3 == 0; /* the other one is alone then */
         assert_int_equal(atomic_load(&calls_together), pair ? 2 + 2 : 2 + 3);
         assert_int_equal(atomic_load(&reached_together), pair ? 6 + 6 : 6 + 7);
